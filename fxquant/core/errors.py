@@ -1,0 +1,80 @@
+"""Every error fxquant raises on purpose, in one tree.
+
+    FxquantError                 base; carries `exit_code` for the command line
+    ├── InputError        (2)    something handed in cannot be used
+    │   ├── CaptureError         the model does not export to an ATen graph
+    │   ├── CalibrationError     calibration data are empty, ragged, non-finite or of the wrong shape
+    │   ├── OptionError          an option has an unknown name or a value out of range
+    │   └── FileFormatError      a file is missing, truncated, of another version or not what it claims to be
+    ├── InfeasibleBudgetError (3) no plan satisfies the limits; names the reachable range
+    └── FailureError      (1)    the work itself failed
+        ├── PipelineError        a pass was run before the facts it reads exist
+        ├── LoweringError        a backend cannot express the graph
+        ├── SolverError          the solver ended without an answer
+        ├── OutputError          a result cannot be written
+        └── MissingDependencyError  an optional package is not installed
+
+Each message says what failed, with which value, what is allowed and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class FxquantError(Exception):
+    """Base of all errors raised on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class InputError(FxquantError):
+    """Something handed in cannot be used."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class CaptureError(InputError):
+    """The model does not export to an ATen graph."""
+
+
+class CalibrationError(InputError):
+    """Calibration data are empty, ragged, non-finite or of the wrong shape."""
+
+
+class OptionError(InputError):
+    """An option has an unknown name or a value out of range."""
+
+
+class FileFormatError(InputError):
+    """A file is missing, truncated, of another version or not what it claims to be."""
+
+
+class InfeasibleBudgetError(FxquantError):
+    """No plan satisfies the limits."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class FailureError(FxquantError):
+    """The work itself failed."""
+
+
+class PipelineError(FailureError):
+    """A pass was run before the facts it reads exist."""
+
+
+class LoweringError(FailureError):
+    """A backend cannot express the graph."""
+
+
+class SolverError(FailureError):
+    """The solver ended without an answer."""
+
+
+class OutputError(FailureError):
+    """A result cannot be written."""
+
+
+class MissingDependencyError(FailureError):
+    """An optional package is not installed."""

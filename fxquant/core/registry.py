@@ -1,0 +1,56 @@
+"""A table of named plug-ins that refuses duplicates and suggests near names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Generic, TypeVar
+
+from fxquant.core.errors import OptionError, PipelineError
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Name -> plug-in of one kind, in the order of registration.
+
+    Args:
+        kind: what the entries are called in messages, for example "estimator".
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorate a plug-in with its name and hand it back unchanged.
+
+        Raises:
+            PipelineError: the name is taken.
+        """
+
+        def add(entry: T) -> T:
+            if name in self._entries:
+                raise PipelineError(f"{self.kind} {name!r} is registered twice; give one of them another name")
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def __getitem__(self, name: str) -> T:
+        """Look a plug-in up.
+
+        Raises:
+            OptionError: there is none of that name; the message lists all and the nearest.
+        """
+        if name not in self._entries:
+            near = difflib.get_close_matches(name, self._entries, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise OptionError(f"unknown {self.kind} {name!r}{hint}; known: {', '.join(self._entries)}")
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
