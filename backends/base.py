@@ -1,0 +1,61 @@
+"""What a backend is: a target that says what runs in integers, and a way to make a simulated graph run there.
+
+A backend takes the *simulated* graph: ATen ops with `FakeQuantize` modules on the edges and weights that run in
+integers (`fxquant.core.fake_quant`). A graph without such modules is the float model and compiles just the same, so
+that both are timed in one runtime.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxquant.core.errors import OptionError
+from fxquant.core.target import Target
+
+Executable = Callable[[tuple[Tensor, ...]], Tensor]
+"""Takes the graph's inputs, returns the first tensor of its output as float32."""
+
+
+class Backend(Protocol):
+    """One runtime."""
+
+    target: Target
+
+    def compile(self, module: GraphModule, inputs: tuple[Tensor, ...], threads: int | None = None) -> Executable:
+        """Make a float or simulated graph run in this runtime.
+
+        Args:
+            module: the graph; it is not changed.
+            inputs: example inputs, images along axis 0, which stays dynamic.
+            threads: threads the runtime may use, None for its default.
+
+        Raises:
+            LoweringError: the graph cannot be expressed here.
+            MissingDependencyError: the runtime is not installed.
+        """
+
+
+BACKENDS = {
+    "reference": "fxquant.backends.reference:ReferenceBackend",
+    "onnxruntime": "fxquant.backends.onnx_qdq:OnnxRuntimeBackend",
+    "fx_int8": "fxquant.backends.fx_int8:FxInt8Backend",
+}
+"""Backend name -> where it is, as text, so that importing fxquant needs no runtime."""
+
+
+def backend(name: str) -> Backend:
+    """Return the backend of a target name.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    if name not in BACKENDS:
+        raise OptionError(f"unknown target {name!r}; known: {', '.join(BACKENDS)}")
+    module, _, attribute = BACKENDS[name].partition(":")
+    made: Backend = getattr(importlib.import_module(module), attribute)()
+    return made

@@ -1,0 +1,1 @@
+"""fxquant: a mixed-precision quantization compiler for PyTorch vision models."""

@@ -1,0 +1,157 @@
+"""Capture: a trained model in, a functional ATen graph with a dynamic batch out."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+
+from fxquant.core.errors import CaptureError
+from fxquant.core.program import Program
+
+
+def input_names(model: nn.Module | ExportedProgram) -> list[str]:
+    """Return the names of the inputs a model must be given, in order.
+
+    Raises:
+        CaptureError: the model takes none.
+    """
+    if isinstance(model, ExportedProgram):
+        names = list(model.graph_signature.user_inputs)
+        return [str(name) for name in names]
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p.name for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
+    # forward(*args) and forward(x=None) say nothing about what is needed; one image tensor is the usual case.
+    first = [p.name for p in parameters if p.kind in positional][:1] or ["input"]
+    return required or first
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Write scaled-dot-product attention as products and a softmax: `softmax(q k' scale + mask) v`."""
+    del dropout_p
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+    # Scaling the small query instead of the large score matrix gives the same product for fewer multiplications.
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.matmul(query * factor, key.transpose(-2, -1))
+    if is_causal:
+        allowed = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    if attn_mask is not None:
+        masked = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if masked else scores + attn_mask
+    return torch.matmul(torch.softmax(scores, dim=-1), value)
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {torch.ops.aten.scaled_dot_product_attention.default: _attention}
+"""Ops taken apart at capture, so that their parts can be quantized."""
+
+
+def capture(
+    model: nn.Module | ExportedProgram, example_inputs: Sequence[Tensor], dynamic_batch: bool = True
+) -> Program:
+    """Trace a model to a functional ATen graph; the caller's model is neither modified nor switched to eval.
+
+    Args:
+        model: a module, or an ExportedProgram, which is taken as it is.
+        example_inputs: one tensor per input, images along axis 0; two images at least are traced so that the batch
+            stays dynamic.
+        dynamic_batch: False keeps the example's batch size.
+
+    Raises:
+        CaptureError: the model does not export, has no parameters, or holds weights that are not finite.
+    """
+    exported = model if isinstance(model, ExportedProgram) else _export(model, tuple(example_inputs), dynamic_batch)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = exported.run_decompositions(DECOMPOSITIONS).module(check_guards=False)
+    except Exception as error:
+        raise CaptureError(f"the exported program cannot be brought to functional ATen: {_summary(error)}") from error
+    assert isinstance(module, GraphModule)
+    _check_weights(module)
+    return Program(GraphModule(module, module.graph))
+
+
+def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) -> ExportedProgram:
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"model is a {type(model).__name__}; give a torch.nn.Module or an ExportedProgram")
+    try:
+        own = copy.deepcopy(model).eval()
+    except Exception as error:
+        raise CaptureError(f"the model cannot be copied: {_summary(error)}; fxquant works on a copy of it") from error
+    # Export specialises sizes 0 and 1, so a single image is doubled to keep the batch free.
+    inputs = tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in inputs)
+    shapes = tuple({0: Dim.AUTO} if dynamic_batch and t.dim() else None for t in inputs)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(own, inputs, dynamic_shapes=shapes)
+    except Exception as error:
+        raise CaptureError(_export_advice(model, inputs, error)) from error
+
+
+def _export_advice(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> str:
+    shapes = [tuple(t.shape) for t in inputs]
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).eval()(*inputs)
+    except Exception as eager:
+        return (
+            f"the model does not run on inputs of shape {shapes}: {_summary(eager)}; "
+            "check the shape and type of the calibration images"
+        )
+    line = _user_line(error)
+    return (
+        f"the model does not export to a graph{f' at {line}' if line else ''}: {_summary(error)}; "
+        "replace control flow that depends on tensor values by torch.where or torch.cond, "
+        "or keep that part outside the model"
+    )
+
+
+def _summary(error: BaseException) -> str:
+    """Return the first line of an error that says something, without torch's log hints."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _user_line(error: Exception) -> str:
+    """Return `file:line: code` of the deepest frame that is not torch's own."""
+    text = str(error)
+    quoted = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]+)', text)
+    own = [f"{file}:{line}: {code}" for file, line, code in quoted if "/torch/" not in file]
+    if own:
+        return own[-1]
+    trace, found = error.__traceback__, ""
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if "/torch/" not in code.co_filename and "/fxquant/" not in code.co_filename:
+            found = f"{code.co_filename}:{trace.tb_lineno} in {code.co_name}"
+        trace = trace.tb_next
+    return found
+
+
+def _check_weights(module: GraphModule) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            count = int((~torch.isfinite(parameter)).sum())
+            raise CaptureError(f"weight {name!r} holds {count} values that are NaN or infinite; repair the checkpoint")

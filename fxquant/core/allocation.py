@@ -1,0 +1,109 @@
+"""The plan: a precision for every site, with the proof that came with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fxquant.core.errors import FileFormatError, OptionError
+from fxquant.core.spec import Choice
+from fxquant.core.store import read_json, write_json
+
+FORMAT_VERSION = 1
+STATUSES = ("optimal", "feasible", "uniform", "manual")
+
+
+@dataclass(frozen=True)
+class BitAllocation:
+    """Precision per site: the file a person reviews, edits and feeds back.
+
+    Args:
+        choices: site name -> precision, for every site.
+        estimator: sensitivity estimator behind the plan, or how else it came about.
+        objective: modelled loss of the plan.
+        bound: proven lower bound of the modelled loss over all plans within the budget.
+        gap: `(objective - bound) / |objective|`, 0 when proved.
+        status: "optimal" (proved), "feasible" (time ran out), "uniform" (a uniform plan measured better) or "manual".
+        used: limit name -> what the plan uses, in the limit's unit.
+        limits: limit name -> what was allowed.
+        measured_loss: real loss on calibration images not used for scoring; None if not measured.
+        finalists: name of each plan that was measured -> its real loss.
+
+    Raises:
+        OptionError: no sites, or an unknown status.
+    """
+
+    choices: dict[str, Choice]
+    estimator: str = "manual"
+    objective: float = math.nan
+    bound: float = math.nan
+    gap: float = math.nan
+    status: str = "manual"
+    used: dict[str, float] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
+    measured_loss: float | None = None
+    finalists: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.choices:
+            raise OptionError("a plan needs at least one site")
+        if self.status not in STATUSES:
+            raise OptionError(f"plan status {self.status!r} is unknown; allowed: {', '.join(STATUSES)}")
+
+    @property
+    def slack(self) -> dict[str, float]:
+        """Limit name -> what the plan leaves unused."""
+        return {name: limit - self.used[name] for name, limit in self.limits.items() if name in self.used}
+
+    def to_json(self, path: str | Path | None = None) -> dict[str, Any]:
+        """Return the plan as plain JSON values, and write it if a path is given.
+
+        Raises:
+            OutputError: the path cannot be written.
+        """
+        numbers = {"objective": self.objective, "bound": self.bound, "gap": self.gap}
+        document: dict[str, Any] = {
+            "choices": {site: choice.label for site, choice in self.choices.items()},
+            "estimator": self.estimator,
+            # JSON has no NaN; a hand-made plan simply has no objective.
+            **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+            "status": self.status,
+            "used": self.used,
+            "limits": self.limits,
+            "measured_loss": self.measured_loss,
+            "finalists": self.finalists,
+        }
+        if path is not None:
+            write_json(Path(path), "plan", FORMAT_VERSION, document)
+        return document
+
+    @staticmethod
+    def from_json(source: str | Path | Mapping[str, Any]) -> BitAllocation:
+        """Read a plan back from a file or from the values `to_json` gave.
+
+        Raises:
+            FileFormatError: the file is missing, damaged, or holds a precision that is not understood.
+        """
+        origin = "the plan" if isinstance(source, Mapping) else str(source)
+        document = source if isinstance(source, Mapping) else read_json(Path(source), "plan", FORMAT_VERSION)
+        try:
+            numbers = {
+                name: math.nan if document.get(name) is None else float(document[name])
+                for name in ("objective", "bound", "gap")
+            }
+            loss = document.get("measured_loss")
+            return BitAllocation(
+                choices={str(site): Choice.parse(label) for site, label in document["choices"].items()},
+                estimator=str(document.get("estimator", "manual")),
+                status=str(document.get("status", "manual")),
+                used={str(k): float(v) for k, v in document.get("used", {}).items()},
+                limits={str(k): float(v) for k, v in document.get("limits", {}).items()},
+                measured_loss=None if loss is None else float(loss),
+                finalists={str(k): float(v) for k, v in document.get("finalists", {}).items()},
+                **numbers,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, OptionError) as error:
+            raise FileFormatError(f"{origin} is not an intact plan ({type(error).__name__}: {error})") from error

@@ -1,0 +1,137 @@
+"""Calibration data: any iterable of batches, brought to one set of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxquant.core.errors import CalibrationError
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Images for calibration, all inputs of equal length along axis 0.
+
+    Args:
+        inputs: one tensor per model input, each of shape (images, ...).
+        labels: shape (images,), or None.
+
+    Raises:
+        CalibrationError: no images, inputs of different length, or values that are not finite.
+    """
+
+    inputs: tuple[Tensor, ...]
+    labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not self.inputs or self.inputs[0].shape[0] == 0:
+            raise CalibrationError("calibration holds no images; give at least one batch")
+        lengths = {int(t.shape[0]) for t in self.inputs}
+        if len(lengths) != 1 or (self.labels is not None and int(self.labels.shape[0]) not in lengths):
+            raise CalibrationError(f"calibration inputs and labels differ in length: {sorted(lengths)}")
+        for position, tensor in enumerate(self.inputs):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                bad = int((~torch.isfinite(tensor.flatten(1))).any(dim=1).nonzero()[0])
+                raise CalibrationError(
+                    f"calibration input {position} holds NaN or infinity, first in image {bad}; remove or repair it"
+                )
+
+    def __len__(self) -> int:
+        return int(self.inputs[0].shape[0])
+
+    def batches(self, size: int) -> Iterator[CalibrationSet]:
+        """Yield the set in batches of `size`, the last one possibly smaller."""
+        for start in range(0, len(self), size):
+            yield self.slice(start, start + size)
+
+    def slice(self, start: int, stop: int) -> CalibrationSet:
+        """Return images start..stop-1."""
+        labels = None if self.labels is None else self.labels[start:stop]
+        return CalibrationSet(tuple(t[start:stop] for t in self.inputs), labels)
+
+    def take(self, index: Sequence[int]) -> CalibrationSet:
+        """Return the images at these positions."""
+        rows = torch.as_tensor(list(index), dtype=torch.long)
+        return CalibrationSet(tuple(t[rows] for t in self.inputs), None if self.labels is None else self.labels[rows])
+
+    def split(self, held_out: float, seed: int) -> tuple[CalibrationSet, CalibrationSet]:
+        """Return (scoring, held-out) parts in a seeded order; with one image both are that image."""
+        if len(self) == 1:
+            return self, self
+        count = min(max(1, round(held_out * len(self))), len(self) - 1)
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        return self.take(sorted(order[count:])), self.take(sorted(order[:count]))
+
+
+def _tensor(value: object) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, np.ndarray | np.generic | int | float):
+        return torch.as_tensor(value)
+    raise CalibrationError(f"calibration batch holds a {type(value).__name__}; give tensors or numpy arrays")
+
+
+def collect(calibration: object, names: Sequence[str], limit: int | None = None) -> CalibrationSet:
+    """Bring any iterable of batches to one set.
+
+    Args:
+        calibration: iterable of Tensor | tuple | list | dict batches, or one tensor or array of images. Of a tuple, the
+            first `len(names)` members are inputs and one more is taken as labels; a dict is read by input name.
+        names: the model's input names, in order.
+        limit: stop after this many images.
+
+    Raises:
+        CalibrationError: empty, too few inputs in a batch, a missing name, ragged or non-finite tensors.
+    """
+    if isinstance(calibration, CalibrationSet):
+        return calibration if limit is None else calibration.slice(0, limit)
+    if isinstance(calibration, Tensor | np.ndarray):
+        calibration = [calibration]
+    if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
+        raise CalibrationError(f"calibration is a {type(calibration).__name__}; give an iterable of batches")
+    columns: list[list[Tensor]] = [[] for _ in names]
+    labels: list[Tensor] = []
+    seen = 0
+    for batch in calibration:
+        inputs, label = _unpack(batch, names)
+        for column, tensor in zip(columns, inputs, strict=True):
+            if tensor.dim() == 0:
+                raise CalibrationError("a calibration batch is a single number; give images with a batch axis in front")
+            column.append(tensor)
+        if label is not None:
+            labels.append(label)
+        seen += int(inputs[0].shape[0])
+        if limit is not None and seen >= limit:
+            break
+    if seen == 0:
+        raise CalibrationError("calibration holds no images; give at least one batch")
+    try:
+        joined = tuple(torch.cat(column)[:limit] for column in columns)
+        target = torch.cat(labels)[:limit] if labels else None
+    except (RuntimeError, TypeError) as error:
+        shapes = sorted({tuple(t.shape[1:]) for column in columns for t in column})
+        raise CalibrationError(
+            f"calibration batches do not fit together, image shapes {shapes}; resize to one"
+        ) from error
+    keep = target is not None and target.dim() == 1 and target.shape[0] == joined[0].shape[0]
+    return CalibrationSet(joined, target if keep else None)
+
+
+def _unpack(batch: object, names: Sequence[str]) -> tuple[list[Tensor], Tensor | None]:
+    if isinstance(batch, Mapping):
+        missing = [name for name in names if name not in batch]
+        if missing:
+            raise CalibrationError(f"calibration batch lacks inputs {missing}; it has {sorted(map(str, batch))}")
+        label = next((batch[key] for key in ("labels", "label", "y") if key in batch and key not in names), None)
+        return [_tensor(batch[name]) for name in names], None if label is None else _tensor(label)
+    members = list(batch) if isinstance(batch, list | tuple) else [batch]
+    if len(members) < len(names):
+        raise CalibrationError(
+            f"calibration batch has {len(members)} members, the model has {len(names)} inputs {list(names)}"
+        )
+    inputs = [_tensor(member) for member in members[: len(names)]]
+    return inputs, _tensor(members[len(names)]) if len(members) == len(names) + 1 else None

@@ -1,0 +1,42 @@
+"""The fake-quant node: quantize and dequantize in float, differentiable through the straight-through estimator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.core.spec import QuantSpec
+
+
+class FakeQuantize(nn.Module):
+    """Simulates one integer grid: `(clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale`.
+
+    The gradient with respect to x is 1 inside the grid and 0 outside (straight-through, Bengio et al. 2013).
+
+    Args:
+        spec: the grid.
+        scale: float32, shape `()` or `(channels,)`, above 0.
+        zero_point: int32 of the shape of scale.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("scale", scale.detach().float().clone())
+        self.register_buffer("zero_point", zero_point.detach().to(torch.int32).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x on the grid, of the same shape and type."""
+        spec = self.spec
+        if spec.channel_axis is None:
+            return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, spec.qmin, spec.qmax)
+        return torch.fake_quantize_per_channel_affine(
+            x, self.scale, self.zero_point, spec.channel_axis, spec.qmin, spec.qmax
+        )
+
+    def extra_repr(self) -> str:
+        """Return the grid in one line."""
+        return f"bits={self.spec.bits}, signed={self.spec.signed}, channel_axis={self.spec.channel_axis}"

@@ -1,0 +1,59 @@
+"""Losses that say how far a quantized answer is from the float one, one value per image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fxquant.core.errors import CalibrationError
+from fxquant.core.registry import Registry
+
+Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(float output, quantized output, labels or None) -> float64 of shape (images,)."""
+
+LOSSES: Registry[Loss] = Registry("loss")
+
+UNITS = {"kl": "KL nats", "ce": "cross-entropy nats", "mse": "relative squared error"}
+
+
+@LOSSES.register("kl")
+def kl(reference: Tensor, output: Tensor, labels: Tensor | None) -> Tensor:
+    """Return `KL(softmax(reference) || softmax(output))` in nats, averaged over positions; zero at the float model.
+
+    Args:
+        reference: float logits, shape (images, classes) or (images, classes, ...).
+        output: quantized logits of the same shape.
+        labels: not used.
+    """
+    del labels
+    p, q = (torch.log_softmax(x.double(), dim=1) for x in (reference, output))
+    return (p.exp() * (p - q)).sum(dim=1).flatten(1).mean(dim=1) if p.dim() > 2 else (p.exp() * (p - q)).sum(dim=1)
+
+
+@LOSSES.register("ce")
+def cross_entropy(reference: Tensor, output: Tensor, labels: Tensor | None) -> Tensor:
+    """Return `CE(output, label) - CE(reference, label)` in nats, the loss of CLADO's paper; it may be negative.
+
+    Raises:
+        CalibrationError: no labels were given.
+    """
+    if labels is None:
+        raise CalibrationError("loss 'ce' needs labels; give calibration batches as (images, labels) or use loss 'kl'")
+    gather = labels.reshape(-1, 1).long()
+    p, q = (torch.log_softmax(x.double(), dim=1).gather(1, gather).squeeze(1) for x in (reference, output))
+    return p - q
+
+
+@LOSSES.register("mse")
+def relative_mse(reference: Tensor, output: Tensor, labels: Tensor | None) -> Tensor:
+    """Return `mean((output - reference)^2) / mean(reference^2)` per image, for outputs that are no class scores."""
+    del labels
+    a, b = reference.double().flatten(1), output.double().flatten(1)
+    return (b - a).square().mean(dim=1) / a.square().mean(dim=1).clamp(min=1e-12)
+
+
+def default_loss(output: Tensor) -> str:
+    """Return the loss that fits an output: "kl" for (images, classes >= 2) scores, else "mse"."""
+    return "kl" if output.dim() == 2 and output.shape[1] >= 2 else "mse"

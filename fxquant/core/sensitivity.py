@@ -1,0 +1,115 @@
+"""How precision at each place, and each pair of places, hurts the prediction."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fxquant.core.errors import FileFormatError, OptionError
+from fxquant.core.spec import Candidate, Choice
+from fxquant.core.store import checked_document, read_arrays, write_arrays
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SensitivityMatrix:
+    """Quadratic model of the loss: `loss(plan) = x' values x` with x one-hot per site.
+
+    The diagonal holds the loss of one substitution, each off-diagonal half of the pair's interaction
+    (`values[i, j] + values[j, i] = loss(i and j) - loss(i) - loss(j)`); entries between two choices of one site are 0.
+
+    Args:
+        candidates: the n columns, grouped by site.
+        values: shape (n, n), symmetric float64, in `unit`.
+        stderr: shape (n, n), standard error of `values` over the images; NaN where it is not known.
+        estimator: name of the estimator.
+        evaluations: forward passes over one image spent, in units of whole-network passes.
+        unit: name of the loss, for example "KL nats".
+
+    Raises:
+        OptionError: wrong shapes, not symmetric, or not finite.
+    """
+
+    candidates: tuple[Candidate, ...]
+    values: NDArray[np.float64]
+    stderr: NDArray[np.float64]
+    estimator: str
+    evaluations: float
+    unit: str
+
+    def __post_init__(self) -> None:
+        shape = (len(self.candidates), len(self.candidates))
+        if self.values.shape != shape or self.stderr.shape != shape:
+            raise OptionError(
+                f"sensitivity arrays have shape {self.values.shape} and {self.stderr.shape}, expected {shape}"
+            )
+        if not np.isfinite(self.values).all():
+            raise OptionError(
+                f"sensitivity of estimator {self.estimator!r} is not finite; check the calibration images"
+            )
+        if not np.array_equal(self.values, self.values.T):
+            raise OptionError(f"sensitivity of estimator {self.estimator!r} is not symmetric")
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Site names in the order of the columns."""
+        return tuple(dict.fromkeys(candidate.site for candidate in self.candidates))
+
+    @property
+    def groups(self) -> list[NDArray[np.intp]]:
+        """Column indices of each site."""
+        names = np.array([candidate.site for candidate in self.candidates])
+        return [np.flatnonzero(names == site) for site in self.sites]
+
+    def predict(self, choices: Mapping[str, Choice]) -> float:
+        """Return the modelled loss of a plan given as site name -> choice."""
+        x = np.array([choices.get(c.site) == c.choice for c in self.candidates], dtype=np.float64)
+        return float(x @ self.values @ x)
+
+    def save(self, path: Path) -> None:
+        """Write the matrix as npz.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        header = {
+            "kind": "sensitivity",
+            "version": FORMAT_VERSION,
+            "candidates": [[c.site, c.choice.label] for c in self.candidates],
+            "estimator": self.estimator,
+            "evaluations": self.evaluations,
+            "unit": self.unit,
+        }
+        write_arrays(path, {"values": self.values, "stderr": self.stderr, "header": np.array(json.dumps(header))})
+
+    @staticmethod
+    def load(path: Path) -> SensitivityMatrix:
+        """Read what `save` wrote.
+
+        Raises:
+            FileFormatError: missing, truncated, of another version or inconsistent.
+        """
+        arrays = read_arrays(path)
+        try:
+            header: dict[str, Any] = checked_document(
+                json.loads(str(arrays["header"])), "sensitivity", FORMAT_VERSION, str(path)
+            )
+            return SensitivityMatrix(
+                candidates=tuple(Candidate(site, Choice.parse(label)) for site, label in header["candidates"]),
+                values=arrays["values"].astype(np.float64),
+                stderr=arrays["stderr"].astype(np.float64),
+                estimator=str(header["estimator"]),
+                evaluations=float(header["evaluations"]),
+                unit=str(header["unit"]),
+            )
+        except (KeyError, ValueError, TypeError, OptionError) as error:
+            raise FileFormatError(
+                f"{path} is not an intact sensitivity file ({error}); run the analysis again"
+            ) from error

@@ -1,0 +1,222 @@
+"""What a quantizer does (`QuantSpec`), where it sits (`Edge`), and what can be chosen (`Choice`, `Candidate`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fxquant.core.errors import OptionError
+
+FLOAT_BITS = 32
+"""The bit width that stands for "left in float32"."""
+
+MIN_BITS = 2
+MAX_BITS = 8
+
+
+@dataclass(frozen=True, order=True)
+class QuantSpec:
+    """One affine integer grid: `q = clamp(round(x / scale) + zero_point, qmin, qmax)`.
+
+    Args:
+        bits: width of the grid, 2..8.
+        signed: True for `[-2^(bits-1), 2^(bits-1) - 1]`, False for `[0, 2^bits - 1]`.
+        symmetric: True keeps zero_point at 0.
+        channel_axis: axis with one scale per index, so scale has shape `(x.shape[channel_axis],)`;
+            None means one scale for the tensor, shape `()`.
+
+    Raises:
+        OptionError: bits out of range, or an unsigned symmetric grid.
+    """
+
+    bits: int
+    signed: bool
+    symmetric: bool
+    channel_axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if not MIN_BITS <= self.bits <= MAX_BITS:
+            raise OptionError(f"bits={self.bits} is out of range; allowed: {MIN_BITS}..{MAX_BITS}")
+        if self.symmetric and not self.signed:
+            raise OptionError("an unsigned grid cannot be symmetric; use signed=True or symmetric=False")
+
+    @property
+    def qmin(self) -> int:
+        """Smallest integer of the grid."""
+        return -(1 << (self.bits - 1)) if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        """Largest integer of the grid."""
+        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+
+
+def weight_spec(bits: int, channel_axis: int = 0) -> QuantSpec:
+    """Return the grid of weights: signed, symmetric, one scale per output channel."""
+    return QuantSpec(bits=bits, signed=True, symmetric=True, channel_axis=channel_axis)
+
+
+def activation_spec(bits: int) -> QuantSpec:
+    """Return the grid of activations: unsigned, affine, one scale per tensor (what VNNI kernels take)."""
+    return QuantSpec(bits=bits, signed=False, symmetric=False)
+
+
+@dataclass(frozen=True, order=True)
+class Edge:
+    """A use of a tensor: `producer`'s output read by `consumer` at argument `slot`.
+
+    Names instead of nodes, so that an edge survives graph copies, sorts, and saves as JSON. `slot` counts the
+    tensor inputs of the consumer in the order of `Node.all_input_nodes`.
+    """
+
+    producer: str
+    consumer: str
+    slot: int
+
+
+@dataclass(frozen=True, order=True)
+class Choice:
+    """Precision of one site: bits of its weights and of the activation it reads.
+
+    Args:
+        weight_bits: 2..8, or 32 for float.
+        activation_bits: 2..8, or 32 for float; float weights and float activations only go together.
+
+    Raises:
+        OptionError: a width out of range, or only one of the two in float.
+    """
+
+    weight_bits: int
+    activation_bits: int
+
+    def __post_init__(self) -> None:
+        for label, bits in (("weight_bits", self.weight_bits), ("activation_bits", self.activation_bits)):
+            if bits != FLOAT_BITS and not MIN_BITS <= bits <= MAX_BITS:
+                raise OptionError(
+                    f"{label}={bits} is out of range; allowed: {MIN_BITS}..{MAX_BITS}, or {FLOAT_BITS} for float"
+                )
+        if (self.weight_bits == FLOAT_BITS) != (self.activation_bits == FLOAT_BITS):
+            raise OptionError(
+                f"W{self.weight_bits}A{self.activation_bits} mixes float and integer operands; "
+                f"use {FLOAT_BITS} for both or for neither"
+            )
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the site stays in float32."""
+        return self.weight_bits == FLOAT_BITS
+
+    @property
+    def label(self) -> str:
+        """`W4A8`, or `float`."""
+        return "float" if self.is_float else f"W{self.weight_bits}A{self.activation_bits}"
+
+    @staticmethod
+    def parse(label: str) -> Choice:
+        """Read `W4A8` or `float` back.
+
+        Raises:
+            OptionError: the text is neither.
+        """
+        if label == "float":
+            return FLOAT
+        weight, separator, activation = label.removeprefix("W").partition("A")
+        if not (label.startswith("W") and separator and weight.isdigit() and activation.isdigit()):
+            raise OptionError(
+                f"precision {label!r} is not understood; write W4A8 (weight and activation bits) or float"
+            )
+        return Choice(int(weight), int(activation))
+
+
+FLOAT = Choice(FLOAT_BITS, FLOAT_BITS)
+"""The choice of leaving a site in float32."""
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """One column of the integer program: site `site` gets precision `choice`."""
+
+    site: str
+    choice: Choice
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place whose precision is decided: one weight tensor and every node that uses it.
+
+    Args:
+        name: module path of the weight, for example `layer1.0.conv1`; unique.
+        kind: kind of the op from the op table, for example `conv` or `linear`.
+        weight: attribute path of the weight tensor in the graph module.
+        nodes: names of the nodes that read the weight (several when modules are shared).
+        weight_count: number of weight elements.
+        channels: number of scales, that is output channels.
+        bias_count: number of bias elements, 0 without bias.
+        macs: multiply-accumulates for one sample, summed over `nodes`.
+        input_tie: name of the activation group that `nodes` read; sites with one name agree on activation bits.
+        choices: allowed precisions, at least one, in ascending order.
+
+    Raises:
+        OptionError: no choices.
+    """
+
+    name: str
+    kind: str
+    weight: str
+    nodes: tuple[str, ...]
+    weight_count: int
+    channels: int
+    bias_count: int
+    macs: int
+    input_tie: str
+    choices: tuple[Choice, ...]
+
+    def __post_init__(self) -> None:
+        if not self.choices:
+            raise OptionError(f"site {self.name!r} has no allowed precision; give it at least one")
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The site's columns of the integer program."""
+        return tuple(Candidate(self.name, choice) for choice in self.choices)
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Every place whose precision is decided, and what stays in float with the reason.
+
+    Args:
+        sites: the places, in graph order, with unique names.
+        refusals: node name -> reason for each multiply-accumulate or table-look-up op left in float.
+
+    Raises:
+        OptionError: two sites of one name.
+    """
+
+    sites: tuple[Site, ...]
+    refusals: dict[str, str]
+
+    def __post_init__(self) -> None:
+        names = [site.name for site in self.sites]
+        if len(set(names)) != len(names):
+            raise OptionError(f"site names are not unique: {sorted({n for n in names if names.count(n) > 1})}")
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """All columns of the integer program, grouped by site."""
+        return tuple(candidate for site in self.sites for candidate in site.candidates)
+
+    def by_name(self, name: str) -> Site:
+        """Return the site called `name`.
+
+        Raises:
+            OptionError: there is none.
+        """
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise OptionError(f"no site is called {name!r}; sites: {', '.join(s.name for s in self.sites)}")
+
+
+def site_name(weight: str) -> str:
+    """Return the name of the site that owns the weight at this attribute path: its module path."""
+    return weight.removesuffix(".weight")

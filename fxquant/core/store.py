@@ -1,0 +1,154 @@
+"""Reading and writing files: atomic, versioned, never pickle, every failure an error of our own tree."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fxquant.core.errors import FileFormatError, OutputError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that replaces it only if the block succeeds.
+
+    Raises:
+        OutputError: the folder cannot be made or written.
+    """
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+        # mkstemp makes files private; a result is as readable as any other new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        yield Path(temporary)
+        Path(temporary).replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose a writable folder") from error
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def write_json(path: Path, kind: str, version: int, body: Mapping[str, Any]) -> None:
+    """Write `body` with its kind and format version, sorted and indented for people.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    document = {"kind": kind, "version": version, **body}
+    text = json.dumps(document, indent=1, allow_nan=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
+    """Read a document that `write_json` wrote.
+
+    Raises:
+        FileFormatError: missing, not JSON, of another kind or version.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileFormatError(f"cannot read {path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise FileFormatError(f"{path} is not valid JSON ({error}); restore it or run again") from error
+    return checked_document(document, kind, version, str(path))
+
+
+def checked_document(document: object, kind: str, version: int, origin: str) -> dict[str, Any]:
+    """Return the document if it is an object of the given kind and version.
+
+    Raises:
+        FileFormatError: it is not.
+    """
+    if not isinstance(document, dict) or document.get("kind") != kind:
+        found = document.get("kind") if isinstance(document, dict) else type(document).__name__
+        raise FileFormatError(f"{origin} is not a {kind} file (found {found!r})")
+    if document.get("version") != version:
+        raise FileFormatError(
+            f"{origin} has {kind} format version {document.get('version')!r}, this fxquant reads {version}; run again"
+        )
+    return document
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Write named arrays as an uncompressed npz.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, allow_pickle=False, **dict(arrays))
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Read every array of an npz, refusing pickled objects.
+
+    Raises:
+        FileFormatError: missing, truncated or not an npz of plain arrays.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError as error:
+        raise FileFormatError(f"cannot read {path}: no such file") from error
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise FileFormatError(f"{path} is not an intact npz of plain arrays ({error}); run again") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write named tensors as safetensors.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        # safetensors refuses tensors that share memory, as tied weights do.
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        FileFormatError: missing, truncated or not safetensors.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise FileFormatError(f"cannot read {path}: no such file") from error
+    except (OSError, SafetensorError) as error:
+        raise FileFormatError(f"{path} is not an intact safetensors file ({error})") from error
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a sha256 over names, shapes, types and bytes of the tensors (16 hex digits)."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()[:16]
+
+
+def text_digest(text: str) -> str:
+    """Return the sha256 of a text (16 hex digits)."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,44 @@
+"""What a backend can execute: data that passes read, so that no pass imports a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fxquant.core.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one runtime executes in integers.
+
+    Args:
+        name: name in the registry, for example "onnxruntime".
+        kernels: kind of a weighted op (`conv`, `linear`) -> name of its integer kernel; others stay in float.
+        joins: kinds of ops without weights that run in integers when all their inputs and their output are quantized.
+        weight_bits: widths that execute.
+        activation_bits: widths that execute.
+        storage_bits: weight width -> width it is stored in; a width without a type takes the next one.
+        output_quantized: kinds whose kernel can only write integers, so that their output carries a quantizer.
+        refuse_joins: kind -> why it stays in float although it could be quantized.
+
+    Raises:
+        OptionError: a storage width that is narrower than the width it stores, or one that is missing.
+    """
+
+    name: str
+    kernels: Mapping[str, str]
+    joins: frozenset[str]
+    weight_bits: tuple[int, ...]
+    activation_bits: tuple[int, ...]
+    storage_bits: Mapping[int, int]
+    output_quantized: frozenset[str] = frozenset()
+    refuse_joins: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for bits in self.weight_bits:
+            stored = self.storage_bits.get(bits)
+            if stored is None or stored < bits:
+                raise OptionError(
+                    f"target {self.name!r} stores {bits}-bit weights in {stored} bits; give a width >= {bits}"
+                )

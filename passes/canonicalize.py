@@ -1,0 +1,105 @@
+"""Canonicalize: one spelling per meaning, and nothing that computes nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.operator_schemas import normalize_function
+
+from fxquant.core.graphs import erase_dead, is_constant
+from fxquant.core.ops import shape_of
+from fxquant.core.program import Program
+from fxquant.passes.base import Pass
+
+aten = torch.ops.aten
+
+
+def _whole_slice(node: Node) -> bool:
+    start = node.args[2] if len(node.args) > 2 else None
+    end = node.args[3] if len(node.args) > 3 else None
+    step = node.args[4] if len(node.args) > 4 else 1
+    return start in (0, None) and end in (None, sys.maxsize) and bool(step == 1)
+
+
+def _always(node: Node) -> bool:
+    del node
+    return True
+
+
+def _inactive_dropout(node: Node) -> bool:
+    return len(node.args) > 2 and node.args[2] is False
+
+
+IDENTITIES: dict[object, Callable[[Node], bool]] = {
+    aten.clone.default: _always,
+    aten.alias.default: _always,
+    aten.detach.default: _always,
+    aten.lift_fresh_copy.default: _always,
+    aten.dropout.default: _inactive_dropout,
+    aten.slice.Tensor: _whole_slice,
+}
+"""Op -> whether a node of it returns its first input unchanged."""
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Erase identities and dead nodes, move keyword arguments into position, spell "same" padding as numbers."""
+
+    def run(self, program: Program) -> tuple[Program, int]:
+        """Return the program in canonical form."""
+        module = program.module
+        rewrites = sum(_canonical(module, node) for node in list(module.graph.nodes))
+        rewrites += erase_dead(module)
+        return program, rewrites
+
+
+def _canonical(module: GraphModule, node: Node) -> int:
+    if node.op != "call_function":
+        return 0
+    identity = IDENTITIES.get(node.target)
+    if identity is not None and identity(node):
+        source = node.args[0]
+        assert isinstance(source, Node)
+        node.replace_all_uses_with(source)
+        module.graph.erase_node(node)
+        return 1
+    return _positional(node) + _explicit_padding(node)
+
+
+def _positional(node: Node) -> int:
+    if not node.kwargs or not isinstance(node.target, torch._ops.OpOverload):
+        return 0
+    schema = node.target._schema.arguments
+    names = [argument.name for argument in schema if not argument.kwarg_only]
+    movable = {name: value for name, value in node.kwargs.items() if name in names}
+    if not movable:
+        return 0
+    normal = normalize_function(node.target, node.args, dict(node.kwargs), normalize_to_only_use_kwargs=True)
+    if normal is None:
+        return 0
+    values, last = normal.kwargs, max(names.index(name) for name in movable)
+    defaults = {argument.name: argument.default_value for argument in schema}
+    node.args = tuple(values.get(name, defaults[name]) for name in names[: max(last + 1, len(node.args))])
+    node.kwargs = {name: value for name, value in node.kwargs.items() if name not in movable}
+    return 1
+
+
+def _explicit_padding(node: Node) -> int:
+    """Rewrite conv(padding="same" | "valid") with numbers where both sides pad alike."""
+    if node.target not in (aten.conv1d.padding, aten.conv2d.padding) or not is_constant(node.args[1]):
+        return 0
+    args: list[Any] = [*node.args, *(None, [1], "valid", [1], 1)[len(node.args) - 2 :]]
+    kernel = shape_of(node.args[1])[2:]
+    dilation = args[5] if isinstance(args[5], list | tuple) else [args[5]]
+    spread = [(k - 1) * dilation[i % len(dilation)] for i, k in enumerate(kernel)]
+    if args[4] == "same" and any(s % 2 for s in spread):
+        return 0
+    args[4] = [s // 2 for s in spread] if args[4] == "same" else [0] * len(kernel)
+    node.target = aten.conv1d.default if len(kernel) == 1 else aten.conv2d.default
+    node.args = tuple(args)
+    return 1

@@ -1,0 +1,158 @@
+"""Decide which edges carry a quantizer: the inputs of integer ops, and what the runtime's kernels need around them.
+
+1. The activation input of every weighted op with an integer kernel is quantized.
+2. Where the kernel can only write integers (ONNX Runtime's convolution), every use of its output is quantized, behind
+   the clipping activation it absorbs.
+3. An op without weights that has an integer kernel (a join: add, concat, pooling) runs in integers if its output is
+   wanted quantized and all its inputs are quantized anyway; the joins are the largest set for which that holds.
+4. Values pass through ops that keep the grid (reshape, max pool, zero padding), so the quantizer stands before them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.fx import Graph, Node
+
+from fxquant.core.edges import QuantizedEdges
+from fxquant.core.graphs import consumers, edges_between, is_constant
+from fxquant.core.ops import OPS, REFUSED, ScaleRule, activation_inputs, rule_of
+from fxquant.core.program import Program
+from fxquant.core.spec import Edge, site_name
+from fxquant.core.target import Target
+from fxquant.passes.base import Pass
+
+PASS_THROUGH = (ScaleRule.KEEP, ScaleRule.SHARE)
+
+
+@dataclass(frozen=True)
+class FindEdges(Pass):
+    """Write `QuantizedEdges` for a target.
+
+    Args:
+        target: says which kinds of op run in integers.
+        keep_float: site name -> reason, for sites that stay in float whatever the target can do.
+    """
+
+    target: Target
+    keep_float: dict[str, str] = field(default_factory=dict)
+    writes = (QuantizedEdges,)
+
+    def run(self, program: Program) -> tuple[Program, int]:
+        """Return the program with its quantized edges known."""
+        search = _EdgeSearch(program.module.graph, self.target, self.keep_float)
+        return program.with_facts(search.solve()), 0
+
+
+class _EdgeSearch:
+    def __init__(self, graph: Graph, target: Target, keep_float: dict[str, str]) -> None:
+        self.nodes: list[Node] = list(graph.nodes)
+        self.target = target
+        self.reasons: dict[str, str] = {}
+        self.weighted = [node for node in self.nodes if self._is_integer_weighted(node, keep_float)]
+        self.joins = {node for node in self.nodes if self._may_join(node)}
+
+    def _is_integer_weighted(self, node: Node, keep_float: dict[str, str]) -> bool:
+        rule = rule_of(node)
+        if node.op == "call_function" and node.target in REFUSED:
+            self.reasons[node.name] = REFUSED[node.target]
+        if rule is None or rule.weight is None:
+            return False
+        weight = node.args[rule.weight]
+        if not isinstance(weight, Node) or not is_constant(weight):
+            self.reasons[node.name] = "its weight is computed by the graph, not a parameter"
+        elif rule.kind not in self.target.kernels:
+            self.reasons[node.name] = f"target {self.target.name!r} has no integer kernel for {rule.kind}"
+        elif site_name(str(weight.target)) in keep_float:
+            self.reasons[node.name] = keep_float[site_name(str(weight.target))]
+        else:
+            return True
+        return False
+
+    def _may_join(self, node: Node) -> bool:
+        rule = rule_of(node)
+        if node.op != "call_function" or rule is None or rule.weight is not None:
+            return False
+        if rule.kind in self.target.refuse_joins:
+            self.reasons[node.name] = self.target.refuse_joins[rule.kind]
+            return False
+        inputs = activation_inputs(node)
+        if rule.scale is not ScaleRule.OWN or rule.kind not in self.target.joins:
+            full = OPS[node.target]
+            if full.scale is ScaleRule.OWN and full.refuse is not None and (why := full.refuse(node)):
+                self.reasons[node.name] = why
+            return False
+        return bool(inputs) and not any(is_constant(source) for source in inputs)
+
+    def solve(self) -> QuantizedEdges:
+        """Shrink the set of joins until each of them has quantized inputs and a wanted output."""
+        while True:
+            edges = self._edges()
+            quantized = {edge.producer for edge in edges}
+            unfit = {join for join in self.joins if not self._fits(join, quantized)}
+            if not unfit:
+                break
+            self.joins -= unfit
+            for join in unfit:
+                self.reasons[join.name] = "its inputs or its output are in float anyway"
+        integer = {node.name for node in self.weighted} | {node.name for node in self.joins}
+        reasons = {name: why for name, why in self.reasons.items() if name not in integer}
+        return QuantizedEdges(tuple(edges), frozenset(integer), reasons)
+
+    def _fits(self, join: Node, quantized: set[str]) -> bool:
+        fed = all(root.name in quantized for source in activation_inputs(join) for root in self._roots(source))
+        return fed and self._wanted(self._tail(join))
+
+    def _wanted(self, value: Node) -> bool:
+        """Whether some reader computes on integers, straight or through ops that keep the grid."""
+        for user in consumers(value):
+            rule = rule_of(user)
+            if user in self.joins or (user in self.weighted and value is user.args[0]):
+                return True
+            if rule is not None and rule.scale in PASS_THROUGH and self._wanted(user):
+                return True
+        return False
+
+    def _roots(self, value: Node) -> list[Node]:
+        """Return the values a quantizer must stand on so that `value` lies on a grid."""
+        rule = rule_of(value)
+        if rule is None or rule.scale not in PASS_THROUGH:
+            return [value]
+        return [root for source in activation_inputs(value) for root in self._roots(source)] or [value]
+
+    def _tail(self, node: Node) -> Node:
+        """Return the node whose value the kernel writes: the absorbed clip, or the op itself."""
+        users = list(node.users)
+        rule = rule_of(users[0]) if len(users) == 1 else None
+        return users[0] if rule is not None and rule.scale is ScaleRule.ABSORB else node
+
+    def _edges(self) -> list[Edge]:
+        found: dict[Edge, None] = {}
+        for node in self.weighted:
+            source = node.args[0]
+            assert isinstance(source, Node)
+            self._quantize_input(source, node, found)
+            rule = rule_of(node)
+            if rule is not None and rule.kind in self.target.output_quantized:
+                self._quantize_output(self._tail(node), found)
+        for join in self.joins:
+            for source in activation_inputs(join):
+                self._quantize_input(source, join, found)
+            self._quantize_output(self._tail(join), found)
+        order = {node.name: index for index, node in enumerate(self.nodes)}
+        return sorted(found, key=lambda edge: (order[edge.producer], order[edge.consumer], edge.slot))
+
+    def _quantize_input(self, source: Node, reader: Node, found: dict[Edge, None]) -> None:
+        """Quantize the edge, and the edges into the ops that keep the grid above it."""
+        for edge in edges_between(source, reader):
+            found[edge] = None
+        rule = rule_of(source)
+        if rule is not None and rule.scale in PASS_THROUGH:
+            for above in activation_inputs(source):
+                self._quantize_input(above, source, found)
+
+    def _quantize_output(self, value: Node, found: dict[Edge, None]) -> None:
+        """Quantize every use of a value, and the uses of what only rearranges it where someone computes on it."""
+        for user in consumers(value):
+            for edge in edges_between(value, user):
+                found[edge] = None

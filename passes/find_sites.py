@@ -1,0 +1,120 @@
+"""List the sites: every weight whose precision is decided, with the precisions it may take."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch.fx import Node
+
+from fxquant.core.edges import EdgeGroups, QuantizedEdges
+from fxquant.core.errors import OptionError
+from fxquant.core.graphs import tensor_at
+from fxquant.core.ops import rule_of, shape_of
+from fxquant.core.program import Program
+from fxquant.core.spec import FLOAT, FLOAT_BITS, Choice, Site, Sites, site_name
+from fxquant.core.target import Target
+from fxquant.passes.base import Pass
+
+
+@dataclass(frozen=True)
+class FindSites(Pass):
+    """Write `Sites`: one per weight tensor that an integer op reads.
+
+    Args:
+        target: which widths execute.
+        bits: candidate weight bits; 32 adds "float" as a candidate.
+        activation_bits: candidate activation bits.
+        pins: glob over site names -> the only precision allowed there.
+        pin_ends: also pin the first and the last site to 8 bits, the convention of most papers.
+
+    Raises:
+        OptionError: a width the target does not execute, or a glob that matches nothing.
+    """
+
+    target: Target
+    bits: tuple[int, ...]
+    activation_bits: tuple[int, ...]
+    pins: Mapping[str, Choice] = field(default_factory=dict)
+    pin_ends: bool = False
+    reads = (QuantizedEdges, EdgeGroups)
+    writes = (Sites,)
+
+    def __post_init__(self) -> None:
+        for label, asked, known in (
+            ("bits", self.bits, (*self.target.weight_bits, FLOAT_BITS)),
+            ("activation_bits", self.activation_bits, self.target.activation_bits),
+        ):
+            wrong = sorted(set(asked) - set(known))
+            if wrong or not asked:
+                raise OptionError(
+                    f"{label}={tuple(asked)}: target {self.target.name!r} does not execute {wrong or 'an empty list'}; "
+                    f"it executes {sorted(known)}"
+                )
+
+    def run(self, program: Program) -> tuple[Program, int]:
+        """Return the program with its sites known."""
+        readers: defaultdict[str, list[Node]] = defaultdict(list)
+        integer = program[QuantizedEdges].integer_nodes
+        for node in program.module.graph.nodes:
+            rule = rule_of(node)
+            if node.name in integer and rule is not None and rule.weight is not None:
+                weight = node.args[rule.weight]
+                assert isinstance(weight, Node)
+                readers[str(weight.target)].append(node)
+        choices = sorted({FLOAT if w == FLOAT_BITS else Choice(w, a) for w in self.bits for a in self.activation_bits})
+        sites = [_site(program, path, nodes, tuple(choices)) for path, nodes in readers.items()]
+        sites = self._pinned(sites)
+        return program.with_facts(Sites(tuple(sites), dict(program[QuantizedEdges].float_reasons))), 0
+
+    def _pinned(self, sites: list[Site]) -> list[Site]:
+        allowed: dict[str, Choice] = {}
+        ends = (sites[0], sites[-1]) if self.pin_ends and sites else ()
+        for site in ends:
+            allowed[site.name] = Choice(8, max(self.activation_bits))
+        for pattern, choice in self.pins.items():
+            names = matching(pattern, [site.name for site in sites])
+            allowed.update(dict.fromkeys(names, choice))
+        return [s if s.name not in allowed else replace(s, choices=(allowed[s.name],)) for s in sites]
+
+
+def matching(pattern: str, names: list[str]) -> list[str]:
+    """Return the names a glob matches.
+
+    Raises:
+        OptionError: none; the message lists near ones.
+    """
+    found = fnmatch.filter(names, pattern)
+    if not found:
+        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+        raise OptionError(f"pattern {pattern!r} matches no site; near: {', '.join(near)}")
+    return found
+
+
+def _site(program: Program, path: str, nodes: list[Node], choices: tuple[Choice, ...]) -> Site:
+    rule = rule_of(nodes[0])
+    assert rule is not None
+    assert rule.bias is not None
+    assert rule.macs is not None
+    weight = tensor_at(program.module, path)
+    source, groups = nodes[0].args[0], program[EdgeGroups]
+    assert isinstance(source, Node)
+    group = groups.group_of(source.name)
+    assert group is not None
+    batch = max(1, shape_of(nodes[0])[0])
+    bias = nodes[0].args[rule.bias] if len(nodes[0].args) > rule.bias else None
+    return Site(
+        name=site_name(path),
+        kind=rule.kind,
+        weight=path,
+        nodes=tuple(node.name for node in nodes),
+        weight_count=weight.numel(),
+        channels=int(weight.shape[rule.channel_axis]),
+        bias_count=tensor_at(program.module, str(bias.target)).numel() if isinstance(bias, Node) else 0,
+        macs=sum(rule.macs(node) for node in nodes) // batch,
+        input_tie=groups.bit_ties[group],
+        choices=choices,
+    )

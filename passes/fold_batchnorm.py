@@ -1,0 +1,88 @@
+"""Fold batch normalisation into the convolution or linear layer in front of it.
+
+With y = gamma (W x + b - mean) / sqrt(var + eps) + beta and f = gamma / sqrt(var + eps):
+    W' = f W (per output channel),    b' = f (b - mean) + beta.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxquant.core.graphs import constant, erase_dead
+from fxquant.core.ops import rule_of
+from fxquant.core.program import Program
+from fxquant.passes.base import Pass
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FoldBatchnorm(Pass):
+    """Fold every batch normalisation whose only input is a weighted op with constant weights used once."""
+
+    def run(self, program: Program) -> tuple[Program, int]:
+        """Return the program with foldable batch normalisation gone."""
+        module = program.module
+        rewrites = 0
+        for node in list(module.graph.nodes):
+            if node.target is aten._native_batch_norm_legit_no_training.default:
+                rewrites += _fold(module, node)
+        erase_dead(module)
+        return program, rewrites
+
+
+def _fold(module: GraphModule, norm: Node) -> int:
+    producer, *statistics = norm.args[:5]
+    outputs = [user for user in norm.users if user.target is operator.getitem and user.args[1] == 0]
+    if not isinstance(producer, Node) or len(norm.users) != 1 or len(outputs) != 1 or len(producer.users) != 1:
+        return 0
+    rule = rule_of(producer)
+    if rule is None or rule.weight is None or rule.bias is None:
+        return 0
+    weight, bias = (producer.args[p] if len(producer.args) > p else None for p in (rule.weight, rule.bias))
+    w, b = constant(module, weight), constant(module, bias)
+    gamma, beta, mean, variance = (constant(module, s) for s in statistics)
+    if (
+        not isinstance(weight, Node)
+        or w is None
+        or mean is None
+        or variance is None
+        or (bias is not None and b is None)
+    ):
+        return 0
+    # A weight that two layers share may be folded into neither: each would need its own.
+    if sum(len(n.users) for n in module.graph.nodes if n.op == "get_attr" and n.target == weight.target) != 1:
+        return 0
+    epsilon = norm.args[6]
+    assert isinstance(epsilon, float)
+    factor = torch.rsqrt(variance.double() + epsilon) * (1.0 if gamma is None else gamma.double())
+    shift = ((0.0 if b is None else b.double()) - mean.double()) * factor + (0.0 if beta is None else beta.double())
+    path = str(weight.target)
+    scaled = w.double() * factor.reshape([-1] + [1] * (w.dim() - 1))
+    _store(module, producer, rule.weight, path, scaled.to(w.dtype))
+    _store(module, producer, rule.bias, path.removesuffix("weight") + "bias", shift.to(w.dtype))
+    outputs[0].replace_all_uses_with(producer)
+    return 1
+
+
+def _store(module: GraphModule, consumer: Node, position: int, path: str, value: Tensor) -> None:
+    """Put a new parameter at `path` and let the consumer read it at an argument position."""
+    *parents, leaf = path.split(".")
+    holder = module.get_submodule(".".join(parents))
+    if leaf in dict(holder.named_buffers(recurse=False)):
+        delattr(holder, leaf)
+    setattr(holder, leaf, nn.Parameter(value, requires_grad=False))
+    with module.graph.inserting_before(consumer):
+        node = module.graph.get_attr(path)
+    fake = consumer.args[0].meta.get("val") if isinstance(consumer.args[0], Node) else None
+    # The op table reads shapes from meta; the graph's fake mode keeps the value itself out of it.
+    mode = getattr(fake, "fake_mode", None)
+    node.meta["val"] = mode.from_tensor(value) if mode is not None else value
+    padded = list(consumer.args) + [None] * (position + 1 - len(consumer.args))
+    padded[position] = node
+    consumer.args = tuple(padded)

@@ -1,0 +1,56 @@
+"""Insert an observer on every value that carries a quantizer, and take them out again with what they saw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fxquant.core.edges import QuantizedEdges
+from fxquant.core.graphs import insert_after, resolve
+from fxquant.core.observers import OBSERVERS, Observer
+from fxquant.core.program import Program
+from fxquant.core.ranges import Ranges
+from fxquant.passes.base import Pass
+
+
+@dataclass(frozen=True)
+class InsertObservers(Pass):
+    """Put an observer node, called `observe_<producer>`, on the quantized edges of each producer.
+
+    Args:
+        observer: name of the observer: minmax, mse, moving_average or percentile.
+    """
+
+    observer: str = "mse"
+    reads = (QuantizedEdges,)
+
+    def run(self, program: Program) -> tuple[Program, int]:
+        """Return the graph with observers; running it on images fills them."""
+        make = OBSERVERS[self.observer]
+        edges = program[QuantizedEdges].edges
+        graph = program.module.graph
+        producers = dict.fromkeys(edge.producer for edge in edges)
+        for producer in producers:
+            users = [resolve(graph, edge.consumer) for edge in edges if edge.producer == producer]
+            insert_after(program.module, resolve(graph, producer), f"observe_{producer}", make(producer), users)
+        return program, len(producers)
+
+
+@dataclass(frozen=True)
+class CollectRanges(Pass):
+    """Erase the observers and write what they saw as `Ranges`."""
+
+    writes = (Ranges,)
+
+    def run(self, program: Program) -> tuple[Program, int]:
+        """Return the graph without observers, and the ranges."""
+        histograms, clips = {}, set()
+        for node in list(program.module.graph.nodes):
+            if node.op != "call_module":
+                continue
+            observer = program.module.get_submodule(str(node.target))
+            if isinstance(observer, Observer):
+                histograms[observer.producer] = observer.histogram()
+                clips.add(observer.clip)
+                node.replace_all_uses_with(node.args[0])
+                program.module.graph.erase_node(node)
+        return program.with_facts(Ranges(histograms, "mse" if "mse" in clips else "full")), len(histograms)
