@@ -46,6 +46,14 @@ IDENTITIES: dict[object, Callable[[Node], bool]] = {
 """Op -> whether a node of it returns its first input unchanged."""
 
 
+SPELLINGS: dict[object, Callable[..., Any]] = {
+    # A view demands strides that an erased clone may have provided; a reshape copies where it must.
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+}
+"""Op -> the one op that is used for its meaning."""
+
+
 @dataclass(frozen=True)
 class Canonicalize(Pass):
     """Erase identities and dead nodes, move keyword arguments into position, spell "same" padding as numbers."""
@@ -68,6 +76,10 @@ def _canonical(module: GraphModule, node: Node) -> int:
         node.replace_all_uses_with(source)
         module.graph.erase_node(node)
         return 1
+    spelling = SPELLINGS.get(node.target)
+    if spelling is not None:
+        node.target = spelling
+        return 1 + _positional(node)
     return _positional(node) + _explicit_padding(node)
 
 

@@ -13,7 +13,7 @@ from torch.fx import Node
 from fxquant.core.edges import EdgeGroups, QuantizedEdges
 from fxquant.core.errors import OptionError
 from fxquant.core.graphs import tensor_at
-from fxquant.core.ops import rule_of, shape_of
+from fxquant.core.ops import REFUSED, rule_of, shape_of
 from fxquant.core.program import Program
 from fxquant.core.spec import FLOAT, FLOAT_BITS, Choice, Site, Sites, site_name
 from fxquant.core.target import Target
@@ -68,7 +68,12 @@ class FindSites(Pass):
         choices = sorted({FLOAT if w == FLOAT_BITS else Choice(w, a) for w in self.bits for a in self.activation_bits})
         sites = [_site(program, path, nodes, tuple(choices)) for path, nodes in readers.items()]
         sites = self._pinned(sites)
-        return program.with_facts(Sites(tuple(sites), dict(program[QuantizedEdges].float_reasons))), 0
+        refusals = {
+            node.name: program[QuantizedEdges].float_reasons[node.name]
+            for node in program.module.graph.nodes
+            if node.name in program[QuantizedEdges].float_reasons and _does_work(node)
+        }
+        return program.with_facts(Sites(tuple(sites), refusals)), 0
 
     def _pinned(self, sites: list[Site]) -> list[Site]:
         allowed: dict[str, Choice] = {}
@@ -79,6 +84,12 @@ class FindSites(Pass):
             names = matching(pattern, [site.name for site in sites])
             allowed.update(dict.fromkeys(names, choice))
         return [s if s.name not in allowed else replace(s, choices=(allowed[s.name],)) for s in sites]
+
+
+def _does_work(node: Node) -> bool:
+    """Whether leaving the node in float is worth a line in the report: it multiplies, or holds a table."""
+    rule = rule_of(node)
+    return node.target in REFUSED or (rule is not None and rule.macs is not None)
 
 
 def matching(pattern: str, names: list[str]) -> list[str]:
