@@ -1,0 +1,138 @@
+"""One call of CBC on a PuLP model, with the status and the bound that CBC itself reports.
+
+PuLP's own status says "Optimal" for a time-out with an incumbent, and CBC's closing summary rounds its
+lower bound to three decimals, upward too. Both are read here from the lines that can be trusted: the
+solution file's first line, and the search's "best possible" figure, which has eight digits.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pulp
+
+from fxquant.core.errors import MissingDependencyError, SolverError
+from fxquant.passes.allocation.solution import FloatArray
+
+# CBC's tolerances are absolute (1e-7 on reduced costs, 1e-4 between two incumbents), so objectives are
+# brought to this size before it sees them; bit-allocation scores are often far below 1e-4.
+OBJECTIVE_SIZE = 1e5
+# What eight printed digits and CBC's own tolerances can hide, relative to the largest coefficient.
+BOUND_MARGIN = 1e-7
+
+_PARTIAL = re.compile(r"best possible ([-+0-9.eE]+)\)")
+
+
+@dataclass(frozen=True)
+class CbcResult:
+    """What CBC said.
+
+    Args:
+        status: "optimal" and "infeasible" are proofs; "stopped" is a time-out.
+        values: (variables,) in the order handed in, None without an incumbent.
+        bound: proven lower bound in the model's unit, -inf where CBC gives none.
+    """
+
+    status: Literal["optimal", "infeasible", "stopped"]
+    values: FloatArray | None
+    bound: float
+
+
+def solve(
+    constraints: list[pulp.LpConstraint],
+    variables: list[pulp.LpVariable],
+    objective: FloatArray,
+    time_limit: float,
+) -> CbcResult:
+    """Minimise objective' x subject to the constraints, with CBC in one quiet thread.
+
+    Args:
+        constraints: PuLP constraints over `variables`.
+        variables: PuLP variables, bounds and kinds set.
+        objective: (variables,) coefficients, any unit.
+        time_limit: wall-clock seconds.
+
+    Raises:
+        MissingDependencyError: PuLP finds no CBC program.
+        SolverError: CBC ended without a readable result.
+    """
+    scale = OBJECTIVE_SIZE / max(float(np.abs(objective).max(initial=0.0)), 1e-300)
+    model = pulp.LpProblem("allocation", pulp.LpMinimize)
+    model.setObjective(
+        pulp.LpAffineExpression(list(zip(variables, (objective * scale).tolist(), strict=True)))
+    )
+    for constraint in constraints:
+        model.addConstraint(constraint)
+    with tempfile.TemporaryDirectory(prefix="fxquant_cbc_") as folder:
+        log, solution = _call(model, Path(folder), time_limit)
+    status = _status(solution[0])
+    has_plan = "objective value" in solution[0] and "no integer" not in solution[0].lower()
+    values = _values(solution, variables) if status != "infeasible" and has_plan else None
+    return CbcResult(status, values, _bound(status, values, log, objective, scale))
+
+
+def _call(model: pulp.LpProblem, folder: Path, time_limit: float) -> tuple[str, list[str]]:
+    """Run the CBC program on the model; its log and the lines of its solution file."""
+    program = pulp.PULP_CBC_CMD(msg=False).path
+    if not program or not Path(program).exists():
+        raise MissingDependencyError("PuLP finds no CBC program; reinstall pulp, whose wheel brings one")
+    model.writeMPS(str(folder / "model.mps"))
+    options = ["-threads", "1", "-randomCbcSeed", "1", "-ratio", "0", "-allow", "0", "-increment", "1e-9"]
+    command = [program, str(folder / "model.mps"), "-sec", f"{max(time_limit, 0.01):.3f}", "-timeMode", "elapsed"]
+    command += [*options, "-printingOptions", "all", "-solve", "-solution", str(folder / "plan.txt")]
+    try:
+        # CBC looks at its clock between steps only; a step that never ends must not take the caller along.
+        done = subprocess.run(
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=time_limit + 10.0, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return "", ["Stopped on time - no integer solution"]
+    plan = folder / "plan.txt"
+    lines = plan.read_text(encoding="utf-8").splitlines() if plan.exists() else []
+    if not lines:
+        raise SolverError(f"CBC ended with code {done.returncode} and no solution file: {done.stdout[-300:]!r}")
+    return done.stdout, lines
+
+
+def _status(headline: str) -> Literal["optimal", "infeasible", "stopped"]:
+    """Read the solution file's first line."""
+    if headline.startswith("Optimal"):
+        return "optimal"
+    if headline.startswith(("Infeasible", "Integer infeasible")):
+        return "infeasible"
+    if headline.startswith("Stopped"):
+        return "stopped"
+    raise SolverError(f"CBC answered {headline!r}; expected Optimal, Infeasible or Stopped")
+
+
+def _values(solution: list[str], variables: list[pulp.LpVariable]) -> FloatArray:
+    """Variable values from the solution file's lines "index name value reduced_cost"."""
+    found = {}
+    for line in solution[1:]:
+        # A leading "**" marks rows and columns outside their bounds by more than CBC's tolerance.
+        words = line.replace("**", " ").split()
+        if len(words) >= 3:
+            found[words[1]] = float(words[2])
+    return np.array([found.get(variable.name, 0.0) for variable in variables])
+
+
+def _bound(
+    status: str, values: FloatArray | None, log: str, objective: FloatArray, scale: float
+) -> float:
+    """Proven lower bound in the unit of `objective`, with the margin that printing and tolerances need."""
+    if status == "infeasible":
+        return np.inf
+    margin = BOUND_MARGIN * float(np.abs(objective).max(initial=0.0))
+    if status == "optimal" and values is not None:
+        return float(objective @ values) - margin
+    printed = _PARTIAL.findall(log)
+    if not printed or abs(float(printed[-1])) >= 1e49:
+        return -np.inf
+    possible = float(printed[-1]) / scale
+    return possible - BOUND_MARGIN * abs(possible) - margin

@@ -1,0 +1,57 @@
+"""The integer quadratic program as one linear program in PuLP, solved by CBC: exact for small remainders."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pulp
+
+from fxquant.passes.allocation import cbc
+from fxquant.passes.allocation.linear import one_hot_and_limits
+from fxquant.passes.allocation.solution import BoolArray, Clock, Problem
+
+
+def pair_count(problem: Problem) -> int:
+    """How many pair variables the linear model needs: pairs of choices of two groups that interact."""
+    return sum(len(first) * len(second) for first, second in _interacting(problem))
+
+
+def solve_linearised(problem: Problem, clock: Clock) -> tuple[BoolArray | None, float]:
+    """Minimise x' values x over the plans of `problem` with CBC; the plan, (n,) bool, and a proven bound.
+
+    x_i x_j becomes a variable y_ij >= 0 with sum_{j in h} y_ij = x_i for both groups of the pair, which
+    is exact for one-hot x (Adams and Sherali, 1986: level one of the reformulation-linearization
+    technique). No plan and bound inf means infeasible; no plan and a lower bound means out of time.
+    """
+    count = len(problem.values)
+    singles = [pulp.LpVariable(f"x{index}", cat=pulp.LpBinary) for index in range(count)]
+    variables, scores = list(singles), np.diag(problem.values).tolist()
+    constraints = one_hot_and_limits(problem, singles)
+    for first, second in _interacting(problem):
+        pairs = {
+            (i, j): pulp.LpVariable(f"y{i}_{j}", lowBound=0, upBound=1) for i in first for j in second
+        }
+        for pair, variable in pairs.items():
+            variables.append(variable)
+            scores.append(2 * problem.values[pair])
+        for i in first:
+            terms = [(pairs[i, j], 1) for j in second]
+            constraints.append(pulp.LpAffineExpression([*terms, (singles[i], -1)]) == 0)
+        for j in second:
+            terms = [(pairs[i, j], 1) for i in first]
+            constraints.append(pulp.LpAffineExpression([*terms, (singles[j], -1)]) == 0)
+    result = cbc.solve(constraints, variables, np.array(scores), clock.left)
+    if result.values is None:
+        return None, result.bound
+    choice = result.values[:count] > 0.5
+    # A plan over a limit by less than CBC's tolerance is no plan of ours; its bound stays valid.
+    return (choice if problem.feasible(choice) else None), result.bound
+
+
+def _interacting(problem: Problem) -> list[tuple[list[int], list[int]]]:
+    return [
+        (first.tolist(), second.tolist())
+        for first, second in itertools.combinations(problem.groups, 2)
+        if problem.values[np.ix_(first, second)].any()
+    ]
