@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from fxquant.core import store
 from fxquant.core.errors import FileFormatError, OptionError
 
 Labelled = tuple[Tensor, Tensor]
@@ -59,11 +60,9 @@ def read_arrays(relative: str) -> dict[str, NDArray[np.generic]]:
     """Return every array of one npz file of the data folder, by key.
 
     Raises:
-        FileFormatError: the file is missing.
+        FileFormatError: the file is missing, damaged or holds pickled objects.
     """
-    # Pickle stays off: an array file must not be able to run code.
-    with np.load(data_file(relative), allow_pickle=False) as archive:
-        return {key: archive[key] for key in archive.files}
+    return store.read_arrays(data_file(relative))
 
 
 @cache

@@ -61,9 +61,7 @@ class Network:
 
 
 def _cifar(factory: Callable[[], nn.Module], preprocessing: data.Preprocessing) -> Network:
-    return Network(
-        factory, (3, 32, 32), preprocessing, lambda: data.cifar10("test"), data.cifar10_calibration
-    )
+    return Network(factory, (3, 32, 32), preprocessing, lambda: data.cifar10("test"), data.cifar10_calibration)
 
 
 def _imagenet(

@@ -62,6 +62,6 @@ def resnet18() -> ResNet18:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 # Fresh statistics (mean 0, variance 1) would make BatchNorm folding trivially exact.
-                nn.init.uniform_(module.running_mean, -0.2, 0.2)
-                nn.init.uniform_(module.running_var, 0.5, 1.5)
+                module.running_mean = torch.empty(module.num_features).uniform_(-0.2, 0.2)
+                module.running_var = torch.empty(module.num_features).uniform_(0.5, 1.5)
     return model.eval()
