@@ -9,6 +9,8 @@ from fxquant.passes.allocation.solution import LIMIT_TOLERANCE, BoolArray, Clock
 
 # Groups re-drawn by one kick; small kicks keep most of a good plan, large ones leave its basin.
 KICK_SIZES = (2, 3, 4, 6, 8)
+# Kicks without gain before a random restart, and such restarts in a row before the search ends.
+QUIET_KICKS, RESTARTS = 60, 4
 
 
 class LocalSearch:
@@ -54,14 +56,14 @@ class LocalSearch:
             self.improve(self._random_plan())
 
     def kick(self, clock: Clock, seconds: float) -> None:
-        """Iterated local search from the best plan for some seconds, the whole time if there is no plan."""
+        """Iterated local search from the best plan, some seconds at most; ends early when it runs dry."""
         finish = min(clock.spent + seconds, clock.allowed)
-        quiet = 0
+        quiet, restarts = 0, 0
         current, current_objective = self.best, self.best_objective
-        while clock.spent < finish:
+        while clock.spent < finish and restarts <= RESTARTS:
             before = self.best_objective
-            if current is None or quiet >= 60:
-                plan, quiet = self._random_plan(), 0
+            if current is None or quiet >= QUIET_KICKS:
+                plan, quiet, restarts = self._random_plan(), 0, restarts + 1
                 current_objective = np.inf
             else:
                 plan = current.copy()
@@ -76,7 +78,7 @@ class LocalSearch:
                 quiet += 1
             if self.best_objective < before and self.best is not None:
                 self.deepen(clock)
-                current, current_objective = self.best, self.best_objective
+                current, current_objective, restarts = self.best, self.best_objective, 0
 
     def deepen(self, clock: Clock) -> None:
         """Exchanges of three groups on the best plan until none helps or the time is over."""

@@ -13,7 +13,8 @@ from fxquant.passes.allocation.subproblem import Subproblem
 # Step length of the dual update; above 1 and below the golden ratio it converges and is faster.
 DUAL_STEP = 1.6
 PENALTY_CHANGE = 1.3
-START_PENALTY = 0.03
+# Small: the multipliers then move fast while the bound is still far off; `_balanced` raises it later.
+START_PENALTY = 0.001
 
 
 @dataclass(frozen=True)
