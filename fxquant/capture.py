@@ -89,7 +89,7 @@ def capture(
         raise CaptureError(f"the exported program cannot be brought to functional ATen: {_summary(error)}") from error
     assert isinstance(module, GraphModule)
     _check_weights(module)
-    return Program(GraphModule(module, module.graph))
+    return Program(GraphModule(module, module.graph), {ExportedProgram: exported})
 
 
 def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) -> ExportedProgram:

@@ -2,79 +2,70 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch.fx import Node
 
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.edges import EdgeGroups
+from fxquant.core.errors import OptionError
 from fxquant.core.fake_quant import FakeQuantize
-from fxquant.core.graphs import insert_after, resolve, tensor_at
-from fxquant.core.numerics import weight_parameters
-from fxquant.core.ops import rule_of
+from fxquant.core.graphs import insert_after, resolve
+from fxquant.core.grids import FakeQuantNodes, WeightGrids
 from fxquant.core.program import Program
 from fxquant.core.ranges import Ranges
-from fxquant.core.spec import Choice, QuantSpec, Site, Sites, activation_spec, weight_spec
+from fxquant.core.spec import Choice, Site, Sites, activation_spec
 from fxquant.passes.base import Pass
 
 
-@dataclass(frozen=True)
-class FakeQuantNodes:
-    """Where the quantizers ended up.
-
-    Args:
-        weights: site name -> names of the fake-quant nodes on its weight.
-        activations: group name -> names of the fake-quant nodes on its values.
-    """
-
-    weights: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    activations: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-
 def group_bits(groups: EdgeGroups, sites: Sites, choices: dict[str, Choice], default: int) -> dict[str, int]:
-    """Return the activation bits of every group: those its readers chose, `default` where no site reads it."""
-    by_tie = {
-        site.input_tie: choices[site.name].activation_bits
-        for site in sites.sites
-        if site.name in choices and not choices[site.name].is_float
-    }
-    return {group: by_tie.get(tie, default) for group, tie in groups.bit_ties.items()}
+    """Return the activation bits of every group: those its readers chose, `default` where no site reads it.
 
-
-def site_weight_spec(program: Program, site: Site, bits: int) -> QuantSpec:
-    """Return the weight grid of a site at a width, channels along the axis its op counts outputs on."""
-    rule = rule_of(resolve(program.module.graph, site.nodes[0]))
-    assert rule is not None
-    return weight_spec(bits, rule.channel_axis)
+    Raises:
+        OptionError: two sites that read one value chose different activation bits.
+    """
+    by_tie: dict[str, tuple[int, str]] = {}
+    for site in sites.sites:
+        bits = choices[site.name].activation_bits
+        known, other = by_tie.setdefault(site.input_tie, (bits, site.name))
+        if known != bits:
+            raise OptionError(
+                f"sites {other!r} and {site.name!r} read one value and must agree on activation bits, "
+                f"not {known} and {bits}"
+            )
+    return {group: by_tie.get(tie, (default, ""))[0] for group, tie in groups.bit_ties.items()}
 
 
 @dataclass(frozen=True)
 class InsertFakeQuant(Pass):
     """Put `FakeQuantize` nodes on every quantized edge and every site's weight, at the plan's precision.
 
-    Nodes are called `quantize_<producer>` and `quantize_<weight path>`. The graph must be the one its edges were
-    found on, with sites the plan leaves in float already excluded.
+    Nodes are called `quantize_<producer>` and `quantize_<weight path>`. Sites that the plan leaves in float must have
+    been left out when the edges were found.
 
     Args:
         fixed_bits: activation bits of groups that no site reads, for example the inputs of a residual add.
+
+    Raises:
+        OptionError: the plan lacks a site, or names a width without a grid.
     """
 
     fixed_bits: int = 8
-    reads = (EdgeGroups, Sites, Ranges, BitAllocation)
+    reads = (EdgeGroups, Sites, Ranges, WeightGrids, BitAllocation)
     writes = (FakeQuantNodes,)
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the simulated graph."""
         choices, groups, sites = program[BitAllocation].choices, program[EdgeGroups], program[Sites]
+        missing = [site.name for site in sites.sites if site.name not in choices or choices[site.name].is_float]
+        if missing:
+            raise OptionError(f"the plan gives no integer precision to {', '.join(missing)}; name every site")
         bits = group_bits(groups, sites, choices, self.fixed_bits)
         activations = {group: self._on_group(program, group, bits[group]) for group in groups.producers}
-        weights = {
-            site.name: _on_weight(program, site, choices[site.name])
-            for site in sites.sites
-            if not choices[site.name].is_float
-        }
+        weights = {site.name: _on_weight(program, site, choices[site.name]) for site in sites.sites}
+        nodes = FakeQuantNodes(weights, activations, {site.name: _read_by(program, site) for site in sites.sites})
         count = sum(len(names) for names in (*activations.values(), *weights.values()))
-        return program.with_facts(FakeQuantNodes(weights, activations)), count
+        return program.with_facts(nodes), count
 
     def _on_group(self, program: Program, group: str, bits: int) -> tuple[str, ...]:
         spec, groups, graph = activation_spec(bits), program[EdgeGroups], program.module.graph
@@ -89,11 +80,16 @@ class InsertFakeQuant(Pass):
 
 
 def _on_weight(program: Program, site: Site, choice: Choice) -> tuple[str, ...]:
-    spec = site_weight_spec(program, site, choice.weight_bits)
-    inserted = FakeQuantize(spec, *weight_parameters(tensor_at(program.module, site.weight), spec))
+    grid = program[WeightGrids].at(site.name, choice.weight_bits)
+    inserted = FakeQuantize(grid.spec, grid.scale, grid.zero_point)
     graph, names = program.module.graph, []
     name = f"quantize_{site.weight.replace('.', '_')}"
     for node in [n for n in graph.nodes if n.op == "get_attr" and n.target == site.weight]:
         readers: list[Node] = [user for user in node.users if user.name in site.nodes]
         names.append(insert_after(program.module, node, name, inserted, readers).name)
     return tuple(names)
+
+
+def _read_by(program: Program, site: Site) -> tuple[str, ...]:
+    sources = (resolve(program.module.graph, name).args[0] for name in site.nodes)
+    return tuple(dict.fromkeys(source.name for source in sources if isinstance(source, Node)))

@@ -107,3 +107,10 @@ class BitAllocation:
             )
         except (KeyError, TypeError, ValueError, AttributeError, OptionError) as error:
             raise FileFormatError(f"{origin} is not an intact plan ({type(error).__name__}: {error})") from error
+
+
+@dataclass(frozen=True)
+class Finalists:
+    """Plans within the budget that are worth measuring, by name."""
+
+    plans: dict[str, BitAllocation]

@@ -57,3 +57,27 @@ def relative_mse(reference: Tensor, output: Tensor, labels: Tensor | None) -> Te
 def default_loss(output: Tensor) -> str:
     """Return the loss that fits an output: "kl" for (images, classes >= 2) scores, else "mse"."""
     return "kl" if output.dim() == 2 and output.shape[1] >= 2 else "mse"
+
+
+def embed_shift(loss: str, reference: Tensor, shift: Tensor) -> Tensor:
+    """Return e with `loss(reference + shift) ~ |e|^2 / 2` per image to second order, so that inner products add up.
+
+    For KL and cross-entropy `e = sqrt(p) (shift - p . shift)`, the Gauss-Newton factor of softmax (`e . e'` equals
+    `shift' (diag p - p p') shift'`); for relative squared error `e = shift sqrt(2 / |reference|^2)`.
+
+    Args:
+        loss: name of the loss.
+        reference: float output, shape (images, ...), classes along axis 1 for KL and cross-entropy.
+        shift: quantized minus float output, of the same shape.
+
+    Returns:
+        float32 of shape (images, features).
+    """
+    if loss == "mse":
+        norm = reference.flatten(1).square().sum(dim=1, keepdim=True).clamp(min=1e-12)
+        return shift.flatten(1) * torch.sqrt(2.0 / norm)
+    p = torch.softmax(reference, dim=1)
+    positions = reference[0, 0].numel()
+    centred = shift - (p * shift).sum(dim=1, keepdim=True)
+    embedded: Tensor = (p.sqrt() * centred).flatten(1) / float(positions) ** 0.5
+    return embedded

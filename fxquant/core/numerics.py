@@ -95,7 +95,9 @@ def weight_parameters(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     for ratio in torch.linspace(SEARCH_LOWEST, 1.0, SEARCH_STEPS).tolist():
         for reference in (widest, symmetric) if ratio == 1.0 else (symmetric,):
             scale = (reference * ratio).clamp(min=SMALLEST_SCALE)
-            error = (rows - round_trip(rows, scale, zero_point, row_spec)).square().sum(dim=1)
+            # The fused kernel keeps this search, dozens of passes over every weight, out of the way.
+            rounded = torch.fake_quantize_per_channel_affine(rows, scale, zero_point, 0, spec.qmin, spec.qmax)
+            error = rounded.sub_(rows).square_().sum(dim=1)
             better = error < best_error
             best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
     return best, zero_point

@@ -12,6 +12,9 @@ from fxquant.core.errors import CalibrationError
 from fxquant.core.ranges import BINS, Histogram
 from fxquant.core.registry import Registry
 
+DENSE_LIMIT = 1 << 20
+"""Elements of one batch that are counted one by one."""
+
 
 class Observer(nn.Module):
     """Passes its input through and counts it: streaming, no activation is stored.
@@ -47,8 +50,11 @@ class Observer(nn.Module):
                 "check the images and the model's weights"
             )
         self._cover(low, high)
-        counts = torch.histc(flat, bins=BINS, min=self._low, max=self._low + BINS * self._width)
-        self._counts += counts.double().cpu().numpy()
+        # A large map is counted at a stride; the stride is odd so that it walks through rows and channels alike.
+        stride = 1 if flat.numel() <= DENSE_LIMIT else flat.numel() // DENSE_LIMIT | 1
+        seen = flat.flatten()[::stride]
+        counts = torch.histc(seen, bins=BINS, min=self._low, max=self._low + BINS * self._width)
+        self._counts += counts.double().cpu().numpy() * stride
         self._track(low, high)
         self.batches += 1
         return x

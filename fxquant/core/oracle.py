@@ -6,7 +6,7 @@ some nodes of the graph by other functions of the same inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,23 +28,20 @@ class GraphReplay:
 
     Args:
         module: the graph; its single output is a tensor, or a structure whose first tensor is the answer.
+        node_cost: node name -> cost of running it once; unnamed nodes count as free.
     """
 
-    def __init__(self, module: GraphModule) -> None:
+    def __init__(self, module: GraphModule, node_cost: Mapping[str, float] | None = None) -> None:
         self.module = module
+        self._cost = node_cost or {}
         self.nodes: list[Node] = list(module.graph.nodes)
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.by_name = {node.name: node for node in self.nodes}
         # Submodule look-up by path is slow enough to show in small networks.
         self._targets = {n: module.get_submodule(str(n.target)) for n in self.nodes if n.op == "call_module"}
         self._interpreter = Interpreter(module, garbage_collect_values=False)
-        #: nodes recomputed so far, for cost reports
-        self.executed = 0
-
-    @property
-    def cost_per_run(self) -> int:
-        """Computed nodes of one whole run."""
-        return sum(node.op in ("call_function", "call_module", "call_method") for node in self.nodes)
+        #: cost of all nodes run so far, in the unit of `node_cost`, for reports of what was spent
+        self.spent = 0.0
 
     def forward(
         self, inputs: tuple[Tensor, ...], substitution: Substitution | None = None
@@ -61,15 +58,22 @@ class GraphReplay:
                 environment[node] = self._run(node, environment, substitution or {})
         return self.answer(environment), environment
 
-    def replay(self, base: Environment, substitution: Substitution, keep: bool = False) -> tuple[Tensor, Environment]:
+    def replay(
+        self,
+        base: Environment,
+        substitution: Substitution,
+        changed: Iterable[str] | None = None,
+        keep: bool = False,
+    ) -> tuple[Tensor, Environment]:
         """Run only what the substitution changes, the rest read from `base`; the same answer as a whole run.
 
         Args:
-            base: environment of an earlier run that had other functions at the substituted nodes only.
-            substitution: the nodes that change.
+            base: environment of an earlier run.
+            substitution: every node that is substituted now.
+            changed: names of those that differ from the earlier run; None for all of `substitution`.
             keep: also return an environment complete enough for further replays (shares the unchanged values).
         """
-        dirty = {self.by_name[name] for name in substitution}
+        dirty = {self.by_name[name] for name in (substitution if changed is None else changed)}
         start = min((self.position[node] for node in dirty), default=len(self.nodes))
         fresh: Environment = {}
         waiting: dict[Node, int] = {}
@@ -99,8 +103,9 @@ class GraphReplay:
     def _run(self, node: Node, environment: Mapping[Node, Any], substitution: Substitution) -> Any:
         if node.op == "get_attr":
             return self._interpreter.fetch_attr(str(node.target))
-        self.executed += 1
-        args, kwargs = map_arg(node.args, environment.__getitem__), map_arg(node.kwargs, environment.__getitem__)
+        self.spent += self._cost.get(node.name, 0.0)
+        args: Any = map_arg(node.args, environment.__getitem__)
+        kwargs: Any = map_arg(node.kwargs, environment.__getitem__)
         replacement = substitution.get(node.name)
         if replacement is not None:
             return replacement(args[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,9 @@ class Ranges:
 
     histograms: dict[str, Histogram]
     clip: str = "mse"
+    _memo: dict[tuple[tuple[str, ...], QuantSpec], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def parameters(self, producers: Iterable[str], spec: QuantSpec) -> tuple[Tensor, Tensor]:
         """Return scale and zero_point, shape `()`, for values that share one grid.
@@ -111,7 +114,12 @@ class Ranges:
         Raises:
             CalibrationError: one of the values was never observed.
         """
-        names = list(producers)
+        names = tuple(producers)
+        if (names, spec) not in self._memo:
+            self._memo[names, spec] = self._search(names, spec)
+        return self._memo[names, spec]
+
+    def _search(self, names: tuple[str, ...], spec: QuantSpec) -> tuple[Tensor, Tensor]:
         missing = [name for name in names if name not in self.histograms]
         if missing:
             raise CalibrationError(f"values {missing} were never observed; calibrate after prepare, on the same graph")

@@ -113,3 +113,10 @@ class SensitivityMatrix:
             raise FileFormatError(
                 f"{path} is not an intact sensitivity file ({error}); run the analysis again"
             ) from error
+
+
+@dataclass(frozen=True)
+class Surrogates:
+    """Every matrix that was measured, by estimator; the first is the one the user asked for."""
+
+    matrices: Mapping[str, SensitivityMatrix]

@@ -1,0 +1,93 @@
+"""What a user asks for besides the budget, checked once, carried as a fact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fxquant.core.errors import OptionError
+from fxquant.core.spec import Choice
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Args:
+        estimators: sensitivity estimators, the preferred one first.
+        images: calibration images used at most, scoring and verification together.
+    """
+
+    estimators: tuple[str, ...]
+    images: int
+
+
+EFFORTS: dict[str, Effort] = {
+    "fast": Effort(("diagonal",), 96),
+    "default": Effort(("gram", "diagonal"), 384),
+    "best": Effort(("pairs", "gram", "diagonal"), 1024),
+}
+"""Preset name -> what it measures."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Choices that shape the graph and the search.
+
+    Args:
+        bits: candidate weight bits; 32 adds "float".
+        activation_bits: candidate activation bits.
+        target: name of the backend that will run the model.
+        pins: glob over site names -> the only precision allowed there.
+        pin_ends: pin the first and the last site to 8 bits.
+        keep_float: globs over site names that stay in float.
+        observer: name of the observer.
+        loss: name of the loss; None takes KL for class scores and relative squared error otherwise.
+        estimators: sensitivity estimators, the preferred one first.
+        solver: name of the solver.
+        time_limit: seconds for each solve.
+        held_out: share of the calibration images kept for verification.
+        seed: seed of every random choice.
+        threads: threads of the target's runtime, None for its default.
+
+    Raises:
+        OptionError: a value out of range.
+    """
+
+    bits: tuple[int, ...] = (2, 4, 8)
+    activation_bits: tuple[int, ...] = (8,)
+    target: str = "onnxruntime"
+    pins: Mapping[str, Choice] = field(default_factory=dict)
+    pin_ends: bool = False
+    keep_float: tuple[str, ...] = ()
+    observer: str = "mse"
+    loss: str | None = None
+    estimators: tuple[str, ...] = ("gram", "diagonal")
+    solver: str = "iqp"
+    time_limit: float = 60.0
+    held_out: float = 0.25
+    seed: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.bits or not self.activation_bits:
+            raise OptionError(
+                f"bits={self.bits} and activation_bits={self.activation_bits} need at least one width each"
+            )
+        if not self.estimators:
+            raise OptionError("estimators is empty; name at least one, for example ('gram',)")
+        if not 0.0 < self.held_out < 1.0:
+            raise OptionError(f"held_out={self.held_out} must lie between 0 and 1")
+        if self.time_limit <= 0:
+            raise OptionError(f"time_limit={self.time_limit} must be above 0 seconds")
+
+
+def effort(name: str) -> Effort:
+    """Return a preset.
+
+    Raises:
+        OptionError: there is none of that name.
+    """
+    if name not in EFFORTS:
+        raise OptionError(f"unknown effort {name!r}; known: {', '.join(EFFORTS)}")
+    return EFFORTS[name]

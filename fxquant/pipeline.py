@@ -1,0 +1,255 @@
+"""The default pipeline, stage by stage: the table of contents of the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxquant.backends.base import backend
+from fxquant.core.allocation import BitAllocation
+from fxquant.core.budget import Budget
+from fxquant.core.cost import CostTables
+from fxquant.core.data import CalibrationSet
+from fxquant.core.errors import CalibrationError, OptionError, PipelineError
+from fxquant.core.losses import LOSSES, default_loss
+from fxquant.core.oracle import model_outputs
+from fxquant.core.program import Program
+from fxquant.core.progress import SILENT, Reporter
+from fxquant.core.score_store import ScoreStore
+from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
+from fxquant.core.settings import Settings
+from fxquant.core.spec import Choice, Sites
+from fxquant.core.store import tensor_digest, text_digest
+from fxquant.core.target import Target
+from fxquant.passes.allocate_bits import AllocateBits, fits, usage
+from fxquant.passes.base import Pass
+from fxquant.passes.calibrate import Calibrate
+from fxquant.passes.canonicalize import Canonicalize
+from fxquant.passes.estimate_cost import EstimateCost
+from fxquant.passes.find_edges import FindEdges
+from fxquant.passes.find_sites import FindSites, matching
+from fxquant.passes.fold_batchnorm import FoldBatchnorm
+from fxquant.passes.insert_fake_quant import InsertFakeQuant
+from fxquant.passes.insert_observers import CollectRanges, InsertObservers
+from fxquant.passes.measure_latency import MeasureLatency
+from fxquant.passes.measure_sensitivity import MeasureSensitivity
+from fxquant.passes.scale_weights import ScaleWeights
+from fxquant.passes.tie_edges import TieEdges
+from fxquant.passes.verify_and_refine import VerifyAndRefine
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order; a wrong order fails when the pipeline is built, not after an hour of calibration.
+
+    Args:
+        passes: in the order they run.
+        given: facts that are there before the first pass.
+
+    Raises:
+        PipelineError: a pass reads what no earlier pass writes.
+    """
+
+    passes: tuple[Pass, ...]
+    given: frozenset[type] = frozenset()
+
+    def __post_init__(self) -> None:
+        known = set(self.given)
+        for position, step in enumerate(self.passes):
+            for kind in step.reads:
+                if kind not in known:
+                    name = type(step).__name__
+                    raise PipelineError(f"pass {position} ({name}) reads {kind.__name__} before any pass writes it")
+            known |= set(step.writes)
+
+    def __call__(self, program: Program) -> Program:
+        """Run the passes one after the other."""
+        for step in self.passes:
+            program = step(program)
+        return program
+
+
+def run(program: Program, *passes: Pass) -> Program:
+    """Check the order against the program's facts and run the passes."""
+    return Pipeline(passes, frozenset(program.facts))(program)
+
+
+def _site_passes(target: Target, settings: Settings, keep_float: dict[str, str]) -> tuple[Pass, ...]:
+    pins = {pattern: choice for pattern, choice in settings.pins.items() if pattern not in keep_float}
+    return (
+        FindEdges(target, keep_float),
+        TieEdges(),
+        FindSites(target, settings.bits, settings.activation_bits, pins, settings.pin_ends),
+    )
+
+
+def find_sites(program: Program, settings: Settings) -> Program:
+    """Bring a captured graph to canonical form and find its edges, ties and sites.
+
+    Raises:
+        OptionError: a pattern matches nothing, or a width the target does not execute.
+        PipelineError: no layer can be quantized; the message says why.
+    """
+    target = backend(settings.target).target
+    program = run(program, Canonicalize(), FoldBatchnorm()).with_facts(settings)
+    program = run(program, *_site_passes(target, settings, {}))
+    names = [site.name for site in program[Sites].sites]
+    kept = {name: "kept in float as asked" for pattern in settings.keep_float for name in matching(pattern, names)}
+    if kept:
+        program = run(program, *_site_passes(target, settings, kept))
+    if not program[Sites].sites:
+        reasons = "; ".join(f"{node}: {why}" for node, why in program[Sites].refusals.items())
+        raise OptionError(f"no layer can be quantized ({reasons or 'the graph has no convolution or linear layer'})")
+    return program
+
+
+def prepare(program: Program, settings: Settings) -> Program:
+    """Find what to quantize and insert an observer on each edge."""
+    return run(find_sites(program, settings), InsertObservers(settings.observer))
+
+
+def calibrate(program: Program, images: CalibrationSet, reporter: Reporter = SILENT) -> Program:
+    """Run images through the observers, take them out again, and fix all grids and costs."""
+    target = backend(program[Settings].target).target
+    return run(program, Calibrate(images, reporter=reporter), CollectRanges(), ScaleWeights(), EstimateCost(target))
+
+
+def simulate(program: Program, plan: BitAllocation) -> Program:
+    """Return the simulated graph of a plan: edges as the plan needs them, fake-quant on each.
+
+    Raises:
+        OptionError: the plan lacks a site, names an unknown one, or a precision without a grid.
+    """
+    settings, sites = program[Settings], program[Sites].sites
+    unknown = sorted(set(plan.choices) - {site.name for site in sites})
+    if unknown:
+        raise OptionError(f"the plan names sites the model does not have: {', '.join(unknown)}")
+    floats = [site.name for site in sites if site.name in plan.choices and plan.choices[site.name].is_float]
+    if floats:
+        kept = dict(program[Sites].refusals) | dict.fromkeys(floats, "the plan keeps it in float")
+        narrowed = replace(settings, pins={}, pin_ends=False)
+        program = run(program, *_site_passes(backend(settings.target).target, narrowed, kept))
+    return run(program.with_facts(plan), InsertFakeQuant(max(settings.activation_bits)))
+
+
+def widest_plan(program: Program) -> BitAllocation:
+    """Return the plan with every site at its widest integer precision."""
+    widest: dict[str, Choice] = {}
+    for site in program[Sites].sites:
+        integers = [choice for choice in site.choices if not choice.is_float]
+        widest[site.name] = integers[-1] if integers else site.choices[-1]
+    return BitAllocation(widest)
+
+
+def loss_name(program: Program, images: CalibrationSet) -> str:
+    """Return the loss in use: the one asked for, or the one that fits the model's output."""
+    asked = program[Settings].loss
+    if asked is not None:
+        _ = LOSSES[asked]
+        return asked
+    return default_loss(model_outputs(program.module, images.slice(0, 1).inputs))
+
+
+def measure_sensitivity(
+    program: Program, images: CalibrationSet, folder: Path | None = None, reporter: Reporter = SILENT
+) -> Program:
+    """Score every candidate, alone and in pairs, as the settings' estimators do.
+
+    Args:
+        program: calibrated.
+        images: the images to score on.
+        folder: where finished scores are kept, so that a killed run goes on; None keeps none.
+        reporter: shows progress.
+    """
+    loss = loss_name(program, images)
+    store = ScoreStore(folder, _identity(program, images, loss) if folder is not None else {})
+    simulated = simulate(program, widest_plan(program))
+    scored = run(simulated, MeasureSensitivity(images, program[Settings].estimators, loss, store, reporter))
+    return program.with_facts(scored[SensitivityMatrix], scored[Surrogates])
+
+
+def _identity(program: Program, images: CalibrationSet, loss: str) -> dict[str, str]:
+    module = program.module
+    columns = [f"{c.site}:{c.choice.label}" for c in program[Sites].candidates]
+    tensors = {f"input {i}": tensor for i, tensor in enumerate(images.inputs)}
+    if loss == "ce" and images.labels is not None:
+        tensors["labels"] = images.labels
+    weights = {name: tensor for name, tensor in module.state_dict().items() if tensor.numel()}
+    settings = program[Settings]
+    return {
+        "model": tensor_digest(weights) + text_digest(str(module.graph)),
+        "data": tensor_digest(tensors),
+        "settings": text_digest(f"{columns} {loss} {settings.observer} {settings.target}"),
+    }
+
+
+def measure_latency(program: Program, images: CalibrationSet, reporter: Reporter = SILENT) -> Program:
+    """Add measured milliseconds per site and precision to the costs."""
+    settings = program[Settings]
+    compile_graph = partial(backend(settings.target).compile, threads=settings.threads)
+    simulated = simulate(program, widest_plan(program)).module
+    one = images.slice(0, 1).inputs
+    return run(program, MeasureLatency(simulated, one, compile_graph, reporter))
+
+
+def allocate(
+    program: Program,
+    budget: Budget,
+    held_out: CalibrationSet | None = None,
+    reporter: Reporter = SILENT,
+) -> Program:
+    """Choose the plan: solve the integer program of every surrogate, then let the measured loss decide.
+
+    Args:
+        program: with sensitivity, and latency where the budget needs it.
+        budget: the limits.
+        held_out: images not used for scoring; None trusts the preferred surrogate.
+        reporter: shows progress.
+
+    Raises:
+        InfeasibleBudgetError: no plan keeps the limits.
+        CalibrationError: the budget needs milliseconds and there is no image to measure them with.
+    """
+    settings = program[Settings]
+    if budget.needs_latency and "latency" not in program[CostTables].tables:
+        if held_out is None:
+            raise CalibrationError("a latency budget needs one image to measure with; give calibration images")
+        program = measure_latency(program, held_out, reporter)
+    program = run(program, AllocateBits(budget, settings.solver, settings.time_limit, settings.seed))
+    if held_out is None:
+        return program
+    loss = loss_name(program, held_out)
+    return run(program, VerifyAndRefine(held_out, _simulator(program), loss, reporter))
+
+
+def _simulator(program: Program) -> Callable[[BitAllocation], GraphModule]:
+    def simulated(plan: BitAllocation) -> GraphModule:
+        return simulate(program, plan).module
+
+    return simulated
+
+
+def impose(program: Program, plan: BitAllocation, budget: Budget | None = None) -> Program:
+    """Use a plan made elsewhere, for example edited by hand.
+
+    Raises:
+        OptionError: the plan does not fit the model, or breaks the budget.
+    """
+    missing = sorted({site.name for site in program[Sites].sites} - set(plan.choices))
+    if missing:
+        raise OptionError(f"the plan lacks sites {', '.join(missing)}; name every one of them")
+    limits = budget.limits if budget is not None else {}
+    if not fits(plan.choices, limits, program[CostTables]):
+        used = usage(plan.choices, limits, program[CostTables])
+        raise OptionError(f"the plan uses {used}, the budget allows {limits}")
+    return program.with_facts(plan)
+
+
+def example_inputs(images: CalibrationSet) -> Sequence[Tensor]:
+    """Return two images, enough to trace with a free batch."""
+    return images.slice(0, 2).inputs

@@ -1,0 +1,53 @@
+"""`size`: bytes really stored for weights, scales, zero-points and biases."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import numpy as np
+from torch import Tensor
+
+from fxquant.core.cost import CostTable
+from fxquant.core.edges import EdgeGroups
+from fxquant.core.graphs import tensor_at
+from fxquant.core.program import Program
+from fxquant.core.spec import Choice, Site, Sites
+from fxquant.core.target import Target
+from fxquant.passes.cost.registry import COSTS
+
+FLOAT_BYTES = 4
+SCALE_BYTES = 4
+ZERO_POINT_BYTES = 1
+BIAS_BYTES = 4
+
+
+def site_bytes(site: Site, choice: Choice, target: Target) -> int:
+    """Return the bytes of one site: packed weights, a scale and a zero-point per channel, an int32 bias.
+
+    A width the file format has no type for is stored in the target's next one.
+    """
+    if choice.is_float:
+        return FLOAT_BYTES * (site.weight_count + site.bias_count)
+    packed = ceil(site.weight_count * target.storage_bits[choice.weight_bits] / 8)
+    return packed + site.channels * (SCALE_BYTES + ZERO_POINT_BYTES) + BIAS_BYTES * site.bias_count
+
+
+@COSTS.register("size")
+def size(program: Program, target: Target) -> CostTable:
+    """Return bytes per candidate; the constant is what stays in float and the scales of the activations."""
+    sites, module = program[Sites], program.module
+    read = {
+        str(node.target): tensor_at(module, str(node.target)) for node in module.graph.nodes if node.op == "get_attr"
+    }
+    whole = sum(_bytes(tensor) for tensor in read.values())
+    quantized = sum(FLOAT_BYTES * (site.weight_count + site.bias_count) for site in sites.sites)
+    scales = len(program[EdgeGroups].producers) * (SCALE_BYTES + ZERO_POINT_BYTES)
+    values = [site_bytes(sites.by_name(c.site), c.choice, target) for c in sites.candidates]
+    return CostTable(
+        sites.candidates, np.array(values, dtype=np.float64), float(whole - quantized + scales), float(whole), "bytes"
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    # The yardstick is the float32 model, whatever type the parameters happen to have.
+    return tensor.numel() * (FLOAT_BYTES if tensor.is_floating_point() else tensor.element_size())

@@ -1,0 +1,93 @@
+"""`latency`: milliseconds per site and precision, measured on this machine in the target's runtime.
+
+Each site's op is cut out of the network with its quantizers and timed alone, in float and in integers, interleaved,
+median of several. Single ops leave out what a whole network adds, so the sum is fitted to the two networks that can
+be measured whole: `T(plan) = a + b sum_l t_l(choice)` goes through the float model and through the model with every
+site at its widest integer precision. Precisions that run on the same kernel cost the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxquant.core.cost import CostTable, CostTables
+from fxquant.core.extract import cut_out
+from fxquant.core.graphs import consumers, resolve
+from fxquant.core.ops import rule_of, shape_of
+from fxquant.core.program import Program
+from fxquant.core.progress import SILENT, Reporter
+from fxquant.core.spec import Site, Sites
+from fxquant.core.timing import time_interleaved
+from fxquant.passes.base import Pass
+
+Compile = Callable[[GraphModule, tuple[Tensor, ...]], Callable[[tuple[Tensor, ...]], Tensor]]
+"""Makes a float or simulated graph run in the runtime that is measured."""
+
+
+@dataclass(frozen=True)
+class MeasureLatency(Pass):
+    """Add the `latency` table to `CostTables`.
+
+    Args:
+        simulated: the network with every site at its widest integer precision.
+        inputs: one sample per input.
+        compile: makes a graph run in the target's runtime.
+        reporter: shows progress.
+    """
+
+    simulated: GraphModule = field(repr=False)
+    inputs: tuple[Tensor, ...] = field(repr=False)
+    compile: Compile = field(repr=False)
+    reporter: Reporter = field(default=SILENT, repr=False)
+    reads = (Sites, CostTables)
+    writes = (CostTables,)
+
+    def run(self, program: Program) -> tuple[Program, int]:
+        """Return the program with its latencies."""
+        sites, candidates = program[Sites].sites, program[Sites].candidates
+        known: dict[tuple[object, ...], list[float]] = {}
+        alone: dict[str, list[float]] = {}
+        for site in self.reporter.track(sites, "time each layer", len(sites)):
+            key = _signature(program.module, site)
+            if key not in known:
+                known[key] = self._time_site(program.module, site)
+            alone[site.name] = [milliseconds * len(site.nodes) for milliseconds in known[key]]
+        whole = [self.compile(graph, self.inputs) for graph in (program.module, self.simulated)]
+        float_ms, integer_ms = time_interleaved([partial(run, self.inputs) for run in whole])
+        slope, constant = fit(float_ms, integer_ms, *np.sum(list(alone.values()), axis=0))
+        values = np.array([slope * alone[c.site][0 if c.choice.is_float else 1] for c in candidates])
+        table = CostTable(candidates, values, constant, float_ms, "milliseconds")
+        return program.with_facts(CostTables({**program[CostTables].tables, "latency": table})), 0
+
+    def _time_site(self, module: GraphModule, site: Site) -> list[float]:
+        """Return (float, integer) milliseconds of one of the site's ops on one sample."""
+        runs = []
+        for source in (module, self.simulated):
+            cut, shape = cut_out(source, resolve(source.graph, site.nodes[0]))
+            example = (torch.rand(1, *shape[1:]),)
+            runs.append(partial(self.compile(cut, example), example))
+        return time_interleaved(runs)
+
+
+def fit(float_ms: float, integer_ms: float, float_sum: float, integer_sum: float) -> tuple[float, float]:
+    """Return (b, a) of `T = a + b sum` through both whole networks; b = 1 where the two points give no usable slope."""
+    slope = (float_ms - integer_ms) / (float_sum - integer_sum) if float_sum != integer_sum else 1.0
+    # Ops that gain alone while the network loses (or the reverse) say nothing about the slope.
+    if not 0.1 <= slope <= 10.0:
+        slope = 1.0
+    return float(slope), float(integer_ms - slope * integer_sum)
+
+
+def _signature(module: GraphModule, site: Site) -> tuple[object, ...]:
+    """Return what the time of a site depends on: op, shapes, settings, clip; equal sites are measured once."""
+    node = resolve(module.graph, site.nodes[0])
+    settings = tuple(str(argument) for argument in node.args if not isinstance(argument, Node))
+    readers = [rule.kind for rule in map(rule_of, consumers(node)) if rule is not None]
+    return (str(node.target), shape_of(node.args[0])[1:], shape_of(node.args[1]), settings, tuple(readers[:1]))

@@ -1,0 +1,52 @@
+"""Measure how precision at each site, and each pair of sites, hurts the prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fxquant.core.data import CalibrationSet
+from fxquant.core.edges import EdgeGroups
+from fxquant.core.grids import FakeQuantNodes, WeightGrids
+from fxquant.core.losses import LOSSES
+from fxquant.core.program import Program
+from fxquant.core.progress import SILENT, Reporter
+from fxquant.core.ranges import Ranges
+from fxquant.core.score_store import ScoreStore
+from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
+from fxquant.core.spec import Sites
+from fxquant.passes.base import Pass
+from fxquant.passes.sensitivity import ESTIMATORS
+from fxquant.passes.sensitivity.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class MeasureSensitivity(Pass):
+    """Write `SensitivityMatrix` and `Surrogates`; runs on a simulated graph, whatever its plan.
+
+    Args:
+        images: the images to score on.
+        estimators: names, the preferred one first.
+        loss: name of the loss.
+        store: finished cells of an earlier run; None keeps none.
+        reporter: shows progress.
+
+    Raises:
+        OptionError: an unknown estimator or loss.
+    """
+
+    images: CalibrationSet
+    estimators: tuple[str, ...] = ("gram",)
+    loss: str = "kl"
+    store: ScoreStore | None = field(default=None, repr=False)
+    reporter: Reporter = field(default=SILENT, repr=False)
+    reads = (Sites, EdgeGroups, Ranges, WeightGrids, FakeQuantNodes)
+    writes = (SensitivityMatrix, Surrogates)
+
+    def run(self, program: Program) -> tuple[Program, int]:
+        """Return the program with its sensitivity."""
+        estimators = {name: ESTIMATORS[name] for name in self.estimators}
+        _ = LOSSES[self.loss]
+        store = self.store if self.store is not None else ScoreStore(None, {})
+        scorer = Scorer(program, self.images, self.loss, store, self.reporter)
+        matrices = {name: estimate(scorer) for name, estimate in estimators.items()}
+        return program.with_facts(matrices[self.estimators[0]], Surrogates(matrices)), 0

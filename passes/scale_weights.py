@@ -1,0 +1,35 @@
+"""Find the weight scales of every site at every candidate width, once for all plans."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fxquant.core.graphs import resolve, tensor_at
+from fxquant.core.grids import WeightGrid, WeightGrids
+from fxquant.core.numerics import weight_parameters
+from fxquant.core.ops import rule_of
+from fxquant.core.program import Program
+from fxquant.core.spec import Sites, weight_spec
+from fxquant.passes.base import Pass
+
+
+@dataclass(frozen=True)
+class ScaleWeights(Pass):
+    """Write `WeightGrids`: per-channel scales of least squared error for all widths in use."""
+
+    reads = (Sites,)
+    writes = (WeightGrids,)
+
+    def run(self, program: Program) -> tuple[Program, int]:
+        """Return the program with its weight grids."""
+        sites = program[Sites].sites
+        # Every site at every width, so that a plan edited by hand needs no new search.
+        widths = sorted({c.weight_bits for site in sites for c in site.choices if not c.is_float})
+        grids: dict[str, dict[int, WeightGrid]] = {}
+        for site in sites:
+            rule = rule_of(resolve(program.module.graph, site.nodes[0]))
+            assert rule is not None
+            specs = [weight_spec(bits, rule.channel_axis) for bits in widths]
+            weight = tensor_at(program.module, site.weight)
+            grids[site.name] = {spec.bits: WeightGrid(spec, *weight_parameters(weight, spec)) for spec in specs}
+        return program.with_facts(WeightGrids(grids)), 0

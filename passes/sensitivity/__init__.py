@@ -1,0 +1,8 @@
+"""Sensitivity estimators: one file each, all behind one `SensitivityMatrix`."""
+
+from __future__ import annotations
+
+from fxquant.passes.sensitivity import diagonal, gram, pairs
+from fxquant.passes.sensitivity.registry import ESTIMATORS, Estimator
+
+__all__ = ["ESTIMATORS", "Estimator", "diagonal", "gram", "pairs"]

@@ -1,0 +1,15 @@
+"""The table of estimators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fxquant.core.registry import Registry
+from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.passes.sensitivity.scorer import Scorer
+
+Estimator = Callable[[Scorer], SensitivityMatrix]
+"""Measures what it needs through the scorer and returns the matrix over the scorer's candidates."""
+
+ESTIMATORS: Registry[Estimator] = Registry("estimator")
+"""Name -> estimator."""

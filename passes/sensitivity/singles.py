@@ -1,0 +1,69 @@
+"""Single substitutions: the loss and the output shift of every candidate on its own.
+
+From one sweep over the n candidates come the measured diagonal and, through inner products of the embedded shifts
+`e_i` (`loss ~ |e|^2 / 2`, see `core.losses.embed_shift`), the Gram approximation of every pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fxquant.core.losses import embed_shift
+from fxquant.passes.sensitivity.scorer import Part, Scorer
+
+
+@dataclass(frozen=True)
+class Singles:
+    """Sums over all images of a sweep of single substitutions.
+
+    Args:
+        losses: shape (n, images), loss of candidate i on each image.
+        gram: shape (n, n), mean over images of `e_i . e_j`.
+        gram_stderr: shape (n, n), its standard error.
+        evaluations: whole-network passes over one image spent.
+    """
+
+    losses: NDArray[np.float64]
+    gram: NDArray[np.float64]
+    gram_stderr: NDArray[np.float64]
+    evaluations: float
+
+
+def measure_singles(scorer: Scorer) -> Singles:
+    """Run every candidate alone on every image, resuming from the scorer's store."""
+    cells = [_cell(scorer, part) for part in scorer.track(scorer.parts, "score single choices")]
+    losses = np.concatenate([cell["losses"] for cell in cells], axis=1)
+    total = losses.shape[1]
+    mean = np.sum([cell["gram_sum"] for cell in cells], axis=0) / total
+    square = np.sum([cell["gram_square"] for cell in cells], axis=0) / total
+    stderr = np.sqrt(np.maximum(square - mean**2, 0.0) / max(1, total - 1))
+    return Singles(losses, mean, stderr, float(sum(float(cell["evaluations"]) for cell in cells)))
+
+
+def _cell(scorer: Scorer, part: Part) -> dict[str, NDArray[Any]]:
+    key = f"singles-{part.index}"
+    known = scorer.store.get(key)
+    if known is not None:
+        return known
+    reference, base = scorer.base(part)
+    losses, shifts = [], []
+    for column in range(len(scorer.candidates)):
+        answer, _ = scorer.run(base, column)
+        losses.append(scorer.losses(reference, answer, part.images).numpy())
+        shifts.append(embed_shift(scorer.loss, reference.float(), (answer - reference).float()))
+    embedded = torch.stack(shifts).transpose(0, 1)
+    per_image = torch.matmul(embedded, embedded.transpose(1, 2)).double()
+    return scorer.store.put(
+        key,
+        {
+            "losses": np.stack(losses),
+            "gram_sum": per_image.sum(dim=0).numpy(),
+            "gram_square": per_image.square().sum(dim=0).numpy(),
+            "evaluations": scorer.take_spent(len(part.images)),
+        },
+    )
