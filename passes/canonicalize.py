@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.operator_schemas import normalize_function
 
 from fxquant.core.graphs import erase_dead, is_constant
 from fxquant.core.ops import shape_of
@@ -69,18 +68,20 @@ class Canonicalize(Pass):
 def _canonical(module: GraphModule, node: Node) -> int:
     if node.op != "call_function":
         return 0
+    # Arguments first: what follows reads them by position.
+    rewrites = _positional(node)
     identity = IDENTITIES.get(node.target)
     if identity is not None and identity(node):
         source = node.args[0]
         assert isinstance(source, Node)
         node.replace_all_uses_with(source)
         module.graph.erase_node(node)
-        return 1
+        return rewrites + 1
     spelling = SPELLINGS.get(node.target)
     if spelling is not None:
         node.target = spelling
-        return 1 + _positional(node)
-    return _positional(node) + _explicit_padding(node)
+        return rewrites + 1
+    return rewrites + _explicit_padding(node)
 
 
 def _positional(node: Node) -> int:
@@ -91,12 +92,10 @@ def _positional(node: Node) -> int:
     movable = {name: value for name, value in node.kwargs.items() if name in names}
     if not movable:
         return 0
-    normal = normalize_function(node.target, node.args, dict(node.kwargs), normalize_to_only_use_kwargs=True)
-    if normal is None:
-        return 0
-    values, last = normal.kwargs, max(names.index(name) for name in movable)
-    defaults = {argument.name: argument.default_value for argument in schema}
-    node.args = tuple(values.get(name, defaults[name]) for name in names[: max(last + 1, len(node.args))])
+    values = {argument.name: argument.default_value for argument in schema}
+    values |= {**dict(zip(names, node.args, strict=False)), **movable}
+    last = max(names.index(name) for name in movable)
+    node.args = tuple(values[name] for name in names[: max(last + 1, len(node.args))])
     node.kwargs = {name: value for name, value in node.kwargs.items() if name not in movable}
     return 1
 
