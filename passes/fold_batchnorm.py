@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.core.graphs import constant, erase_dead
-from fxquant.core.ops import rule_of
+from fxquant.core.ops import rule_of, shape_of
 from fxquant.core.program import Program
 from fxquant.passes.base import Pass
 
@@ -55,6 +55,9 @@ def _fold(module: GraphModule, norm: Node) -> int:
         or (bias is not None and b is None)
     ):
         return 0
+    # Batch norm scales axis 1; a linear layer over tokens counts its outputs on the last axis instead.
+    if w.dim() != len(shape_of(producer)):
+        return 0
     # A weight that two layers share may be folded into neither: each would need its own.
     if sum(len(n.users) for n in module.graph.nodes if n.op == "get_attr" and n.target == weight.target) != 1:
         return 0
@@ -65,9 +68,17 @@ def _fold(module: GraphModule, norm: Node) -> int:
     path = str(weight.target)
     scaled = w.double() * factor.reshape([-1] + [1] * (w.dim() - 1))
     _store(module, producer, rule.weight, path, scaled.to(w.dtype))
-    _store(module, producer, rule.bias, path.removesuffix("weight") + "bias", shift.to(w.dtype))
+    _store(module, producer, rule.bias, _bias_path(module, producer, path), shift.to(w.dtype))
     outputs[0].replace_all_uses_with(producer)
     return 1
+
+
+def _bias_path(module: GraphModule, producer: Node, weight: str) -> str:
+    """Return the path beside the weight, or another one where that holds a value that other nodes read."""
+    path = weight.removesuffix("weight") + "bias"
+    holders = [node for node in module.graph.nodes if node.op == "get_attr" and node.target == path]
+    taken = any(user is not producer for holder in holders for user in holder.users)
+    return f"{weight}_folded_bias" if taken else path
 
 
 def _store(module: GraphModule, consumer: Node, position: int, path: str, value: Tensor) -> None:
