@@ -97,14 +97,19 @@ def insert_after(module: GraphModule, producer: Node, name: str, inserted: nn.Mo
     """Put a module on the edges from `producer` to `users` and return its node, called `name`.
 
     The node stands right after the producer (after the last placeholder if that is one), so that every user follows.
+    A name that another module has gets a number behind it.
     """
-    set_module(module, name, inserted)
+    path, number = name, 0
+    while getattr(module, path, inserted) is not inserted:
+        number += 1
+        path = f"{name}_{number}"
+    set_module(module, path, inserted)
     graph = module.graph
     anchor = producer
     while anchor.next.op == "placeholder":
         anchor = anchor.next
     with graph.inserting_after(anchor):
-        node = graph.create_node("call_module", name, (producer,), {}, name=name)
+        node = graph.create_node("call_module", path, (producer,), {}, name=name)
     node.meta = {key: producer.meta[key] for key in ("val", "nn_module_stack", "stack_trace") if key in producer.meta}
     for user in users:
         user.replace_input_with(producer, node)
