@@ -49,6 +49,9 @@ class Registry(Mapping[str, T], Generic[T]):
             raise OptionError(f"unknown {self.kind} {name!r}{hint}; known: {', '.join(self._entries)}")
         return self._entries[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
