@@ -89,7 +89,9 @@ def _needs_two_tensors(node: Node) -> str | None:
     tensors = [a for a in node.args[:2] if isinstance(a, Node) and isinstance(a.meta.get("val"), torch.Tensor)]
     if len(tensors) < 2 or any(tensor.op == "get_attr" for tensor in tensors):
         return "one operand is a constant"
-    if tensors[0] is not tensors[1] and shape_of(tensors[0])[1:] == () != shape_of(tensors[1])[1:]:
+    if node.kwargs.get("alpha", 1) != 1:
+        return "the second operand is scaled"
+    if (shape_of(tensors[0])[1:] == ()) != (shape_of(tensors[1])[1:] == ()):
         return "one operand is a scalar"
     return None
 
