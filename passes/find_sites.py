@@ -55,6 +55,14 @@ class FindSites(Pass):
                     f"it executes {sorted(known)}"
                 )
 
+        for pattern, choice in self.pins.items():
+            executes = choice.weight_bits in self.target.weight_bits
+            if not choice.is_float and not (executes and choice.activation_bits in self.target.activation_bits):
+                raise OptionError(
+                    f"pin {pattern!r}: target {self.target.name!r} does not execute {choice.label}; it executes weights "
+                    f"of {sorted(self.target.weight_bits)} and activations of {sorted(self.target.activation_bits)} bits"
+                )
+
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with its sites known."""
         readers: defaultdict[str, list[Node]] = defaultdict(list)
@@ -105,6 +113,12 @@ def matching(pattern: str, names: list[str]) -> list[str]:
     return found
 
 
+def _traced_images(program: Program) -> int:
+    """Return the images the graph was traced with; an op in the middle may hold them on any axis."""
+    shapes = [shape_of(node) for node in program.module.graph.nodes if node.op == "placeholder"]
+    return next((shape[0] for shape in shapes if shape and shape[0] > 0), 1)
+
+
 def _site(program: Program, path: str, nodes: list[Node], choices: tuple[Choice, ...]) -> Site:
     rule = rule_of(nodes[0])
     assert rule is not None
@@ -115,7 +129,7 @@ def _site(program: Program, path: str, nodes: list[Node], choices: tuple[Choice,
     assert isinstance(source, Node)
     group = groups.group_of(source.name)
     assert group is not None
-    batch = max(1, shape_of(nodes[0])[0])
+    batch = _traced_images(program)
     bias = nodes[0].args[rule.bias] if len(nodes[0].args) > rule.bias else None
     return Site(
         name=site_name(path),
