@@ -8,6 +8,7 @@ solution file's first line, and the search's "best possible" figure, which has e
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -44,44 +45,59 @@ class CbcResult:
     bound: float
 
 
-def solve(
-    constraints: list[pulp.LpConstraint],
-    variables: list[pulp.LpVariable],
-    objective: FloatArray,
-    time_limit: float,
-) -> CbcResult:
-    """Minimise objective' x subject to the constraints, with CBC in one quiet thread.
+class Model:
+    """A minimisation in PuLP whose variables keep the order in which they were added."""
 
-    Args:
-        constraints: PuLP constraints over `variables`.
-        variables: PuLP variables, bounds and kinds set.
-        objective: (variables,) coefficients, any unit.
-        time_limit: wall-clock seconds.
+    def __init__(self) -> None:
+        self._problem = pulp.LpProblem("allocation", pulp.LpMinimize)
+        self._variables: list[pulp.LpVariable] = []
+        self._scores: list[float] = []
 
-    Raises:
-        MissingDependencyError: PuLP finds no CBC program.
-        SolverError: CBC ended without a readable result.
-    """
-    scale = OBJECTIVE_SIZE / max(float(np.abs(objective).max(initial=0.0)), 1e-300)
-    model = pulp.LpProblem("allocation", pulp.LpMinimize)
-    model.setObjective(
-        pulp.LpAffineExpression(list(zip(variables, (objective * scale).tolist(), strict=True)))
-    )
-    for constraint in constraints:
-        model.addConstraint(constraint)
-    with tempfile.TemporaryDirectory(prefix="fxquant_cbc_") as folder:
-        log, solution = _call(model, Path(folder), time_limit)
-    status = _status(solution[0])
-    has_plan = "objective value" in solution[0] and "no integer" not in solution[0].lower()
-    values = _values(solution, variables) if status != "infeasible" and has_plan else None
-    return CbcResult(status, values, _bound(status, values, log, objective, scale))
+    def add_variable(self, name: str, score: float, *, binary: bool) -> pulp.LpVariable:
+        """A variable in [0, 1] with its objective coefficient, any unit."""
+        kind = pulp.LpBinary if binary else pulp.LpContinuous
+        # PuLP 3.3 warns of the constructor that is the only way in PuLP 2.
+        create = getattr(self._problem, "add_variable", pulp.LpVariable)
+        self._variables.append(create(name, 0, 1, kind))
+        self._scores.append(score)
+        return self._variables[-1]
+
+    def add_constraint(self, terms: list[tuple[pulp.LpVariable, float]], relation: str, right: float) -> None:
+        """Demand sum of coefficient x variable "<=" or "==" right."""
+        left = pulp.LpAffineExpression(terms)
+        self._problem.addConstraint(left <= right if relation == "<=" else left == right)
+
+    def solve(self, time_limit: float) -> CbcResult:
+        """Minimise with CBC in one quiet thread, `time_limit` in wall-clock seconds.
+
+        Raises:
+            MissingDependencyError: PuLP finds no CBC program.
+            SolverError: CBC ended without a readable result.
+        """
+        objective = np.array(self._scores)
+        scale = OBJECTIVE_SIZE / max(float(np.abs(objective).max(initial=0.0)), 1e-300)
+        terms = zip(self._variables, (objective * scale).tolist(), strict=True)
+        self._problem.setObjective(pulp.LpAffineExpression(list(terms)))
+        with tempfile.TemporaryDirectory(prefix="fxquant_cbc_") as folder:
+            log, solution = _call(self._problem, Path(folder), time_limit)
+        status = _status(solution[0])
+        has_plan = "objective value" in solution[0] and "no integer" not in solution[0].lower()
+        values = _values(solution, self._variables) if status != "infeasible" and has_plan else None
+        return CbcResult(status, values, _bound(status, values, log, objective, scale))
+
+
+def _program() -> str:
+    """Path of the CBC program that came with PuLP, or of one on the search path."""
+    bundled = getattr(getattr(pulp, "PULP_CBC_CMD", None), "pulp_cbc_path", None)
+    for candidate in (bundled, shutil.which("cbc")):
+        if candidate and Path(candidate).exists():
+            return str(candidate)
+    raise MissingDependencyError("PuLP finds no CBC program; reinstall pulp, whose wheel brings one")
 
 
 def _call(model: pulp.LpProblem, folder: Path, time_limit: float) -> tuple[str, list[str]]:
     """Run the CBC program on the model; its log and the lines of its solution file."""
-    program = pulp.PULP_CBC_CMD(msg=False).path
-    if not program or not Path(program).exists():
-        raise MissingDependencyError("PuLP finds no CBC program; reinstall pulp, whose wheel brings one")
+    program = _program()
     model.writeMPS(str(folder / "model.mps"))
     options = ["-threads", "1", "-randomCbcSeed", "1", "-ratio", "0", "-allow", "0", "-increment", "1e-9"]
     command = [program, str(folder / "model.mps"), "-sec", f"{max(time_limit, 0.01):.3f}", "-timeMode", "elapsed"]

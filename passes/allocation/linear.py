@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from fxquant.core.errors import OptionError, SolverError
 from fxquant.passes.allocation import cbc
 from fxquant.passes.allocation.presolve import reduce
-from fxquant.passes.allocation.solution import BoolArray, Clock, Problem, Solution, answer
+from fxquant.passes.allocation.solution import BoolArray, Clock, FloatArray, Problem, Solution, answer
 
 # Rows are brought to this size, so that CBC's absolute tolerance of 1e-7 means 1e-10 of a row.
 ROW_SIZE = 1e3
@@ -59,13 +59,13 @@ def solve_linear(
 
 
 def solve_diagonal(
-    problem: Problem, scores: np.typing.NDArray[np.float64], clock: Clock
+    problem: Problem, scores: FloatArray, clock: Clock
 ) -> tuple[BoolArray | None, float]:
     """Best plan under `scores` (m,) and the limits of `problem`, with its proven bound (inf: infeasible)."""
-    variables = [pulp.LpVariable(f"x{index}", cat=pulp.LpBinary) for index in range(len(scores))]
-    constraints = one_hot_and_limits(problem, variables)
+    model = cbc.Model()
+    variables = add_choices(model, problem, scores)
     while True:
-        result = cbc.solve(constraints, variables, scores, clock.left)
+        result = model.solve(clock.left)
         if result.status == "infeasible" or result.values is None:
             return None, result.bound
         choice = result.values > 0.5
@@ -74,17 +74,20 @@ def solve_diagonal(
             # CBC's proof is exact up to its tolerance, which `cbc` took off the bound again.
             return choice, float(scores[choice].sum()) if result.status == "optimal" else bound
         # Over a limit by less than CBC can see but more than we allow: exclude this one plan, ask again.
-        picked = [(variables[index], 1) for index in np.flatnonzero(choice)]
-        constraints.append(pulp.LpAffineExpression(picked) <= len(picked) - 1)
+        picked = [(variables[index], 1.0) for index in np.flatnonzero(choice)]
+        model.add_constraint(picked, "<=", len(picked) - 1.0)
 
 
-def one_hot_and_limits(problem: Problem, variables: list[pulp.LpVariable]) -> list[pulp.LpConstraint]:
-    """The constraints sum_{i in group} x_i = 1 and costs x <= limits, rows scaled for CBC."""
-    constraints = [
-        pulp.LpAffineExpression([(variables[index], 1) for index in group]) == 1 for group in problem.groups
-    ]
+def add_choices(model: cbc.Model, problem: Problem, scores: FloatArray) -> list[pulp.LpVariable]:
+    """Add binary x with sum_{i in group} x_i = 1 and costs x <= limits, rows scaled for CBC."""
+    variables = [model.add_variable(f"x{index}", float(score), binary=True) for index, score in enumerate(scores)]
+    for group in problem.groups:
+        model.add_constraint([(variables[index], 1.0) for index in group], "==", 1.0)
     for row, limit in zip(problem.costs, problem.limits, strict=True):
+        if not row.any():
+            # Only fixed choices were charged here, and the remainder exists because they fit.
+            continue
         scale = ROW_SIZE / np.abs(row).max()
         terms = [(variables[index], float(row[index] * scale)) for index in np.flatnonzero(row)]
-        constraints.append(pulp.LpAffineExpression(terms) <= float(limit * scale))
-    return constraints
+        model.add_constraint(terms, "<=", float(limit * scale))
+    return variables

@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import pulp
 
 from fxquant.passes.allocation import cbc
-from fxquant.passes.allocation.linear import one_hot_and_limits
+from fxquant.passes.allocation.linear import add_choices
 from fxquant.passes.allocation.solution import BoolArray, Clock, Problem
 
 
@@ -25,23 +24,19 @@ def solve_linearised(problem: Problem, clock: Clock) -> tuple[BoolArray | None, 
     technique). No plan and bound inf means infeasible; no plan and a lower bound means out of time.
     """
     count = len(problem.values)
-    singles = [pulp.LpVariable(f"x{index}", cat=pulp.LpBinary) for index in range(count)]
-    variables, scores = list(singles), np.diag(problem.values).tolist()
-    constraints = one_hot_and_limits(problem, singles)
+    model = cbc.Model()
+    singles = add_choices(model, problem, np.diag(problem.values))
     for first, second in _interacting(problem):
         pairs = {
-            (i, j): pulp.LpVariable(f"y{i}_{j}", lowBound=0, upBound=1) for i in first for j in second
+            (i, j): model.add_variable(f"y{i}_{j}", 2 * float(problem.values[i, j]), binary=False)
+            for i in first
+            for j in second
         }
-        for pair, variable in pairs.items():
-            variables.append(variable)
-            scores.append(2 * problem.values[pair])
         for i in first:
-            terms = [(pairs[i, j], 1) for j in second]
-            constraints.append(pulp.LpAffineExpression([*terms, (singles[i], -1)]) == 0)
+            model.add_constraint([*((pairs[i, j], 1.0) for j in second), (singles[i], -1.0)], "==", 0.0)
         for j in second:
-            terms = [(pairs[i, j], 1) for i in first]
-            constraints.append(pulp.LpAffineExpression([*terms, (singles[j], -1)]) == 0)
-    result = cbc.solve(constraints, variables, np.array(scores), clock.left)
+            model.add_constraint([*((pairs[i, j], 1.0) for i in first), (singles[j], -1.0)], "==", 0.0)
+    result = model.solve(clock.left)
     if result.values is None:
         return None, result.bound
     choice = result.values[:count] > 0.5

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fxquant.passes.allocation import SOLVERS
+from fxquant.passes.allocation.convexify import Lift, certify
+from fxquant.passes.allocation.presolve import reduce
+from fxquant.passes.allocation.relaxation import cold, relax
+from fxquant.passes.allocation.solution import Clock, Problem, Solution
+from fxquant.passes.allocation.subproblem import Subproblem
+from tests.passes.allocation.instances import Instance, random_instance, random_instances
+
+
+def reduced_with_optimum(instance: Instance) -> tuple[Problem, Solution] | None:
+    reduced = reduce(Problem.checked(*instance.arguments))
+    if reduced is None:
+        return None
+    problem = reduced.problem
+    optimum = SOLVERS["exhaustive"](problem.values, problem.groups, problem.costs, problem.limits)
+    return None if optimum.status == "infeasible" else (problem, optimum)
+
+
+@settings(max_examples=60, deadline=None)
+@given(random_instances(), st.integers(0, 2**32 - 1), st.floats(-3, 2))
+def test_any_multipliers_give_a_valid_bound(instance: Instance, seed: int, size: float) -> None:
+    case = reduced_with_optimum(instance)
+    if case is None:
+        return
+    problem, optimum = case
+    sub = Subproblem.whole(problem)
+    lift = Lift.of(sub)
+    noise = np.random.default_rng(seed).normal(size=lift.objective.shape) * 10**size
+    certificate = certify(sub, lift, (noise + noise.T) / 2)
+    assert certificate.bound <= optimum.objective + 1e-9 * abs(optimum.objective) + 1e-12
+    # The bound with a choice fixed must not exclude that choice of the optimal plan.
+    held = certificate.with_choice[optimum.choice]
+    assert (held <= optimum.objective + 1e-9 * abs(optimum.objective) + 1e-12).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(random_instances(), st.integers(1, 120))
+def test_relaxation_bound_is_valid_wherever_it_stops(instance: Instance, iterations: int) -> None:
+    case = reduced_with_optimum(instance)
+    if case is None:
+        return
+    problem, optimum = case
+    sub = Subproblem.whole(problem)
+    relaxed = relax(sub, Lift.of(sub), cold(sub), iterations, Clock(10))
+    tolerance = 1e-9 * abs(optimum.objective) + 1e-12
+    assert relaxed.certificate.bound <= optimum.objective + tolerance
+    assert (relaxed.certificate.with_choice[optimum.choice] <= optimum.objective + tolerance).all()
+
+
+def test_relaxation_is_tight_where_the_matrix_is_diagonal_and_no_limit_binds() -> None:
+    instance = random_instance(3, groups=6, rows=0, kind="diagonal", tightness=1.0)
+    case = reduced_with_optimum(instance)
+    assert case is not None
+    sub = Subproblem.whole(case[0])
+    relaxed = relax(sub, Lift.of(sub), cold(sub), 300, Clock(10))
+    assert relaxed.certificate.bound == pytest.approx(case[1].objective, rel=1e-6)
+
+
+def test_relaxation_beats_the_eigenvalue_shift() -> None:
+    """The free entries inside groups and the limit's products are worth more than lambda_min alone."""
+    for seed in range(5):
+        instance = random_instance(seed, groups=6, rows=1, kind="indefinite", tightness=0.5)
+        case = reduced_with_optimum(instance)
+        assert case is not None
+        problem, optimum = case
+        sub = Subproblem.whole(problem)
+        relaxed = relax(sub, Lift.of(sub), cold(sub), 400, Clock(10))
+        # x' (values - lambda_min I) x >= 0 and |x|^2 = groups give the crude bound.
+        crude = min(float(np.linalg.eigvalsh(problem.values)[0]), 0.0) * len(problem.groups)
+        assert crude <= relaxed.certificate.bound <= optimum.objective + 1e-9 * abs(optimum.objective)
+        assert optimum.objective - relaxed.certificate.bound < 0.5 * (optimum.objective - crude)
+
+
+@settings(max_examples=40, deadline=None)
+@given(random_instances(), st.integers(0, 2**32 - 1))
+def test_restriction_keeps_objectives_and_transfers_plans(instance: Instance, seed: int) -> None:
+    case = reduced_with_optimum(instance)
+    if case is None:
+        return
+    problem, optimum = case
+    sub = Subproblem.whole(problem)
+    # Any set of kept choices that holds the optimal plan leaves the optimum in place.
+    keep = optimum.choice | (np.random.default_rng(seed).random(len(sub.names)) < 0.5)
+    outcome = sub.restrict(keep)
+    assert outcome is not None
+    smaller, transfer = outcome
+    plan = np.isin(smaller.names, np.flatnonzero(optimum.choice))
+    lifted = np.concatenate([[1.0], plan])
+    assert lifted @ smaller.matrix @ lifted == pytest.approx(optimum.objective, rel=1e-9, abs=1e-12)
+    assert np.array_equal(smaller.full_plan(np.flatnonzero(plan)), np.flatnonzero(optimum.choice))
+    slack = (smaller.limits - smaller.costs @ plan) / np.maximum(smaller.units, 1e-300)
+    before = transfer @ np.concatenate([lifted, slack])
+    assert before[1 : 1 + len(sub.names)] == pytest.approx(optimum.choice.astype(float))
+    expected = (sub.limits - sub.costs @ optimum.choice) / np.maximum(sub.units, 1e-300)
+    assert before[1 + len(sub.names) :] == pytest.approx(expected, abs=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(random_instances())
+def test_the_lifted_plan_lies_in_the_range_of_the_basis(instance: Instance) -> None:
+    case = reduced_with_optimum(instance)
+    if case is None:
+        return
+    problem, optimum = case
+    sub = Subproblem.whole(problem)
+    lift = Lift.of(sub)
+    slack = (sub.limits - sub.costs @ optimum.choice) / np.maximum(sub.units, 1e-300)
+    lifted = np.concatenate([[1.0], optimum.choice, slack])
+    assert lift.basis @ (lift.basis.T @ lifted) == pytest.approx(lifted, abs=1e-9)
+    assert lifted @ lifted <= lift.trace + 1e-9
+    assert lifted @ lift.objective @ lifted * lift.scale == pytest.approx(optimum.objective, rel=1e-9, abs=1e-12)
