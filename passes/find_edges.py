@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from fxquant.core.edges import QuantizedEdges
 from fxquant.core.graphs import consumers, edges_between, is_constant
-from fxquant.core.ops import OPS, REFUSED, ScaleRule, activation_inputs, rule_of
+from fxquant.core.ops import OPS, REFUSED, OpRule, ScaleRule, activation_inputs, rule_of
 from fxquant.core.program import Program
 from fxquant.core.spec import Edge, site_name
 from fxquant.core.target import Target
@@ -44,6 +45,18 @@ class FindEdges(Pass):
         return program.with_facts(search.solve()), 0
 
 
+def _computed_bias(node: Node, rule: OpRule) -> bool:
+    bias = node.args[rule.bias] if rule.bias is not None and len(node.args) > rule.bias else None
+    return bias is not None and not is_constant(bias)
+
+
+def _makes_tensors(node: Node) -> bool:
+    """Whether a node computes tensors, not sizes or members of a tuple."""
+    return isinstance(node.target, OpOverload) and any(
+        "Tensor" in str(result.type) for result in node.target._schema.returns
+    )
+
+
 class _EdgeSearch:
     def __init__(self, graph: Graph, target: Target, keep_float: dict[str, str]) -> None:
         self.nodes: list[Node] = list(graph.nodes)
@@ -61,6 +74,8 @@ class _EdgeSearch:
         weight = node.args[rule.weight]
         if not isinstance(weight, Node) or not is_constant(weight):
             self.reasons[node.name] = "its weight is computed by the graph, not a parameter"
+        elif _computed_bias(node, rule):
+            self.reasons[node.name] = "its bias is computed by the graph, not a parameter"
         elif rule.kind not in self.target.kernels:
             self.reasons[node.name] = f"target {self.target.name!r} has no integer kernel for {rule.kind}"
         elif site_name(str(weight.target)) in keep_float:
@@ -71,30 +86,43 @@ class _EdgeSearch:
 
     def _may_join(self, node: Node) -> bool:
         rule = rule_of(node)
-        if node.op != "call_function" or rule is None or rule.weight is not None:
+        if node.op != "call_function" or (rule is not None and rule.weight is not None):
             return False
+        why = self._float_reason(node, rule)
+        if why is not None:
+            self.reasons.setdefault(node.name, why)
+        return why is None and rule is not None and rule.scale is ScaleRule.OWN
+
+    def _float_reason(self, node: Node, rule: OpRule | None) -> str | None:
+        """Return why an op without weights runs in float whatever its neighbours do, None if it need not."""
+        if rule is None:
+            return "the op table has no row for it" if _makes_tensors(node) else None
         if rule.kind in self.target.refuse_joins:
-            self.reasons[node.name] = self.target.refuse_joins[rule.kind]
-            return False
+            return self.target.refuse_joins[rule.kind]
+        full = OPS[node.target]
+        if full.refuse is not None and (why := full.refuse(node)):
+            return why
+        if rule.scale is ScaleRule.FLOAT:
+            return f"{rule.kind} is computed in float"
+        if rule.scale is not ScaleRule.OWN:
+            return None
+        if rule.kind not in self.target.joins:
+            return f"target {self.target.name!r} has no integer kernel for {rule.kind}"
         inputs = activation_inputs(node)
-        if rule.scale is not ScaleRule.OWN or rule.kind not in self.target.joins:
-            full = OPS[node.target]
-            if full.scale is ScaleRule.OWN and full.refuse is not None and (why := full.refuse(node)):
-                self.reasons[node.name] = why
-            return False
-        return bool(inputs) and not any(is_constant(source) for source in inputs)
+        return "one operand is a constant" if not inputs or any(is_constant(source) for source in inputs) else None
 
     def solve(self) -> QuantizedEdges:
         """Shrink the set of joins until each of them has quantized inputs and a wanted output."""
         while True:
-            edges = self._edges()
-            quantized = {edge.producer for edge in edges}
+            # What the joins ask for themselves must not count as there anyway.
+            quantized = {edge.producer for edge in self._edges(join_inputs=False)}
             unfit = {join for join in self.joins if not self._fits(join, quantized)}
             if not unfit:
                 break
             self.joins -= unfit
             for join in unfit:
                 self.reasons[join.name] = "its inputs or its output are in float anyway"
+        edges = self._edges()
         integer = {node.name for node in self.weighted} | {node.name for node in self.joins}
         reasons = {name: why for name, why in self.reasons.items() if name not in integer}
         return QuantizedEdges(tuple(edges), frozenset(integer), reasons)
@@ -126,7 +154,7 @@ class _EdgeSearch:
         rule = rule_of(users[0]) if len(users) == 1 else None
         return users[0] if rule is not None and rule.scale is ScaleRule.ABSORB else node
 
-    def _edges(self) -> list[Edge]:
+    def _edges(self, join_inputs: bool = True) -> list[Edge]:
         found: dict[Edge, None] = {}
         for node in self.weighted:
             source = node.args[0]
@@ -136,7 +164,7 @@ class _EdgeSearch:
             if rule is not None and rule.kind in self.target.output_quantized:
                 self._quantize_output(self._tail(node), found)
         for join in self.joins:
-            for source in activation_inputs(join):
+            for source in activation_inputs(join) if join_inputs else ():
                 self._quantize_input(source, join, found)
             self._quantize_output(self._tail(join), found)
         order = {node.name: index for index, node in enumerate(self.nodes)}
