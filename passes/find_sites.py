@@ -59,8 +59,9 @@ class FindSites(Pass):
             executes = choice.weight_bits in self.target.weight_bits
             if not choice.is_float and not (executes and choice.activation_bits in self.target.activation_bits):
                 raise OptionError(
-                    f"pin {pattern!r}: target {self.target.name!r} does not execute {choice.label}; it executes weights "
-                    f"of {sorted(self.target.weight_bits)} and activations of {sorted(self.target.activation_bits)} bits"
+                    f"pin {pattern!r}: target {self.target.name!r} does not execute {choice.label}; it executes "
+                    f"weights of {sorted(self.target.weight_bits)} bits and activations of "
+                    f"{sorted(self.target.activation_bits)} bits"
                 )
 
     def run(self, program: Program) -> tuple[Program, int]:
