@@ -7,6 +7,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def capture(
         dynamic_batch: False keeps the example's batch size.
 
     Raises:
-        CaptureError: the model does not export, has no parameters, or holds weights that are not finite.
+        CaptureError: the model does not export, or holds weights that are not finite.
     """
     exported = model if isinstance(model, ExportedProgram) else _export(model, tuple(example_inputs), dynamic_batch)
     try:
@@ -101,13 +102,22 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) -
         raise CaptureError(f"the model cannot be copied: {_summary(error)}; fxquant works on a copy of it") from error
     # Export specialises sizes 0 and 1, so a single image is doubled to keep the batch free.
     inputs = tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in inputs)
-    shapes = tuple({0: Dim.AUTO} if dynamic_batch and t.dim() else None for t in inputs)
+    shapes = _dynamic_shapes(own, [{0: Dim.AUTO} if dynamic_batch and t.dim() else None for t in inputs])
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(own, inputs, dynamic_shapes=shapes)
     except Exception as error:
         raise CaptureError(_export_advice(model, inputs, error)) from error
+
+
+def _dynamic_shapes(model: nn.Module, axes: list[dict[int, Any] | None]) -> tuple[Any, ...]:
+    """Return the free axes in the shape of forward's parameters: those of `*inputs` form a tuple of their own."""
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(axes)
+    first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*axes[:first], tuple(axes[first:])) if len(axes) > first else tuple(axes)
 
 
 def _export_advice(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> str:
@@ -134,17 +144,20 @@ def _summary(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
 def _user_line(error: Exception) -> str:
     """Return `file:line: code` of the deepest frame that is not torch's own."""
     text = str(error)
     quoted = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]+)', text)
-    own = [f"{file}:{line}: {code}" for file, line, code in quoted if "/torch/" not in file]
+    own = [f"{file}:{line}: {code}" for file, line, code in quoted if not file.startswith(_NOT_THE_USERS)]
     if own:
         return own[-1]
     trace, found = error.__traceback__, ""
     while trace is not None:
         code = trace.tb_frame.f_code
-        if "/torch/" not in code.co_filename and "/fxquant/" not in code.co_filename:
+        if not code.co_filename.startswith(_NOT_THE_USERS):
             found = f"{code.co_filename}:{trace.tb_lineno} in {code.co_name}"
         trace = trace.tb_next
     return found
@@ -155,3 +168,7 @@ def _check_weights(module: GraphModule) -> None:
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             count = int((~torch.isfinite(parameter)).sum())
             raise CaptureError(f"weight {name!r} holds {count} values that are NaN or infinite; repair the checkpoint")
+    for name, buffer in module.named_buffers():
+        # Infinity is at home in buffers: attention masks are made of it.
+        if buffer.is_floating_point() and torch.isnan(buffer).any():
+            raise CaptureError(f"buffer {name!r} holds {int(buffer.isnan().sum())} NaN values; repair the checkpoint")
