@@ -28,6 +28,8 @@ class CalibrationSet:
     labels: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if any(tensor.dim() == 0 for tensor in self.inputs):
+            raise CalibrationError("a calibration input is a single number; give images with a batch axis in front")
         if not self.inputs or self.inputs[0].shape[0] == 0:
             raise CalibrationError("calibration holds no images; give at least one batch")
         lengths = {int(t.shape[0]) for t in self.inputs}
@@ -35,7 +37,7 @@ class CalibrationSet:
             raise CalibrationError(f"calibration inputs and labels differ in length: {sorted(lengths)}")
         for position, tensor in enumerate(self.inputs):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                bad = int((~torch.isfinite(tensor.flatten(1))).any(dim=1).nonzero()[0])
+                bad = int((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(dim=1).nonzero()[0])
                 raise CalibrationError(
                     f"calibration input {position} holds NaN or infinity, first in image {bad}; remove or repair it"
                 )
@@ -71,8 +73,20 @@ def _tensor(value: object) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, np.ndarray | np.generic | int | float):
-        return torch.as_tensor(value)
+        try:
+            # A copy, for torch shares neither reversed nor, without a warning, read-only arrays.
+            return torch.as_tensor(np.array(value, order="C"))
+        except TypeError as error:
+            raise CalibrationError(f"calibration batch holds an array that is not numeric ({error})") from error
     raise CalibrationError(f"calibration batch holds a {type(value).__name__}; give tensors or numpy arrays")
+
+
+def _label(value: object) -> Tensor | None:
+    """Return class numbers as a tensor, None for labels of any other kind."""
+    try:
+        return _tensor(np.asarray(value) if isinstance(value, list | tuple) else value)
+    except (CalibrationError, ValueError, TypeError):
+        return None
 
 
 def collect(calibration: object, names: Sequence[str], limit: int | None = None) -> CalibrationSet:
@@ -111,13 +125,14 @@ def collect(calibration: object, names: Sequence[str], limit: int | None = None)
         raise CalibrationError("calibration holds no images; give at least one batch")
     try:
         joined = tuple(torch.cat(column)[:limit] for column in columns)
-        target = torch.cat(labels)[:limit] if labels else None
     except (RuntimeError, TypeError) as error:
         shapes = sorted({tuple(t.shape[1:]) for column in columns for t in column})
         raise CalibrationError(
             f"calibration batches do not fit together, image shapes {shapes}; resize to one"
         ) from error
-    keep = target is not None and target.dim() == 1 and target.shape[0] == joined[0].shape[0]
+    # Labels are class numbers, one for each image; whatever else a loader brings along is ignored.
+    target = torch.cat(labels)[:limit] if labels and all(label.dim() == 1 for label in labels) else None
+    keep = target is not None and target.shape[0] == joined[0].shape[0]
     return CalibrationSet(joined, target if keep else None)
 
 
@@ -127,11 +142,11 @@ def _unpack(batch: object, names: Sequence[str]) -> tuple[list[Tensor], Tensor |
         if missing:
             raise CalibrationError(f"calibration batch lacks inputs {missing}; it has {sorted(map(str, batch))}")
         label = next((batch[key] for key in ("labels", "label", "y") if key in batch and key not in names), None)
-        return [_tensor(batch[name]) for name in names], None if label is None else _tensor(label)
+        return [_tensor(batch[name]) for name in names], None if label is None else _label(label)
     members = list(batch) if isinstance(batch, list | tuple) else [batch]
     if len(members) < len(names):
         raise CalibrationError(
             f"calibration batch has {len(members)} members, the model has {len(names)} inputs {list(names)}"
         )
     inputs = [_tensor(member) for member in members[: len(names)]]
-    return inputs, _tensor(members[len(names)]) if len(members) == len(names) + 1 else None
+    return inputs, _label(members[len(names)]) if len(members) == len(names) + 1 else None
