@@ -37,10 +37,15 @@ def cross_entropy(reference: Tensor, output: Tensor, labels: Tensor | None) -> T
     """Return `CE(output, label) - CE(reference, label)` in nats, the loss of CLADO's paper; it may be negative.
 
     Raises:
-        CalibrationError: no labels were given.
+        CalibrationError: no labels were given, one is out of range, or the output is not (images, classes).
     """
     if labels is None:
         raise CalibrationError("loss 'ce' needs labels; give calibration batches as (images, labels) or use loss 'kl'")
+    if reference.dim() != 2:
+        raise CalibrationError(f"loss 'ce' needs outputs (images, classes), not {tuple(reference.shape)}; use loss 'kl'")
+    low, high, classes = int(labels.min()), int(labels.max()), reference.shape[1]
+    if low < 0 or high >= classes:
+        raise CalibrationError(f"labels lie in {low}..{high}, the model knows classes 0..{classes - 1}")
     gather = labels.reshape(-1, 1).long()
     p, q = (torch.log_softmax(x.double(), dim=1).gather(1, gather).squeeze(1) for x in (reference, output))
     return p - q
@@ -50,7 +55,7 @@ def cross_entropy(reference: Tensor, output: Tensor, labels: Tensor | None) -> T
 def relative_mse(reference: Tensor, output: Tensor, labels: Tensor | None) -> Tensor:
     """Return `mean((output - reference)^2) / mean(reference^2)` per image, for outputs that are no class scores."""
     del labels
-    a, b = reference.double().flatten(1), output.double().flatten(1)
+    a, b = (x.double().reshape(len(x), -1) for x in (reference, output))
     return (b - a).square().mean(dim=1) / a.square().mean(dim=1).clamp(min=1e-12)
 
 
@@ -74,8 +79,9 @@ def embed_shift(loss: str, reference: Tensor, shift: Tensor) -> Tensor:
         float32 of shape (images, features).
     """
     if loss == "mse":
-        norm = reference.flatten(1).square().sum(dim=1, keepdim=True).clamp(min=1e-12)
-        return shift.flatten(1) * torch.sqrt(2.0 / norm)
+        rows = reference.reshape(len(reference), -1)
+        norm = rows.square().sum(dim=1, keepdim=True).clamp(min=1e-12)
+        return shift.reshape(rows.shape) * torch.sqrt(2.0 / norm)
     p = torch.softmax(reference, dim=1)
     positions = reference[0, 0].numel()
     centred = shift - (p * shift).sum(dim=1, keepdim=True)
