@@ -52,8 +52,10 @@ class Observer(nn.Module):
         self._cover(low, high)
         # A large map is counted at a stride; the stride is odd so that it walks through rows and channels alike.
         stride = 1 if flat.numel() <= DENSE_LIMIT else flat.numel() // DENSE_LIMIT | 1
-        seen = flat.flatten()[::stride]
-        counts = torch.histc(seen, bins=BINS, min=self._low, max=self._low + BINS * self._width)
+        top = self._low + BINS * self._width
+        # Rounding can leave the ends short of the extremes, and histc drops what lies outside.
+        seen = flat.flatten()[::stride].clamp(self._low, top)
+        counts = torch.histc(seen, bins=BINS, min=self._low, max=top)
         self._counts += counts.double().cpu().numpy() * stride
         self._track(low, high)
         self.batches += 1
