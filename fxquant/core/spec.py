@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from fxquant.core.errors import OptionError
@@ -119,12 +120,12 @@ class Choice:
         """
         if label == "float":
             return FLOAT
-        weight, separator, activation = label.removeprefix("W").partition("A")
-        if not (label.startswith("W") and separator and weight.isdigit() and activation.isdigit()):
+        match = re.fullmatch(r"W([0-9]{1,2})A([0-9]{1,2})", label)
+        if match is None:
             raise OptionError(
                 f"precision {label!r} is not understood; write W4A8 (weight and activation bits) or float"
             )
-        return Choice(int(weight), int(activation))
+        return Choice(int(match[1]), int(match[2]))
 
 
 FLOAT = Choice(FLOAT_BITS, FLOAT_BITS)
