@@ -37,8 +37,8 @@ class Calibrate(Pass):
             for part in self.reporter.track(self.images.batches(self.batch), "calibrate", total):
                 try:
                     program.module(*part.inputs)
-                except (RuntimeError, TypeError) as error:
+                except (RuntimeError, TypeError, ValueError, IndexError) as error:
                     shapes = [tuple(t.shape) for t in part.inputs]
-                    first = str(error).splitlines()[0][:200]
+                    first = (str(error).splitlines() or [type(error).__name__])[0][:200]
                     raise CalibrationError(f"the model does not run on images of shape {shapes}: {first}") from error
         return program, 0
