@@ -1,1 +1,45 @@
 """fxquant: a mixed-precision quantization compiler for PyTorch vision models."""
+
+from fxquant.api import (
+    allocate,
+    calibrate,
+    capture,
+    convert,
+    export_onnx,
+    load,
+    lower,
+    measure_sensitivity,
+    pareto,
+    prepare,
+    quantize,
+    resolve,
+)
+from fxquant.core.allocation import BitAllocation
+from fxquant.core.budget import Budget
+from fxquant.core.errors import FxquantError
+from fxquant.core.settings import Settings
+from fxquant.core.spec import Choice
+from fxquant.result import Result
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BitAllocation",
+    "Budget",
+    "Choice",
+    "FxquantError",
+    "Result",
+    "Settings",
+    "allocate",
+    "calibrate",
+    "capture",
+    "convert",
+    "export_onnx",
+    "load",
+    "lower",
+    "measure_sensitivity",
+    "pareto",
+    "prepare",
+    "quantize",
+    "resolve",
+]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.backends.base import backend
@@ -113,10 +112,11 @@ def prepare(program: Program, settings: Settings) -> Program:
     return run(find_sites(program, settings), InsertObservers(settings.observer))
 
 
-def calibrate(program: Program, images: CalibrationSet, reporter: Reporter = SILENT) -> Program:
-    """Run images through the observers, take them out again, and fix all grids and costs."""
+def calibrate(program: Program, images: CalibrationSet | None, reporter: Reporter = SILENT) -> Program:
+    """Run images through the observers (None: they have run already), take them out, and fix all grids and costs."""
     target = backend(program[Settings].target).target
-    return run(program, Calibrate(images, reporter=reporter), CollectRanges(), ScaleWeights(), EstimateCost(target))
+    feed = () if images is None else (Calibrate(images, reporter=reporter),)
+    return run(program, *feed, CollectRanges(), ScaleWeights(), EstimateCost(target))
 
 
 def simulate(program: Program, plan: BitAllocation) -> Program:
@@ -248,8 +248,3 @@ def impose(program: Program, plan: BitAllocation, budget: Budget | None = None) 
         used = usage(plan.choices, limits, program[CostTables])
         raise OptionError(f"the plan uses {used}, the budget allows {limits}")
     return program.with_facts(plan)
-
-
-def example_inputs(images: CalibrationSet) -> Sequence[Tensor]:
-    """Return two images, enough to trace with a free batch."""
-    return images.slice(0, 2).inputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,9 +26,9 @@ class Calibrate(Pass):
         CalibrationError: the graph does not run on these images, or a value is not finite.
     """
 
-    images: CalibrationSet
+    images: CalibrationSet = field(repr=False)
     batch: int = 32
-    reporter: Reporter = SILENT
+    reporter: Reporter = field(default=SILENT, repr=False)
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program, its observers filled."""

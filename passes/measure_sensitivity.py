@@ -34,7 +34,7 @@ class MeasureSensitivity(Pass):
         OptionError: an unknown estimator or loss.
     """
 
-    images: CalibrationSet
+    images: CalibrationSet = field(repr=False)
     estimators: tuple[str, ...] = ("gram",)
     loss: str = "kl"
     store: ScoreStore | None = field(default=None, repr=False)

@@ -38,7 +38,7 @@ class VerifyAndRefine(Pass):
         reporter: shows progress.
     """
 
-    images: CalibrationSet
+    images: CalibrationSet = field(repr=False)
     simulate: Simulate = field(repr=False)
     loss: str = "kl"
     reporter: Reporter = field(default=SILENT, repr=False)

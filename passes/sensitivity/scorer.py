@@ -159,6 +159,5 @@ def _node_cost(node: torch.fx.Node) -> float:
     if node.op not in ("call_function", "call_method"):
         return 0.0
     rule, shape = rule_of(node), shape_of(node)
-    return float((rule.macs(node) if rule is not None and rule.macs is not None else 0) + prod(shape)) / max(
-        1, *shape[:1]
-    )
+    work = (rule.macs(node) if rule is not None and rule.macs is not None else 0) + prod(shape)
+    return work / max(1, shape[0] if shape else 1)

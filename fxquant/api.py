@@ -1,0 +1,294 @@
+"""The front door: `quantize` in one call, and the same as stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from fxquant import pipeline
+from fxquant.backends.base import backend
+from fxquant.capture import capture as capture_program
+from fxquant.capture import input_names
+from fxquant.core.allocation import BitAllocation
+from fxquant.core.budget import Budget
+from fxquant.core.data import collect
+from fxquant.core.errors import CalibrationError
+from fxquant.core.program import Program
+from fxquant.core.progress import Reporter
+from fxquant.core.settings import Settings
+from fxquant.core.settings import effort as effort_preset
+from fxquant.core.spec import Choice
+from fxquant.passes.allocation import SOLVERS
+from fxquant.passes.sensitivity import ESTIMATORS
+from fxquant.result import Result
+
+
+def quantize(
+    model: nn.Module | ExportedProgram,
+    calibration: object,
+    budget: Budget,
+    *,
+    bits: Sequence[int] = (2, 4, 8),
+    activation_bits: Sequence[int] = (8,),
+    target: str = "onnxruntime",
+    seed: int = 0,
+    effort: str = "default",
+    progress: bool = True,
+    workdir: str | Path | None = None,
+    pins: Mapping[str, Choice | str] | None = None,
+    pin_ends: bool = False,
+    keep_float: Sequence[str] = (),
+    observer: str = "mse",
+    loss: str | None = None,
+    estimators: Sequence[str] | None = None,
+    solver: str = "iqp",
+    time_limit: float = 60.0,
+    threads: int | None = None,
+) -> Result:
+    """Quantize a model within a budget, precision chosen per layer.
+
+    Args:
+        model: trained module or exported program; it is copied, never modified, moved or switched to eval.
+        calibration: iterable of Tensor | tuple | dict batches, or a tensor of images; a label that follows the inputs
+            is ignored unless `loss` needs it. At least two images, a few hundred are good.
+        budget: limits, several at once.
+        bits: candidate weight bits; 32 lets a layer stay in float.
+        activation_bits: candidate activation bits.
+        target: name of the runtime that will run the model.
+        seed: same seed, same answer.
+        effort: "fast", "default" or "best".
+        progress: show bars on a terminal.
+        workdir: folder that keeps finished scores; the same call goes on where a killed one stopped.
+        pins: glob over layer names -> precision (`Choice` or "W8A8").
+        pin_ends: pin first and last layer to 8 bits.
+        keep_float: globs over layer names that stay in float.
+        observer: "minmax", "mse", "moving_average" or "percentile".
+        loss: "kl", "ce" (with labels: CLADO as published) or "mse"; None picks by the model's output.
+        estimators: sensitivity estimators, overriding the effort's.
+        solver: "iqp", "linear", "greedy" or "exhaustive".
+        time_limit: seconds for each solve.
+        threads: threads of the target's runtime.
+
+    Returns:
+        The result, whose plan was measured on a quarter of the images that scoring did not see.
+
+    Raises:
+        InputError: the model, the calibration data or an option cannot be used.
+        InfeasibleBudgetError: no plan keeps the budget.
+    """
+    preset = effort_preset(effort)
+    settings = Settings(
+        bits=tuple(sorted(set(bits))),
+        activation_bits=tuple(sorted(set(activation_bits))),
+        target=target,
+        pins={pattern: Choice.parse(c) if isinstance(c, str) else c for pattern, c in (pins or {}).items()},
+        pin_ends=pin_ends,
+        keep_float=tuple(keep_float),
+        observer=observer,
+        loss=loss,
+        estimators=preset.estimators if estimators is None else tuple(estimators),
+        solver=solver,
+        time_limit=time_limit,
+        seed=seed,
+        threads=threads,
+    )
+    _check_names(settings)
+    reporter = Reporter(progress)
+    images = collect(calibration, input_names(model), preset.images)
+    if len(images) < 2:
+        raise CalibrationError("calibration holds one image; give at least two, so that one can be held out")
+    scoring, held_out = images.split(settings.held_out, seed)
+    captured = capture_program(model, images.slice(0, 2).inputs)
+    program = pipeline.prepare(captured, settings)
+    program = pipeline.calibrate(program, scoring, reporter)
+    folder = None if workdir is None else Path(workdir) / "scores"
+    program = pipeline.measure_sensitivity(program, scoring, folder, reporter)
+    program = pipeline.allocate(program, budget, held_out, reporter)
+    return Result(program, held_out)
+
+
+def _check_names(settings: Settings) -> None:
+    """Fail on a misspelt name before any work is done."""
+    _ = backend(settings.target)
+    _ = SOLVERS[settings.solver]
+    for name in settings.estimators:
+        _ = ESTIMATORS[name]
+
+
+def capture(model: nn.Module | ExportedProgram, calibration: object) -> Program:
+    """Trace a model to a functional ATen graph with a free batch.
+
+    Args:
+        model: module or exported program; it is not modified.
+        calibration: batches, of which two images are used to trace with.
+
+    Raises:
+        CaptureError: the model does not export, or holds weights that are not finite.
+        CalibrationError: the images cannot be used.
+    """
+    images = collect(calibration, input_names(model), 2)
+    return capture_program(model, images.slice(0, 2).inputs)
+
+
+def prepare(program: Program, settings: Settings | None = None) -> Program:
+    """Find what to quantize and insert an observer node on each quantized edge.
+
+    The returned program's module is the model with observers: run any images through it, then `calibrate(program)`.
+
+    Args:
+        program: from `capture`.
+        settings: what to search over; None for the defaults.
+    """
+    return pipeline.prepare(program, settings or Settings())
+
+
+def calibrate(program: Program, calibration: object = (), progress: bool = True) -> Program:
+    """Fix ranges, grids and costs.
+
+    Args:
+        program: from `prepare`.
+        calibration: batches to run through the observers; empty if you ran your own through `program.module`.
+        progress: show bars on a terminal.
+
+    Raises:
+        CalibrationError: an observer saw nothing, or a value is not finite.
+    """
+    empty = isinstance(calibration, tuple | list) and not calibration
+    images = None if empty else collect(calibration, _placeholders(program))
+    return pipeline.calibrate(program, images, Reporter(progress))
+
+
+def measure_sensitivity(
+    program: Program, calibration: object, workdir: str | Path | None = None, progress: bool = True
+) -> Program:
+    """Score every candidate, alone and in pairs.
+
+    Args:
+        program: from `calibrate`.
+        calibration: batches to score on.
+        workdir: folder that keeps finished scores.
+        progress: show bars on a terminal.
+    """
+    folder = None if workdir is None else Path(workdir) / "scores"
+    images = collect(calibration, _placeholders(program))
+    return pipeline.measure_sensitivity(program, images, folder, Reporter(progress))
+
+
+def allocate(program: Program, budget: Budget, calibration: object | None = None, progress: bool = True) -> Program:
+    """Choose a precision for every layer.
+
+    Args:
+        program: from `measure_sensitivity`.
+        budget: the limits.
+        calibration: images that scoring did not see, to measure the finalists on; None trusts the model of the loss.
+        progress: show bars on a terminal.
+
+    Raises:
+        InfeasibleBudgetError: no plan keeps the budget.
+    """
+    held_out = None if calibration is None else collect(calibration, _placeholders(program))
+    return pipeline.allocate(program, budget, held_out, Reporter(progress))
+
+
+def convert(program: Program, plan: BitAllocation | str | Path | None = None) -> Program:
+    """Insert fake-quant on each edge: the simulated graph.
+
+    Args:
+        program: from `allocate`, or from `calibrate` with a plan.
+        plan: a plan or the path of a plan.json that replaces the program's own.
+
+    Raises:
+        OptionError: the plan does not fit the model.
+        FileFormatError: the plan file is damaged.
+    """
+    chosen = BitAllocation.from_json(plan) if isinstance(plan, str | Path) else plan
+    program = program if chosen is None else pipeline.impose(program, chosen)
+    return pipeline.simulate(program, program[BitAllocation])
+
+
+def lower(program: Program) -> GraphModule:
+    """Return the simulated graph on PyTorch's integer kernels.
+
+    Raises:
+        LoweringError: the graph cannot be expressed there.
+    """
+    from fxquant.backends.fx_int8 import FxInt8Backend
+
+    return FxInt8Backend().lower(program.module)
+
+
+def export_onnx(program: Program, path: str | Path) -> Path:
+    """Write the simulated graph as ONNX QDQ.
+
+    Raises:
+        OutputError: the path cannot be written.
+        MissingDependencyError: the onnx extra is not installed.
+    """
+    from fxquant.backends.onnx_export import export_onnx as export
+
+    export(program.module, Path(path), {}, _example(program))
+    return Path(path)
+
+
+def resolve(result: Result | str | Path, budget: Budget, calibration: object | None = None) -> Result:
+    """Solve another budget from the saved scores: no new forward passes but those of verification.
+
+    Args:
+        result: a result, or the folder it was saved in.
+        budget: the new limits.
+        calibration: images to verify with; None takes the held-out images that came with the result.
+
+    Raises:
+        InfeasibleBudgetError: no plan keeps the budget.
+    """
+    known = result if isinstance(result, Result) else Result.load(result)
+    held_out = known.held_out if calibration is None else collect(calibration, _placeholders(known.program))
+    return replace(known, program=pipeline.allocate(known.program, budget, held_out), held_out=held_out)
+
+
+def pareto(result: Result | str | Path, budgets: Iterable[Budget]) -> list[BitAllocation]:
+    """Return the plan of each budget, in the order given.
+
+    Raises:
+        InfeasibleBudgetError: one of them cannot be kept.
+    """
+    known = result if isinstance(result, Result) else Result.load(result)
+    return [resolve(known, budget).allocation for budget in budgets]
+
+
+def load(folder: str | Path) -> Result:
+    """Read a result that `Result.save` wrote.
+
+    Raises:
+        FileFormatError: a file is missing, damaged, or of another version.
+    """
+    return Result.load(folder)
+
+
+def _placeholders(program: Program) -> list[str]:
+    return [str(node.target) for node in program.module.graph.nodes if node.op == "placeholder"]
+
+
+def _example(program: Program) -> tuple[Tensor, ...]:
+    return Result(program).example
+
+
+__all__ = [
+    "allocate",
+    "calibrate",
+    "capture",
+    "convert",
+    "export_onnx",
+    "load",
+    "lower",
+    "measure_sensitivity",
+    "pareto",
+    "prepare",
+    "quantize",
+    "resolve",
+]

@@ -1,0 +1,232 @@
+"""`Result`: the plan, what it was decided on, and everything that can be made of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from fxquant import pipeline
+from fxquant.capture import capture
+from fxquant.core.allocation import BitAllocation
+from fxquant.core.cost import CostTable, CostTables
+from fxquant.core.data import CalibrationSet
+from fxquant.core.errors import FileFormatError, OptionError
+from fxquant.core.program import Program
+from fxquant.core.ranges import Ranges
+from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
+from fxquant.core.settings import Settings
+from fxquant.core.spec import Choice, Sites
+from fxquant.core.store import (
+    atomic_path,
+    read_json,
+    read_tensors,
+    text_digest,
+    write_json,
+    write_tensors,
+)
+from fxquant.passes.scale_weights import ScaleWeights
+
+if TYPE_CHECKING:
+    from fxquant.backends.onnx_export import ExportReport
+
+FORMAT_VERSION = 1
+HELD_OUT_LIMIT = 64 * 10**6
+"""Bytes of held-out images that a saved result carries at most, so that it can verify new plans."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `quantize` returns.
+
+    Args:
+        program: calibrated float graph with all facts, the plan among them.
+        held_out: calibration images that were not used for scoring; None if they were not kept.
+    """
+
+    program: Program = field(repr=False)
+    held_out: CalibrationSet | None = field(default=None, repr=False)
+
+    @property
+    def allocation(self) -> BitAllocation:
+        """The plan."""
+        return self.program[BitAllocation]
+
+    @property
+    def sensitivity(self) -> SensitivityMatrix:
+        """The preferred estimator's matrix."""
+        return self.program[SensitivityMatrix]
+
+    @property
+    def costs(self) -> CostTables:
+        """Cost of every candidate by cost model."""
+        return self.program[CostTables]
+
+    @cached_property
+    def simulated_program(self) -> Program:
+        """The simulated graph with its facts."""
+        return pipeline.simulate(self.program, self.allocation)
+
+    @property
+    def simulated(self) -> GraphModule:
+        """The graph with fake-quant on each edge: the model's answer in simulation, and the graph to train."""
+        return self.simulated_program.module
+
+    @cached_property
+    def lowered(self) -> GraphModule:
+        """The graph that computes in integers on PyTorch's kernels; its output is float.
+
+        Raises:
+            LoweringError: the graph cannot be expressed there.
+        """
+        from fxquant.backends.fx_int8 import FxInt8Backend
+
+        return FxInt8Backend().lower(self.simulated)
+
+    def to_onnx(self, path: str | Path) -> ExportReport:
+        """Write the model as ONNX with quantize and dequantize nodes, weights packed, batch dynamic.
+
+        Raises:
+            OutputError: the path cannot be written.
+            LoweringError: an op has no ONNX form.
+            MissingDependencyError: the onnx extra is not installed.
+        """
+        from fxquant.backends.onnx_export import export_onnx
+
+        plan = json.dumps(self.allocation.to_json()["choices"], separators=(",", ":"))
+        return export_onnx(self.simulated, Path(path), {"fxquant_plan": plan}, self.example)
+
+    @property
+    def example(self) -> tuple[torch.Tensor, ...]:
+        """Two samples per input, in the shapes the model was captured with; zeros where no images were kept."""
+        if self.held_out is not None and len(self.held_out) > 1:
+            return self.held_out.slice(0, 2).inputs
+        values = [node.meta["val"] for node in self.program.module.graph.nodes if node.op == "placeholder"]
+        return tuple(torch.zeros(2, *(int(s) for s in v.shape[1:]), dtype=v.dtype) for v in values)
+
+    def summary(self) -> str:
+        """Return the plan as a table for the terminal."""
+        from fxquant.report.summary import summary
+
+        return summary(self)
+
+    def report(self, path: str | Path) -> Path:
+        """Write the self-contained HTML page and return its path.
+
+        Raises:
+            OutputError: the path cannot be written.
+            MissingDependencyError: the report extra is not installed.
+        """
+        from fxquant.report.html import write_report
+
+        return write_report(self, Path(path))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write everything that `load` and `resolve` need: JSON, npz, safetensors and the captured `.pt2`.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        folder, program = Path(folder), self.program
+        settings = program[Settings]
+        document = {
+            "settings": _settings_to_json(settings),
+            "costs": {name: table.to_json() for name, table in self.costs.tables.items()},
+            "estimators": list(program[Surrogates].matrices),
+            "graph": text_digest(str(program.module.graph)),
+            "torch": torch.__version__,
+        }
+        self.allocation.to_json(folder / "plan.json")
+        for name, matrix in program[Surrogates].matrices.items():
+            matrix.save(folder / f"sensitivity_{name}.npz")
+        program[Ranges].save(folder / "ranges.npz")
+        with atomic_path(folder / "model.pt2") as temporary:
+            torch.export.save(_without_examples(program[ExportedProgram]), temporary)
+        if self.held_out is not None and sum(t.nbytes for t in self.held_out.inputs) <= HELD_OUT_LIMIT:
+            tensors = {f"input_{k}": tensor for k, tensor in enumerate(self.held_out.inputs)}
+            labels = {} if self.held_out.labels is None else {"labels": self.held_out.labels}
+            write_tensors(folder / "held_out.safetensors", {**tensors, **labels})
+        # Written last: a folder with it is whole.
+        write_json(folder / "result.json", "result", FORMAT_VERSION, document)
+        return folder
+
+    @staticmethod
+    def load(folder: str | Path) -> Result:
+        """Read what `save` wrote.
+
+        Raises:
+            FileFormatError: a file is missing, damaged, or of another version.
+        """
+        folder = Path(folder)
+        document = read_json(folder / "result.json", "result", FORMAT_VERSION)
+        try:
+            settings = _settings_from_json(document["settings"])
+            program = pipeline.find_sites(capture(load_exported(folder / "model.pt2"), ()), settings)
+            if text_digest(str(program.module.graph)) != document["graph"]:
+                raise FileFormatError(
+                    f"{folder} was saved with torch {document['torch']}, whose graph torch {torch.__version__} "
+                    "captures differently; quantize again"
+                )
+            matrices = {n: SensitivityMatrix.load(folder / f"sensitivity_{n}.npz") for n in document["estimators"]}
+            candidates = program[Sites].candidates
+            tables = {name: CostTable.from_json(table, candidates) for name, table in document["costs"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError, OptionError) as error:
+            raise FileFormatError(f"{folder}/result.json is not an intact result ({error}); quantize again") from error
+        program = program.with_facts(
+            Ranges.load(folder / "ranges.npz"),
+            Surrogates(matrices),
+            next(iter(matrices.values())),
+            CostTables(tables),
+        )
+        program = pipeline.run(program, ScaleWeights())
+        program = pipeline.impose(program, BitAllocation.from_json(folder / "plan.json"))
+        return Result(program, _load_held_out(folder / "held_out.safetensors"))
+
+
+def load_exported(path: Path) -> ExportedProgram:
+    """Read a `.pt2` file.
+
+    Raises:
+        FileFormatError: missing, damaged or not an exported program.
+    """
+    if not path.is_file():
+        raise FileFormatError(f"cannot read {path}: no such file")
+    try:
+        return torch.export.load(path)
+    except Exception as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise FileFormatError(f"{path} is not an intact exported program ({first}); export it again") from error
+
+
+def _without_examples(exported: ExportedProgram) -> ExportedProgram:
+    # Example inputs are the one part of a .pt2 that torch pickles; nothing here reads them.
+    exported.example_inputs = None
+    return exported
+
+
+def _load_held_out(path: Path) -> CalibrationSet | None:
+    if not path.exists():
+        return None
+    tensors = read_tensors(path)
+    inputs = tuple(tensors[f"input_{k}"] for k in range(sum(name.startswith("input_") for name in tensors)))
+    return CalibrationSet(inputs, tensors.get("labels"))
+
+
+def _settings_to_json(settings: Settings) -> dict[str, Any]:
+    document = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+    document["pins"] = {pattern: choice.label for pattern, choice in settings.pins.items()}
+    return document
+
+
+def _settings_from_json(document: dict[str, Any]) -> Settings:
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in document.items()
+    }
+    values["pins"] = {pattern: Choice.parse(label) for pattern, label in document["pins"].items()}
+    return Settings(**values)
