@@ -47,10 +47,10 @@ def solve_greedy(
     reduced = reduce(problem)
     if reduced is None:
         return answer(problem, None, np.inf, clock)
-    search = LocalSearch(reduced.problem, seed)
-    search.start(clock)
+    search = LocalSearch(reduced.problem, seed, clock)
+    search.start()
     if search.choice is None:
-        search.kick(clock, min(clock.left, 2.0))
+        search.kick(min(clock.left, 2.0))
     if search.choice is None:
         raise SolverError("the greedy solver met no plan within the limits; use solve_iqp, which can prove it")
     diagonal = np.diag(reduced.problem.values)

@@ -60,7 +60,7 @@ def solve_iqp(
     reduced = reduce(problem)
     if reduced is None:
         return answer(problem, None, np.inf, clock)
-    search = LocalSearch(reduced.problem, seed)
+    search = LocalSearch(reduced.problem, seed, clock)
     proof = BranchAndBound(reduced.problem, search, clock)
     try:
         bound = _solve(reduced.problem, search, proof, clock)
@@ -81,7 +81,7 @@ def _solve(problem: Problem, search: LocalSearch, proof: BranchAndBound, clock: 
     diagonal = np.diag(problem.values)
     linear = not np.count_nonzero(problem.values - np.diag(diagonal))
     if not linear:
-        search.start(clock)
+        search.start()
     if linear or search.choice is None:
         choice, bound = solve_diagonal(problem, diagonal, clock)
         if choice is None and bound == np.inf:
@@ -90,8 +90,8 @@ def _solve(problem: Problem, search: LocalSearch, proof: BranchAndBound, clock: 
             search.improve(np.flatnonzero(choice))
             if linear:
                 return bound
-    search.deepen(clock)
-    search.kick(clock, min(KICK_SECONDS, KICK_SHARE * clock.allowed))
+    search.deepen()
+    search.kick(min(KICK_SECONDS, KICK_SHARE * clock.allowed))
     proof.root()
     remainder = proof.remainder
     if remainder is not None and clock.left:

@@ -23,10 +23,11 @@ class LocalSearch:
     Args:
         problem: what to minimise.
         seed: of the kicks and random starts.
+        clock: of the whole solve; every method ends soon after its time is over.
     """
 
-    def __init__(self, problem: Problem, seed: int) -> None:
-        self.problem = problem
+    def __init__(self, problem: Problem, seed: int, clock: Clock) -> None:
+        self.problem, self.clock = problem, clock
         self.best: IndexArray | None = None
         self.best_objective = np.inf
         self._random = np.random.default_rng(seed)
@@ -44,23 +45,23 @@ class LocalSearch:
         choice[self.best] = True
         return choice
 
-    def start(self, clock: Clock) -> None:
+    def start(self) -> None:
         """Descend from the Lagrangian plans of the diagonal and of the row sums, and from random plans."""
         values = self.problem.values
         for scores in (np.diag(values), np.diag(values) + values.sum(axis=1) / self._mean_group()):
             for plan in lagrangian_plans(self.problem, scores):
-                self.improve(plan)
+                if self.best is None or self.clock.left:
+                    self.improve(plan)
         for _ in range(4):
-            if not clock.left:
-                return
-            self.improve(self._random_plan())
+            if self.clock.left:
+                self.improve(self._random_plan())
 
-    def kick(self, clock: Clock, seconds: float) -> None:
+    def kick(self, seconds: float) -> None:
         """Iterated local search from the best plan, some seconds at most; ends early when it runs dry."""
-        finish = min(clock.spent + seconds, clock.allowed)
+        finish = min(self.clock.spent + seconds, self.clock.allowed)
         quiet, restarts = 0, 0
         current, current_objective = self.best, self.best_objective
-        while clock.spent < finish and restarts <= RESTARTS:
+        while self.clock.spent < finish and restarts <= RESTARTS:
             before = self.best_objective
             if current is None or quiet >= QUIET_KICKS:
                 plan, quiet, restarts = self._random_plan(), 0, restarts + 1
@@ -77,13 +78,13 @@ class LocalSearch:
             else:
                 quiet += 1
             if self.best_objective < before and self.best is not None:
-                self.deepen(clock)
+                self.deepen()
                 current, current_objective, restarts = self.best, self.best_objective, 0
 
-    def deepen(self, clock: Clock) -> None:
+    def deepen(self) -> None:
         """Exchanges of three groups on the best plan until none helps or the time is over."""
         improved = self.best is not None and len(self.problem.groups) >= 3
-        while improved and clock.left:
+        while improved and self.clock.left:
             improved = False
             base = self.best
             assert base is not None
@@ -98,7 +99,7 @@ class LocalSearch:
                     self.improve(move)
                     improved = True
                     break
-                if not clock.left:
+                if not self.clock.left:
                     return
 
     def offer(self, plan: IndexArray) -> None:
@@ -113,7 +114,7 @@ class LocalSearch:
         if repaired is None:
             return plan, np.inf
         objective = self._objective(repaired)
-        while True:
+        while self.clock.left:
             moved = self._best_pair(repaired, objective, frozen=None)
             if moved is None:
                 break

@@ -44,7 +44,7 @@ def assert_sound(instance: Instance, found: Solution, optimum: Solution) -> None
         assert found.gap == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(random_instances())
 def test_iqp_equals_exhaustive(instance: Instance) -> None:
     optimum = SOLVERS["exhaustive"](*instance.arguments)
@@ -155,7 +155,7 @@ def test_no_limits_at_all() -> None:
 )
 @pytest.mark.parametrize("solver", list(SOLVERS))
 def test_unusable_input_is_refused(solver: str, change: dict[str, Any], message: str) -> None:
-    given_arguments = {
+    given_arguments: dict[str, Any] = {
         "values": np.diag(np.diag(TINY.values)), "groups": TINY.groups, "costs": TINY.costs, "limits": TINY.limits
     }
     with pytest.raises(OptionError, match=message):

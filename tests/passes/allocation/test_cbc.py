@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+import numpy as np
+import pulp
+import pytest
+
+from fxquant.core.errors import MissingDependencyError, SolverError
+from fxquant.passes.allocation import cbc
+from fxquant.passes.allocation.linear import add_choices
+from fxquant.passes.allocation.linearise import solve_linearised
+from fxquant.passes.allocation.solution import Clock, Problem
+from tests.passes.allocation.instances import needs_data, random_instance, real_instance
+
+
+def knapsack_model(scores: list[float]) -> cbc.Model:
+    model = cbc.Model()
+    variables = [model.add_variable(f"x{i}", score, binary=True) for i, score in enumerate(scores)]
+    model.add_constraint([(variable, 1.0) for variable in variables], "==", 1.0)
+    return model
+
+
+def test_optimal_with_scores_far_below_cbcs_tolerances() -> None:
+    result = knapsack_model([3e-9, 1e-9, 2e-9]).solve(10)
+    assert result.status == "optimal"
+    assert result.values is not None
+    assert result.values.tolist() == [0, 1, 0]
+    assert result.bound == pytest.approx(1e-9, rel=1e-3)
+    assert result.bound <= 1e-9
+
+
+def test_infeasible_is_told_from_a_timeout() -> None:
+    model = cbc.Model()
+    variable = model.add_variable("x", 1.0, binary=True)
+    model.add_constraint([(variable, 2.0)], "==", 1.0)
+    result = model.solve(10)
+    assert result.status == "infeasible"
+    assert result.values is None
+    assert result.bound == np.inf
+
+
+@needs_data
+def test_a_timeout_is_stopped_with_cbcs_own_bound() -> None:
+    """PuLP calls this "Optimal"; the known optimum is 1.62097 and CBC's plan is not it."""
+    instance = real_instance("resnet56_gram", 3)
+    choice, bound = solve_linearised(Problem.checked(*instance.arguments), Clock(2))
+    assert bound < 1.62097
+    if choice is not None:
+        assert Problem.checked(*instance.arguments).objective(choice) >= 1.62097 - 1e-5
+
+
+def test_partial_search_bound_is_not_the_rounded_one() -> None:
+    log = (
+        "Cbc0005I Partial search - best objective 2.9931451 (best possible 2.6096912), took 1065 iterations\n"
+        "Lower bound:                    2.610\n"
+    )
+    bound = cbc._bound("stopped", None, log, np.array([1.0]), 1.0)
+    assert 2.6096 < bound < 2.6096912
+
+
+@pytest.mark.parametrize("headline", ["Unbounded - objective value 1", "what"])
+def test_unknown_answers_are_errors(monkeypatch: pytest.MonkeyPatch, headline: str) -> None:
+    def answer(*_: Any) -> tuple[str, list[str]]:
+        return "", [headline]
+
+    monkeypatch.setattr(cbc, "_call", answer)
+    with pytest.raises(SolverError, match="expected"):
+        knapsack_model([1.0, 2.0]).solve(1)
+
+
+def test_a_program_that_dies_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cbc, "_program", lambda: "/bin/false")
+    with pytest.raises(SolverError, match="no solution file"):
+        knapsack_model([1.0, 2.0]).solve(1)
+
+
+def test_a_program_that_hangs_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(*_: Any, **__: Any) -> None:
+        raise subprocess.TimeoutExpired("cbc", 1)
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    result = knapsack_model([1.0, 2.0]).solve(1)
+    assert result.status == "stopped"
+    assert result.values is None
+    assert result.bound == -np.inf
+
+
+def test_no_program_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulp.PULP_CBC_CMD, "pulp_cbc_path", "/nowhere/cbc")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(MissingDependencyError, match="pulp"):
+        knapsack_model([1.0, 2.0]).solve(1)
+
+
+def test_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    knapsack_model([1.0, 2.0]).solve(5)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_limits_of_any_scale_reach_cbc() -> None:
+    for scale in (1e-6, 1.0, 1e9):
+        instance = random_instance(4, groups=6, rows=1, kind="diagonal", tightness=0.4)
+        problem = Problem(
+            instance.values, tuple(instance.groups), instance.costs * scale, instance.limits * scale
+        )
+        model = cbc.Model()
+        add_choices(model, problem, np.diag(problem.values))
+        result = model.solve(10)
+        assert result.values is not None
+        assert problem.feasible(result.values > 0.5)
