@@ -42,7 +42,9 @@ def cross_entropy(reference: Tensor, output: Tensor, labels: Tensor | None) -> T
     if labels is None:
         raise CalibrationError("loss 'ce' needs labels; give calibration batches as (images, labels) or use loss 'kl'")
     if reference.dim() != 2:
-        raise CalibrationError(f"loss 'ce' needs outputs (images, classes), not {tuple(reference.shape)}; use loss 'kl'")
+        raise CalibrationError(
+            f"loss 'ce' needs outputs (images, classes), not {tuple(reference.shape)}; use loss 'kl'"
+        )
     low, high, classes = int(labels.min()), int(labels.max()), reference.shape[1]
     if low < 0 or high >= classes:
         raise CalibrationError(f"labels lie in {low}..{high}, the model knows classes 0..{classes - 1}")
