@@ -68,7 +68,7 @@ def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileFormatError(f"cannot read {path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path} is not valid JSON ({error}); restore it or run again") from error
     return checked_document(document, kind, version, str(path))
 
@@ -95,8 +95,11 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None
     Raises:
         OutputError: the folder cannot be written.
     """
-    with atomic_path(path) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, allow_pickle=False, **dict(arrays))
+    # np.savez takes names as keywords, so that an array could not be called `file`; the format is the same.
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, np.asanyarray(array), allow_pickle=False)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -106,11 +109,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         FileFormatError: missing, truncated or not an npz of plain arrays.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError as error:
         raise FileFormatError(f"cannot read {path}: no such file") from error
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except Exception as error:
+        # A damaged archive can fail anywhere in zipfile, zlib and numpy, each with errors of its own.
         raise FileFormatError(f"{path} is not an intact npz of plain arrays ({error}); run again") from error
 
 
