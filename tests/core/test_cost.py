@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from fxquant.core.cost import CostTable, CostTables
+from fxquant.core.errors import OptionError
+from fxquant.core.spec import Candidate, Choice
+
+CANDIDATES = tuple(Candidate(site, Choice(bits, 8)) for site in ("a", "b") for bits in (4, 8))
+TABLE = CostTable(CANDIDATES, np.array([1.0, 2.0, 10.0, 20.0]), constant=100.0, float_cost=400.0, unit="bytes")
+
+
+def test_cost_of_a_plan() -> None:
+    assert TABLE.of({"a": Choice(8, 8), "b": Choice(4, 8)}) == 112.0
+    assert TABLE.of({}) == 100.0
+
+
+def test_json_round_trip() -> None:
+    back = CostTable.from_json(json.loads(json.dumps(TABLE.to_json())), CANDIDATES)
+    assert np.array_equal(back.values, TABLE.values)
+    assert (back.constant, back.float_cost, back.unit) == (100.0, 400.0, "bytes")
+
+
+@pytest.mark.parametrize(("values", "constant"), [(np.zeros(3), 0.0), (np.full(4, np.nan), 0.0), (np.zeros(4), np.inf)])
+def test_tables_are_checked_at_birth(values: np.ndarray[tuple[int], np.dtype[np.float64]], constant: float) -> None:
+    with pytest.raises(OptionError, match="cost"):
+        CostTable(CANDIDATES, values, constant, 1.0, "bytes")
+
+
+def test_costs_that_were_not_estimated() -> None:
+    tables = CostTables({"size": TABLE})
+    assert tables["size"] is TABLE
+    with pytest.raises(OptionError, match="cost 'latency' was not estimated; available: size"):
+        tables["latency"]
