@@ -33,11 +33,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
         os.close(handle)
-        # mkstemp makes files private; a result is as readable as any other new file.
+        yield Path(temporary)
+        # mkstemp makes files private, and so do writers that put a new file in its place; a result is as readable
+        # as any other new file.
         umask = os.umask(0)
         os.umask(umask)
         Path(temporary).chmod(0o666 & ~umask)
-        yield Path(temporary)
         Path(temporary).replace(path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}; choose a writable folder") from error
