@@ -36,15 +36,19 @@ def site_bytes(site: Site, choice: Choice, target: Target) -> int:
 def size(program: Program, target: Target) -> CostTable:
     """Return bytes per candidate; the constant is what stays in float and the scales of the activations."""
     sites, module = program[Sites], program.module
-    read = {
-        str(node.target): tensor_at(module, str(node.target)) for node in module.graph.nodes if node.op == "get_attr"
-    }
-    whole = sum(_bytes(tensor) for tensor in read.values())
-    quantized = sum(FLOAT_BYTES * (site.weight_count + site.bias_count) for site in sites.sites)
-    scales = len(program[EdgeGroups].producers) * (SCALE_BYTES + ZERO_POINT_BYTES)
+    weighted = {name for site in sites.sites for name in site.nodes}
+    read: dict[str, int] = {}
+    rest: dict[str, int] = {}
+    for node in (n for n in module.graph.nodes if n.op == "get_attr"):
+        path = str(node.target)
+        read[path] = _bytes(tensor_at(module, path))
+        # A table that an embedding reads too is stored twice: as it is for the one, on the grid for the other.
+        if any(user.name not in weighted for user in node.users):
+            rest[path] = read[path]
+    constant = sum(rest.values()) + len(program[EdgeGroups].producers) * (SCALE_BYTES + ZERO_POINT_BYTES)
     values = [site_bytes(sites.by_name(c.site), c.choice, target) for c in sites.candidates]
     return CostTable(
-        sites.candidates, np.array(values, dtype=np.float64), float(whole - quantized + scales), float(whole), "bytes"
+        sites.candidates, np.array(values, dtype=np.float64), float(constant), float(sum(read.values())), "bytes"
     )
 
 
