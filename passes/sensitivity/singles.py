@@ -24,7 +24,7 @@ class Singles:
     Args:
         losses: shape (n, images), loss of candidate i on each image.
         gram: shape (n, n), mean over images of `e_i . e_j`.
-        gram_stderr: shape (n, n), its standard error.
+        gram_stderr: shape (n, n), its standard error; NaN for a single image.
         evaluations: whole-network passes over one image spent.
     """
 
@@ -41,7 +41,7 @@ def measure_singles(scorer: Scorer) -> Singles:
     total = losses.shape[1]
     mean = np.sum([cell["gram_sum"] for cell in cells], axis=0) / total
     square = np.sum([cell["gram_square"] for cell in cells], axis=0) / total
-    stderr = np.sqrt(np.maximum(square - mean**2, 0.0) / max(1, total - 1))
+    stderr = np.sqrt(np.maximum(square - mean**2, 0.0) / (total - 1)) if total > 1 else np.full(mean.shape, np.nan)
     return Singles(losses, mean, stderr, float(sum(float(cell["evaluations"]) for cell in cells)))
 
 
