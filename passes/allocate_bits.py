@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,7 +119,7 @@ def _rows(
     limits: Mapping[str, float], tables: CostTables, sites: Sites
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the limits and the activation ties as `costs @ x <= bounds`, limits scaled to a right side of 1."""
-    rows, bounds = [], []
+    rows, bounds = _tie_rows(sites)
     for name, limit in limits.items():
         table = tables[LIMIT_TABLES[name][0]]
         room = limit * unit_of(name, tables) - table.constant
@@ -125,34 +127,73 @@ def _rows(
         scale = max(abs(room), 1e-9)
         rows.append(table.values / scale)
         bounds.append(room / scale)
-    ties = _tie_rows(sites)
-    matrix = np.array([*rows, *ties], dtype=np.float64).reshape(-1, len(sites.candidates))
-    return matrix, np.array([*bounds, *([0.0] * len(ties))], dtype=np.float64)
+    return np.array(rows, dtype=np.float64).reshape(-1, len(sites.candidates)), np.array(bounds, dtype=np.float64)
 
 
-def _tie_rows(sites: Sites) -> list[NDArray[np.float64]]:
-    """Return two opposite rows per pair of neighbours in a tie and activation width: both choose it or neither."""
-    candidates, rows = sites.candidates, []
-    first: dict[str, Site] = {}
-    for site in sites.sites:
-        head = first.setdefault(site.input_tie, site)
-        if head is site:
+def _tie_rows(sites: Sites) -> tuple[list[NDArray[np.float64]], list[float]]:
+    """Return the activation ties as rows and right sides: sites that read one value agree on its integer width.
+
+    A site in float does not read the quantized value and so agrees with everybody. Where it cannot happen, two
+    opposite rows say that both sites choose a width or neither does, which is tighter than "not two widths at once".
+    """
+    rows: list[NDArray[np.float64]] = []
+    bounds: list[float] = []
+    for one, other in _tied_pairs(sites.sites):
+        widths = sorted({c.activation_bits for site in (one, other) for c in site.choices if not c.is_float})
+        # With one width on both sides there is nothing to disagree about.
+        if len(widths) < 2:
             continue
-        for bits in sorted({c.activation_bits for s in (head, site) for c in s.choices}):
-            signs = {head.name: 1.0, site.name: -1.0}
-            row = np.array([signs.get(c.site, 0.0) * (c.choice.activation_bits == bits) for c in candidates])
-            # With one activation width on both sides the row is the two one-hot rows over again.
-            if {c.activation_bits for s in (head, site) for c in s.choices} != {bits}:
+        loose = any(c.is_float for site in (one, other) for c in site.choices)
+        for bits in widths:
+            mine = _mask(sites, one, {bits})
+            if loose:
+                rows.append(mine + _mask(sites, other, set(widths) - {bits}))
+                bounds.append(1.0)
+            else:
+                row = mine - _mask(sites, other, {bits})
                 rows += [row, -row]
-    return rows
+                bounds += [0.0, 0.0]
+    return rows, bounds
+
+
+def _tied_pairs(sites: tuple[Site, ...]) -> list[tuple[Site, Site]]:
+    """Return the pairs of sites that read one value; neighbours only where agreement passes from one to the next."""
+    ties: defaultdict[str, list[Site]] = defaultdict(list)
+    for site in sites:
+        ties[site.input_tie].append(site)
+    found: list[tuple[Site, Site]] = []
+    for members in ties.values():
+        # A site in float between two others passes nothing on, so every pair counts then.
+        broken = any(choice.is_float for site in members for choice in site.choices)
+        found += combinations(members, 2) if broken else pairwise(members)
+    return found
+
+
+def _mask(sites: Sites, site: Site, widths: set[int]) -> NDArray[np.float64]:
+    """Return 1 for the candidates of a site that read its activation at one of these widths."""
+    picked = [c.site == site.name and c.choice.activation_bits in widths for c in sites.candidates]
+    return np.array(picked, dtype=np.float64)
 
 
 def uniform_plans(sites: tuple[Site, ...]) -> dict[str, dict[str, Choice]]:
-    """Return name -> plan that gives every site one precision, sites without that choice their nearest wider one."""
+    """Return name -> plan that gives every site one precision, sites without that choice their nearest wider one.
+
+    Left out are plans in which a pinned site and another one want two widths of the value that both read.
+    """
     plans: dict[str, dict[str, Choice]] = {}
     for choice in sorted({choice for site in sites for choice in site.choices}):
-        plans[f"uniform {choice.label}"] = {site.name: _nearest(site, choice) for site in sites}
+        plan = {site.name: _nearest(site, choice) for site in sites}
+        if _agrees(sites, plan):
+            plans[f"uniform {choice.label}"] = plan
     return plans
+
+
+def _agrees(sites: tuple[Site, ...], plan: Mapping[str, Choice]) -> bool:
+    widths: defaultdict[str, set[int]] = defaultdict(set)
+    for site in sites:
+        if not plan[site.name].is_float:
+            widths[site.input_tie].add(plan[site.name].activation_bits)
+    return all(len(found) == 1 for found in widths.values())
 
 
 def _nearest(site: Site, choice: Choice) -> Choice:
