@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from fxquant.core.errors import PipelineError
 from fxquant.core.spec import Edge
+
+
+TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
 def fork(module: GraphModule) -> GraphModule:
@@ -148,8 +154,8 @@ def show(module: GraphModule) -> str:
 
 
 def trace_line(node: Node) -> str:
-    """Return the user's source line that made the node, or the module path, or the node's name."""
+    """Return the user's source line that made the node, its target where that is not known."""
     trace = node.meta.get("stack_trace")
-    if isinstance(trace, str) and trace.strip():
-        return trace.strip().splitlines()[-1].strip()
-    return str(node.target)
+    frames = re.findall(r'File "([^"]+)", line \d+, in [^\n]*\n\s*([^\n]+)', trace) if isinstance(trace, str) else []
+    lines = [line.strip() for file, line in frames if not file.startswith(TORCH_FOLDER)]
+    return lines[-1] if lines else str(node.target)
