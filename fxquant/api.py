@@ -31,7 +31,7 @@ from fxquant.result import Result
 def quantize(
     model: nn.Module | ExportedProgram,
     calibration: object,
-    budget: Budget,
+    budget: Budget | None,
     *,
     bits: Sequence[int] = (2, 4, 8),
     activation_bits: Sequence[int] = (8,),
@@ -56,7 +56,8 @@ def quantize(
         model: trained module or exported program; it is copied, never modified, moved or switched to eval.
         calibration: iterable of Tensor | tuple | dict batches, or a tensor of images; a label that follows the inputs
             is ignored unless `loss` needs it. At least two images, a few hundred are good.
-        budget: limits, several at once.
+        budget: limits, several at once; None only scores and leaves every layer at its widest integer precision, for
+            `resolve` to choose from later.
         bits: candidate weight bits; 32 lets a layer stay in float.
         activation_bits: candidate activation bits.
         target: name of the runtime that will run the model.
@@ -106,10 +107,13 @@ def quantize(
     captured = capture_program(model, images.slice(0, 2).inputs)
     program = pipeline.prepare(captured, settings)
     program = pipeline.calibrate(program, scoring, reporter)
+    if budget is not None:
+        pipeline.check_budget(program, budget)
     folder = None if workdir is None else Path(workdir) / "scores"
     program = pipeline.measure_sensitivity(program, scoring, folder, reporter)
-    program = pipeline.allocate(program, budget, held_out, reporter)
-    return Result(program, held_out)
+    if budget is None:
+        return Result(pipeline.impose(program, pipeline.widest_plan(program)), held_out)
+    return Result(pipeline.allocate(program, budget, held_out, reporter), held_out)
 
 
 def _check_names(settings: Settings) -> None:
@@ -235,20 +239,24 @@ def export_onnx(program: Program, path: str | Path) -> Path:
     return Path(path)
 
 
-def resolve(result: Result | str | Path, budget: Budget, calibration: object | None = None) -> Result:
+def resolve(
+    result: Result | str | Path, budget: Budget, calibration: object | None = None, progress: bool = True
+) -> Result:
     """Solve another budget from the saved scores: no new forward passes but those of verification.
 
     Args:
         result: a result, or the folder it was saved in.
         budget: the new limits.
         calibration: images to verify with; None takes the held-out images that came with the result.
+        progress: show bars on a terminal.
 
     Raises:
         InfeasibleBudgetError: no plan keeps the budget.
     """
     known = result if isinstance(result, Result) else Result.load(result)
     held_out = known.held_out if calibration is None else collect(calibration, _placeholders(known.program))
-    return replace(known, program=pipeline.allocate(known.program, budget, held_out), held_out=held_out)
+    program = pipeline.allocate(known.program, budget, held_out, Reporter(progress))
+    return replace(known, program=program, held_out=held_out)
 
 
 def pareto(result: Result | str | Path, budgets: Iterable[Budget]) -> list[BitAllocation]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,18 +15,19 @@ from fxquant.core.allocation import BitAllocation
 from fxquant.core.budget import Budget
 from fxquant.core.cost import CostTables
 from fxquant.core.data import CalibrationSet
-from fxquant.core.errors import CalibrationError, OptionError, PipelineError
+from fxquant.core.errors import CalibrationError, InfeasibleBudgetError, OptionError, PipelineError
 from fxquant.core.losses import LOSSES, default_loss
 from fxquant.core.oracle import model_outputs
 from fxquant.core.program import Program
 from fxquant.core.progress import SILENT, Reporter
+from fxquant.core.ranges import Ranges
 from fxquant.core.score_store import ScoreStore
 from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
 from fxquant.core.settings import Settings
 from fxquant.core.spec import Choice, Sites
 from fxquant.core.store import tensor_digest, text_digest
 from fxquant.core.target import Target
-from fxquant.passes.allocate_bits import AllocateBits, fits, usage
+from fxquant.passes.allocate_bits import LIMIT_TABLES, AllocateBits, fits, infeasible_message, reachable, unit_of, usage
 from fxquant.passes.base import Pass
 from fxquant.passes.calibrate import Calibrate
 from fxquant.passes.canonicalize import Canonicalize
@@ -40,6 +42,9 @@ from fxquant.passes.measure_sensitivity import MeasureSensitivity
 from fxquant.passes.scale_weights import ScaleWeights
 from fxquant.passes.tie_edges import TieEdges
 from fxquant.passes.verify_and_refine import VerifyAndRefine
+
+
+KEPT = "kept in float as asked"
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,10 @@ def run(program: Program, *passes: Pass) -> Program:
 
 
 def _site_passes(target: Target, settings: Settings, keep_float: dict[str, str]) -> tuple[Pass, ...]:
-    pins = {pattern: choice for pattern, choice in settings.pins.items() if pattern not in keep_float}
     return (
         FindEdges(target, keep_float),
         TieEdges(),
-        FindSites(target, settings.bits, settings.activation_bits, pins, settings.pin_ends),
+        FindSites(target, settings.bits, settings.activation_bits, settings.pins, settings.pin_ends),
     )
 
 
@@ -98,9 +102,14 @@ def find_sites(program: Program, settings: Settings) -> Program:
     program = run(program, Canonicalize(), FoldBatchnorm()).with_facts(settings)
     program = run(program, *_site_passes(target, settings, {}))
     names = [site.name for site in program[Sites].sites]
-    kept = {name: "kept in float as asked" for pattern in settings.keep_float for name in matching(pattern, names)}
+    kept = [name for pattern in settings.keep_float for name in matching(pattern, names)]
+    # Float as the only choice is no choice: nothing is measured there.
+    kept += [site.name for site in program[Sites].sites if all(choice.is_float for choice in site.choices)]
     if kept:
-        program = run(program, *_site_passes(target, settings, kept))
+        left = [name for name in names if name not in kept]
+        pins = {pattern: choice for pattern, choice in settings.pins.items() if fnmatch.filter(left, pattern)}
+        narrowed = replace(settings, pins=pins)
+        program = run(program, *_site_passes(target, narrowed, dict.fromkeys(kept, KEPT)))
     if not program[Sites].sites:
         reasons = "; ".join(f"{node}: {why}" for node, why in program[Sites].refusals.items())
         raise OptionError(f"no layer can be quantized ({reasons or 'the graph has no convolution or linear layer'})")
@@ -131,9 +140,11 @@ def simulate(program: Program, plan: BitAllocation) -> Program:
         raise OptionError(f"the plan names sites the model does not have: {', '.join(unknown)}")
     floats = [site.name for site in sites if site.name in plan.choices and plan.choices[site.name].is_float]
     if floats:
-        kept = dict(program[Sites].refusals) | dict.fromkeys(floats, "the plan keeps it in float")
-        narrowed = replace(settings, pins={}, pin_ends=False)
-        program = run(program, *_site_passes(backend(settings.target).target, narrowed, kept))
+        target, narrowed = backend(settings.target).target, replace(settings, pins={}, pin_ends=False)
+        every = run(program, *_site_passes(target, narrowed, {}))[Sites].sites
+        kept = dict.fromkeys({site.name for site in every} - {site.name for site in sites}, KEPT)
+        kept |= dict.fromkeys(floats, "the plan keeps it in float")
+        program = run(program, *_site_passes(target, narrowed, kept))
     return run(program.with_facts(plan), InsertFakeQuant(max(settings.activation_bits)))
 
 
@@ -170,7 +181,8 @@ def measure_sensitivity(
     store = ScoreStore(folder, _identity(program, images, loss) if folder is not None else {})
     simulated = simulate(program, widest_plan(program))
     scored = run(simulated, MeasureSensitivity(images, program[Settings].estimators, loss, store, reporter))
-    return program.with_facts(scored[SensitivityMatrix], scored[Surrogates])
+    # The simulated graph is done with, but how long scoring took belongs in the log.
+    return replace(program.with_facts(scored[SensitivityMatrix], scored[Surrogates]), log=scored.log)
 
 
 def _identity(program: Program, images: CalibrationSet, loss: str) -> dict[str, str]:
@@ -181,7 +193,12 @@ def _identity(program: Program, images: CalibrationSet, loss: str) -> dict[str, 
         tensors["labels"] = images.labels
     weights = {name: tensor for name, tensor in module.state_dict().items() if tensor.numel()}
     settings = program[Settings]
+    # Rounded, so that another summation order on the same images stays the same calibration.
+    seen = [
+        f"{name} {h.minimum:.4g} {h.maximum:.4g} {h.counts.sum():g}" for name, h in program[Ranges].histograms.items()
+    ]
     return {
+        "calibration": text_digest(f"{seen} {program[Ranges].clip}"),
         "model": tensor_digest(weights) + text_digest(str(module.graph)),
         "data": tensor_digest(tensors),
         "settings": text_digest(f"{columns} {loss} {settings.observer} {settings.target}"),
@@ -195,6 +212,20 @@ def measure_latency(program: Program, images: CalibrationSet, reporter: Reporter
     simulated = simulate(program, widest_plan(program)).module
     one = images.slice(0, 1).inputs
     return run(program, MeasureLatency(simulated, one, compile_graph, reporter))
+
+
+def check_budget(program: Program, budget: Budget) -> None:
+    """Fail before the long work if a limit lies below what any plan can reach; milliseconds are not known yet.
+
+    Raises:
+        InfeasibleBudgetError: a limit is out of reach; the message names the reachable range.
+    """
+    tables, sites = program[CostTables], program[Sites]
+    known = {name: limit for name, limit in budget.limits.items() if LIMIT_TABLES[name][0] in tables.tables}
+    for name, limit in known.items():
+        lowest = reachable(tables[LIMIT_TABLES[name][0]], sites)[0] / unit_of(name, tables)
+        if lowest > limit * (1 + 1e-9):
+            raise InfeasibleBudgetError(infeasible_message(Budget(**known), sites, tables))
 
 
 def allocate(

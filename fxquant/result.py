@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from fxquant import pipeline
 from fxquant.capture import capture
-from fxquant.core.allocation import BitAllocation
+from fxquant.core.allocation import BitAllocation, Finalists
 from fxquant.core.cost import CostTable, CostTables
 from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import FileFormatError, OptionError
@@ -31,6 +31,7 @@ from fxquant.core.store import (
     write_json,
     write_tensors,
 )
+from fxquant.passes.allocate_bits import usage
 from fxquant.passes.scale_weights import ScaleWeights
 
 if TYPE_CHECKING:
@@ -68,6 +69,11 @@ class Result:
         """Cost of every candidate by cost model."""
         return self.program[CostTables]
 
+    @property
+    def finalists(self) -> dict[str, BitAllocation]:
+        """The plans that were compared, by name; empty where none was solved for."""
+        return self.program[Finalists].plans if Finalists in self.program else {}
+
     @cached_property
     def simulated_program(self) -> Program:
         """The simulated graph with its facts."""
@@ -88,6 +94,37 @@ class Result:
         from fxquant.backends.fx_int8 import FxInt8Backend
 
         return FxInt8Backend().lower(self.simulated)
+
+    def with_plan(self, plan: BitAllocation | str | Path) -> Result:
+        """Return this result with a plan made elsewhere, for example a plan.json edited by hand.
+
+        Args:
+            plan: a plan or the path of a plan.json; its status becomes "manual" and its numbers are worked out anew.
+
+        Raises:
+            OptionError: the plan does not fit the model.
+            FileFormatError: the plan file is damaged.
+        """
+        known = BitAllocation.from_json(plan) if isinstance(plan, str | Path) else plan
+        program = pipeline.impose(self.program, known)
+        foreign = [s for s in program[Sites].sites if known.choices[s.name] not in s.choices]
+        for site in foreign:
+            if not known.choices[site.name].is_float:
+                raise OptionError(
+                    f"the plan gives {site.name!r} {known.choices[site.name].label}, which was not measured; "
+                    f"allowed: {', '.join(choice.label for choice in site.choices)} or float"
+                )
+        # Layers put in float by hand have no place in the cost tables, so such a plan makes no claim on its limits.
+        manual = BitAllocation(
+            known.choices,
+            objective=self.sensitivity.predict(known.choices),
+            used={} if foreign else usage(known.choices, known.limits, self.costs),
+            limits={} if foreign else known.limits,
+        )
+        made = replace(self, program=program.with_facts(manual))
+        # A width without a grid or an unknown site shows when the graph is made.
+        _ = made.simulated_program
+        return made
 
     def to_onnx(self, path: str | Path) -> ExportReport:
         """Write the model as ONNX with quantize and dequantize nodes, weights packed, batch dynamic.
@@ -139,6 +176,8 @@ class Result:
             "settings": _settings_to_json(settings),
             "costs": {name: table.to_json() for name, table in self.costs.tables.items()},
             "estimators": list(program[Surrogates].matrices),
+            "finalists": {name: plan.to_json() for name, plan in self.finalists.items()},
+            "plan": _plan_digest(self.allocation),
             "graph": text_digest(str(program.module.graph)),
             "torch": torch.__version__,
         }
@@ -164,6 +203,8 @@ class Result:
             FileFormatError: a file is missing, damaged, or of another version.
         """
         folder = Path(folder)
+        if not folder.is_dir():
+            raise FileFormatError(f"{folder} is not a folder; give one that a result was saved in")
         document = read_json(folder / "result.json", "result", FORMAT_VERSION)
         try:
             settings = _settings_from_json(document["settings"])
@@ -175,6 +216,8 @@ class Result:
                 )
             matrices = {n: SensitivityMatrix.load(folder / f"sensitivity_{n}.npz") for n in document["estimators"]}
             candidates = program[Sites].candidates
+            finalists = {name: BitAllocation.from_json(plan) for name, plan in document["finalists"].items()}
+            digest = str(document["plan"])
             tables = {name: CostTable.from_json(table, candidates) for name, table in document["costs"].items()}
         except (KeyError, TypeError, ValueError, AttributeError, OptionError) as error:
             raise FileFormatError(f"{folder}/result.json is not an intact result ({error}); quantize again") from error
@@ -183,10 +226,13 @@ class Result:
             Surrogates(matrices),
             next(iter(matrices.values())),
             CostTables(tables),
+            Finalists(finalists),
         )
         program = pipeline.run(program, ScaleWeights())
-        program = pipeline.impose(program, BitAllocation.from_json(folder / "plan.json"))
-        return Result(program, _load_held_out(folder / "held_out.safetensors"))
+        plan = BitAllocation.from_json(folder / "plan.json")
+        result = Result(pipeline.impose(program, plan), _load_held_out(folder / "held_out.safetensors"))
+        # A person may edit plan.json; what the solver proved does not hold for another plan.
+        return result if _plan_digest(plan) == digest else result.with_plan(plan)
 
 
 def load_exported(path: Path) -> ExportedProgram:
@@ -202,6 +248,10 @@ def load_exported(path: Path) -> ExportedProgram:
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise FileFormatError(f"{path} is not an intact exported program ({first}); export it again") from error
+
+
+def _plan_digest(plan: BitAllocation) -> str:
+    return text_digest(json.dumps(plan.to_json()["choices"], sort_keys=True))
 
 
 def _without_examples(exported: ExportedProgram) -> ExportedProgram:
