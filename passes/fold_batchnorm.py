@@ -93,7 +93,7 @@ def _store(module: GraphModule, consumer: Node, position: int, path: str, value:
     fake = consumer.args[0].meta.get("val") if isinstance(consumer.args[0], Node) else None
     # The op table reads shapes from meta; the graph's fake mode keeps the value itself out of it.
     mode = getattr(fake, "fake_mode", None)
-    node.meta["val"] = mode.from_tensor(value) if mode is not None else value
+    node.meta["val"] = mode.from_tensor(value, static_shapes=True) if mode is not None else value
     padded = list(consumer.args) + [None] * (position + 1 - len(consumer.args))
     padded[position] = node
     consumer.args = tuple(padded)

@@ -1,0 +1,155 @@
+"""A simulated or float graph in, a standard ONNX QDQ model out."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import helper
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from fxquant.backends.onnx_builder import OPSET, PACKED, GraphBuilder
+from fxquant.backends.onnx_lowering import Lowering, dims
+from fxquant.backends.onnx_rewrites import prepare
+from fxquant.backends.onnx_shape_ops import EMITTERS
+from fxquant.backends.onnx_splice import splice
+from fxquant.backends.qdq_ops import dequantize_channels
+from fxquant.backends.reference import REFERENCE_TARGET, to_qdq
+from fxquant.core.errors import LoweringError, OptionError
+from fxquant.core.store import atomic_path
+
+LAZY = (dequantize_channels, torch.ops.aten.sym_size.int)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Args:
+        path: the file.
+        bytes: its size on disk.
+        opset: operator set of the file.
+        nodes: ONNX op -> number of nodes.
+
+    Raises:
+        OptionError: an empty file.
+    """
+
+    path: Path
+    bytes: int
+    opset: int
+    nodes: dict[str, int]
+
+    def __post_init__(self) -> None:
+        if self.bytes <= 0 or not self.nodes:
+            raise OptionError(f"{self.path} holds no model")
+
+
+def to_onnx(module: GraphModule, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
+    """Return the ONNX model of a simulated or float graph.
+
+    Args:
+        module: ATen graph with traced shapes, FakeQuantize modules where it is quantized; it is not changed.
+        metadata: texts kept in the file, for example the plan.
+
+    Raises:
+        LoweringError: an op has no ONNX form.
+    """
+    qdq = prepare(to_qdq(module))
+    storage = dict(REFERENCE_TARGET.storage_bits)
+    builder = GraphBuilder(_opset(qdq, storage))
+    lowering = Lowering(qdq, builder, storage)
+    inputs, results = [], list[Node]()
+    for node in qdq.graph.nodes:
+        if node.op == "placeholder":
+            lowering.values[node] = builder.unique(node.name)
+            if isinstance(node.meta.get("val"), Tensor):
+                inputs.append(_value_info(node, node.name))
+        elif node.op == "output":
+            map_arg(node.args, results.append)
+        elif node.op != "get_attr" and node.target not in LAZY and isinstance(_written(node), Tensor | tuple | list):
+            lowering.values[node] = _write(lowering, node)
+    outputs = [_output(lowering, node, index) for index, node in enumerate(results)]
+    model = builder.model(inputs, outputs, "fxquant")
+    for key, text in (metadata or {}).items():
+        model.metadata_props.add(key=key, value=text)
+    return model
+
+
+def _written(node: Node) -> object:
+    """Return the traced value of a node; sizes are written only where something reads them."""
+    if "val" not in node.meta:
+        raise LoweringError(f"node {node.name!r} has no traced value; capture the model with fxquant.capture")
+    return node.meta["val"]
+
+
+def _write(lowering: Lowering, node: Node) -> str | tuple[str, ...]:
+    emitter = EMITTERS.get(node.target)
+    written = emitter(lowering, node) if emitter is not None else None
+    if written is not None:
+        return written
+    if node.op != "call_function":
+        raise LoweringError(f"node {node.name!r} is a {node.op} of {node.target}; only ATen ops can be written")
+    return splice(lowering, node)
+
+
+def _opset(module: GraphModule, storage: Mapping[int, int]) -> int:
+    """Return the lowest operator set that has all types in use."""
+    widths = {storage.get(int(str(n.args[3])), 8) for n in module.graph.nodes if n.target is dequantize_channels}
+    return max([OPSET, *(PACKED[width][1] for width in widths if width in PACKED)])
+
+
+def _value_info(node: Node, name: str) -> onnx.ValueInfoProto:
+    # torch calls sizes s0, s77, ...; the leading one is the batch.
+    shape = [s if isinstance(s, int) else "batch" if axis == 0 else str(s) for axis, s in enumerate(dims(node))]
+    kind = helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=node.meta["val"].dtype).numpy().dtype)
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def _output(lowering: Lowering, node: Node, index: int) -> onnx.ValueInfoProto:
+    """Name the graph's result; inputs, constants and results returned twice keep theirs and are copied."""
+    value, builder = lowering.value(node), lowering.builder
+    name = builder.unique("output" if index == 0 else f"output_{index}")
+    if value.startswith("output") or not builder.rename(value, name):
+        builder.nodes.append(helper.make_node("Identity", [value], [name]))
+    return _value_info(node, name)
+
+
+def export_onnx(
+    module: GraphModule,
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    inputs: tuple[Tensor, ...] | None = None,
+) -> ExportReport:
+    """Write a simulated or float graph as one ONNX file; nothing is left behind on failure.
+
+    Args:
+        module: ATen graph with traced shapes; it is not changed.
+        path: the file to write.
+        metadata: texts kept in the file's `metadata_props`.
+        inputs: not needed for a captured graph, whose nodes carry their shapes.
+
+    Raises:
+        LoweringError: an op has no ONNX form, or the checker of onnx refuses the model.
+        OutputError: the folder cannot be written.
+    """
+    del inputs
+    model = to_onnx(module, metadata)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise LoweringError(f"the ONNX model is not valid: {error}") from error
+    data = model.SerializeToString()
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+    counts = Counter(str(node.op_type) for node in model.graph.node)
+    return ExportReport(path, len(data), int(model.opset_import[0].version), dict(counts))

@@ -1,0 +1,149 @@
+"""ONNX Runtime sessions, and what its optimizer made of a model."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor
+
+from fxquant.core.errors import FileFormatError, LoweringError, OptionError
+
+QUIET = 4
+"""Log level of ONNX Runtime that leaves only fatal messages; failures are raised anyway."""
+LAYER_OPS = frozenset({"Conv", "Gemm", "MatMul", "ConvTranspose"})
+INTEGER_LAYERS = frozenset({"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger"})
+"""Operators that multiply integers; the fused forms of MatMulInteger (ToFloat) count as well."""
+FLOAT_LAYERS = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose"})
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """What ONNX Runtime runs, read from its optimized graph.
+
+    Args:
+        kernels: layer with constant weights, by module path -> the operator that runs it, `float` where none of the
+            integer operators does.
+        operators: operator -> number of nodes in the optimized graph.
+
+    Raises:
+        OptionError: the graph is empty.
+    """
+
+    kernels: dict[str, str]
+    operators: dict[str, int]
+
+    def __post_init__(self) -> None:
+        if not self.operators:
+            raise OptionError("the optimized graph has no nodes")
+
+    @property
+    def integer_share(self) -> float:
+        """Share of layers with constant weights that run on integers, 0..1; 1 without such layers."""
+        return 1.0 - len(self.float_layers) / len(self.kernels) if self.kernels else 1.0
+
+    @property
+    def float_layers(self) -> tuple[str, ...]:
+        """Names of layers with constant weights that run in float."""
+        return tuple(name for name, kernel in self.kernels.items() if kernel == "float")
+
+    @property
+    def float_products(self) -> int:
+        """Float convolutions and matrix products left, those of two activations included."""
+        return sum(count for operator, count in self.operators.items() if operator in FLOAT_LAYERS)
+
+    @property
+    def conversions(self) -> int:
+        """QuantizeLinear and DequantizeLinear left: borders between integers and float."""
+        return sum(self.operators.get(operator, 0) for operator in ("QuantizeLinear", "DequantizeLinear"))
+
+
+def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
+    """Return quiet options.
+
+    Args:
+        threads: threads inside an operator, None for the runtime's default.
+
+    Raises:
+        OptionError: fewer than one thread.
+    """
+    if threads is not None and threads < 1:
+        raise OptionError(f"threads={threads} is out of range; give 1 or more, or None")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = QUIET
+    options.intra_op_num_threads = threads or 0
+    return options
+
+
+def open_session(model: bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """Load a model on the CPU.
+
+    Raises:
+        LoweringError: ONNX Runtime refuses it.
+    """
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        # The runtime raises a dozen classes without a common base of their own.
+        raise LoweringError(f"ONNX Runtime cannot load the model: {str(error)[:300]}") from error
+
+
+def executable(model: bytes, threads: int | None = None) -> Callable[[tuple[Tensor, ...]], Tensor]:
+    """Return a function that runs a model and gives its first output as float32.
+
+    Raises:
+        LoweringError: ONNX Runtime refuses the model.
+    """
+    session = open_session(model, session_options(threads))
+    names = [entry.name for entry in session.get_inputs()]
+    first = session.get_outputs()[0].name
+
+    def run(tensors: tuple[Tensor, ...]) -> Tensor:
+        arrays = {n: t.detach().cpu().contiguous().numpy() for n, t in zip(names, tensors, strict=True)}
+        return torch.from_numpy(np.asarray(session.run([first], arrays)[0])).float()
+
+    return run
+
+
+def kernel_report(model: Path | bytes) -> KernelReport:
+    """Return which kernels ONNX Runtime chose for a model.
+
+    Raises:
+        FileFormatError: the file cannot be read.
+        LoweringError: ONNX Runtime refuses the model.
+    """
+    try:
+        data = model if isinstance(model, bytes) else model.read_bytes()
+        original = onnx.load_model_from_string(data)
+    except OSError as error:
+        raise FileFormatError(f"cannot read {model!s}: {error.strerror or error}") from error
+    except Exception as error:
+        # protobuf raises its own DecodeError, from a package that is not ours to import.
+        raise FileFormatError(f"{model!s:.100} is not an ONNX model ({error})") from error
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "optimized.onnx"
+        options = session_options(1)
+        options.optimized_model_filepath = str(target)
+        open_session(data, options)
+        optimized = onnx.load_model(target)
+    ran = {_layer(node.name): str(node.op_type) for node in optimized.graph.node if _is_integer(node.op_type)}
+    layers = [node.name for node in original.graph.node if node.name and node.op_type in LAYER_OPS]
+    operators = Counter(str(node.op_type) for node in optimized.graph.node)
+    return KernelReport({name: ran.get(name, "float") for name in layers}, dict(operators))
+
+
+def _is_integer(operator: str) -> bool:
+    return operator in INTEGER_LAYERS or operator.startswith("MatMulInteger")
+
+
+def _layer(name: str) -> str:
+    """Return the original name of a node that the runtime renamed by appending to it."""
+    return re.sub(r"(_token_\d+|_MatMulAddFusion|_nchwc|_quant|_nhwc)*$", "", name)
