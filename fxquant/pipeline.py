@@ -43,7 +43,6 @@ from fxquant.passes.scale_weights import ScaleWeights
 from fxquant.passes.tie_edges import TieEdges
 from fxquant.passes.verify_and_refine import VerifyAndRefine
 
-
 KEPT = "kept in float as asked"
 
 
