@@ -15,7 +15,6 @@ from torch.fx import Graph, GraphModule, Node
 from fxquant.core.errors import PipelineError
 from fxquant.core.spec import Edge
 
-
 TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
