@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,12 +18,12 @@ from fxquant.capture import capture
 from fxquant.core.allocation import BitAllocation, Finalists
 from fxquant.core.cost import CostTable, CostTables
 from fxquant.core.data import CalibrationSet
-from fxquant.core.errors import FileFormatError, OptionError
+from fxquant.core.errors import CalibrationError, FileFormatError, OptionError, OutputError
 from fxquant.core.program import Program
 from fxquant.core.ranges import Ranges
 from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
 from fxquant.core.settings import Settings
-from fxquant.core.spec import Choice, Sites
+from fxquant.core.spec import Candidate, Choice, Sites
 from fxquant.core.store import (
     atomic_path,
     read_json,
@@ -172,25 +173,26 @@ class Result:
         """
         folder, program = Path(folder), self.program
         settings = program[Settings]
+        held_out = _kept_images(self.held_out)
         document = {
             "settings": _settings_to_json(settings),
             "costs": {name: table.to_json() for name, table in self.costs.tables.items()},
             "estimators": list(program[Surrogates].matrices),
             "finalists": {name: plan.to_json() for name, plan in self.finalists.items()},
             "plan": _plan_digest(self.allocation),
+            "held_out": bool(held_out),
             "graph": text_digest(str(program.module.graph)),
             "torch": torch.__version__,
         }
+        _forget(folder)
         self.allocation.to_json(folder / "plan.json")
         for name, matrix in program[Surrogates].matrices.items():
             matrix.save(folder / f"sensitivity_{name}.npz")
         program[Ranges].save(folder / "ranges.npz")
         with atomic_path(folder / "model.pt2") as temporary:
             torch.export.save(_without_examples(program[ExportedProgram]), temporary)
-        if self.held_out is not None and sum(t.nbytes for t in self.held_out.inputs) <= HELD_OUT_LIMIT:
-            tensors = {f"input_{k}": tensor for k, tensor in enumerate(self.held_out.inputs)}
-            labels = {} if self.held_out.labels is None else {"labels": self.held_out.labels}
-            write_tensors(folder / "held_out.safetensors", {**tensors, **labels})
+        if held_out:
+            write_tensors(folder / "held_out.safetensors", held_out)
         # Written last: a folder with it is whole.
         write_json(folder / "result.json", "result", FORMAT_VERSION, document)
         return folder
@@ -214,23 +216,25 @@ class Result:
                     f"{folder} was saved with torch {document['torch']}, whose graph torch {torch.__version__} "
                     "captures differently; quantize again"
                 )
-            matrices = {n: SensitivityMatrix.load(folder / f"sensitivity_{n}.npz") for n in document["estimators"]}
             candidates = program[Sites].candidates
+            matrices = {n: _load_matrix(folder / f"sensitivity_{n}.npz", candidates) for n in document["estimators"]}
+            preferred, with_images = matrices[document["estimators"][0]], bool(document["held_out"])
             finalists = {name: BitAllocation.from_json(plan) for name, plan in document["finalists"].items()}
             digest = str(document["plan"])
             tables = {name: CostTable.from_json(table, candidates) for name, table in document["costs"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError, OptionError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OptionError) as error:
             raise FileFormatError(f"{folder}/result.json is not an intact result ({error}); quantize again") from error
         program = program.with_facts(
             Ranges.load(folder / "ranges.npz"),
             Surrogates(matrices),
-            next(iter(matrices.values())),
+            preferred,
             CostTables(tables),
             Finalists(finalists),
         )
         program = pipeline.run(program, ScaleWeights())
         plan = BitAllocation.from_json(folder / "plan.json")
-        result = Result(pipeline.impose(program, plan), _load_held_out(folder / "held_out.safetensors"))
+        held_out = _load_held_out(folder / "held_out.safetensors") if with_images else None
+        result = Result(pipeline.impose(program, plan), held_out)
         # A person may edit plan.json; what the solver proved does not hold for another plan.
         return result if _plan_digest(plan) == digest else result.with_plan(plan)
 
@@ -255,17 +259,44 @@ def _plan_digest(plan: BitAllocation) -> str:
 
 
 def _without_examples(exported: ExportedProgram) -> ExportedProgram:
-    # Example inputs are the one part of a .pt2 that torch pickles; nothing here reads them.
-    exported.example_inputs = None
-    return exported
+    # Example inputs are the one part of a .pt2 that torch pickles; nothing here reads them. The caller may own the
+    # program, so a shallow copy forgets them.
+    bare = copy.copy(exported)
+    bare.example_inputs = None
+    return bare
 
 
-def _load_held_out(path: Path) -> CalibrationSet | None:
-    if not path.exists():
-        return None
+def _forget(folder: Path) -> None:
+    """Remove what an earlier result left in the folder and this one might not write over."""
+    try:
+        for name in ("result.json", "held_out.safetensors"):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror or error}; choose a writable folder") from error
+
+
+def _load_matrix(path: Path, candidates: tuple[Candidate, ...]) -> SensitivityMatrix:
+    matrix = SensitivityMatrix.load(path)
+    if matrix.candidates != candidates:
+        raise FileFormatError(f"{path} belongs to another model or other settings; restore it or quantize again")
+    return matrix
+
+
+def _kept_images(held_out: CalibrationSet | None) -> dict[str, torch.Tensor]:
+    """Return the held-out images by name, nothing where there are none or too many to keep."""
+    if held_out is None or sum(tensor.nbytes for tensor in held_out.inputs) > HELD_OUT_LIMIT:
+        return {}
+    tensors = {f"input_{k}": tensor for k, tensor in enumerate(held_out.inputs)}
+    return tensors if held_out.labels is None else {**tensors, "labels": held_out.labels}
+
+
+def _load_held_out(path: Path) -> CalibrationSet:
     tensors = read_tensors(path)
-    inputs = tuple(tensors[f"input_{k}"] for k in range(sum(name.startswith("input_") for name in tensors)))
-    return CalibrationSet(inputs, tensors.get("labels"))
+    try:
+        inputs = tuple(tensors[f"input_{k}"] for k in range(sum(name.startswith("input_") for name in tensors)))
+        return CalibrationSet(inputs, tensors.get("labels"))
+    except (KeyError, CalibrationError) as error:
+        raise FileFormatError(f"{path} does not hold the held-out images ({error}); quantize again") from error
 
 
 def _settings_to_json(settings: Settings) -> dict[str, Any]:
