@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -57,5 +58,6 @@ class VerifyAndRefine(Pass):
             if key not in known:
                 known[key] = measured_loss(self.simulate(plan), self.images, reference, self.loss)
             losses[name] = known[key]
-        best = min(losses, key=lambda name: losses[name])
+        # A plan that overflows has no loss, and compares as neither better nor worse.
+        best = min(losses, key=lambda name: math.inf if math.isnan(losses[name]) else losses[name])
         return program.with_facts(replace(plans[best], measured_loss=losses[best], finalists=losses)), 0

@@ -69,12 +69,12 @@ class BitAllocation:
             "choices": {site: choice.label for site, choice in self.choices.items()},
             "estimator": self.estimator,
             # JSON has no NaN; a hand-made plan simply has no objective.
-            **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+            **{name: _plain(value) for name, value in numbers.items()},
             "status": self.status,
             "used": self.used,
             "limits": self.limits,
-            "measured_loss": self.measured_loss,
-            "finalists": self.finalists,
+            "measured_loss": _plain(self.measured_loss),
+            "finalists": {name: _plain(loss) for name, loss in self.finalists.items()},
         }
         if path is not None:
             write_json(Path(path), "plan", FORMAT_VERSION, document)
@@ -90,10 +90,7 @@ class BitAllocation:
         origin = "the plan" if isinstance(source, Mapping) else str(source)
         document = source if isinstance(source, Mapping) else read_json(Path(source), "plan", FORMAT_VERSION)
         try:
-            numbers = {
-                name: math.nan if document.get(name) is None else float(document[name])
-                for name in ("objective", "bound", "gap")
-            }
+            numbers = {name: _number(document.get(name)) for name in ("objective", "bound", "gap")}
             loss = document.get("measured_loss")
             return BitAllocation(
                 choices={str(site): Choice.parse(label) for site, label in document["choices"].items()},
@@ -102,11 +99,19 @@ class BitAllocation:
                 used={str(k): float(v) for k, v in document.get("used", {}).items()},
                 limits={str(k): float(v) for k, v in document.get("limits", {}).items()},
                 measured_loss=None if loss is None else float(loss),
-                finalists={str(k): float(v) for k, v in document.get("finalists", {}).items()},
+                finalists={str(k): _number(v) for k, v in document.get("finalists", {}).items()},
                 **numbers,
             )
         except (KeyError, TypeError, ValueError, AttributeError, OptionError) as error:
             raise FileFormatError(f"{origin} is not an intact plan ({type(error).__name__}: {error})") from error
+
+
+def _plain(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
 
 
 @dataclass(frozen=True)
