@@ -68,19 +68,19 @@ def main() -> None:
     rows: list[Row] = [{"plan": "float", "average bits": 32.0, "accuracy %": round(accuracy, 2), "KL": 0.0}]
     for bits in (8, 4):
         uniform = BitAllocation({site.name: Choice(bits, 8) for site in program[Sites].sites})
-        rows.append({"plan": f"uniform W{bits}A8", "average bits": float(bits)})
+        rows.append({"plan": f"uniform W{bits}A8", "average bits": 1.0 * bits})
         rows[-1] |= measured(program, uniform, images, labels, reference)
-    for bits in AVERAGE_BITS:
+    for average in AVERAGE_BITS:
         started = time.perf_counter()
-        solved = pipeline.allocate(program, Budget(average_bits=bits), held_out)
+        solved = pipeline.allocate(program, Budget(average_bits=average), held_out)
         seconds = time.perf_counter() - started
         for name in ESTIMATORS:
             plan, (passes, scoring_seconds) = solved[Finalists].plans[name], spent[name]
-            rows.append({"plan": name, "average bits": bits, **measured(program, plan, images, labels, reference)})
+            rows.append({"plan": name, "average bits": average, **measured(program, plan, images, labels, reference)})
             rows[-1] |= {"used": round(plan.used["average_bits"], 3), "status": plan.status, "gap": plan.gap}
             rows[-1] |= {"passes": round(passes), "seconds": round(scoring_seconds, 1)}
         plan = solved[BitAllocation]
-        rows.append({"plan": f"engine ({plan.estimator})", "average bits": bits})
+        rows.append({"plan": f"engine ({plan.estimator})", "average bits": average})
         rows[-1] |= measured(program, plan, images, labels, reference)
         rows[-1] |= {"used": round(plan.used["average_bits"], 3), "status": plan.status, "gap": plan.gap}
         passes = spent["gram"][0] + spent["pairs"][0]

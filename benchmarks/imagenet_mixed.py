@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ def deployed(module: GraphModule, images: Tensor, labels: Tensor) -> tuple[Row, 
         report = export_onnx(module, Path(folder) / "model.onnx")
         model = report.path.read_bytes()
     run = executable(model)
-    answer = torch.cat([run((part,)) for part in images.split(8)])
+    answer = torch.cat([run((images[k : k + 8],)) for k in range(0, len(images), 8)])
     accuracy = 100 * float((answer.argmax(dim=1) == labels).double().mean())
     return {"accuracy %": round(accuracy, 2), "bytes": report.bytes}, model, answer
 
@@ -88,7 +89,7 @@ def measure(name: str) -> list[Row]:
             rows[-1] |= {
                 "average bits": round(plans[key].used.get("average_bits", float(key[1]) if key[0] == "W" else 0), 3)
             }
-    timings = interleaved({key: lambda run=run: run(one) for key, run in models.items()}, ROUNDS)
+    timings = interleaved({key: partial(run, one) for key, run in models.items()}, ROUNDS)
     for row in rows:
         timing = timings[str(row["plan"])]
         row |= {"ms": round(1e3 * timing.median, 3), "ms low": round(1e3 * timing.low, 3)}
