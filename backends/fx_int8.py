@@ -196,6 +196,8 @@ class _Lowering:
     def _maker(self, node: Node) -> Maker | str:
         """Return what makes the integer module of an arithmetic op, or why it runs in float."""
         rule, inputs = rule_of(node), activation_inputs(node)
+        if rule is not None and rule.kind in TARGET.refuse_joins:
+            return TARGET.refuse_joins[rule.kind]
         if rule is None or rule.scale is not ScaleRule.OWN:
             return "its form has no integer kernel"
         if not inputs or any(source not in self.integers for source in inputs):
@@ -205,8 +207,8 @@ class _Lowering:
             return weighted_maker(self.source, node, grids[0], self.exact, self.batch)
         builder = COMPUTED.get(node.target)
         if builder is None:
-            return TARGET.refuse_joins.get(rule.kind, "it has no integer kernel here")
-        return lambda out: builder(node, grids, out or grids[0])
+            return "it has no integer kernel here"
+        return lambda out: builder(node, grids, out or grids[0], self.exact)
 
     def _ends_in_quantizer(self, node: Node) -> bool:
         """Whether the only reader, behind clips with one reader each, is a quantizer of activations."""

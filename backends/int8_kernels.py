@@ -1,8 +1,7 @@
 """Integer kernels of PyTorch's CPU build, and what takes their place where the CPU lacks the instruction.
 
 Only functions that stay: `torch.ops.onednn.qconv*`, `qlinear*` and `torch._int_mm`, on plain uint8 and int8 tensors.
-The convolution is also registered as `torch.ops.fxquant.conv2d_u8`, because Inductor and torch.export cannot see
-through oneDNN's packed weights: the op takes the plain int8 weight and keeps the packed one beside it.
+Weights are packed on first use, and the packed form lives as long as the int8 tensor it was made from.
 """
 
 from __future__ import annotations
@@ -23,6 +22,10 @@ UINT8_MAX = 255
 
 ROUNDER = 12582912.0
 """1.5 x 2^23: float32 numbers of this size are whole, so adding it rounds half to even in one pass."""
+
+
+ONE_PASS_FROM = 30_000
+"""Elements from which a oneDNN call beats five passes of ATen ops over the same memory (measured, one thread)."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,17 @@ def round_to_u8(x: Tensor, factor: float, grid: Grid) -> Tensor:
     # Ties go to even numbers, and an odd offset would turn those into odd ones: it is added after rounding.
     odd = grid.zero_point % 2
     centre = ROUNDER + (grid.zero_point - odd)
-    moved = torch.add(torch.tensor(centre), x, alpha=factor)
+    moved = torch.add(scalar(centre), x, alpha=factor)
     moved.clamp_(ROUNDER + grid.low - odd, ROUNDER + grid.high - odd)
     # The last byte of such a float is the whole number itself.
     whole = moved.view(torch.int32).to(torch.uint8)
     return whole.add_(1) if odd else whole
+
+
+@cache
+def scalar(value: float) -> Tensor:
+    """Return a float32 tensor of shape (), made once: making one costs as much as a small op."""
+    return torch.tensor(value)
 
 
 def dequantize_u8(q: Tensor, grid: Grid) -> Tensor:
@@ -168,16 +177,20 @@ def _onednn_conv(
 ) -> Tensor:
     packed = _packed_conv(weight, scales, grid, geometry, x.shape)
     scale, zero_point, dtype = (1.0, 0, torch.float32) if out is None else (out.scale, out.zero_point, torch.uint8)
-    post, bounds = "none", list[float]()
-    if out is not None and not out.saturates:
-        # A grid narrower than uint8 is a clip in real units, which the kernel applies before it rounds.
-        post, bounds = "hardtanh", [(edge - zero_point) * scale for edge in (out.low, out.high)]
+    post, bounds = _bounds(out)
     g = geometry
     made: Tensor = torch.ops.onednn.qconv2d_pointwise(
         *(x, grid.scale, grid.zero_point, packed, scales, _no_zero_points(len(scales)), bias),
         *(g.stride, g.padding, g.dilation, g.groups, scale, zero_point, dtype, post, bounds, ""),
     )
     return made
+
+
+def _bounds(out: Grid | None) -> tuple[str, list[float]]:
+    """Return the kernel's last step: a grid narrower than uint8 is a clip in real units before the rounding."""
+    if out is None or out.saturates:
+        return "none", []
+    return "hardtanh", [(edge - out.zero_point) * out.scale for edge in (out.low, out.high)]
 
 
 @cache
@@ -242,6 +255,36 @@ def matmul(x: Tensor, weight: Tensor, exact: bool = False) -> Tensor:
     return torch._int_mm(x, weight.t())
 
 
+def onednn_add(a: Tensor, b: Tensor, left: Grid, right: Grid, out: Grid) -> Tensor:
+    """Return the sum of two uint8 tensors on a third grid in one pass over memory.
+
+    oneDNN has no integer sum of its own, but a 1x1 depthwise convolution with weight 1 adds one to what is there.
+
+    Args:
+        a: uint8 `(N, C, H, W)`.
+        b: uint8 of the same shape in channels-last order.
+        left: grid of a.
+        right: grid of b.
+        out: grid of the result.
+    """
+    weight, scales = _identity(a.shape[1])
+    geometry = ConvGeometry((1, 1), (0, 0), (1, 1), a.shape[1])
+    packed = _packed_conv(weight, scales, left, geometry, a.shape)
+    post, bounds = _bounds(out)
+    made: Tensor = torch.ops.onednn.qconv2d_pointwise.binary(
+        # The kernel writes over what it adds to; a copy costs a twentieth of it.
+        *(a, left.scale, left.zero_point, packed, scales, _no_zero_points(len(scales)), b.clone(), None),
+        *((1, 1), (0, 0), (1, 1), a.shape[1], out.scale, out.zero_point, torch.uint8),
+        *(right.scale, right.zero_point, "sum", 1.0, post, bounds, ""),
+    )
+    return made
+
+
+@cache
+def _identity(channels: int) -> tuple[Tensor, Tensor]:
+    return torch.ones(channels, 1, 1, 1, dtype=torch.int8), torch.ones(channels)
+
+
 def onednn_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:
     """Return `s_x s_w ((x - z_x) @ weight.T) + bias` as float32 `(M, N)` through oneDNN's packed matrix product.
 
@@ -255,87 +298,5 @@ def onednn_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None
     made: Tensor = torch.ops.onednn.qlinear_pointwise(
         *(x, grid.scale, grid.zero_point, _packed_linear(weight, x.shape), scales, _no_zero_points(len(scales))),
         *(bias, 1.0, 0, torch.float32, "none", [], ""),
-    )
-    return made
-
-
-torch.library.define(
-    "fxquant::conv2d_u8",
-    "(Tensor x, Tensor weight, Tensor scales, Tensor? bias, float x_scale, int x_zero_point, int[] stride, "
-    "int[] padding, int[] dilation, int groups, float scale, int zero_point, int low, int high, bool integer_output, "
-    "bool exact) -> Tensor",
-)
-
-
-@torch.library.impl("fxquant::conv2d_u8", "CPU")
-def _conv2d_op(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    x_scale: float,
-    x_zero_point: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    scale: float,
-    zero_point: int,
-    low: int,
-    high: int,
-    integer_output: bool,
-    exact: bool,
-) -> Tensor:
-    geometry = ConvGeometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
-    out = Grid(scale, zero_point, low, high) if integer_output else None
-    return conv2d(x, weight, scales, bias, Grid(x_scale, x_zero_point, 0, UINT8_MAX), geometry, out, exact)
-
-
-def _conv2d_fake(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    x_scale: float,
-    x_zero_point: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    scale: float,
-    zero_point: int,
-    low: int,
-    high: int,
-    integer_output: bool,
-    exact: bool,
-) -> Tensor:
-    del scales, bias, x_scale, x_zero_point, groups, scale, zero_point, low, high, exact
-    sizes = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
-        for i in range(2)
-    ]
-    dtype = torch.uint8 if integer_output else torch.float32
-    shape = (x.shape[0], weight.shape[0], *sizes)
-    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
-
-
-torch.library.register_fake("fxquant::conv2d_u8", _conv2d_fake)
-
-
-def conv2d_op(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    grid: Grid,
-    geometry: ConvGeometry,
-    out: Grid | None,
-    exact: bool = False,
-) -> Tensor:
-    """Return `conv2d` through `torch.ops.fxquant.conv2d_u8`, which tracing compilers keep as one call."""
-    target, g = out or grid, geometry
-    made: Tensor = torch.ops.fxquant.conv2d_u8(
-        *(x, weight, scales, bias, grid.scale, grid.zero_point, g.stride, g.padding, g.dilation, g.groups),
-        *(target.scale, target.zero_point, target.low, target.high, out is not None, exact),
     )
     return made

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxquant.backends import int8_kernels as kernels
 from fxquant.backends.int8_kernels import ConvGeometry, Grid
+from fxquant.backends.int8_ops import conv2d_op
 
 EXACT_KERNEL = "float64 on integers"
 
@@ -87,7 +88,7 @@ class IntegerConv(nn.Module):
         x = x.unsqueeze(2) if self.one_axis else x
         if any(self.before):
             x = F.pad(x, self.before, value=self.grid.zero_point)
-        conv = kernels.conv2d_op if torch.compiler.is_compiling() else kernels.conv2d
+        conv = conv2d_op if torch.compiler.is_compiling() else kernels.conv2d
         y = conv(x, self.weight, self.scales, self.bias, self.grid, self.geometry, self.out, self.exact)
         return y.squeeze(2) if self.one_axis else y
 
@@ -154,8 +155,8 @@ class IntegerLinear(nn.Module):
             real = kernels.onednn_linear(rows, self.weight, self.scales, self.bias, self.grid)
             y = real if self.out is None else kernels.quantize_u8(real, self.out)
         else:
-            sums = kernels.matmul(rows, self.weight, self.exact)
-            real = sums.float() * self.factors + self.offsets
+            sums = kernels.matmul(rows, self.weight, self.exact).float()
+            real = torch.addcmul(self.offsets, sums, self.factors)
             y = real if self.out is None else kernels.round_to_u8(real, 1.0, self.out)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -165,19 +166,34 @@ class IntegerLinear(nn.Module):
 
 
 class IntegerAdd(nn.Module):
-    """The sum of two uint8 tensors on grids of their own, on a third grid."""
+    """The sum of two uint8 tensors on grids of their own, on a third grid.
 
-    def __init__(self, left: Grid, right: Grid, out: Grid) -> None:
+    Args:
+        left: grid of the first operand.
+        right: grid of the second operand.
+        out: grid of the sum.
+        exact: do without integer kernels whatever the CPU can do.
+    """
+
+    def __init__(self, left: Grid, right: Grid, out: Grid, exact: bool = False) -> None:
         super().__init__()
         self.left, self.right, self.out = left, right, out
+        self.exact = exact or not kernels.conv_kernel_is_exact()
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the sum as uint8."""
+        if not torch.compiler.is_compiling() and self._pays_off(a, b):
+            return kernels.onednn_add(a, b, self.left, self.right, self.out)
         # In units of the left grid; a float scalar tensor turns uint8 into float32 in the same pass over memory.
         ratio = self.right.scale / self.left.scale
         constant = self.left.zero_point + self.right.zero_point * ratio
-        total = torch.add(torch.add(torch.tensor(-constant), a), b, alpha=ratio)
+        total = torch.add(torch.add(kernels.scalar(-constant), a), b, alpha=ratio)
         return kernels.round_to_u8(total, self.left.scale / self.out.scale, self.out)
+
+    def _pays_off(self, a: Tensor, b: Tensor) -> bool:
+        """Whether one pass saves more than the oneDNN call costs; broadcasting is not for it."""
+        large = a.numel() > kernels.ONE_PASS_FROM and a.shape == b.shape and a.dim() == 4
+        return large and not self.exact and b.is_contiguous(memory_format=torch.channels_last)
 
 
 class IntegerMul(nn.Module):

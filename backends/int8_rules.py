@@ -26,11 +26,11 @@ aten = torch.ops.aten
 
 _UNBOUNDED = (-torch.inf, torch.inf)
 
-PACKED_CALL = 6e-5
-"""Seconds one oneDNN linear call costs beyond its arithmetic; `torch._int_mm` costs a tenth."""
+PACKED_CALL = 1e-4
+"""Seconds one oneDNN linear call costs more than one of `torch._int_mm` (measured, one thread)."""
 
-PASS_PER_ELEMENT = 4e-10
-"""Seconds per output element of rescaling `torch._int_mm`'s int32 sums in eager mode, which oneDNN does in place."""
+PASS_PER_ELEMENT = 4.5e-10
+"""Seconds per output element that ATen takes longer to rescale int32 sums than oneDNN does in place (measured)."""
 
 
 def clip_bounds(node: Node) -> tuple[float, float]:
@@ -138,26 +138,28 @@ def _pair(value: object, fill: int) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def _add(node: Node, grids: Sequence[Grid], out: Grid) -> nn.Module:
+def _add(node: Node, grids: Sequence[Grid], out: Grid, exact: bool) -> nn.Module:
     del node
-    return IntegerAdd(grids[0], grids[-1], out)
+    return IntegerAdd(grids[0], grids[-1], out, exact)
 
 
-def _mul(node: Node, grids: Sequence[Grid], out: Grid) -> nn.Module:
-    del node
+def _mul(node: Node, grids: Sequence[Grid], out: Grid, exact: bool) -> nn.Module:
+    del node, exact
     return IntegerMul(grids[0], grids[-1], out)
 
 
-def _pool(node: Node, grids: Sequence[Grid], out: Grid) -> nn.Module:
+def _pool(node: Node, grids: Sequence[Grid], out: Grid, exact: bool) -> nn.Module:
+    del exact
     return IntegerAveragePool(grids[0], out, tuple(node.args[1:]))
 
 
-def _global_pool(node: Node, grids: Sequence[Grid], out: Grid) -> nn.Module:
+def _global_pool(node: Node, grids: Sequence[Grid], out: Grid, exact: bool) -> nn.Module:
+    del exact
     keep = node.target is not aten.mean.dim or (len(node.args) > 2 and bool(node.args[2]))
     return IntegerAveragePool(grids[0], out, None, keep)
 
 
-COMPUTED: dict[object, Callable[[Node, Sequence[Grid], Grid], nn.Module]] = {
+COMPUTED: dict[object, Callable[[Node, Sequence[Grid], Grid, bool], nn.Module]] = {
     aten.add.Tensor: _add,
     aten.mul.Tensor: _mul,
     aten.avg_pool1d.default: _pool,
