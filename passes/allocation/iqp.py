@@ -15,8 +15,9 @@ from fxquant.passes.allocation.local_search import LocalSearch
 from fxquant.passes.allocation.presolve import reduce
 from fxquant.passes.allocation.solution import Clock, Problem, Solution, answer
 
-# CBC closes linearised remainders of this many pair variables in well under a second.
-CBC_PAIRS = 300
+# CBC mostly closes linearised remainders of this many pair variables in well under a second; one that
+# takes longer than this goes to branch and bound, with the bound that CBC has reached.
+CBC_PAIRS, CBC_SECONDS = 300, 2.0
 # Part of the time limit for kicks before the relaxation starts, and its ceiling in seconds.
 KICK_SHARE, KICK_SECONDS = 0.1, 2.0
 
@@ -97,7 +98,7 @@ def _solve(problem: Problem, search: LocalSearch, proof: BranchAndBound, clock: 
     if remainder is not None and clock.left:
         small = remainder.problem()
         if pair_count(small) <= CBC_PAIRS:
-            choice, bound = solve_linearised(small, clock)
+            choice, bound = solve_linearised(small, Clock(min(clock.left, CBC_SECONDS)))
             if choice is not None:
                 search.improve(remainder.full_plan(np.flatnonzero(choice)))
             proof.raise_bound(bound + remainder.constant)

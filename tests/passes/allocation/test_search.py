@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -28,7 +30,7 @@ def only_branching(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("only_branching")
 def test_branch_and_bound_equals_exhaustive() -> None:
-    for seed in range(16):
+    for seed in range(8):
         kind = "indefinite" if seed % 2 else "convex"
         instance = random_instance(seed, groups=7, rows=seed % 3, kind=kind, tightness=0.3)
         optimum = SOLVERS["exhaustive"](*instance.arguments)
@@ -53,6 +55,58 @@ def test_branch_and_bound_needs_no_incumbent(monkeypatch: pytest.MonkeyPatch) ->
         optimum = SOLVERS["exhaustive"](*instance.arguments)
         assert search.best_objective == pytest.approx(optimum.objective)
         assert proof.bound == pytest.approx(optimum.objective, rel=1e-6)
+
+
+def test_branch_and_bound_improves_a_nearly_optimal_incumbent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the second-best plan known and no heuristics, only a sound cut-off leads to the best."""
+    monkeypatch.setattr(branch_and_bound, "TRY_ALL", 4)
+    monkeypatch.setattr(LocalSearch, "improve", lambda *_: None)
+    for seed in range(10):
+        instance = random_instance(seed, groups=5, rows=1, kind="indefinite", tightness=0.5)
+        reduced = reduce(Problem.checked(*instance.arguments))
+        assert reduced is not None
+        problem = reduced.problem
+        plans = [np.array(plan) for plan in itertools.product(*problem.groups)]
+        feasible = [plan for plan in plans if problem.feasible(as_choice(problem, plan))]
+        feasible.sort(key=lambda plan: problem.objective(as_choice(problem, plan)))
+        clock = Clock(30)
+        search = LocalSearch(problem, seed=0, clock=clock)
+        search.offer(feasible[1])
+        proof = branch_and_bound.BranchAndBound(problem, search, clock)
+        proof.root()
+        proof.run()
+        best = problem.objective(as_choice(problem, feasible[0]))
+        assert search.best_objective == pytest.approx(best, rel=1e-9)
+
+
+def as_choice(problem: Problem, plan: np.typing.NDArray[np.intp]) -> np.typing.NDArray[np.bool_]:
+    choice = np.zeros(len(problem.values), dtype=bool)
+    choice[plan] = True
+    return choice
+
+
+@pytest.mark.usefixtures("only_branching")
+@pytest.mark.parametrize("stage", ["_branch", "_restricted"])
+def test_interrupt_never_raises_the_bound(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # A root stopped early is certainly left open.
+    monkeypatch.setattr(branch_and_bound, "ROOT", branch_and_bound.Effort(1, 5, 1, 1.0))
+    instance = random_instance(0, groups=7, rows=1, kind="indefinite", tightness=0.3)
+    reduced = reduce(Problem.checked(*instance.arguments))
+    assert reduced is not None
+    clock = Clock(30)
+    search = LocalSearch(reduced.problem, seed=0, clock=clock)
+    search.start()
+    proof = branch_and_bound.BranchAndBound(reduced.problem, search, clock)
+    proof.root()
+    before = proof.bound
+    assert before < proof.cutoff
+    monkeypatch.setattr(branch_and_bound.BranchAndBound, stage, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        proof.run()
+    assert proof.bound == before
 
 
 @settings(max_examples=15, deadline=None)
@@ -171,6 +225,19 @@ def test_presolve_merges_tied_groups_and_drops_what_never_fits() -> None:
     assert np.flatnonzero(full).tolist() == [1, 3, 4]
 
 
+def test_presolve_merges_groups_tied_choice_by_choice() -> None:
+    groups = [np.array([0, 1, 2]), np.array([3, 4, 5]), np.array([6, 7, 8])]
+    rows = []
+    for left, right in ((0, 3), (1, 4), (2, 5), (3, 6), (4, 7), (5, 8)):
+        row = np.zeros(9)
+        row[left], row[right] = 1.0, -1.0
+        rows += [row, -row]
+    reduced = reduce(Problem.checked(np.eye(9), groups, rows, np.zeros(len(rows))))
+    assert reduced is not None
+    assert [member.tolist() for member in reduced.members] == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+    assert np.diag(reduced.problem.values).tolist() == [3.0, 3.0, 3.0]
+
+
 @needs_data
 @pytest.mark.parametrize(
     ("name", "average_bits", "optimum"),
@@ -190,6 +257,6 @@ def test_sixty_binaries_are_proved(name: str, average_bits: float, optimum: floa
 @needs_data
 def test_resnet56_bound_after_a_few_seconds_is_close() -> None:
     """A commercial solver's gap on this one is 2000 % after a minute."""
-    found = solve_iqp(*real_instance("resnet56_gram", 6).arguments, time_limit=8)
+    found = solve_iqp(*real_instance("resnet56_gram", 6).arguments, time_limit=5)
     assert found.objective == pytest.approx(0.00675494, rel=1e-5)
-    assert found.gap < 5
+    assert found.gap < 10

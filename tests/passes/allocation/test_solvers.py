@@ -114,9 +114,7 @@ def test_ties_are_kept_and_reached(bits_as_weights: bool) -> None:
 
 @needs_data
 @pytest.mark.parametrize("solver", ["linear", "iqp"])
-@pytest.mark.parametrize(
-    "problem", golden_problems(), ids=lambda p: f"{p['network']}-{p['cost']}-{p['fraction']}"
-)
+@pytest.mark.parametrize("problem", golden_problems(), ids=lambda p: f"{p['network']}-{p['cost']}-{p['fraction']}")
 def test_golden_linear_problems(problem: dict[str, Any], solver: str) -> None:
     instance = golden_instance(problem)
     found = SOLVERS[solver](*instance.arguments)
@@ -156,7 +154,10 @@ def test_no_limits_at_all() -> None:
 @pytest.mark.parametrize("solver", list(SOLVERS))
 def test_unusable_input_is_refused(solver: str, change: dict[str, Any], message: str) -> None:
     given_arguments: dict[str, Any] = {
-        "values": np.diag(np.diag(TINY.values)), "groups": TINY.groups, "costs": TINY.costs, "limits": TINY.limits
+        "values": np.diag(np.diag(TINY.values)),
+        "groups": TINY.groups,
+        "costs": TINY.costs,
+        "limits": TINY.limits,
     }
     with pytest.raises(OptionError, match=message):
         SOLVERS[solver](**(given_arguments | change))
