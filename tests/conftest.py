@@ -1,0 +1,8 @@
+"""Settings of the whole test run."""
+
+from __future__ import annotations
+
+import torch
+
+# The networks of the tests are tiny: a second thread only waits for the first, and on a busy machine for long.
+torch.set_num_threads(1)

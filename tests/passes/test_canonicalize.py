@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from fxquant.core.graphs import resolve, show
+from fxquant.core.program import Program
+from fxquant.passes.canonicalize import Canonicalize
+from tests.models import MODELS
+from tests.programs import captured, check_pass
+
+aten = torch.ops.aten
+X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def chain(*steps: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]) -> Program:
+    """Return a program that applies ops one after another."""
+    graph = Graph()
+    value = graph.placeholder("x")
+    for op, args, kwargs in steps:
+        value = graph.call_function(op, (value, *args), kwargs)
+    graph.output(value)
+    return Program(GraphModule(nn.Module(), graph))
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_the_answer_stays_and_a_second_run_finds_nothing(name: str) -> None:
+    done = check_pass(Canonicalize(), captured(name))
+    again = check_pass(Canonicalize(), done)
+    assert again.log[-1].rewrites == 0
+    assert show(again.module) == show(done.module)
+    inputs = MODELS[name].inputs(3)
+    leaves = torch.utils._pytree.tree_leaves
+    for one, other in zip(leaves(captured(name).module(*inputs)), leaves(done.module(*inputs)), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_identities_and_dead_nodes_go() -> None:
+    before = chain(
+        (aten.clone.default, (), {}),
+        (aten.slice.Tensor, (2, 0, 9223372036854775807), {}),
+        (aten.relu.default, (), {}),
+        (aten.dropout.default, (0.5, False), {}),
+        (aten.alias.default, (), {}),
+        (aten.view.default, ([2, -1],), {}),
+        (aten.detach.default, (), {}),
+    )
+    with before.module.graph.inserting_after(resolve(before.module.graph, "relu_default")):
+        before.module.graph.call_function(aten.neg.default, (resolve(before.module.graph, "relu_default"),))
+    done = check_pass(Canonicalize(), before)
+    assert show(done.module) == (
+        "x = x()\nrelu_default = relu.default(x)\nview_default = reshape.default(relu_default)\nreturn view_default"
+    )
+    assert torch.equal(done.module(X), X.relu().reshape(2, -1))
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "kwargs", "expected"),
+    [
+        (aten.mean.dim, (), {"dim": [2, 3], "keepdim": True}, "([2, 3], True)"),
+        (aten.slice.Tensor, (2,), {"step": 2}, "(2, None, None, 2)"),
+        (aten.slice.Tensor, (2,), {"start": 1}, "(2, 1)"),
+        (aten.view.default, (), {"size": [2, -1]}, "([2, -1],)"),
+        (aten.softmax.int, (), {"dim": 1}, "(1,)"),
+        (aten.max_pool2d.default, ([2, 2],), {"ceil_mode": True}, "([2, 2], [], [0, 0], [1, 1], True)"),
+    ],
+)
+def test_keywords_move_into_position(
+    op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], expected: str
+) -> None:
+    before = chain((op, args, kwargs))
+    done = check_pass(Canonicalize(), before)
+    node = next(n for n in done.module.graph.nodes if n.op == "call_function")
+    assert not node.kwargs
+    assert str(tuple(node.args[1:])) == expected
+    assert done.log[-1].rewrites > 0
+    assert torch.equal(done.module(X), before.module(X))
+
+
+def test_keywords_without_a_position_stay() -> None:
+    done = check_pass(Canonicalize(), chain((aten.gelu.default, (), {"approximate": "tanh"})))
+    assert dict(resolve(done.module.graph, "gelu_default").kwargs) == {"approximate": "tanh"}
+    assert done.log[-1].rewrites == 0
+
+
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        (aten.slice.Tensor, (2, 1)),
+        (aten.slice.Tensor, (2, 0, 5)),
+        (aten.slice.Tensor, (2, 0, 9223372036854775807, 2)),
+        (aten.dropout.default, (0.5, True)),
+    ],
+)
+def test_what_only_looks_like_an_identity_stays(op: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    done = check_pass(Canonicalize(), chain((op, args, {})))
+    assert len(list(done.module.graph.nodes)) == 3
+
+
+def test_padding_by_name_becomes_numbers_where_both_sides_pad_alike() -> None:
+    graph = Canonicalize()(captured("padded")).module.graph
+    same, even, last = (resolve(graph, f"conv2d_{i}") for i in (1, 2, 3))
+    assert same.target is aten.conv2d.default
+    assert same.args[4] == [2, 2], "kernel 3, dilation 2"
+    assert even.target is aten.conv2d.padding
+    assert even.args[4] == "same", "an even kernel pads one side more"
+    assert last.target is aten.conv2d.default
+    assert last.args[4] == [0, 0]
+    graph = Canonicalize()(captured("sequence")).module.graph
+    assert resolve(graph, "conv1d").target is aten.conv1d.default
+    assert resolve(graph, "conv1d").args[4] == [2]

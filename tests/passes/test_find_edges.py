@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fxquant.core.edges import QuantizedEdges
+from fxquant.core.program import Program
+from fxquant.core.target import Target
+from fxquant.passes.find_edges import FindEdges
+from tests.models import MODELS
+from tests.programs import TARGET, check_pass, folded
+
+FLOAT_OUTPUT = replace(TARGET, output_quantized=frozenset())
+"""A runtime whose kernels write floats."""
+
+
+def edges_of(name: str, target: Target = TARGET, keep_float: dict[str, str] | None = None) -> QuantizedEdges:
+    return FindEdges(target, keep_float or {})(folded(name))[QuantizedEdges]
+
+
+def shown(edges: QuantizedEdges) -> str:
+    return "\n".join(f"{e.producer} -> {e.consumer}" for e in edges.edges)
+
+
+GOLDEN = {
+    # relu_1 feeds silu (float) and a convolution: both its uses are quantized, for the kernel writes integers only.
+    "residual": """
+        x -> conv2d
+        relu -> conv2d_1
+        relu -> add_25
+        conv2d_1 -> add_25
+        relu_1 -> silu
+        relu_1 -> conv2d_2
+        conv2d_2 -> add_46
+        mean -> linear""",
+    # Branches and what keeps their grid: relu is absorbed by the left convolution, batch norm runs in float.
+    "concat": """
+        x -> conv2d
+        x -> conv2d_1
+        relu -> cat
+        conv2d_1 -> cat
+        cat -> max_pool2d
+        getitem -> conv2d_2
+        conv2d_2 -> mean
+        max_pool2d -> conv2d_3
+        conv2d_3 -> output""",
+    # One value in both slots of an add is one edge; a quantized value is also an answer.
+    "two_inputs": """
+        image -> conv2d
+        mask -> conv2d_1
+        conv2d -> add_5
+        conv2d -> output
+        add_5 -> add_16
+        conv2d_1 -> add_16
+        add_16 -> conv2d_2
+        conv2d_2 -> mean""",
+    # Zero padding keeps the grid, padding with ones does not.
+    "padded": """
+        x -> pad
+        pad -> conv2d
+        conv2d -> conv2d_1
+        relu -> max_pool2d
+        max_pool2d -> conv2d_2
+        conv2d_2 -> pad_1
+        pad_1 -> conv2d_3
+        conv2d_3 -> view""",
+    "tokens": """
+        mean -> linear
+        relu -> linear_1""",
+    "weightless": "",
+}
+
+
+@pytest.mark.parametrize("name", list(GOLDEN))
+def test_golden_edges(name: str) -> None:
+    expected = "\n".join(line.strip() for line in GOLDEN[name].strip().splitlines())
+    assert shown(edges_of(name)) == expected
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_the_graph_is_not_touched_and_every_float_op_has_a_reason(name: str) -> None:
+    program = folded(name)
+    done = check_pass(FindEdges(TARGET), program)
+    found = done[QuantizedEdges]
+    assert done.log[-1].rewrites == 0
+    names = {node.name for node in program.module.graph.nodes}
+    assert found.integer_nodes <= names
+    assert not set(found.float_reasons) & found.integer_nodes
+    assert all(found.float_reasons.values())
+    words = ("conv", "linear", "matmul", "embedding", "softmax")
+    calls = [node for node in program.module.graph.nodes if node.op == "call_function"]
+    heavy = {node.name for node in calls if any(word in str(node.target) for word in words)}
+    assert heavy <= found.integer_nodes | set(found.float_reasons)
+
+
+@pytest.mark.parametrize("target", [TARGET, FLOAT_OUTPUT], ids=["integer output", "float output"])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_every_integer_op_reads_quantized_values(name: str, target: Target) -> None:
+    found = edges_of(name, target)
+    edges = {(edge.producer, edge.consumer) for edge in found.edges}
+    for node in folded(name).module.graph.nodes:
+        if node.name in found.integer_nodes:
+            inputs = [source for source in node.all_input_nodes if source.op != "get_attr"]
+            assert inputs
+            assert all((source.name, node.name) in edges for source in inputs)
+
+
+def test_joins_are_kept_where_all_around_them_is_quantized() -> None:
+    assert "add_25" in edges_of("residual").integer_nodes
+    assert {"add_5", "add_16"} <= edges_of("two_inputs").integer_nodes
+    assert "adaptive_avg_pool2d" in edges_of("separable").integer_nodes
+
+
+def test_joins_are_refused_where_they_would_buy_borders() -> None:
+    why = "its inputs or its output are in float anyway"
+    found = edges_of("residual")
+    assert found.float_reasons["add_46"] == why, "silu in front is in float"
+    assert edges_of("add_of_floats").float_reasons["add_10"] == why, "both operands are in float"
+    assert edges_of("concat").float_reasons["mean"] == why, "nobody behind computes on integers"
+    assert edges_of("attention").float_reasons["add_173"] == why
+    # Kernels that write floats quantize no inputs of the add.
+    assert edges_of("residual", FLOAT_OUTPUT).float_reasons["add_25"] == why
+    assert shown(edges_of("residual", FLOAT_OUTPUT)).splitlines() == [
+        "x -> conv2d",
+        "relu -> conv2d_1",
+        "relu_1 -> conv2d_2",
+        "mean -> linear",
+    ]
+
+
+def test_refusals_are_told_apart() -> None:
+    reasons = edges_of("functional").float_reasons
+    assert reasons["conv2d"] == "its bias is computed by the graph, not a parameter"
+    assert reasons["conv2d_1"] == "its weight is computed by the graph, not a parameter"
+    assert reasons["add_15"] == "the second operand is scaled"
+    assert reasons["mul_9"] == TARGET.refuse_joins["mul"]
+    assert reasons["matmul"] == "target 'test' has no integer kernel for matmul"
+    assert reasons["sum_1"] == "the op table has no row for it"
+    assert edges_of("padded").float_reasons["pad_1"] == "only padding with zeros stays on the grid"
+    assert "table look-up" in edges_of("tokens").float_reasons["embedding"]
+    no_linear = replace(TARGET, kernels={"conv": "QConv"})
+    assert edges_of("residual", no_linear).float_reasons["linear"] == "target 'test' has no integer kernel for linear"
+
+
+def test_a_site_kept_in_float_takes_its_edges_along() -> None:
+    found = edges_of("residual", keep_float={"conv2": "too sensitive"})
+    assert found.float_reasons["conv2d_1"] == "too sensitive"
+    assert "conv2d_1" not in found.integer_nodes
+    assert "conv2d_1" not in {edge.producer for edge in found.edges}
+    # The first convolution's kernel still writes integers for all its readers; the add lost an operand.
+    assert shown(found).splitlines() == [
+        "x -> conv2d",
+        "relu -> conv2d_1",
+        "relu -> add_25",
+        "relu_1 -> conv2d_2",
+        "conv2d_2 -> add_46",
+        "mean -> linear",
+    ]
+    shared = edges_of("shared", keep_float={"conv": "shared"})
+    assert {"conv2d", "conv2d_1"} <= set(shared.float_reasons)
+
+
+def test_edges_come_in_graph_order_every_time() -> None:
+    program: Program = folded("attention")
+    order = {node.name: index for index, node in enumerate(program.module.graph.nodes)}
+    first = edges_of("attention").edges
+    keys = [(order[e.producer], order[e.consumer], e.slot) for e in first]
+    assert keys == sorted(keys)
+    assert first == edges_of("attention").edges

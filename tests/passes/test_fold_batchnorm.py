@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fxquant.capture import capture
+from fxquant.core.graphs import show
+from fxquant.core.program import Program
+from fxquant.passes.canonicalize import Canonicalize
+from fxquant.passes.fold_batchnorm import FoldBatchnorm
+from tests.models import MODELS
+from tests.programs import captured, check_pass
+
+
+def norms(program: Program) -> int:
+    return show(program.module).count("_native_batch_norm_legit_no_training.default(")
+
+
+@pytest.mark.parametrize(
+    ("name", "folds", "left"),
+    [
+        ("residual", 2, 0),
+        ("separable", 1, 0),  # depthwise, no bias before
+        ("sequence", 1, 0),  # one dimension
+        ("shared", 0, 2),  # one weight, two norms
+        ("concat", 0, 1),  # behind a concatenation
+        ("token_norm", 0, 1),  # over tokens, not over outputs
+        ("bias_elsewhere", 1, 0),
+        ("tokens", 0, 0),
+    ],
+)
+def test_what_folds_and_what_does_not(name: str, folds: int, left: int) -> None:
+    before = Canonicalize()(captured(name))
+    done = check_pass(FoldBatchnorm(), before)
+    assert done.log[-1].rewrites == folds
+    assert norms(done) == left
+    again = check_pass(FoldBatchnorm(), done)
+    assert again.log[-1].rewrites == 0
+    assert show(again.module) == show(done.module)
+    inputs = MODELS[name].inputs(4)
+    leaves = torch.utils._pytree.tree_leaves
+    for one, other in zip(leaves(before.module(*inputs)), leaves(done.module(*inputs)), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_the_folded_graph() -> None:
+    assert show(FoldBatchnorm()(captured("sequence")).module).splitlines()[:3] == [
+        "x = x()",
+        "conv1d = conv1d.padding(x, conv1.weight, conv1.bias)",
+        "relu = relu.default(conv1d)",
+    ]
+
+
+def test_the_algebra() -> None:
+    module = captured("residual").module
+    state = module.state_dict()
+    done = FoldBatchnorm()(captured("residual")).module.state_dict()
+    factor = state["bn1.weight"] / (state["bn1.running_var"] + 1e-5).sqrt()
+    assert torch.allclose(done["conv1.weight"], state["conv1.weight"] * factor[:, None, None, None], rtol=1e-5)
+    assert torch.allclose(done["conv1.bias"], state["bn1.bias"] - state["bn1.running_mean"] * factor, atol=1e-6)
+    assert not any(key.startswith("bn") for key in done)
+
+
+def test_a_bias_that_serves_another_op_is_left_alone() -> None:
+    before = captured("bias_elsewhere")
+    done = FoldBatchnorm()(before)
+    assert torch.equal(done.module.get_parameter("bias"), before.module.get_parameter("bias"))
+    assert done.module.get_parameter("weight_folded_bias").shape == (4,)
+
+
+def test_a_value_with_a_second_reader_is_not_folded_away() -> None:
+    class Peek(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 4)
+            self.norm = torch.nn.BatchNorm1d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.linear(x)
+            return self.norm(y) + y
+
+    program = capture(Peek(), (torch.randn(2, 3),))
+    assert FoldBatchnorm()(program).log[-1].rewrites == 0
