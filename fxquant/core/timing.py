@@ -13,6 +13,11 @@ INNER_SECONDS = 0.002
 
 def time_interleaved(runs: Sequence[Callable[[], object]], rounds: int = ROUNDS) -> list[float]:
     """Return the median milliseconds of each callable over interleaved rounds, after a warm-up of each."""
+    return [statistics.median(values) for values in sample_interleaved(runs, rounds)]
+
+
+def sample_interleaved(runs: Sequence[Callable[[], object]], rounds: int = ROUNDS) -> list[list[float]]:
+    """Return the milliseconds of each callable in each of the interleaved rounds, after a warm-up of each."""
     repeats = []
     for run in runs:
         run()
@@ -26,4 +31,4 @@ def time_interleaved(runs: Sequence[Callable[[], object]], rounds: int = ROUNDS)
             for _ in range(repeats[index]):
                 run()
             samples[index].append((time.perf_counter() - started) / repeats[index] * 1e3)
-    return [statistics.median(values) for values in samples]
+    return samples

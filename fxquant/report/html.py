@@ -1,0 +1,119 @@
+"""The report as one HTML page that needs nothing else: no server, no network, no script."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fxquant.core.errors import MissingDependencyError
+from fxquant.core.store import atomic_path
+from fxquant.report.content import content
+from fxquant.report.pictures import bars, heat_map
+from fxquant.report.text import bytes_text, count_text, limit_text, loss_text, percent_text
+
+if TYPE_CHECKING:
+    from fxquant.result import Result
+
+TEMPLATE = "report.html.j2"
+
+
+def write_report(result: Result, path: Path, extras: Mapping[str, Any] | None = None) -> Path:
+    """Write the page and return its path.
+
+    Args:
+        result: what `quantize` returned.
+        path: the file to write.
+        extras: measurements the result does not hold; `fxquant.report.content.EXTRAS` names them.
+
+    Raises:
+        OutputError: the path cannot be written.
+        OptionError: an extra of unknown name.
+        MissingDependencyError: jinja2 is not installed.
+    """
+    page = render(content(result, extras))
+    with atomic_path(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def render(data: Mapping[str, Any]) -> str:
+    """Return the page of a report's data.
+
+    Args:
+        data: from `fxquant.report.content.content`.
+
+    Raises:
+        MissingDependencyError: jinja2 is not installed.
+    """
+    try:
+        # Imported by name here because only the page needs it.
+        jinja2 = importlib.import_module("jinja2")
+    except ImportError as error:
+        raise MissingDependencyError(
+            'the report page is made with jinja2, which is not installed; pip install "fxquant[report]"'
+        ) from error
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "bytes": bytes_text,
+        "count": count_text,
+        "loss": loss_text,
+        "percent": percent_text,
+        "times": lambda ratio: f"{1 / ratio:.2g}×",
+    }
+    environment.globals["limit"] = limit_text
+    template = environment.from_string(files("fxquant.report").joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    page: str = template.render(
+        data=data,
+        ranked=sorted(data["layers"], key=lambda row: -row["contribution"]),
+        upgrades=_upgrades(data["layers"]),
+        bars=bars(data["layers"]),
+        heat=heat_map(data["sensitivity"], data["layers"]),
+        tiles=tiles(data),
+        settings=json.dumps({"budget": data["asked"]["budget"], **data["asked"]["settings"]}, indent=2),
+        largest_contribution=max((abs(row["contribution"]) for row in data["layers"]), default=0.0) or 1.0,
+    )
+    return page
+
+
+def _upgrades(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the layers that gain from one step wider, most loss saved per byte first."""
+    steps = [{"name": row["name"], "choice": row["choice"], "next": row["next_step"]} for row in layers]
+    gains = [step for step in steps if step["next"] is not None and step["next"]["loss_saved"] > 0]
+    return sorted(gains, key=lambda step: -step["next"]["loss_saved"] / max(1, step["next"]["extra_bytes"]))
+
+
+def tiles(data: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the headline numbers, each with what it is compared to."""
+    outcome, covered, measured = data["outcome"], data["coverage"], data["measured"]
+    shown: list[dict[str, str]] = []
+    rows = {row["name"]: row for row in measured.get("comparison", ())}
+    float_row, mixed = rows.get("float", {}), rows.get("mixed", {})
+    if "accuracy" in mixed:
+        against = f"float {percent_text(float_row['accuracy'])}" if "accuracy" in float_row else ""
+        shown.append({"label": "Accuracy", "value": percent_text(mixed["accuracy"]), "note": against})
+    elif outcome["measured_loss"] is not None:
+        images = outcome["held_out_images"]
+        note = f"on {images} held-out images; 0 is the float model" if images else "0 is the float model"
+        value = f"{loss_text(outcome['measured_loss'])} {outcome['loss_unit'].split()[-1]}"
+        shown.append({"label": f"Held-out {outcome['loss_unit'].split()[0]} loss", "value": value, "note": note})
+    ratio = outcome["size_ratio"]
+    note = f"{1 / ratio:.3g}× smaller than float ({bytes_text(outcome['float_bytes'])})"
+    shown.append({"label": "Parameters", "value": bytes_text(outcome["bytes"]), "note": note})
+    if "milliseconds" in mixed:
+        against = f"float {float_row['milliseconds']:.3g} ms" if "milliseconds" in float_row else ""
+        shown.append({"label": "Time for one image", "value": f"{mixed['milliseconds']:.3g} ms", "note": against})
+    if outcome["average_bits"] is not None:
+        counted = "over every quantized weight"
+        shown.append({"label": "Average weight bits", "value": f"{outcome['average_bits']:.4g}", "note": counted})
+    note = "none left in float" if not covered["in_float"] else f"{covered['in_float']} in float, reasons below"
+    value = f"{covered['quantized']} of {covered['layers']}"
+    shown.append({"label": "Layers quantized", "value": value, "note": note})
+    gap = "" if outcome["gap"] is None else f"gap {percent_text(outcome['gap'])}"
+    shown.append({"label": "Plan", "value": outcome["status"], "note": gap or "no search"})
+    return shown

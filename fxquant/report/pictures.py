@@ -1,0 +1,142 @@
+"""Geometry of the page's pictures: plain numbers and texts that the template draws as inline SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fxquant.core.spec import FLOAT_BITS
+from fxquant.report.text import bytes_text, count_text, loss_text, percent_text
+
+BAR_HEIGHT = 150
+FLOAT_HEIGHT = BAR_HEIGHT
+LARGEST_INTEGER = 8
+FULL_MATRIX = 96
+"""Candidates up to which the whole matrix is drawn; above, one row a layer at its chosen precision."""
+MOST_ROWS = 160
+"""Layers drawn at most; above, those whose entries are largest."""
+MATRIX_SIDE = 640.0
+SMALLEST_CELL = 4.0
+
+
+def bars(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one bar a layer: height by weight bits, a tick at its activation bits, details to hover."""
+    step = max(14.0, min(64.0, 920.0 / max(1, len(layers))))
+    drawn = [_bar(row, position * step, step) for position, row in enumerate(layers)]
+    lines = [{"y": BAR_HEIGHT - bits / LARGEST_INTEGER * BAR_HEIGHT, "label": str(bits)} for bits in (2, 4, 6, 8)]
+    shown = sorted({row["weight_bits"] for row in layers})
+    legend = [{"class": _class(bits), "label": "float" if bits == FLOAT_BITS else f"{bits} bits"} for bits in shown]
+    labels = step >= 14.0 and len(layers) <= 64
+    longest = max((len(_short(row["name"])) for row in layers), default=0)
+    return {
+        "bars": drawn,
+        "lines": lines,
+        "legend": legend,
+        "labels": labels,
+        "width": step * len(layers),
+        "height": BAR_HEIGHT,
+        "below": 12.0 + 5.2 * longest if labels else 8.0,
+    }
+
+
+def _class(bits: int) -> str:
+    return "bf" if bits == FLOAT_BITS else f"b{bits}"
+
+
+def _short(name: str) -> str:
+    """Return the end of a long name, which tells layers apart better than its beginning."""
+    return name if len(name) <= 22 else f"…{name[-21:]}"
+
+
+def _bar(row: Mapping[str, Any], x: float, step: float) -> dict[str, Any]:
+    bits = min(row["weight_bits"], LARGEST_INTEGER)
+    height = bits / LARGEST_INTEGER * BAR_HEIGHT
+    activation = min(row["activation_bits"], LARGEST_INTEGER) / LARGEST_INTEGER * BAR_HEIGHT
+    title = (
+        f"{row['name']} ({row['kind']}): {row['choice']}\n{count_text(row['weights'])} weights, "
+        f"{bytes_text(row['bytes'])} ({percent_text(row['share_of_bytes'])}), {count_text(row['macs'])} MACs\n"
+        f"loss alone {loss_text(row['loss'])}"
+    )
+    return {
+        "x": x + 0.12 * step,
+        "middle": x + 0.5 * step,
+        "y": BAR_HEIGHT - height,
+        "width": 0.76 * step,
+        "height": height,
+        "tick": BAR_HEIGHT - activation,
+        "class": _class(row["weight_bits"]),
+        "label": _short(row["name"]),
+        "title": title,
+    }
+
+
+def heat_map(sensitivity: Mapping[str, Any], layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the matrix as cells: red where losses add, blue where they cancel, strength by the fourth root of size.
+
+    Sizes span many orders of magnitude; on a linear scale all but a handful of cells would be blank.
+    """
+    names = [(c["site"], c["choice"]) for c in sensitivity["candidates"]]
+    values = sensitivity["values"]
+    shown = list(range(len(names)))
+    note = ""
+    if len(names) > FULL_MATRIX:
+        chosen = {(row["name"], row["choice"]) for row in layers}
+        shown = [k for k in shown if names[k] in chosen]
+        note = "One row and column for each layer, at the precision the plan gives it."
+    if len(shown) > MOST_ROWS:
+        weight = {k: sum(abs(values[k][other]) for other in shown) for k in shown}
+        shown = sorted(sorted(shown, key=lambda k: -weight[k])[:MOST_ROWS])
+        note += f" Only the {MOST_ROWS} layers with the largest entries are drawn."
+    largest = max((abs(values[i][j]) for i in shown for j in shown), default=0.0)
+    cell = max(SMALLEST_CELL, MATRIX_SIDE / max(1, len(shown)))
+    cells = [
+        _cell(names[i], names[j], values[i][j], largest, column * cell, line * cell, i == j)
+        for line, i in enumerate(shown)
+        for column, j in enumerate(shown)
+        if values[i][j] != 0.0
+    ]
+    return {
+        "cells": cells,
+        "side": cell * len(shown),
+        "cell": cell,
+        "borders": _borders([names[k][0] for k in shown], cell) if len(shown) <= FULL_MATRIX else [],
+        "labels": _labels([names[k][0] for k in shown], cell),
+        "largest": loss_text(largest),
+        "unit": sensitivity["unit"],
+        "note": note.strip(),
+    }
+
+
+def _cell(
+    row: tuple[str, str], column: tuple[str, str], value: float, largest: float, x: float, y: float, own: bool
+) -> dict[str, Any]:
+    strength = (abs(value) / largest) ** 0.25 if largest else 0.0
+    title = f"{row[0]} {row[1]} alone: {loss_text(value)}"
+    if not own:
+        title = f"{row[0]} {row[1]} × {column[0]} {column[1]}: {loss_text(value)}"
+    return {"x": x, "y": y, "class": "hot" if value > 0 else "cold", "strength": f"{strength:.2f}", "title": title}
+
+
+def _groups(names: list[str]) -> list[tuple[str, int, int]]:
+    """Return (name, first, count) of each run of equal names."""
+    groups: list[tuple[str, int, int]] = []
+    for position, name in enumerate(names):
+        if groups and groups[-1][0] == name:
+            groups[-1] = (name, groups[-1][1], groups[-1][2] + 1)
+        else:
+            groups.append((name, position, 1))
+    return groups
+
+
+def _borders(names: list[str], cell: float) -> list[float]:
+    return [first * cell for _, first, _ in _groups(names)][1:]
+
+
+def _labels(names: list[str], cell: float) -> list[dict[str, Any]]:
+    """Return a label for each layer whose rows are high enough to be read."""
+    groups = _groups(names)
+    return [
+        {"middle": (first + count / 2) * cell, "label": _short(name)}
+        for name, first, count in groups
+        if count * cell >= 11.0
+    ]

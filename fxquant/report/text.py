@@ -1,0 +1,53 @@
+"""How numbers are written for people: one place, so that the page and the terminal agree."""
+
+from __future__ import annotations
+
+import math
+
+UNITS = {"size_mb": "MB", "size_ratio": "x float", "average_bits": "bits", "bops": "bit operations"}
+UNITS |= {"bops_ratio": "x float", "latency_ms": "ms", "latency_ratio": "x float"}
+"""Limit of a budget -> its unit."""
+
+
+def bytes_text(count: float) -> str:
+    """Return `57.7 kB` for 57686; decimal units, as budgets use."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= size:
+            return f"{count / size:.4g} {unit}"
+    return f"{count:.0f} B"
+
+
+def count_text(count: float) -> str:
+    """Return `9.44 M` for 9437184."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(count) >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f}"
+
+
+def loss_text(value: float | None) -> str:
+    """Return a loss with three digits that matter, `–` where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value != 0.0 and abs(value) < 1e-4:
+        return f"{value:.1e}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def percent_text(share: float | None) -> str:
+    """Return `12.5 %`, `–` where there is no share."""
+    if share is None:
+        return "–"
+    if share == 0.0:
+        return "0 %"
+    return f"{100 * share:.1f} %" if abs(share) < 1 and round(1000 * abs(share)) < 1000 else f"{100 * share:.0f} %"
+
+
+def limit_text(name: str, value: float | None) -> str:
+    """Return a limit with its unit, `–` where there is no value."""
+    return "–" if value is None else f"{value:.4g} {UNITS.get(name, '')}".strip()
+
+
+def safe(name: str) -> str:
+    """Return a name without control characters, which could rewrite a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
