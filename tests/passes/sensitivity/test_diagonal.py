@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import numpy as np
+
+from fxquant.core.data import CalibrationSet
+from fxquant.passes.sensitivity.diagonal import diagonal, standard_error
+from tests.scoring import inputs, scorer, simulated
+
+
+def test_nothing_off_the_diagonal() -> None:
+    found = diagonal(scorer(simulated("plain"), CalibrationSet(inputs("plain", 6))))
+    assert np.array_equal(found.values, np.diag(np.diag(found.values)))
+    assert (np.diag(found.values) > 0).all()
+    assert found.unit == "KL nats"
+
+
+def test_fewer_bits_hurt_more() -> None:
+    found = diagonal(scorer(simulated("plain"), CalibrationSet(inputs("plain", 6))))
+    losses = np.diag(found.values).reshape(4, 3)
+    assert (np.diff(losses, axis=1) < 0).all()
+
+
+def test_standard_error_by_hand() -> None:
+    np.testing.assert_allclose(standard_error(np.array([[1.0, 3.0], [2.0, 2.0]])), [1.0, 0.0])
+    assert np.isnan(standard_error(np.array([[1.0], [2.0]]))).all()

@@ -1,0 +1,149 @@
+"""Programs ready to be scored, and the plain full-forward oracle that the scorer is compared with."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxquant import pipeline
+from fxquant.capture import capture
+from fxquant.core.data import CalibrationSet
+from fxquant.core.edges import EdgeGroups
+from fxquant.core.fake_quant import FakeQuantize
+from fxquant.core.graphs import finish, fork, resolve, set_module
+from fxquant.core.grids import FakeQuantNodes, WeightGrids
+from fxquant.core.losses import LOSSES
+from fxquant.core.oracle import model_outputs
+from fxquant.core.program import Program
+from fxquant.core.ranges import Ranges
+from fxquant.core.score_store import ScoreStore
+from fxquant.core.settings import Settings
+from fxquant.core.spec import Candidate, Sites, activation_spec
+from fxquant.passes.sensitivity.scorer import Scorer
+from tests.models import MODELS
+from tests.programs import captured
+
+
+class PlainNet(nn.Module):
+    """Two convolutions that read one value, an add, a classifier; no batch norm: weights are the graph's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1)
+        self.conv2 = nn.Conv2d(6, 5, 3)
+        self.conv3 = nn.Conv2d(6, 5, 3, bias=False)
+        self.fc = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.conv1(x))
+        h = self.conv2(h) + self.conv3(h).sigmoid()
+        y: Tensor = self.fc(h.mean(dim=(2, 3)))
+        return 6 * y
+
+
+class SplitNet(nn.Module):
+    """Softmax over a sum of two linear layers of unlike inputs: shifts of the output add up exactly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 5)
+        self.b = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x[:, :8]) + self.b(x[:, 8:])
+        return y
+
+
+def plain_net() -> PlainNet:
+    torch.manual_seed(3)
+    return PlainNet().eval()
+
+
+def inputs(name: str, count: int) -> tuple[Tensor, ...]:
+    """Return seeded inputs of a network of this file or of `tests.models`."""
+    shapes = {"plain": (3, 6, 6), "split": (16,)}
+    if name in shapes:
+        return (torch.randn(count, *shapes[name], generator=torch.Generator().manual_seed(count)),)
+    return MODELS[name].inputs(count)
+
+
+@cache
+def traced(name: str) -> Program:
+    """Return the captured program of a network of this file or of `tests.models`."""
+    if name == "plain":
+        return capture(plain_net(), inputs(name, 2))
+    if name == "split":
+        torch.manual_seed(5)
+        return capture(SplitNet().eval(), inputs(name, 2))
+    return captured(name)
+
+
+@cache
+def calibrated(name: str, bits: tuple[int, ...] = (2, 4, 8), activation_bits: tuple[int, ...] = (8,)) -> Program:
+    """Return it prepared for the reference target and calibrated on 8 images."""
+    settings = Settings(bits=bits, activation_bits=activation_bits, target="reference", estimators=("gram", "diagonal"))
+    return pipeline.calibrate(pipeline.prepare(traced(name), settings), CalibrationSet(inputs(name, 8)))
+
+
+@cache
+def simulated(name: str, bits: tuple[int, ...] = (2, 4, 8), activation_bits: tuple[int, ...] = (8,)) -> Program:
+    """Return the simulated graph with every site at its widest precision: what is scored."""
+    program = calibrated(name, bits, activation_bits)
+    return pipeline.simulate(program, pipeline.widest_plan(program))
+
+
+@cache
+def scored(name: str, bits: tuple[int, ...] = (2, 4, 8), activation_bits: tuple[int, ...] = (8,)) -> Program:
+    """Return the calibrated program with its sensitivity, measured on 6 images."""
+    return pipeline.measure_sensitivity(calibrated(name, bits, activation_bits), CalibrationSet(inputs(name, 6)))
+
+
+def scorer(program: Program, images: CalibrationSet, loss: str = "kl", store: ScoreStore | None = None) -> Scorer:
+    """Return a scorer that keeps nothing unless told to, with two batches where there are enough images."""
+    made = Scorer(program, images, loss, store or ScoreStore(None, {}))
+    made.batch = min(made.batch, 4)
+    return made
+
+
+def substituted(program: Program, *candidates: Candidate) -> GraphModule:
+    """Return the float network with these substitutions, built from modules instead of replayed."""
+    module, nodes = fork(program.module), program[FakeQuantNodes]
+    for names in (*nodes.weights.values(), *nodes.activations.values()):
+        for name in names:
+            set_module(module, str(resolve(module.graph, name).target), nn.Identity())
+    for candidate in candidates:
+        if candidate.choice.is_float:
+            continue
+        grid = program[WeightGrids].at(candidate.site, candidate.choice.weight_bits)
+        for name in nodes.weights[candidate.site]:
+            quantizer = FakeQuantize(grid.spec, grid.scale, grid.zero_point)
+            set_module(module, str(resolve(module.graph, name).target), quantizer)
+        groups = program[EdgeGroups]
+        spec = activation_spec(candidate.choice.activation_bits)
+        for name in nodes.inputs[candidate.site]:
+            node = resolve(module.graph, name)
+            group = groups.group_of(node.all_input_nodes[0].name)
+            assert group is not None
+            quantizer = FakeQuantize(spec, *program[Ranges].parameters(groups.producers[group], spec))
+            set_module(module, str(node.target), quantizer)
+    return finish(module)
+
+
+@cache
+def full_forward(name: str, count: int, *candidates: Candidate) -> Tensor:
+    """Return the answers of a network with these substitutions on its first images, by whole forward passes."""
+    return model_outputs(substituted(simulated(name), *candidates), inputs(name, count))
+
+
+def full_forward_losses(name: str, images: CalibrationSet, loss: str, *candidates: Candidate) -> Tensor:
+    """Return the loss per image of substitutions by whole forward passes."""
+    reference, answer = full_forward(name, len(images)), full_forward(name, len(images), *candidates)
+    return LOSSES[loss](reference, answer, images.labels)
+
+
+def columns(program: Program) -> tuple[Candidate, ...]:
+    """Return the candidates of a program."""
+    return program[Sites].candidates
