@@ -26,7 +26,8 @@ class ResidualNet(nn.Module):
         x = torch.relu(self.bn1(self.conv1(x)))
         x = torch.relu(x + self.bn2(self.conv2(x)))
         x = F.silu(x) + self.conv3(x)
-        return self.fc(x.mean(dim=(2, 3)))
+        answer: Tensor = self.fc(x.mean(dim=(2, 3)))
+        return answer
 
 
 class SeparableNet(nn.Module):
@@ -44,7 +45,8 @@ class SeparableNet(nn.Module):
         x = F.hardswish(self.stem(x))
         x = F.relu6(self.norm(self.depthwise(x)))
         x = F.adaptive_avg_pool2d(self.pointwise(x), 1)
-        return self.head(torch.flatten(F.dropout(x, training=self.training), 1))
+        answer: Tensor = self.head(torch.flatten(F.dropout(x, training=self.training), 1))
+        return answer
 
 
 class SharedNet(nn.Module):
@@ -62,7 +64,8 @@ class SharedNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.bn_a(self.conv(x)))
         x = torch.relu(self.bn_b(self.conv(x)))
-        return self.fc_b(torch.sigmoid(self.fc_a(x.amax(dim=(2, 3)))))
+        answer: Tensor = self.fc_b(torch.sigmoid(self.fc_a(x.amax(dim=(2, 3)))))
+        return answer
 
 
 class PaddedNet(nn.Module):
@@ -78,7 +81,8 @@ class PaddedNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.grouped(F.pad(x, (0, 1, 0, 1)))
         x = self.even(F.max_pool2d(torch.relu(self.same(x)), 2))
-        return self.last(F.pad(x, (1, 1, 1, 1), value=1.0)).flatten(1)
+        answer: Tensor = self.last(F.pad(x, (1, 1, 1, 1), value=1.0)).flatten(1)
+        return answer
 
 
 class ConcatNet(nn.Module):
@@ -146,7 +150,8 @@ class AttentionNet(nn.Module):
         y = self.norm(x)
         x = x + self.attention(y, y, y, need_weights=False)[0]
         x = x + self.narrow(F.gelu(self.wide(x)))
-        return self.head(x[:, 0])
+        answer: Tensor = self.head(x[:, 0])
+        return answer
 
 
 class TokenNet(nn.Module):
@@ -160,11 +165,14 @@ class TokenNet(nn.Module):
         self.out.weight = self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.out(torch.relu(self.fc(self.table(ids).mean(dim=1))))
+        answer: Tensor = self.out(torch.relu(self.fc(self.table(ids).mean(dim=1))))
+        return answer
 
 
 class FunctionalNet(nn.Module):
     """Weights outside modules, a bias the graph computes, scaled adds, clamps, a product with a scalar tensor."""
+
+    projection: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,7 +198,8 @@ class AddOfFloatsNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(torch.sigmoid(x) + F.gelu(x))
-        return self.linear(x.mean(dim=(2, 3)))
+        answer: Tensor = self.linear(x.mean(dim=(2, 3)))
+        return answer
 
 
 class TokenNormNet(nn.Module):
@@ -202,7 +211,8 @@ class TokenNormNet(nn.Module):
         self.norm = nn.BatchNorm1d(6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.linear(x))
+        answer: Tensor = self.norm(self.linear(x))
+        return answer
 
 
 class BiasElsewhereNet(nn.Module):
@@ -215,7 +225,8 @@ class BiasElsewhereNet(nn.Module):
         self.norm = nn.BatchNorm2d(4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(F.conv2d(x, self.weight)).mean(dim=(2, 3)) * self.bias
+        answer: Tensor = self.norm(F.conv2d(x, self.weight)).mean(dim=(2, 3)) * self.bias
+        return answer
 
 
 class NameClashNet(nn.Module):
@@ -227,7 +238,8 @@ class NameClashNet(nn.Module):
         self.conv_1 = nn.Conv2d(6, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv_1(self.conv(x)).mean(dim=(2, 3))
+        answer: Tensor = self.conv_1(self.conv(x)).mean(dim=(2, 3))
+        return answer
 
 
 class WeightlessNet(nn.Module):
@@ -246,7 +258,8 @@ class ValueDependentNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.sum() > 0:
-            return self.fc(x)
+            answer: Tensor = self.fc(x)
+            return answer
         return x
 
 
@@ -258,7 +271,8 @@ class VariadicNet(nn.Module):
         self.fc = nn.Linear(3, 2)
 
     def forward(self, first: Tensor, *others: Tensor) -> Tensor:
-        return self.fc(sum(others, first))
+        answer: Tensor = self.fc(sum(others, first))
+        return answer
 
 
 @dataclass(frozen=True)

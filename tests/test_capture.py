@@ -148,6 +148,8 @@ def test_statistics_that_are_nan_and_masks_that_are_infinite() -> None:
         capture(norm, (torch.randn(2, 3),))
 
     class Masked(nn.Module):
+        mask: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("mask", torch.tensor([0.0, float("-inf"), 0.0]))

@@ -6,42 +6,65 @@ import torch
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.extract import cut_out
 from fxquant.core.graphs import resolve, show
+from fxquant.core.oracle import GraphReplay
+from fxquant.core.program import Program
+from fxquant.core.spec import Sites
 from fxquant.passes.insert_fake_quant import InsertFakeQuant
-from tests.programs import calibrated, folded, uniform
+from tests.programs import calibrated as calibrated_for_conv
+from tests.programs import uniform
+from tests.scoring import calibrated, inputs, simulated
 
-SEED = torch.Generator().manual_seed(0)
+
+def check(program: Program) -> None:
+    """Every op cut out of the network gives the value it has inside, bit for bit."""
+    replay = GraphReplay(program.module)
+    _, values = replay.forward(inputs("plain", 2))
+    for site in program[Sites].sites:
+        for name in site.nodes:
+            node = resolve(program.module.graph, name)
+            cut, shape = cut_out(program.module, node)
+            source = node.all_input_nodes[0]
+            outside = source.all_input_nodes[0] if source.op == "call_module" else source
+            assert shape == tuple(values[replay.by_name[outside.name]].shape)
+            found = cut(values[replay.by_name[outside.name]])
+            inside = [value for n, value in values.items() if n.name == last_name(cut)]
+            assert len(inside) == 1
+            assert torch.equal(found, inside[0])
 
 
-def test_a_float_layer_with_the_clip_behind_it() -> None:
-    module = folded("separable").module
-    cut, shape = cut_out(module, resolve(module.graph, "conv2d_1"))
-    assert shape == (2, 8, 5, 5)
-    assert show(cut) == (
-        "x = x()\nconv2d_1 = conv2d.default(x, depthwise.weight, depthwise.bias)\n"
-        "relu6 = relu6.default(conv2d_1)\nreturn relu6"
+def last_name(cut: torch.fx.GraphModule) -> str:
+    """Return the name of the node whose value the cut returns; copies keep their names."""
+    return str(list(cut.graph.nodes)[-1].args[0])
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_an_op_alone_computes_what_it_computes_inside(quantized: bool) -> None:
+    check(simulated("plain") if quantized else calibrated("plain"))
+
+
+def test_a_float_op_takes_its_clip_along() -> None:
+    program = calibrated("plain")
+    node = resolve(program.module.graph, program[Sites].by_name("conv1").nodes[0])
+    cut, shape = cut_out(program.module, node)
+    assert shape == (2, 3, 6, 6)
+    assert (
+        show(cut)
+        == "x = x()\nconv2d = conv2d.default(x, conv1.weight, conv1.bias)\nrelu = relu.default(conv2d)\nreturn relu"
     )
-    x = torch.randn(shape, generator=SEED)
-    expected = torch.nn.functional.conv2d(
-        x, cut.get_parameter("depthwise.weight"), cut.get_parameter("depthwise.bias"), padding=1, groups=8
-    )
-    assert torch.equal(cut(x), expected.clamp(0.0, 6.0))
 
 
-def test_a_simulated_layer_keeps_its_quantizers() -> None:
-    program = calibrated("separable")
-    done = InsertFakeQuant()(program.with_facts(BitAllocation(uniform(program, 4))))
-    cut, shape = cut_out(done.module, resolve(done.module.graph, "conv2d_1"))
-    assert show(cut) == (
-        "x = x()\nquantize_depthwise_weight = FakeQuantize(depthwise.weight)\n"
-        "quantize_hardswish = FakeQuantize(x)\n"
-        "conv2d_1 = conv2d.default(quantize_hardswish, quantize_depthwise_weight, depthwise.bias)\n"
-        "relu6 = relu6.default(conv2d_1)\nquantize_relu6 = FakeQuantize(relu6)\nreturn quantize_relu6"
-    )
-    assert cut(torch.randn(shape, generator=SEED)).shape == shape
-
-
-@pytest.mark.parametrize(("name", "node"), [("residual", "conv2d"), ("padded", "conv2d"), ("tokens", "linear_1")])
-def test_whoever_has_several_readers_ends_the_cut(name: str, node: str) -> None:
-    module = folded(name).module
-    cut, shape = cut_out(module, resolve(module.graph, node))
-    assert cut(torch.randn(shape, generator=SEED)).shape[0] == shape[0]
+def test_an_integer_op_takes_its_quantizers_along() -> None:
+    program = calibrated_for_conv("residual")
+    plan = BitAllocation(uniform(program, 4))
+    module = InsertFakeQuant()(program.with_facts(plan)).module
+    cut, _ = cut_out(module, resolve(module.graph, program[Sites].by_name("conv1").nodes[0]))
+    assert show(cut).splitlines() == [
+        "x = x()",
+        "quantize_conv1_weight = FakeQuantize(conv1.weight)",
+        "quantize_x = FakeQuantize(x)",
+        "conv2d = conv2d.default(quantize_x, quantize_conv1_weight, conv1.bias)",
+        "relu = relu.default(conv2d)",
+        "quantize_relu = FakeQuantize(relu)",
+        "return quantize_relu",
+    ]
+    assert cut(torch.randn(5, 3, 8, 8)).shape[0] == 5

@@ -9,7 +9,11 @@ from fxquant.core.errors import CalibrationError
 from fxquant.core.losses import LOSSES, UNITS, default_loss, embed_shift
 
 G = torch.Generator().manual_seed(0)
-SHAPES = {"kl": [(4, 6), (4, 6, 5), (4, 6, 2, 3)], "mse": [(4,), (4, 1), (4, 6), (4, 3, 2, 2)], "ce": [(4, 6)]}
+SHAPES: dict[str, list[tuple[int, ...]]] = {
+    "kl": [(4, 6), (4, 6, 5), (4, 6, 2, 3)],
+    "mse": [(4,), (4, 1), (4, 6), (4, 3, 2, 2)],
+    "ce": [(4, 6)],
+}
 LABELS = torch.tensor([0, 5, 2, 1])
 CASES = [(name, shape) for name, shapes in SHAPES.items() for shape in shapes]
 

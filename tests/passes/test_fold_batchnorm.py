@@ -77,7 +77,8 @@ def test_a_value_with_a_second_reader_is_not_folded_away() -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = self.linear(x)
-            return self.norm(y) + y
+            answer: torch.Tensor = self.norm(y) + y
+            return answer
 
     program = capture(Peek(), (torch.randn(2, 3),))
     assert FoldBatchnorm()(program).log[-1].rewrites == 0

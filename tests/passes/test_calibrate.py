@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fxquant.core.data import CalibrationSet
+from fxquant.core.errors import CalibrationError
+from fxquant.core.graphs import show
+from fxquant.core.program import Program
+from fxquant.core.ranges import Ranges
+from fxquant.passes.calibrate import Calibrate
+from fxquant.passes.insert_observers import CollectRanges, InsertObservers
+from tests.models import MODELS
+from tests.programs import check_pass, tied
+
+
+def run(images: CalibrationSet, batch: int, name: str = "residual") -> Program:
+    return Calibrate(images, batch)(InsertObservers("minmax")(tied(name)))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100])
+def test_ranges_do_not_depend_on_the_batch(batch: int) -> None:
+    images = CalibrationSet(MODELS["residual"].inputs(7))
+    ranges = CollectRanges()(run(images, batch))[Ranges].histograms
+    whole = CollectRanges()(run(images, 7))[Ranges].histograms
+    assert list(ranges) == list(whole)
+    for name, histogram in ranges.items():
+        assert histogram.minimum == pytest.approx(whole[name].minimum, rel=1e-4, abs=1e-5)
+        assert histogram.maximum == pytest.approx(whole[name].maximum, rel=1e-4, abs=1e-5)
+        assert histogram.counts.sum() == whole[name].counts.sum()
+    assert ranges["x"].minimum == float(images.inputs[0].min())
+
+
+def test_the_graph_stays_as_it_is() -> None:
+    prepared = InsertObservers()(tied("residual"))
+    done = check_pass(Calibrate(CalibrationSet(MODELS["residual"].inputs(2))), prepared)
+    assert show(done.module) == show(prepared.module)
+    assert done.log[-1].rewrites == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "message"),
+    [
+        ("residual", torch.randn(2, 4, 8, 8), r"does not run on images of shape \[\(2, 4, 8, 8\)\]"),
+        ("residual", torch.randn(2, 3), "does not run on images"),
+        ("residual", torch.full((1, 3, 8, 8), 1e38), "value '.*' is not finite during calibration"),
+        ("tokens", torch.full((2, 4), 99), "does not run on images of shape"),
+    ],
+)
+def test_images_that_do_not_fit(name: str, images: torch.Tensor, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        run(CalibrationSet((images,)), 2, name)
+
+
+def test_one_image_will_do() -> None:
+    ranges = CollectRanges()(run(CalibrationSet(MODELS["residual"].inputs(1)), 32))[Ranges]
+    assert set(ranges.histograms) == {"x", "relu", "conv2d_1", "relu_1", "conv2d_2", "mean"}
