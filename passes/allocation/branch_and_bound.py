@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fxquant.passes.allocation.convexify import Lift
+from fxquant.passes.allocation.convexify import Lift, certify
 from fxquant.passes.allocation.exhaustive import best_plan
 from fxquant.passes.allocation.local_search import LocalSearch
 from fxquant.passes.allocation.relaxation import Relaxed, Warmth, cold, relax
@@ -89,7 +89,9 @@ class BranchAndBound:
             self._active = np.inf
             return
         start = cold(sub)
-        self._process(Node(sub, start, -np.inf, start.lifted[0, 1 : 1 + len(sub.names)]), ROOT)
+        # Multipliers of zero cost next to nothing and bound the problem even if no time is left at all.
+        self._active = certify(sub, Lift.of(sub), np.zeros_like(start.multipliers)).bound
+        self._process(Node(sub, start, self._active, start.lifted[0, 1 : 1 + len(sub.names)]), ROOT)
 
     def run(self) -> None:
         """Branch until nothing is open or the time is over."""

@@ -50,7 +50,7 @@ def solve_greedy(
     search = LocalSearch(reduced.problem, seed, clock)
     search.start()
     if search.choice is None:
-        search.kick(min(clock.left, 2.0))
+        search.kick()
     if search.choice is None:
         raise SolverError("the greedy solver met no plan within the limits; use solve_iqp, which can prove it")
     diagonal = np.diag(reduced.problem.values)

@@ -18,8 +18,9 @@ from fxquant.passes.allocation.solution import Clock, Problem, Solution, answer
 # CBC mostly closes linearised remainders of this many pair variables in well under a second; one that
 # takes longer than this goes to branch and bound, with the bound that CBC has reached.
 CBC_PAIRS, CBC_SECONDS = 300, 2.0
-# Part of the time limit for kicks before the relaxation starts, and its ceiling in seconds.
-KICK_SHARE, KICK_SECONDS = 0.1, 2.0
+# Part of the time limit for the descents before the relaxation starts, and for kicks after them with a
+# ceiling in seconds: on large problems the bound must not be left without time.
+START_SHARE, KICK_SHARE, KICK_SECONDS = 0.2, 0.1, 2.0
 
 
 def solve_iqp(
@@ -81,6 +82,7 @@ def _solve(problem: Problem, search: LocalSearch, proof: BranchAndBound, clock: 
     """Fill `search` with the best plan and return the proven bound (inf without a plan: infeasible)."""
     diagonal = np.diag(problem.values)
     linear = not np.count_nonzero(problem.values - np.diag(diagonal))
+    search.within(START_SHARE * clock.allowed)
     if not linear:
         search.start()
     if linear or search.choice is None:
@@ -92,7 +94,9 @@ def _solve(problem: Problem, search: LocalSearch, proof: BranchAndBound, clock: 
             if linear:
                 return bound
     search.deepen()
-    search.kick(min(KICK_SECONDS, KICK_SHARE * clock.allowed))
+    search.within(min(KICK_SECONDS, KICK_SHARE * clock.allowed))
+    search.kick()
+    search.within(np.inf)
     proof.root()
     remainder = proof.remainder
     if remainder is not None and clock.left:

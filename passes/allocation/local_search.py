@@ -30,6 +30,7 @@ class LocalSearch:
         self.problem, self.clock = problem, clock
         self.best: IndexArray | None = None
         self.best_objective = np.inf
+        self._finish = clock.allowed
         self._random = np.random.default_rng(seed)
         self._room = problem.limits + LIMIT_TOLERANCE * problem.slack_unit
         self._unit = problem.slack_unit
@@ -45,23 +46,30 @@ class LocalSearch:
         choice[self.best] = True
         return choice
 
+    def within(self, seconds: float) -> None:
+        """Let the methods called from now on end this many seconds from now, or with the clock."""
+        self._finish = min(self.clock.spent + seconds, self.clock.allowed)
+
+    @property
+    def _left(self) -> bool:
+        return self.clock.spent < self._finish
+
     def start(self) -> None:
         """Descend from the Lagrangian plans of the diagonal and of the row sums, and from random plans."""
         values = self.problem.values
         for scores in (np.diag(values), np.diag(values) + values.sum(axis=1) / self._mean_group()):
             for plan in lagrangian_plans(self.problem, scores):
-                if self.best is None or self.clock.left:
+                if self.best is None or self._left:
                     self.improve(plan)
         for _ in range(4):
-            if self.clock.left:
+            if self._left:
                 self.improve(self._random_plan())
 
-    def kick(self, seconds: float) -> None:
-        """Iterated local search from the best plan, some seconds at most; ends early when it runs dry."""
-        finish = min(self.clock.spent + seconds, self.clock.allowed)
+    def kick(self) -> None:
+        """Iterated local search from the best plan until it runs dry or the time is over."""
         quiet, restarts = 0, 0
         current, current_objective = self.best, self.best_objective
-        while self.clock.spent < finish and restarts <= RESTARTS:
+        while self._left and restarts <= RESTARTS:
             before = self.best_objective
             if current is None or quiet >= QUIET_KICKS:
                 plan, quiet, restarts = self._random_plan(), 0, restarts + 1
@@ -84,7 +92,7 @@ class LocalSearch:
     def deepen(self) -> None:
         """Exchanges of three groups on the best plan until none helps or the time is over."""
         improved = self.best is not None and len(self.problem.groups) >= 3
-        while improved and self.clock.left:
+        while improved and self._left:
             improved = False
             base = self.best
             assert base is not None
@@ -99,7 +107,7 @@ class LocalSearch:
                     self.improve(move)
                     improved = True
                     break
-                if not self.clock.left:
+                if not self._left:
                     return
 
     def offer(self, plan: IndexArray) -> None:
@@ -114,7 +122,7 @@ class LocalSearch:
         if repaired is None:
             return plan, np.inf
         objective = self._objective(repaired)
-        while self.clock.left:
+        while self._left:
             moved = self._best_pair(repaired, objective, frozen=None)
             if moved is None:
                 break

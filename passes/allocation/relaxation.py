@@ -94,8 +94,8 @@ def relax(sub: Subproblem, lift: Lift, warmth: Warmth, iterations: int, clock: C
         multipliers = multipliers + DUAL_STEP * penalty * (residual + residual.T) / 2
         if iteration % 20 == 19:
             penalty = _balanced(penalty, residual, lifted, previous, multipliers)
-            if not clock.left:
-                break
+        if not clock.left:
+            break
     certificate = certify(sub, lift, multipliers)
     return Relaxed(certificate, Warmth(lifted, multipliers * lift.scale, penalty), lifted[0, diagonal])
 
