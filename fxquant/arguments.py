@@ -1,0 +1,178 @@
+"""The command line's arguments: what can be said, and how texts become values."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NoReturn
+
+from fxquant.backends.base import BACKENDS
+from fxquant.bench import ROUNDS
+from fxquant.core.errors import OptionError
+from fxquant.core.settings import EFFORTS
+from fxquant.core.spec import Choice
+from fxquant.inputs import ImageOptions
+
+Refuse = Callable[[str], NoReturn]
+
+HELP = {
+    "demo": "quantize the shipped digits network and compare it with float and uniform plans",
+    "quantize": "choose bits within a budget; write plan, model and report",
+    "analyze": "only score the layers; `allocate` chooses from the scores later",
+    "allocate": "choose bits for another budget from saved scores",
+    "export": "write a saved result as ONNX, on request with an edited plan",
+    "bench": "time the float and the quantized model of a saved result, interleaved",
+    "report": "write the report of a saved result again",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong arguments as one line, like every other error."""
+
+    refuse: Refuse
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the arguments."""
+        type(self).refuse(f"{message}; see {self.prog} --help")
+
+
+def build_parser(commands: Iterable[str], refuse: Refuse) -> argparse.ArgumentParser:
+    """Return the parser.
+
+    Args:
+        commands: names of the commands.
+        refuse: called with what is wrong with the arguments; must raise.
+    """
+    kind = type("Parser", (_Parser,), {"refuse": staticmethod(refuse)})
+    parser: argparse.ArgumentParser = kind(prog="fxquant", description="Mixed-precision quantization for PyTorch.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    chosen = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name in commands:
+        sub = chosen.add_parser(name, help=HELP[name], description=f"{HELP[name]}.")
+        sub.add_argument("--quiet", action="store_true", help="no progress, no summary")
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        _ADDERS[name](sub)
+    return parser
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
+def _size(text: str) -> tuple[int, int]:
+    parts = [int(part) for part in text.lower().split("x")]
+    if len(parts) > 2:
+        raise ValueError(text)
+    return parts[0], parts[-1]
+
+
+def _budget(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument(
+        "--budget",
+        action="append",
+        required=required,
+        metavar="NAME=NUMBER",
+        help="size_mb, size_ratio, average_bits, bops, bops_ratio, latency_ms or latency_ratio; may be repeated",
+    )
+
+
+def _scoring(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, metavar="SPEC", help="pkg.module:factory, or a .pt2 file")
+    add("--calibration", required=True, metavar="SPEC", help=".npz, .npy, image folder, or pkg.module:loader")
+    add("--output", required=True, type=Path, metavar="DIR", help="where results go")
+    add("--resume", action="store_true", help="go on with the scores in DIR, replace its results")
+    add("--image-size", type=_size, metavar="N|HxW", help="size of the images of a folder")
+    add("--mean", type=_numbers, default=(0.0, 0.0, 0.0), metavar="M,M,M", help="subtracted from values 0..1")
+    add("--std", type=_numbers, default=(1.0, 1.0, 1.0), metavar="S,S,S", help="values are divided by it")
+    add("--bits", type=_widths, default=(2, 4, 8), metavar="B,B", help="candidate weight bits; 32 is float")
+    add("--activation-bits", type=_widths, default=(8,), metavar="B,B", help="candidate activation bits")
+    add("--target", choices=tuple(BACKENDS), default="onnxruntime", help="runtime that will run the model")
+    add("--effort", choices=tuple(EFFORTS), default="default", help="how much is measured")
+    add("--seed", type=int, default=0, help="same seed, same answer")
+    add("--pin", action="append", default=[], metavar="GLOB=W8A8", help="the only precision of these layers")
+    add("--pin-ends", action="store_true", help="pin first and last layer to 8 bits")
+    add("--keep-float", action="append", default=[], metavar="GLOB", help="layers that stay in float")
+    add("--observer", default="mse", help="minmax, mse, moving_average or percentile")
+    add("--loss", help="kl, ce (needs labels) or mse; the model's output decides if not given")
+    add("--time-limit", type=float, default=60.0, metavar="SECONDS", help="for each solve")
+    add("--threads", type=int, help="threads of the runtime")
+
+
+def _quantize(parser: argparse.ArgumentParser) -> None:
+    _budget(parser, required=True)
+    _scoring(parser)
+
+
+def _folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="output folder of quantize or analyze")
+
+
+def _allocate(parser: argparse.ArgumentParser) -> None:
+    _folder(parser)
+    _budget(parser, required=True)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where results go; without it they replace DIR's")
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    _folder(parser)
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="a plan.json edited by hand")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default DIR/model.onnx")
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    _folder(parser)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="interleaved rounds")
+    parser.add_argument("--threads", type=int, help="threads of the runtime")
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    _folder(parser)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where the report goes; default DIR")
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    _budget(parser, required=False)
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR", help="where results go")
+
+
+_ADDERS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "demo": _demo,
+    "quantize": _quantize,
+    "analyze": _scoring,
+    "allocate": _allocate,
+    "export": _export,
+    "bench": _bench,
+    "report": _report,
+}
+
+
+def image_options(args: argparse.Namespace) -> ImageOptions:
+    """Return how images of a folder are read.
+
+    Raises:
+        OptionError: a value out of range.
+    """
+    return ImageOptions(args.image_size, args.mean, args.std)
+
+
+def pins(texts: Iterable[str]) -> dict[str, Choice]:
+    """Read pins written as `glob=W8A8`.
+
+    Raises:
+        OptionError: not of that form, or a glob given twice.
+    """
+    found: dict[str, Choice] = {}
+    for text in texts:
+        pattern, separator, label = text.rpartition("=")
+        if not separator or not pattern:
+            raise OptionError(f"pin {text!r} is not understood; write GLOB=W8A8")
+        if pattern in found:
+            raise OptionError(f"pin {pattern!r} is given twice; give it once")
+        found[pattern] = Choice.parse(label)
+    return found

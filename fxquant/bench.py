@@ -1,0 +1,78 @@
+"""Float against quantized in one runtime, interleaved, so that a busy machine treats both alike."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxquant.backends.base import backend
+from fxquant.core.errors import OptionError
+from fxquant.core.settings import Settings
+from fxquant.core.timing import sample_interleaved
+from fxquant.result import Result
+
+ROUNDS = 25
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Milliseconds for one call: the median over the rounds, and the lower and upper quartile around it."""
+
+    name: str
+    milliseconds: float
+    low: float
+    high: float
+
+
+def measure_speed(
+    graphs: Mapping[str, GraphModule],
+    inputs: tuple[Tensor, ...],
+    target: str,
+    threads: int | None = None,
+    rounds: int = ROUNDS,
+) -> list[Speed]:
+    """Time float and simulated graphs in the runtime of a target.
+
+    Args:
+        graphs: name -> graph.
+        inputs: what to run them on, images along axis 0.
+        target: name of the runtime.
+        threads: threads the runtime may use, None for its default.
+        rounds: interleaved rounds, at least 2.
+
+    Raises:
+        OptionError: too few rounds, or an unknown target.
+        LoweringError: a graph cannot be expressed there.
+    """
+    if rounds < 2:
+        raise OptionError(f"rounds={rounds} is out of range; give 2 or more")
+    runtime = backend(target)
+    runs = [partial(runtime.compile(graph, inputs, threads), inputs) for graph in graphs.values()]
+    speeds = []
+    for name, samples in zip(graphs, sample_interleaved(runs, rounds), strict=True):
+        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+        speeds.append(Speed(name, median, low, high))
+    return speeds
+
+
+def bench(result: Result, threads: int | None = None, rounds: int = ROUNDS) -> list[Speed]:
+    """Time the float model ("float") and the plan ("mixed") on one image in the result's target.
+
+    Args:
+        result: what to time.
+        threads: threads the runtime may use; None takes the result's settings.
+        rounds: interleaved rounds, at least 2.
+
+    Raises:
+        OptionError: too few rounds.
+        LoweringError: the graph cannot be expressed there.
+    """
+    settings = result.program[Settings]
+    one = tuple(tensor[:1] for tensor in result.example)
+    graphs = {"float": result.program.module, "mixed": result.simulated}
+    return measure_speed(graphs, one, settings.target, threads or settings.threads, rounds)

@@ -1,0 +1,176 @@
+"""`fxquant`: arguments in, the API called, results printed. Nothing is computed here.
+
+Exit codes: 0 done, 1 the work failed, 2 bad input, 3 no plan keeps the budget, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from fxquant import api
+from fxquant.arguments import build_parser, image_options, pins
+from fxquant.bench import bench
+from fxquant.core.budget import Budget
+from fxquant.core.errors import FxquantError, OptionError
+from fxquant.core.settings import effort
+from fxquant.inputs import load_calibration, load_model
+from fxquant.outputs import (
+    check_packages,
+    export,
+    known_extras,
+    output_folder,
+    write_outputs,
+    write_reports,
+)
+from fxquant.result import Result
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        args = build_parser(COMMANDS, _refuse).parse_args(arguments)
+        with warnings.catch_warnings():
+            # What torch warns about in its own code is nothing a user of the command line can act on.
+            warnings.simplefilter("ignore")
+            COMMANDS[args.command](args)
+    except KeyboardInterrupt:
+        print("fxquant: stopped; finished scores are kept, --resume goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    except FxquantError as error:
+        return _failed(str(error), error.exit_code, debug)
+    except Exception as error:
+        return _failed(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1, debug)
+    return 0
+
+
+def _failed(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"fxquant: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _refuse(message: str) -> NoReturn:
+    raise OptionError(message)
+
+
+def _scored(args: argparse.Namespace, budget: Budget | None) -> None:
+    """Run the pipeline on a model and fill the output folder."""
+    with output_folder(args.output, args.resume) as folder:
+        check_packages(args.target)
+        images = load_calibration(args.calibration, image_options(args), effort(args.effort).images)
+        result = api.quantize(
+            load_model(args.model),
+            images,
+            budget,
+            bits=args.bits,
+            activation_bits=args.activation_bits,
+            target=args.target,
+            seed=args.seed,
+            effort=args.effort,
+            progress=not args.quiet,
+            workdir=folder,
+            pins=pins(args.pin),
+            pin_ends=args.pin_ends,
+            keep_float=args.keep_float,
+            observer=args.observer,
+            loss=args.loss,
+            time_limit=args.time_limit,
+            threads=args.threads,
+        )
+        _tell(args, result, write_outputs(result, folder))
+
+
+def _tell(args: argparse.Namespace, result: Result, written: list[Path]) -> None:
+    if not args.quiet:
+        print(result.summary())
+        print("\nwrote " + ", ".join(map(str, written)))
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    _scored(args, Budget.parse(args.budget))
+
+
+def _analyze(args: argparse.Namespace) -> None:
+    _scored(args, None)
+
+
+def _allocate(args: argparse.Namespace) -> None:
+    budget = Budget.parse(args.budget)
+    known = Result.load(args.folder)
+    with output_folder(args.output or args.folder, resume=args.output is None) as folder:
+        result = api.resolve(known, budget, progress=not args.quiet)
+        _tell(args, result, write_outputs(result, folder))
+
+
+def _export(args: argparse.Namespace) -> None:
+    result = Result.load(args.folder)
+    if args.plan is not None:
+        result = result.with_plan(args.plan)
+    path = args.output or args.folder / "model.onnx"
+    measured = export(result, path)
+    if not args.quiet:
+        kernels = measured["kernels"]
+        integer = sum(kernel != "float" for kernel in kernels.values())
+        print(f"wrote {path}, {measured['bytes_on_disk']} bytes; {integer} of {len(kernels)} layers on integer kernels")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from fxquant.report.speed import comparison, runtime_text, speed_table
+
+    result = Result.load(args.folder)
+    speeds = bench(result, args.threads, args.rounds)
+    extras = known_extras(result, args.folder)
+    extras["comparison"] = comparison(extras.get("comparison", []), speeds)
+    extras["runtime"] = runtime_text(result, args.threads)
+    write_reports(result, args.folder, extras)
+    print(speed_table(extras["comparison"]))
+
+
+def _report(args: argparse.Namespace) -> None:
+    result = Result.load(args.folder)
+    folder = args.output or args.folder
+    with output_folder(folder, resume=True):
+        write_reports(result, folder, known_extras(result, args.folder))
+    if not args.quiet:
+        print(f"wrote {folder / 'report.html'}, {folder / 'report.json'}")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    # Imported here because only the demo needs scikit-learn's digits.
+    from fxquant.demo.run import run_demo
+
+    outcome = run_demo(args.output, Budget.parse(args.budget) if args.budget else None, progress=not args.quiet)
+    print(outcome.table)
+    if not args.quiet:
+        print("\nwrote " + ", ".join(map(str, outcome.written)) + f" in {outcome.seconds:.0f} s")
+
+
+COMMANDS = {
+    "demo": _demo,
+    "quantize": _quantize,
+    "analyze": _analyze,
+    "allocate": _allocate,
+    "export": _export,
+    "bench": _bench,
+    "report": _report,
+}
+"""Command -> what runs it."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
