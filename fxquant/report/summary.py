@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fxquant.result import Result
 
 WIDTH = 100
+COLUMN_GAP = 3
 
 
 def summary(result: Result) -> str:
@@ -46,18 +47,19 @@ def table_text(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int 
     """
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for position, column in enumerate(columns):
-        # Only the first column, a name, may be cut; a number that is cut is a wrong number.
-        first = position == 0
-        table.add_column(
-            column,
-            justify="left" if position < left else "right",
-            no_wrap=True,
-            overflow="ellipsis" if first else "fold",
-            min_width=12 if first else None,
-        )
-    for row in rows:
-        table.add_row(*(Text(safe(cell)) for cell in row))
+        table.add_column(column, justify="left" if position < left else "right", no_wrap=True, overflow="fold")
+    lines = [[safe(cell) for cell in row] for row in rows]
+    # Only names may be cut: a number that is cut is a wrong number.
+    others = [max(map(len, column)) for column in zip(columns[1:], *(line[1:] for line in lines), strict=True)]
+    room = max(12, WIDTH - sum(others) - COLUMN_GAP * len(others))
+    for line in lines:
+        table.add_row(*map(Text, (_shortened(line[0], room), *line[1:])))
     return as_text(table)
+
+
+def _shortened(name: str, room: int) -> str:
+    """Return the end of a long name, which tells layers apart better than its beginning."""
+    return name if len(name) <= room else f"…{name[1 - room :]}"
 
 
 def _headline(data: Mapping[str, Any]) -> list[str]:

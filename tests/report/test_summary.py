@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fxquant.core.spec import FLOAT
+from fxquant.report.speed import comparison, speed_table
+from fxquant.report.summary import WIDTH, summary, table_text
+from fxquant.report.text import bytes_text, count_text, limit_text, loss_text, percent_text, safe
+from tests.small import small_result
+
+
+def test_summary_names_every_layer_and_the_count() -> None:
+    text = summary(small_result())
+    assert "3 of 3 layers quantized" in text
+    for name in ("stem", "body", "head", "uniform W8A8", "over budget", "Budget average_bits"):
+        assert name in text
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert small_result().summary() == text
+
+
+def test_summary_says_what_stays_in_float() -> None:
+    result = small_result(network="product")
+    plan = replace(result.allocation, choices={**result.allocation.choices, "stem": FLOAT})
+    text = " ".join(summary(result.with_plan(plan)).split())
+    assert "2 of 4 layers quantized, 2 in float because: " in text
+    assert "the plan keeps it in float (1)" in text
+
+
+def test_long_and_hostile_names_keep_the_width_and_the_numbers() -> None:
+    text = table_text(("layer", "bytes"), [("x" * 300, "123.4 kB"), ("a\x1b[31m[red]b", "1 B")])
+    assert "123.4 kB" in text
+    assert "\x1b" not in text
+    assert "[red]b" in text
+    assert max(map(len, text.splitlines())) <= WIDTH
+
+
+def test_analysis_has_a_summary() -> None:
+    assert "manual" in summary(small_result(budget=None))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (bytes_text(57686), "57.69 kB"),
+        (bytes_text(12), "12 B"),
+        (bytes_text(3.2e6), "3.2 MB"),
+        (count_text(9437184), "9.44 M"),
+        (loss_text(None), "–"),
+        (loss_text(float("nan")), "–"),
+        (loss_text(0.0), "0"),
+        (loss_text(-3.21e-6), "-3.2e-06"),
+        (percent_text(0.125), "12.5 %"),
+        (percent_text(0.0), "0 %"),
+        (percent_text(1.0), "100 %"),
+        (percent_text(None), "–"),
+        (limit_text("size_mb", 0.2), "0.2 MB"),
+        (limit_text("size_mb", None), "–"),
+        (safe("conv\x1b\n1"), "conv??1"),
+    ],
+)
+def test_numbers_for_people(text: str, expected: str) -> None:
+    assert text == expected
+
+
+def test_comparison_drops_times_of_another_run() -> None:
+    speed = type("Speed", (), {"name": "mixed", "milliseconds": 1.0, "low": 0.9, "high": 1.1})()
+    rows = comparison([{"name": "uniform 8", "bytes": 10, "milliseconds": 5.0}, {"name": "mixed", "bytes": 5}], [speed])
+    assert rows[0] == {"name": "uniform 8", "bytes": 10}
+    assert rows[1] == {"name": "mixed", "bytes": 5, "milliseconds": 1.0, "low": 0.9, "high": 1.1}
+    table = speed_table(rows)
+    assert "0.9–1.1" in table
+    assert "accuracy" not in table
