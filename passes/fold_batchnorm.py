@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.core.graphs import constant, erase_dead
+from fxquant.core.graphs import constant, erase_dead, tensor_at
 from fxquant.core.ops import rule_of, shape_of
 from fxquant.core.program import Program
 from fxquant.passes.base import Pass
@@ -67,8 +67,9 @@ def _fold(module: GraphModule, norm: Node) -> int:
     shift = ((0.0 if b is None else b.double()) - mean.double()) * factor + (0.0 if beta is None else beta.double())
     path = str(weight.target)
     scaled = w.double() * factor.reshape([-1] + [1] * (w.dim() - 1))
-    _store(module, producer, rule.weight, path, scaled.to(w.dtype))
-    _store(module, producer, rule.bias, _bias_path(module, producer, path), shift.to(w.dtype))
+    trainable = tensor_at(module, path).requires_grad
+    _store(module, producer, rule.weight, path, scaled.to(w.dtype), trainable)
+    _store(module, producer, rule.bias, _bias_path(module, producer, path), shift.to(w.dtype), trainable)
     outputs[0].replace_all_uses_with(producer)
     return 1
 
@@ -81,13 +82,14 @@ def _bias_path(module: GraphModule, producer: Node, weight: str) -> str:
     return f"{weight}_folded_bias" if taken else path
 
 
-def _store(module: GraphModule, consumer: Node, position: int, path: str, value: Tensor) -> None:
+def _store(module: GraphModule, consumer: Node, position: int, path: str, value: Tensor, trainable: bool) -> None:
     """Put a new parameter at `path` and let the consumer read it at an argument position."""
     *parents, leaf = path.split(".")
     holder = module.get_submodule(".".join(parents))
     if leaf in dict(holder.named_buffers(recurse=False)):
         delattr(holder, leaf)
-    setattr(holder, leaf, nn.Parameter(value, requires_grad=False))
+    # What could be trained before the folding can be trained after it: the simulated graph is the training graph.
+    setattr(holder, leaf, nn.Parameter(value, requires_grad=trainable))
     with module.graph.inserting_before(consumer):
         node = module.graph.get_attr(path)
     fake = consumer.args[0].meta.get("val") if isinstance(consumer.args[0], Node) else None
