@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import itertools
+from functools import cache
+
+import numpy as np
+import pytest
+
+from fxquant.core.allocation import BitAllocation, Finalists
+from fxquant.core.budget import Budget
+from fxquant.core.cost import CostTables
+from fxquant.core.errors import InfeasibleBudgetError, OptionError
+from fxquant.core.program import Program
+from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
+from fxquant.core.spec import Choice, Sites
+from fxquant.passes.allocate_bits import AllocateBits, fits, reachable, uniform_plans, usage
+from fxquant.passes.estimate_cost import EstimateCost
+from fxquant.passes.find_sites import FindSites
+from tests.programs import TARGET, check_pass, tied
+
+
+@cache
+def scored(name: str = "residual", activation_bits: tuple[int, ...] = (8,)) -> Program:
+    """Return a program with random sensitivities, fewer bits hurting more."""
+    program = EstimateCost(TARGET)(FindSites(TARGET, (2, 4, 8), activation_bits)(tied(name)))
+    candidates = program[Sites].candidates
+    draw = np.random.default_rng(0)
+    hurt = np.array([1.0 / (c.choice.weight_bits * c.choice.activation_bits) for c in candidates])
+    hurt *= draw.uniform(0.5, 2.0, len(candidates))
+    factor = draw.normal(size=(len(candidates), 3)) * hurt[:, None] * 0.3
+    other = np.array([[a.site != b.site for b in candidates] for a in candidates])
+    values = np.diag(hurt) + (factor @ factor.T) * other
+    values = (values + values.T) / 2
+    one = SensitivityMatrix(candidates, values, np.zeros_like(values), "pairs", 1.0, "KL nats")
+    diagonal = SensitivityMatrix(
+        candidates, np.diag(np.diag(values)), np.zeros_like(values), "diagonal", 1.0, "KL nats"
+    )
+    return program.with_facts(Surrogates({"pairs": one, "diagonal": diagonal}))
+
+
+def best_by_hand(program: Program, budget: Budget) -> float:
+    sites, matrix = program[Sites].sites, program[Surrogates].matrices["pairs"]
+    names = [site.name for site in sites]
+    plans = (dict(zip(names, row, strict=True)) for row in itertools.product(*(site.choices for site in sites)))
+    return min(matrix.predict(p) for p in plans if fits(p, budget.limits, program[CostTables]))
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        Budget(average_bits=3.0),
+        Budget(average_bits=4.5, bops_ratio=0.03),
+        Budget(size_mb=0.00085),
+        Budget(size_ratio=0.3),
+    ],
+)
+def test_the_plan_is_the_best_of_all_that_fit(budget: Budget) -> None:
+    program = scored()
+    done = check_pass(AllocateBits(budget), program)
+    plan = done[BitAllocation]
+    assert plan.status == "optimal"
+    assert plan.estimator == "pairs"
+    assert plan.objective == pytest.approx(best_by_hand(program, budget), rel=1e-6)
+    assert plan.bound <= plan.objective * (1 + 1e-9)
+    assert plan.objective == pytest.approx(program[Surrogates].matrices["pairs"].predict(plan.choices))
+    assert plan.limits == budget.limits
+    assert all(slack >= -1e-9 for slack in plan.slack.values())
+    assert plan.used == pytest.approx(usage(plan.choices, budget.limits, program[CostTables]))
+
+
+def test_finalists_are_the_surrogates_plans_and_the_uniform_ones_that_fit() -> None:
+    plans = AllocateBits(Budget(average_bits=4.0))(scored())[Finalists].plans
+    assert list(plans) == ["pairs", "diagonal", "uniform W2A8", "uniform W4A8"]
+    assert plans["uniform W4A8"].status == "uniform"
+    assert set(plans["uniform W4A8"].choices.values()) == {Choice(4, 8)}
+
+
+def test_sites_that_read_one_value_agree_on_its_bits() -> None:
+    program = scored("concat", (4, 8))
+    plan = AllocateBits(Budget(bops_ratio=0.025))(program)[BitAllocation]
+    ties: dict[str, set[int]] = {}
+    for site in program[Sites].sites:
+        ties.setdefault(site.input_tie, set()).add(plan.choices[site.name].activation_bits)
+    assert all(len(bits) == 1 for bits in ties.values())
+
+
+def test_a_budget_out_of_reach_names_what_can_be_reached() -> None:
+    with pytest.raises(InfeasibleBudgetError, match=r"average_bits=1\.5 \(reachable: 2 to 8\).*allow narrower bits"):
+        AllocateBits(Budget(average_bits=1.5))(scored())
+    low, high = reachable(scored()[CostTables]["average_bits"], scored()[Sites])
+    assert (low, high) == pytest.approx((2.0, 8.0))
+
+
+def test_a_cost_that_was_not_measured() -> None:
+    with pytest.raises(OptionError, match="cost 'latency' was not estimated"):
+        AllocateBits(Budget(latency_ms=1.0))(scored())
+
+
+def test_uniform_plans_widen_where_a_site_is_pinned() -> None:
+    program = FindSites(TARGET, (2, 4), (8,), pins={"fc": Choice(8, 8)})(tied("residual"))
+    plans = uniform_plans(program[Sites].sites)
+    assert plans["uniform W2A8"]["fc"] == Choice(8, 8)
+    assert plans["uniform W2A8"]["conv1"] == Choice(2, 8)
+    assert plans["uniform W8A8"]["conv1"] == Choice(4, 8), "its widest"

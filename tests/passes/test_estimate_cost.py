@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+
+from fxquant.core.cost import CostTables
+from fxquant.core.edges import EdgeGroups
+from fxquant.core.spec import FLOAT, Choice, Sites
+from fxquant.passes.cost.size import site_bytes
+from fxquant.passes.estimate_cost import EstimateCost
+from fxquant.passes.find_sites import FindSites
+from tests.programs import TARGET, check_pass, folded, tied, uniform
+
+
+def tables(name: str, bits: tuple[int, ...] = (2, 4, 8, 32)) -> CostTables:
+    program = FindSites(TARGET, bits=bits, activation_bits=(8,))(tied(name))
+    return check_pass(EstimateCost(TARGET), program)[CostTables]
+
+
+def sites(name: str) -> Sites:
+    return FindSites(TARGET, bits=(2, 4, 8), activation_bits=(8,))(tied(name))[Sites]
+
+
+def test_bytes_of_a_site() -> None:
+    conv = sites("residual").by_name("conv1")
+    assert site_bytes(conv, Choice(8, 8), TARGET) == 216 + 8 * 5 + 8 * 4
+    assert site_bytes(conv, Choice(2, 8), TARGET) == 54 + 8 * 5 + 8 * 4
+    assert site_bytes(conv, FLOAT, TARGET) == 4 * (216 + 8)
+    fc = sites("tokens").by_name("out")
+    assert site_bytes(fc, Choice(4, 8), TARGET) == 33 + 11 * 5
+
+
+@pytest.mark.parametrize("name", ["residual", "separable", "two_inputs", "sequence", "name_clash"])
+def test_the_float_model_costs_its_parameters(name: str) -> None:
+    table = tables(name)["size"]
+    parameters = sum(p.numel() for p in folded(name).module.parameters())
+    assert table.float_cost == 4 * parameters
+    program = FindSites(TARGET, bits=(4,), activation_bits=(8,))(tied(name))
+    plan = dict.fromkeys(uniform(program, 4), FLOAT)
+    activations = 5 * len(program[EdgeGroups].producers)
+    assert table.of(plan) == 4 * parameters + activations
+
+
+def test_a_table_read_by_an_embedding_is_stored_twice() -> None:
+    table = tables("tokens")["size"]
+    plan = uniform(FindSites(TARGET, bits=(8,), activation_bits=(8,))(tied("tokens")), 8)
+    # fc 36 + 6 scales + 6 biases, out 66 + 11 scales, the float table, 2 activation grids
+    assert table.of(plan) == (36 + 6 * 5 + 6 * 4) + (66 + 11 * 5) + 4 * 66 + 2 * 5
+
+
+@pytest.mark.parametrize("name", ["residual", "shared", "attention"])
+def test_average_bits_and_bit_operations_of_uniform_plans(name: str) -> None:
+    costs = tables(name)
+    for bits in (2, 4, 8):
+        plan = dict.fromkeys((site.name for site in sites(name).sites), Choice(bits, 8))
+        assert costs["average_bits"].of(plan) == pytest.approx(bits)
+        assert costs["bops"].of(plan) / costs["bops"].float_cost == pytest.approx(bits * 8 / 1024)
+    macs = sum(site.macs for site in sites(name).sites)
+    assert costs["bops"].float_cost == macs * 1024
+
+
+def test_more_bits_cost_more() -> None:
+    for table in tables("residual").tables.values():
+        for start in range(0, len(table.values), 4):
+            assert list(table.values[start : start + 3]) == sorted(set(table.values[start : start + 3]))
