@@ -11,7 +11,7 @@ from fxquant.core.program import Program
 from fxquant.core.spec import Sites
 from fxquant.passes.insert_fake_quant import InsertFakeQuant
 from tests.programs import calibrated as calibrated_for_conv
-from tests.programs import uniform
+from tests.programs import folded, uniform
 from tests.scoring import calibrated, inputs, simulated
 
 
@@ -68,3 +68,10 @@ def test_an_integer_op_takes_its_quantizers_along() -> None:
         "return quantize_relu",
     ]
     assert cut(torch.randn(5, 3, 8, 8)).shape[0] == 5
+
+
+@pytest.mark.parametrize(("name", "node"), [("residual", "conv2d"), ("padded", "conv2d"), ("tokens", "linear_1")])
+def test_whoever_has_several_readers_ends_the_cut(name: str, node: str) -> None:
+    module = folded(name).module
+    cut, shape = cut_out(module, resolve(module.graph, node))
+    assert cut(torch.randn(shape)).shape[0] == shape[0]
