@@ -81,6 +81,11 @@ class ConvGeometry:
     dilation: tuple[int, int]
     groups: int
 
+    @property
+    def sizes(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """Stride, padding and dilation, in the order of ATen's arguments."""
+        return self.stride, self.padding, self.dilation
+
 
 def quantize_u8(x: Tensor, grid: Grid) -> Tensor:
     """Return `clamp(round(x / scale) + zero_point, low, high)` as uint8, half to even, of the shape of x."""
@@ -151,9 +156,8 @@ def _packed_conv(weight: Tensor, scales: Tensor, grid: Grid, geometry: ConvGeome
     uses = _PACKED.setdefault(weight, {})
     packed = uses.get(geometry)
     if packed is None:
-        g = geometry
         packed = torch.ops.onednn.qconv_prepack(
-            weight, scales, grid.scale, grid.zero_point, g.stride, g.padding, g.dilation, g.groups, list(shape)
+            weight, scales, grid.scale, grid.zero_point, *geometry.sizes, geometry.groups, list(shape)
         )
         uses[geometry] = packed
     return packed
@@ -178,10 +182,9 @@ def _onednn_conv(
     packed = _packed_conv(weight, scales, grid, geometry, x.shape)
     scale, zero_point, dtype = (1.0, 0, torch.float32) if out is None else (out.scale, out.zero_point, torch.uint8)
     post, bounds = _bounds(out)
-    g = geometry
     made: Tensor = torch.ops.onednn.qconv2d_pointwise(
         *(x, grid.scale, grid.zero_point, packed, scales, _no_zero_points(len(scales)), bias),
-        *(g.stride, g.padding, g.dilation, g.groups, scale, zero_point, dtype, post, bounds, ""),
+        *(*geometry.sizes, geometry.groups, scale, zero_point, dtype, post, bounds, ""),
     )
     return made
 
@@ -208,8 +211,8 @@ def _exact_conv(
     out: Grid | None,
 ) -> Tensor:
     # Sums of 8-bit products stay far below 2^53: float64 holds them exactly on any CPU.
-    g = geometry
-    sums = F.conv2d(x.double() - grid.zero_point, weight.double(), None, g.stride, g.padding, g.dilation, g.groups)
+    centred = x.double() - grid.zero_point
+    sums = F.conv2d(centred, weight.double(), None, *geometry.sizes, geometry.groups)
     real = sums.float() * (grid.scale * scales).view(-1, 1, 1)
     real = real if bias is None else real + bias.view(-1, 1, 1)
     made = real if out is None else quantize_u8(real, out)
@@ -239,20 +242,29 @@ def conv2d(
         grid: of x.
         geometry: of the convolution.
         out: grid of the result, or None for float32.
-        exact: take the float64 route whatever the CPU can do.
+        exact: take the float64 route, for CPUs where `conv_kernel_is_exact` is False.
 
     Returns:
         uint8 or float32 `(N, O, H', W')` in channels-last order.
     """
-    kernel = _exact_conv if exact or not conv_kernel_is_exact() else _onednn_conv
+    kernel = _exact_conv if exact else _onednn_conv
     return kernel(x, weight, scales, bias, grid, geometry, out)
 
 
 def matmul(x: Tensor, weight: Tensor, exact: bool = False) -> Tensor:
-    """Return `x @ weight.T` of uint8 `(M, K)` and int8 `(N, K)` as exact integers `(M, N)`, int32 or float64."""
-    if exact or not matmul_kernel_is_exact():
+    """Return `x @ weight.T` of uint8 `(M, K)` and int8 `(N, K)` as exact integers `(M, N)`, int32 or float64.
+
+    `exact` is for CPUs where `matmul_kernel_is_exact` is False.
+    """
+    if exact:
         return x.double() @ weight.double().t()
-    return torch._int_mm(x, weight.t())
+    if x.shape[1] == 1:
+        # `_int_mm` misreads a single column and, below, a single row whose stride says nothing about its length.
+        return x.to(torch.int32) * weight.t().to(torch.int32)
+    if x.shape[0] == 1:
+        row = torch.cat([x, x]) if torch.compiler.is_compiling() else x.reshape(-1).unsqueeze(0)
+        return torch._int_mm(row, weight.t())[:1]
+    return torch._int_mm(x.contiguous(), weight.t())
 
 
 def onednn_add(a: Tensor, b: Tensor, left: Grid, right: Grid, out: Grid) -> Tensor:
@@ -270,14 +282,14 @@ def onednn_add(a: Tensor, b: Tensor, left: Grid, right: Grid, out: Grid) -> Tens
     weight, scales = _identity(a.shape[1])
     geometry = ConvGeometry((1, 1), (0, 0), (1, 1), a.shape[1])
     packed = _packed_conv(weight, scales, left, geometry, a.shape)
-    post, bounds = _bounds(out)
     made: Tensor = torch.ops.onednn.qconv2d_pointwise.binary(
         # The kernel writes over what it adds to; a copy costs a twentieth of it.
         *(a, left.scale, left.zero_point, packed, scales, _no_zero_points(len(scales)), b.clone(), None),
         *((1, 1), (0, 0), (1, 1), a.shape[1], out.scale, out.zero_point, torch.uint8),
-        *(right.scale, right.zero_point, "sum", 1.0, post, bounds, ""),
+        *(right.scale, right.zero_point, "sum", 1.0, "none", [], ""),
     )
-    return made
+    # This form of the kernel takes no clip; on one byte per element it is cheap afterwards.
+    return made if out.saturates else made.clamp_(out.low, out.high)
 
 
 @cache

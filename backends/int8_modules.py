@@ -182,12 +182,16 @@ class IntegerAdd(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the sum as uint8."""
-        if not torch.compiler.is_compiling() and self._pays_off(a, b):
-            return kernels.onednn_add(a, b, self.left, self.right, self.out)
-        # In units of the left grid; a float scalar tensor turns uint8 into float32 in the same pass over memory.
+        # In units of the left grid, as one subtraction, one scaled sum and the rounding.
         ratio = self.right.scale / self.left.scale
         constant = self.left.zero_point + self.right.zero_point * ratio
-        total = torch.add(torch.add(kernels.scalar(-constant), a), b, alpha=ratio)
+        if torch.compiler.is_compiling():
+            total = a.to(torch.float32) + b.to(torch.float32) * ratio - constant
+        elif self._pays_off(a, b):
+            return kernels.onednn_add(a, b, self.left, self.right, self.out)
+        else:
+            # A float scalar tensor turns uint8 into float32 in the same pass over memory.
+            total = torch.add(torch.add(kernels.scalar(-constant), a), b, alpha=ratio)
         return kernels.round_to_u8(total, self.left.scale / self.out.scale, self.out)
 
     def _pays_off(self, a: Tensor, b: Tensor) -> bool:

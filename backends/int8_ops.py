@@ -6,10 +6,12 @@ kernel keeps the packed one beside it.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from fxquant.backends.int8_kernels import UINT8_MAX, ConvGeometry, Grid, conv2d
+from fxquant.backends.int8_kernels import UINT8_MAX, ConvGeometry, Grid, conv2d, conv_kernel_is_exact
 
 torch.library.define(
     "fxquant::conv2d_u8",
@@ -38,9 +40,24 @@ def _conv2d_op(
     integer_output: bool,
     exact: bool,
 ) -> Tensor:
-    geometry = ConvGeometry((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
-    out = Grid(scale, zero_point, low, high) if integer_output else None
-    return conv2d(x, weight, scales, bias, Grid(x_scale, x_zero_point, 0, UINT8_MAX), geometry, out, exact)
+    sizes = tuple((size[0], size[1]) for size in (stride, padding, dilation))
+    source, geometry, out = _parameters(
+        x_scale, x_zero_point, sizes, groups, (scale, zero_point, low, high) if integer_output else None
+    )
+    return conv2d(x, weight, scales, bias, source, geometry, out, exact or not conv_kernel_is_exact())
+
+
+@cache
+def _parameters(
+    x_scale: float,
+    x_zero_point: int,
+    sizes: tuple[tuple[int, int], ...],
+    groups: int,
+    out: tuple[float, int, int, int] | None,
+) -> tuple[Grid, ConvGeometry, Grid | None]:
+    """Return the arguments of a call as validated objects, made once per layer."""
+    geometry = ConvGeometry(sizes[0], sizes[1], sizes[2], groups)
+    return Grid(x_scale, x_zero_point, 0, UINT8_MAX), geometry, None if out is None else Grid(*out)
 
 
 def _conv2d_fake(
@@ -85,9 +102,9 @@ def conv2d_op(
     exact: bool = False,
 ) -> Tensor:
     """Return `conv2d` through `torch.ops.fxquant.conv2d_u8`, which tracing compilers keep as one call."""
-    target, g = out or grid, geometry
+    target = out or grid
     made: Tensor = torch.ops.fxquant.conv2d_u8(
-        *(x, weight, scales, bias, grid.scale, grid.zero_point, g.stride, g.padding, g.dilation, g.groups),
+        *(x, weight, scales, bias, grid.scale, grid.zero_point, *geometry.sizes, geometry.groups),
         *(target.scale, target.zero_point, target.low, target.high, out is not None, exact),
     )
     return made
