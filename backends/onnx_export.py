@@ -19,7 +19,7 @@ from fxquant.backends.onnx_builder import OPSET, PACKED, GraphBuilder
 from fxquant.backends.onnx_lowering import Lowering, dims
 from fxquant.backends.onnx_rewrites import prepare
 from fxquant.backends.onnx_shape_ops import EMITTERS
-from fxquant.backends.onnx_splice import splice
+from fxquant.backends.onnx_splice import Piece, insert, pieces, result_count
 from fxquant.backends.qdq_ops import dequantize_channels
 from fxquant.backends.reference import REFERENCE_TARGET, to_qdq
 from fxquant.core.errors import LoweringError, OptionError
@@ -52,21 +52,37 @@ class ExportReport:
             raise OptionError(f"{self.path} holds no model")
 
 
-def to_onnx(module: GraphModule, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
+def to_onnx(
+    module: GraphModule,
+    metadata: Mapping[str, str] | None = None,
+    storage_bits: Mapping[int, int] = REFERENCE_TARGET.storage_bits,
+) -> onnx.ModelProto:
     """Return the ONNX model of a simulated or float graph.
 
     Args:
         module: ATen graph with traced shapes, FakeQuantize modules where it is quantized; it is not changed.
         metadata: texts kept in the file, for example the plan.
+        storage_bits: bits of a weight's grid -> bits it is stored in: 2, 4 or 8.
 
     Raises:
         LoweringError: an op has no ONNX form.
     """
     qdq = prepare(to_qdq(module))
-    storage = dict(REFERENCE_TARGET.storage_bits)
+    known: dict[Node, Piece] = {}
+    model, missing = _attempt(qdq, dict(storage_bits), known)
+    if missing:
+        known = pieces(qdq, missing, int(model.opset_import[0].version))
+        model, _ = _attempt(qdq, dict(storage_bits), known)
+    for key, text in (metadata or {}).items():
+        model.metadata_props.add(key=key, value=text)
+    return model
+
+
+def _attempt(qdq: GraphModule, storage: dict[int, int], known: dict[Node, Piece]) -> tuple[onnx.ModelProto, list[Node]]:
+    """Write the graph, and return it with the nodes that neither a table nor `known` can write."""
     builder = GraphBuilder(_opset(qdq, storage))
     lowering = Lowering(qdq, builder, storage)
-    inputs, results = [], list[Node]()
+    inputs, results, missing = [], list[Node](), list[Node]()
     for node in qdq.graph.nodes:
         if node.op == "placeholder":
             lowering.values[node] = builder.unique(node.name)
@@ -75,12 +91,14 @@ def to_onnx(module: GraphModule, metadata: Mapping[str, str] | None = None) -> o
         elif node.op == "output":
             map_arg(node.args, results.append)
         elif node.op != "get_attr" and node.target not in LAZY and isinstance(_written(node), Tensor | tuple | list):
-            lowering.values[node] = _write(lowering, node)
+            written = _write(lowering, node, known)
+            if written is None:
+                missing.append(node)
+                written = tuple(builder.unique(node.name) for _ in range(result_count(node)))
+                written = written[0] if isinstance(node.meta["val"], Tensor) else written
+            lowering.values[node] = written
     outputs = [_output(lowering, node, index) for index, node in enumerate(results)]
-    model = builder.model(inputs, outputs, "fxquant")
-    for key, text in (metadata or {}).items():
-        model.metadata_props.add(key=key, value=text)
-    return model
+    return builder.model(inputs, outputs, "fxquant"), missing
 
 
 def _written(node: Node) -> object:
@@ -90,14 +108,14 @@ def _written(node: Node) -> object:
     return node.meta["val"]
 
 
-def _write(lowering: Lowering, node: Node) -> str | tuple[str, ...]:
+def _write(lowering: Lowering, node: Node, known: dict[Node, Piece]) -> str | tuple[str, ...] | None:
     emitter = EMITTERS.get(node.target)
     written = emitter(lowering, node) if emitter is not None else None
-    if written is not None:
-        return written
-    if node.op != "call_function":
+    if written is None and node in known:
+        return insert(lowering, node, known[node])
+    if written is None and node.op != "call_function":
         raise LoweringError(f"node {node.name!r} is a {node.op} of {node.target}; only ATen ops can be written")
-    return splice(lowering, node)
+    return written
 
 
 def _opset(module: GraphModule, storage: Mapping[int, int]) -> int:

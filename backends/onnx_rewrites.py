@@ -20,6 +20,7 @@ aten = torch.ops.aten
 
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 CONVS = (aten.conv1d.default, aten.conv2d.default)
+DEFAULT_HIGH = object()
 SPATIAL = ({2, 3}, {-2, -1})
 BARRED = (*CONVS, aten.conv1d.padding, aten.conv2d.padding, aten.linear.default, aten.conv_transpose2d.input)
 
@@ -69,6 +70,9 @@ def prepare(module: GraphModule) -> GraphModule:
     for node in list(module.graph.nodes):
         if node.target is aten.linear.default:
             _flatten_linear(node)
+    for node in list(module.graph.nodes):
+        if node.target is quantize:
+            _clip_integers(module, node)
     if any(node.target is quantize for node in module.graph.nodes):
         for node in list(module.graph.nodes):
             if node.target in BARRED:
@@ -98,7 +102,8 @@ def _keep_pooled_axes(node: Node) -> None:
         return
     graph, value = node.graph, node.meta["val"]
     q = users[0] if len(users) == 1 and users[0].target is quantize else None
-    with graph.inserting_before(node):
+    # The quantizer's scale is read right in front of it, behind the pooling.
+    with graph.inserting_before(q or node):
         pooled = graph.call_function(aten.mean.dim, (source, [2, 3], True))
         pooled.meta = {**node.meta, "val": value[:, :, None, None]}
         kept = pooled
@@ -111,6 +116,31 @@ def _keep_pooled_axes(node: Node) -> None:
         flat.meta = dict(node.meta)
     node.replace_all_uses_with(flat)
     graph.erase_node(node)
+
+
+def _clip_integers(module: GraphModule, node: Node) -> None:
+    """Let a quantizer do the clipping of the activation in front of it.
+
+    Rounding is monotonic, so `quantize(clip(x, a, b)) = clip(quantize(x), quantize(a), quantize(b))` exactly. A clip
+    that no saturation covers (ReLU into a grid with negative values) would leave the layer in front in float.
+    """
+    clip, scale_node, zero_node, qmin, qmax = node.args
+    assert isinstance(clip, Node)
+    scale, zero_point = constant(module, scale_node), constant(module, zero_node)
+    rule = OPS.get(clip.target)
+    if scale is None or zero_point is None or rule is None or rule.scale is not ScaleRule.ABSORB:
+        return
+    if len(clip.users) != 1 or (rule.refuse is not None and rule.refuse(clip) is not None):
+        return
+    high = {aten.relu.default: None, aten.relu6.default: 6.0}.get(clip.target, argument(clip, 2, DEFAULT_HIGH))
+    if high is DEFAULT_HIGH:
+        high = 1.0 if clip.target is aten.hardtanh.default else None
+    if isinstance(high, Node):
+        return
+    assert isinstance(qmin, int)
+    assert isinstance(qmax, int)
+    top = qmax if high is None else int(quantize(torch.tensor(float(high)), scale, zero_point, qmin, qmax))
+    node.args = (clip.args[0], scale_node, zero_node, max(qmin, int(zero_point)), top)
 
 
 def _flatten_linear(node: Node) -> None:

@@ -1,0 +1,71 @@
+"""Simulated graphs for the runtimes, made once per test run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxquant.backends.onnx_qdq import ONNXRUNTIME_TARGET
+from fxquant.core.allocation import BitAllocation
+from fxquant.core.data import CalibrationSet
+from fxquant.core.fake_quant import FakeQuantize
+from fxquant.core.program import Program
+from fxquant.core.spec import Choice, Sites
+from fxquant.passes.calibrate import Calibrate
+from fxquant.passes.find_edges import FindEdges
+from fxquant.passes.find_sites import FindSites
+from fxquant.passes.insert_fake_quant import InsertFakeQuant
+from fxquant.passes.insert_observers import CollectRanges, InsertObservers
+from fxquant.passes.scale_weights import ScaleWeights
+from fxquant.passes.tie_edges import TieEdges
+from tests.models import MODELS
+from tests.programs import folded
+
+WIDTHS = tuple(range(2, 9))
+
+
+def calibrated(program: Program, inputs: tuple[Tensor, ...], keep_float: tuple[str, ...] = ()) -> Program:
+    """Return a program for ONNX Runtime with all facts a plan needs, at every weight width."""
+    program = TieEdges()(FindEdges(ONNXRUNTIME_TARGET, dict.fromkeys(keep_float, "asked"))(program))
+    program = FindSites(ONNXRUNTIME_TARGET, bits=WIDTHS, activation_bits=(8,))(program)
+    observed = Calibrate(CalibrationSet(inputs))(InsertObservers("minmax")(program))
+    return ScaleWeights()(CollectRanges()(observed))
+
+
+def plan_of(program: Program, widths: tuple[int, ...]) -> GraphModule:
+    """Return the simulated graph, its sites taking the widths in turn."""
+    choices = {s.name: Choice(widths[i % len(widths)], 8) for i, s in enumerate(program[Sites].sites)}
+    return InsertFakeQuant()(program.with_facts(BitAllocation(choices))).module
+
+
+@cache
+def ready(name: str) -> Program:
+    """Return a calibrated program of a network of `tests.models`."""
+    return calibrated(folded(name), MODELS[name].inputs(8))
+
+
+@cache
+def simulated(name: str, widths: tuple[int, ...] = (8,)) -> GraphModule:
+    """Return the simulated graph of a network of `tests.models`."""
+    return plan_of(ready(name), widths)
+
+
+def quantizers(module: GraphModule) -> Iterable[tuple[str, FakeQuantize]]:
+    """Return the quantizers of a simulated graph with the names of their nodes."""
+    return [(name, m) for name, m in module.named_modules() if isinstance(m, FakeQuantize)]
+
+
+def error_in_steps(answer: Tensor, expected: Tensor) -> Tensor:
+    """Return `|answer - expected|` in units of 1/255 of the expected range: the grid an output quantizer would have."""
+    return (answer - expected).abs() / ((expected.max() - expected.min()) / 255).clamp(min=1e-12)
+
+
+def example(name: str, count: int) -> tuple[Tensor, ...]:
+    """Return inputs of a network that calibration has not seen."""
+    torch.manual_seed(count)
+    inputs = MODELS[name].inputs(count + 100)
+    return tuple(t[-count:] for t in inputs)

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxquant.backends.qdq_ops import INT32_LIMIT, dequantize, dequantize_channels, quantize
+from fxquant.backends.reference import ReferenceBackend, to_qdq
+from fxquant.capture import capture
+from fxquant.core.errors import LoweringError
+from fxquant.core.fake_quant import FakeQuantize
+from fxquant.core.graphs import finish, fork, insert_after, nodes_by_name, show, tensor_at
+from fxquant.core.oracle import model_outputs
+from fxquant.core.spec import QuantSpec, activation_spec, weight_spec
+from tests.backends.lowered import error_in_steps, example, quantizers, simulated
+from tests.models import MODELS
+from tests.programs import folded
+
+QUANTIZED = sorted(set(MODELS) - {"weightless"})
+
+
+def one_layer(weight: Tensor, bias: Tensor | None, weight_grid: FakeQuantize, input_grid: FakeQuantize) -> GraphModule:
+    layer = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None)
+    layer.weight.data = weight
+    if bias is not None:
+        layer.bias = nn.Parameter(bias)
+    module = fork(capture(nn.Sequential(layer), (torch.randn(2, weight.shape[1], 3, 3),)).module)
+    nodes = nodes_by_name(module.graph)
+    conv = next(node for node in module.graph.nodes if node.op == "call_function" and "conv2d" in str(node.target))
+    reads = next(node for node in nodes.values() if node.op == "get_attr" and str(node.target).endswith("weight"))
+    entry = next(node for node in module.graph.nodes if node.op == "placeholder")
+    insert_after(module, entry, "quantize_x", input_grid, [conv])
+    insert_after(module, reads, "quantize_weight", weight_grid, [conv])
+    return finish(module)
+
+
+def input_grid(scale: float = 0.02, zero_point: int = 128) -> FakeQuantize:
+    return FakeQuantize(activation_spec(8), torch.tensor(scale), torch.tensor(zero_point))
+
+
+def weight_grid(scale: list[float], bits: int = 8) -> FakeQuantize:
+    return FakeQuantize(weight_spec(bits), torch.tensor(scale), torch.zeros(len(scale), dtype=torch.int32))
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("widths", [(8,), (4, 8, 2)])
+def test_weights_are_the_simulated_ones_as_integers_of_their_width(name: str, widths: tuple[int, ...]) -> None:
+    module = simulated(name, widths)
+    lowered = to_qdq(module)
+    on_weights = [n for n in module.graph.nodes if n.op == "call_module" and n.args[0].op == "get_attr"]
+    weights = {
+        n.args[0].target: module.get_submodule(n.target)(tensor_at(module, n.args[0].target)) for n in on_weights
+    }
+    found = 0
+    for node in lowered.graph.nodes:
+        if node.target is not dequantize_channels or node.args[3] == 32:
+            continue
+        q, scale = (tensor_at(lowered, str(part.target)) for part in node.args[:2])
+        path = str(node.args[0].target).removesuffix("_q")
+        assert q.dtype == torch.int8
+        assert int(q.min()) >= -(2 ** (node.args[3] - 1))
+        assert int(q.max()) < 2 ** (node.args[3] - 1)
+        assert torch.equal(dequantize_channels(q, scale, node.args[2], 8), weights[path])
+        found += 1
+    assert found == len(on_weights) > 0
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_only_the_rounding_of_biases_separates_reference_and_simulation(name: str) -> None:
+    module, inputs = simulated(name), example(name, 6)
+    answer = ReferenceBackend().compile(module, inputs)(inputs)
+    error = error_in_steps(answer, model_outputs(module, inputs))
+    assert float(error.max()) <= 3.0
+    assert float(error.mean()) < 0.25
+
+
+def test_without_bias_reference_and_simulation_are_equal() -> None:
+    weight = torch.tensor([[0.5, -0.25], [0.1, 0.3]]).reshape(2, 2, 1, 1)
+    module = one_layer(weight, None, weight_grid([0.004, 0.003]), input_grid())
+    x = torch.randn(3, 2, 3, 3)
+    assert torch.allclose(ReferenceBackend().compile(module, (x,))((x,)), module(x), atol=1e-6)
+
+
+def test_a_float_graph_stays_what_it_is() -> None:
+    module, inputs = folded("residual").module, example("residual", 4)
+    assert show(to_qdq(module)) == show(module)
+    assert torch.equal(ReferenceBackend().compile(module, inputs)(inputs), model_outputs(module, inputs))
+
+
+def test_the_simulated_graph_is_not_changed() -> None:
+    module = simulated("residual")
+    text, state = show(module), {name: value.clone() for name, value in module.state_dict().items()}
+    to_qdq(module)
+    assert show(module) == text
+    assert set(module.state_dict()) == set(state)
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+
+def test_activations_become_quantize_and_dequantize_nodes() -> None:
+    lowered = to_qdq(simulated("residual"))
+    targets = [node.target for node in lowered.graph.nodes if node.op == "call_function"]
+    assert targets.count(quantize) == targets.count(dequantize) > 0
+    assert not quantizers(lowered)
+
+
+def test_a_learned_rounding_is_kept() -> None:
+    class RoundsDown(FakeQuantize):
+        def forward(self, x: Tensor) -> Tensor:
+            scale = self.scale.reshape(-1, 1, 1, 1)
+            return torch.floor(x / scale) * scale
+
+    weight = torch.full((1, 2, 1, 1), 0.0199)
+    grid = RoundsDown(weight_spec(8), torch.tensor([0.01]), torch.zeros(1, dtype=torch.int32))
+    lowered = to_qdq(one_layer(weight, None, grid, input_grid()))
+    node = next(node for node in lowered.graph.nodes if node.target is dequantize_channels)
+    assert tensor_at(lowered, str(node.args[0].target)).flatten().tolist() == [1, 1]
+
+
+def test_the_bias_of_a_dead_channel_fits_int32() -> None:
+    weight = torch.zeros(2, 2, 1, 1)
+    weight[0] = 0.5
+    bias = torch.tensor([0.25, 3.0])
+    module = one_layer(weight, bias, weight_grid([0.004, 2.0**-40]), input_grid())
+    lowered = to_qdq(module)
+    node = next(n for n in lowered.graph.nodes if n.target is dequantize_channels and n.args[3] == 32)
+    integers = tensor_at(lowered, str(node.args[0].target))
+    assert integers.dtype == torch.int32
+    assert 0 < int(integers.abs().max()) <= INT32_LIMIT
+    x = torch.randn(3, 2, 3, 3)
+    answer = ReferenceBackend().compile(module, (x,))((x,))
+    assert torch.allclose(answer, module(x), atol=1e-4)
+
+
+def test_a_bias_behind_a_float_input_stays_float() -> None:
+    grid = weight_grid([0.004])
+    module = one_layer(torch.full((1, 2, 1, 1), 0.5), torch.tensor([0.3]), grid, input_grid())
+    node = nodes_by_name(module.graph)["quantize_x"]
+    source = node.args[0]
+    assert isinstance(source, torch.fx.Node)
+    node.replace_all_uses_with(source)
+    module.graph.erase_node(node)
+    lowered = to_qdq(finish(module))
+    assert [n.args[3] for n in lowered.graph.nodes if n.target is dequantize_channels] == [8]
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation"),
+    [
+        (QuantSpec(8, True, True), activation_spec(8)),
+        (QuantSpec(8, False, False, channel_axis=0), activation_spec(8)),
+        (weight_spec(8), QuantSpec(8, True, True)),
+    ],
+)
+def test_grids_without_kernel_are_refused(weight: QuantSpec, activation: QuantSpec) -> None:
+    size = () if weight.channel_axis is None else (1,)
+    module = one_layer(
+        torch.full((1, 2, 1, 1), 0.5),
+        None,
+        FakeQuantize(weight, torch.full(size, 0.004), torch.zeros(size, dtype=torch.int32)),
+        FakeQuantize(activation, torch.tensor(0.02), torch.tensor(0)),
+    )
+    with pytest.raises(LoweringError, match="grid"):
+        to_qdq(module)
+
+
+def test_narrow_activations_stay_on_their_grid() -> None:
+    q = quantize(torch.tensor([-9.0, 0.1, 9.0]), torch.tensor(0.5), torch.tensor(3), 0, 15)
+    assert q.tolist() == [0, 3, 15]
+    assert dequantize(q, torch.tensor(0.5), torch.tensor(3)).tolist() == [-1.5, 0.0, 6.0]
