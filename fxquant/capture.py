@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +106,8 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) -
     inputs = tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in inputs)
     shapes = _dynamic_shapes(own, [{0: Dim.AUTO} if dynamic_batch and t.dim() else None for t in inputs])
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        # Where export fails, torch prints the graph so far; what a user can act on is in the error.
+        with torch.no_grad(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             return torch.export.export(own, inputs, dynamic_shapes=shapes)
     except Exception as error:
