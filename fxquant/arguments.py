@@ -57,18 +57,25 @@ def build_parser(commands: Iterable[str], refuse: Refuse) -> argparse.ArgumentPa
 
 
 def _widths(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 2,4,8") from error
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.485,0.456,0.406") from error
 
 
 def _size(text: str) -> tuple[int, int]:
-    parts = [int(part) for part in text.lower().split("x")]
-    if len(parts) > 2:
-        raise ValueError(text)
-    return parts[0], parts[-1]
+    height, _, width = text.lower().partition("x")
+    try:
+        return int(height), int(width or height)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 224 or 224x320") from error
 
 
 def _budget(parser: argparse.ArgumentParser, required: bool) -> None:

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the work failed, 2 bad input, 3 no plan keeps the budget, 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import traceback
 import warnings
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    if not debug:
+        logging.getLogger("torch").setLevel(logging.ERROR)
     try:
         args = build_parser(COMMANDS, _refuse).parse_args(arguments)
         with warnings.catch_warnings():

@@ -24,7 +24,8 @@ class SmallNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.body(torch.relu(self.stem(x))))
-        return self.head(x.mean(dim=(2, 3)))
+        scores: Tensor = self.head(x.mean(dim=(2, 3)))
+        return scores
 
 
 class ProductNet(SmallNet):
@@ -65,7 +66,7 @@ def not_finite() -> nn.Module:
     """Return the network with a NaN weight."""
     model = _seeded(SmallNet())
     with torch.no_grad():
-        model.body.weight[0, 0, 0, 0] = torch.nan
+        model.body.weight.fill_(torch.nan)
     return model
 
 
@@ -86,7 +87,7 @@ def _seeded(model: SmallNet) -> SmallNet:
             nn.init.normal_(parameter, std=0.5)
         with torch.no_grad():
             model.stem.weight[1] = 0.0
-            model.stem.bias[1] = -1.0
+            _ = None if model.stem.bias is None else model.stem.bias.fill_(-0.1)
     return model.eval()
 
 
