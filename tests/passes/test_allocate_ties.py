@@ -1,4 +1,4 @@
-"""Allocation on measured scores against every plan there is: all kinds of budget, ties of activations, sites in float."""
+"""Allocation on measured scores against every plan there is: all budgets, ties of activations, sites in float."""
 
 from __future__ import annotations
 
