@@ -13,7 +13,7 @@ from torch.fx import Node
 from fxquant.core.edges import EdgeGroups, QuantizedEdges
 from fxquant.core.errors import OptionError
 from fxquant.core.graphs import tensor_at
-from fxquant.core.ops import REFUSED, rule_of, shape_of
+from fxquant.core.ops import REFUSED, rule_of, traced_images
 from fxquant.core.program import Program
 from fxquant.core.spec import FLOAT, FLOAT_BITS, Choice, Site, Sites, site_name
 from fxquant.core.target import Target
@@ -114,12 +114,6 @@ def matching(pattern: str, names: list[str]) -> list[str]:
     return found
 
 
-def _traced_images(program: Program) -> int:
-    """Return the images the graph was traced with; an op in the middle may hold them on any axis."""
-    shapes = [shape_of(node) for node in program.module.graph.nodes if node.op == "placeholder"]
-    return next((shape[0] for shape in shapes if shape and shape[0] > 0), 1)
-
-
 def _site(program: Program, path: str, nodes: list[Node], choices: tuple[Choice, ...]) -> Site:
     rule = rule_of(nodes[0])
     assert rule is not None
@@ -130,7 +124,7 @@ def _site(program: Program, path: str, nodes: list[Node], choices: tuple[Choice,
     assert isinstance(source, Node)
     group = groups.group_of(source.name)
     assert group is not None
-    batch = _traced_images(program)
+    images = traced_images(program.module.graph)
     bias = nodes[0].args[rule.bias] if len(nodes[0].args) > rule.bias else None
     return Site(
         name=site_name(path),
@@ -140,7 +134,7 @@ def _site(program: Program, path: str, nodes: list[Node], choices: tuple[Choice,
         weight_count=weight.numel(),
         channels=int(weight.shape[rule.channel_axis]),
         bias_count=tensor_at(program.module, str(bias.target)).numel() if isinstance(bias, Node) else 0,
-        macs=sum(rule.macs(node) for node in nodes) // batch,
+        macs=sum(rule.macs(node) for node in nodes) // images,
         input_tie=groups.bit_ties[group],
         choices=choices,
     )

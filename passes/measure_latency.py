@@ -71,7 +71,7 @@ class MeasureLatency(Pass):
         runs = []
         for source in (module, self.simulated):
             cut, shape = cut_out(source, resolve(source.graph, site.nodes[0]))
-            example = (torch.rand(1, *shape[1:]),)
+            example = (torch.rand(shape),)
             runs.append(partial(self.compile(cut, example), example))
         return time_interleaved(runs)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch.fx import Graph, GraphModule, Node
 
 from fxquant.core.graphs import consumers
-from fxquant.core.ops import ScaleRule, rule_of, shape_of
+from fxquant.core.ops import ScaleRule, rule_of, sample_shape
 
 
 def cut_out(module: GraphModule, node: Node) -> tuple[GraphModule, tuple[int, ...]]:
-    """Return a graph of one weighted op with its quantizers and the clip it absorbs, and the shape of its input.
+    """Return a graph of one weighted op with its quantizers and the clip it absorbs, and the shape of its input
+    for one image.
 
     Args:
         module: float or simulated graph.
@@ -28,7 +29,7 @@ def cut_out(module: GraphModule, node: Node) -> tuple[GraphModule, tuple[int, ..
     for each in chain:
         copies[each] = graph.node_copy(each, copies.__getitem__)
     graph.output(copies[chain[-1]])
-    return GraphModule(module, graph), shape_of(outside)
+    return GraphModule(module, graph), sample_shape(outside)
 
 
 def _with_inputs(node: Node) -> list[Node]:

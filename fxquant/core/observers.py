@@ -16,6 +16,10 @@ DENSE_LIMIT = 1 << 20
 """Elements of one batch that are counted one by one."""
 
 
+LARGEST = 1e37
+"""Values beyond this leave no room for the histogram's own arithmetic in float32."""
+
+
 class Observer(nn.Module):
     """Passes its input through and counts it: streaming, no activation is stored.
 
@@ -44,9 +48,9 @@ class Observer(nn.Module):
             return x
         flat = x.detach().float()
         low, high = (float(v) for v in torch.aminmax(flat))
-        if not np.isfinite([low, high]).all():
+        if not max(abs(low), abs(high)) <= LARGEST:
             raise CalibrationError(
-                f"value {self.producer!r} is not finite during calibration (range {low}..{high}); "
+                f"value {self.producer!r} is not finite, or beyond {LARGEST:g}, in calibration (range {low}..{high}); "
                 "check the images and the model's weights"
             )
         self._cover(low, high)

@@ -12,7 +12,7 @@ from enum import Enum
 from math import prod
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 aten = torch.ops.aten
 
@@ -70,6 +70,19 @@ def _hint(size: int | torch.SymInt) -> int:
         return size
     hint = size.node.hint
     return int(hint) if hint is not None else 1
+
+
+def traced_images(graph: Graph) -> int:
+    """Return the images the graph was traced with; an op in the middle may hold them on any axis."""
+    shapes = [shape_of(node) for node in graph.nodes if node.op == "placeholder"]
+    return next((shape[0] for shape in shapes if shape and shape[0] > 0), 1)
+
+
+def sample_shape(node: Node) -> tuple[int, ...]:
+    """Return the shape of a node's tensor for one image, wherever the images are among its axes."""
+    images, value = traced_images(node.graph), node.meta.get("val")
+    sizes = value.shape if isinstance(value, torch.Tensor) else ()
+    return tuple(size if isinstance(size, int) else max(1, _hint(size) // images) for size in sizes)
 
 
 def _conv_macs(node: Node) -> int:

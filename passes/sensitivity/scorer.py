@@ -155,9 +155,9 @@ def _constant(value: Tensor) -> Replacement:
 
 
 def _node_cost(node: torch.fx.Node) -> float:
-    """Return multiply-accumulates of a node plus one per output element, for one image."""
+    """Return multiply-accumulates of a node plus one per output element, for the images it was traced with."""
     if node.op not in ("call_function", "call_method"):
         return 0.0
     rule, shape = rule_of(node), shape_of(node)
     work = (rule.macs(node) if rule is not None and rule.macs is not None else 0) + prod(shape)
-    return work / max(1, shape[0] if shape else 1)
+    return float(work)

@@ -18,7 +18,7 @@ from tests.scoring import calibrated, inputs, simulated
 def check(program: Program) -> None:
     """Every op cut out of the network gives the value it has inside, bit for bit."""
     replay = GraphReplay(program.module)
-    _, values = replay.forward(inputs("plain", 2))
+    _, values = replay.forward(inputs("plain", 1))
     for site in program[Sites].sites:
         for name in site.nodes:
             node = resolve(program.module.graph, name)
@@ -46,7 +46,7 @@ def test_a_float_op_takes_its_clip_along() -> None:
     program = calibrated("plain")
     node = resolve(program.module.graph, program[Sites].by_name("conv1").nodes[0])
     cut, shape = cut_out(program.module, node)
-    assert shape == (2, 3, 6, 6)
+    assert shape == (1, 3, 6, 6)
     assert (
         show(cut)
         == "x = x()\nconv2d = conv2d.default(x, conv1.weight, conv1.bias)\nrelu = relu.default(conv2d)\nreturn relu"
