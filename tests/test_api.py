@@ -1,0 +1,343 @@
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+import fxquant
+from fxquant import Budget, Choice, Result, Settings
+from fxquant.core.errors import CalibrationError, FileFormatError, InfeasibleBudgetError, OptionError
+from fxquant.core.oracle import model_outputs
+from fxquant.core.progress import Reporter
+from fxquant.core.score_store import ScoreStore
+from fxquant.core.spec import Sites
+from fxquant.passes.sensitivity.scorer import Scorer
+from tests.models import MODELS, built
+from tests.scoring import inputs, plain_net
+
+IMAGES = inputs("plain", 24)[0]
+BUDGET = Budget(average_bits=4.5)
+
+
+def quantize(**change: Any) -> Result:
+    options = {"model": plain_net(), "calibration": IMAGES, "budget": BUDGET, "target": "reference", **change}
+    return fxquant.quantize(**options)
+
+
+@cache
+def quantized() -> Result:
+    return quantize()
+
+
+def same(one: Result, other: Result) -> bool:
+    """Whether plan, scores and simulated answers agree bit for bit."""
+    answers = [model_outputs(each.simulated, (IMAGES,)) for each in (one, other)]
+    return (
+        one.allocation.to_json() == other.allocation.to_json()
+        and np.array_equal(one.sensitivity.values, other.sensitivity.values)
+        and torch.equal(*answers)
+    )
+
+
+def test_the_public_names() -> None:
+    assert fxquant.__all__ == sorted(fxquant.__all__)
+    assert len(fxquant.__all__) <= 20
+    assert all(getattr(fxquant, name, None) is not None for name in fxquant.__all__)
+    assert len(set(fxquant.__all__)) == len(fxquant.__all__)
+
+
+def test_importing_it_imports_no_runtime() -> None:
+    heavy = ("onnx", "onnxruntime", "onnxscript", "sklearn", "jinja2", "matplotlib", "PIL")
+    code = f"import sys, fxquant; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_same_seed_gives_the_same_answer() -> None:
+    assert same(quantized(), quantize())
+
+
+def test_another_seed_holds_out_other_images() -> None:
+    one, other = quantized().held_out, quantize(seed=1, effort="fast").held_out
+    assert one is not None
+    assert other is not None
+    assert len(one) == len(other) == 6
+    assert not torch.equal(one.inputs[0], other.inputs[0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_callers_model_is_untouched(training: bool) -> None:
+    model = built("residual").train(training)
+    before, flags = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    result = fxquant.quantize(model, MODELS["residual"].inputs(8), BUDGET, target="reference", effort="fast")
+    assert [m.training for m in model.modules()] == flags
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    reference = built("residual")(*MODELS["residual"].inputs(4))
+    torch.testing.assert_close(model_outputs(result.program.module, MODELS["residual"].inputs(4)), reference.detach())
+
+
+def test_the_model_is_captured_in_eval_whatever_its_flag() -> None:
+    model = plain_net().train()
+    assert same(quantized(), quantize(model=model))
+
+
+def test_an_exported_program_gives_the_same_plan_and_stays_as_it_was(tmp_path: Path) -> None:
+    batch = torch.export.Dim("batch", min=1)
+    exported = torch.export.export(plain_net(), (IMAGES[:2],), dynamic_shapes=({0: batch},))
+    graph, example = str(exported.graph), exported.example_inputs
+    result = quantize(model=exported)
+    assert result.allocation.choices == quantized().allocation.choices
+    result.save(tmp_path)
+    assert str(exported.graph) == graph
+    assert exported.example_inputs is example
+
+
+LABELS = torch.arange(24) % 4
+CALIBRATIONS: dict[str, object] = {
+    "batches": [IMAGES[:10], IMAGES[10:]],
+    "loader": DataLoader(TensorDataset(IMAGES, LABELS), batch_size=7),
+    "tuples": [(IMAGES[:10], LABELS[:10]), (IMAGES[10:], LABELS[10:])],
+    "dicts": [{"x": IMAGES[:10], "label": LABELS[:10]}, {"x": IMAGES[10:]}],
+    "array": IMAGES.numpy(),
+    "arrays": [IMAGES[:10].numpy(), IMAGES[10:].numpy()],
+    "generator": (IMAGES[k : k + 5] for k in range(0, 24, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", list(CALIBRATIONS))
+def test_every_kind_of_calibration_data(kind: str) -> None:
+    assert same(quantized(), quantize(calibration=CALIBRATIONS[kind]))
+
+
+def test_labels_for_cross_entropy() -> None:
+    result = quantize(calibration=[(IMAGES, LABELS)], loss="ce", effort="fast")
+    assert result.sensitivity.unit == "cross-entropy nats"
+    with pytest.raises(CalibrationError, match="needs labels"):
+        quantize(loss="ce", effort="fast")
+
+
+def test_the_stages_give_the_plan_of_the_one_call() -> None:
+    known = quantized().held_out
+    assert known is not None
+    kept = {tuple(image.flatten().tolist()) for image in known.inputs[0]}
+    scoring = torch.stack([image for image in IMAGES if tuple(image.flatten().tolist()) not in kept])
+    program = fxquant.capture(plain_net(), IMAGES)
+    program = fxquant.prepare(program, Settings(target="reference"))
+    program = fxquant.calibrate(program, scoring, progress=False)
+    program = fxquant.measure_sensitivity(program, scoring, progress=False)
+    program = fxquant.allocate(program, BUDGET, known, progress=False)
+    simulated = fxquant.convert(program)
+    staged = Result(program, known)
+    assert same(quantized(), staged)
+    assert torch.equal(simulated.module(IMAGES), quantized().simulated(IMAGES))
+
+
+def test_own_data_through_the_prepared_graph() -> None:
+    program = fxquant.prepare(fxquant.capture(plain_net(), IMAGES), Settings(target="reference", bits=(8,)))
+    with pytest.raises(CalibrationError):
+        fxquant.calibrate(program)
+    with torch.no_grad():
+        program.module(IMAGES)
+    own = fxquant.calibrate(program)
+    fed = fxquant.calibrate(
+        fxquant.prepare(fxquant.capture(plain_net(), IMAGES), Settings(target="reference", bits=(8,))), IMAGES
+    )
+    plan = fxquant.BitAllocation({site.name: Choice(8, 8) for site in own[Sites].sites})
+    assert torch.equal(fxquant.convert(own, plan).module(IMAGES), fxquant.convert(fed, plan).module(IMAGES))
+
+
+def test_a_plan_edited_by_hand(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    quantized().allocation.to_json(path)
+    text = path.read_text()
+    label = quantized().allocation.choices["conv1"].label
+    path.write_text(text.replace(f'"conv1": "{label}"', '"conv1": "W2A8"'))
+    done = fxquant.convert(quantized().program, path)
+    weight = done.module.get_submodule("quantize_conv1_weight")(done.module.get_parameter("conv1.weight"))
+    assert max(len(channel.unique()) for channel in weight) <= 4
+    path.write_text(text.replace(f'"conv1": "{label}"', '"conv1": "W1A8"'))
+    with pytest.raises(FileFormatError):
+        fxquant.convert(quantized().program, path)
+    path.write_text(text.replace('"conv1"', '"conv9"'))
+    with pytest.raises(OptionError, match="conv1"):
+        fxquant.convert(quantized().program, path)
+
+
+@pytest.mark.parametrize(("effort", "estimators"), [("fast", ["diagonal"]), ("best", ["pairs", "gram", "diagonal"])])
+def test_effort(effort: str, estimators: list[str]) -> None:
+    result = quantize(effort=effort)
+    assert list(result.finalists)[: len(estimators)] == estimators
+    assert result.sensitivity.estimator == estimators[0]
+    assert not any(name in result.finalists for name in {"pairs", "gram", "diagonal"} - set(estimators))
+
+
+def test_effort_limits_the_images() -> None:
+    def endless() -> Iterator[Tensor]:
+        while True:
+            yield IMAGES
+
+    result = quantize(calibration=endless(), effort="fast")
+    assert result.held_out is not None
+    assert len(result.held_out) == 24
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        Budget(average_bits=3),
+        Budget(size_mb=0.001),
+        Budget(size_ratio=0.45),
+        Budget(bops=400_000),
+        Budget(bops_ratio=0.03),
+        Budget(average_bits=5, bops_ratio=0.03, size_ratio=0.5),
+        Budget(latency_ms=1e4),
+        Budget(latency_ratio=1e4, average_bits=4),
+    ],
+    ids=str,
+)
+def test_every_kind_of_budget(budget: Budget) -> None:
+    plan = fxquant.resolve(quantized(), budget, progress=False).allocation
+    assert plan.limits == budget.limits
+    assert all(plan.used[name] <= limit * (1 + 1e-9) for name, limit in budget.limits.items())
+    assert plan.measured_loss == min(plan.finalists.values())
+
+
+def test_a_budget_out_of_reach() -> None:
+    for budget in (Budget(average_bits=1.5), Budget(average_bits=8, size_ratio=0.01)):
+        with pytest.raises(InfeasibleBudgetError, match="reachable"):
+            quantize(budget=budget, effort="fast")
+    with pytest.raises(InfeasibleBudgetError, match="latency_ms=1e-09"):
+        fxquant.resolve(quantized(), Budget(latency_ms=1e-9))
+
+
+def test_options_that_make_no_sense() -> None:
+    for change, message in (
+        ({"target": "onnxrt"}, "unknown target 'onnxrt'; known: reference, onnxruntime"),
+        ({"solver": "iqq"}, "iqp"),
+        ({"estimators": ("grm",)}, "gram"),
+        ({"effort": "max"}, "unknown effort"),
+        ({"pins": {"conv1": "8 bits"}}, "write W4A8"),
+        ({"pins": {"stem": "W8A8"}}, "matches no site"),
+        ({"bits": (9,)}, "does not execute"),
+        ({"observer": "mxe"}, "mse"),
+        ({"loss": "l2"}, "unknown loss|kl"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            quantize(effort=change.pop("effort", "fast"), **change)
+    with pytest.raises(CalibrationError, match="one image; give at least two"):
+        quantize(calibration=IMAGES[:1])
+
+
+def test_pins_ends_and_float_sites() -> None:
+    result = quantize(
+        pins={"conv2": "W4A8", "conv3": "float"},
+        pin_ends=True,
+        bits=(2, 4, 8, 32),
+        effort="fast",
+        budget=Budget(average_bits=7.9),
+    )
+    choices = result.allocation.choices
+    assert choices == {"conv1": Choice(8, 8), "conv2": Choice(4, 8), "fc": Choice(8, 8)}
+    assert "kept in float as asked" in result.program[Sites].refusals.values()
+
+
+def test_activation_bits_are_searched_too() -> None:
+    result = quantize(bits=(4, 8), activation_bits=(4, 8), budget=Budget(bops_ratio=0.03), effort="fast")
+    choices = result.allocation.choices
+    assert {c.activation_bits for c in choices.values()} <= {4, 8}
+    assert choices["conv2"].activation_bits == choices["conv3"].activation_bits
+
+
+def test_scores_first_and_a_budget_later() -> None:
+    later = fxquant.resolve(quantize(budget=None), BUDGET)
+    assert same(quantized(), later)
+
+
+def test_pareto_is_resolve_for_each_budget() -> None:
+    budgets = [Budget(average_bits=bits) for bits in (3, 8, 5)]
+    plans = fxquant.pareto(quantized(), budgets)
+    assert [plan.limits["average_bits"] for plan in plans] == [3, 8, 5]
+    assert [plan.choices for plan in plans] == [fxquant.resolve(quantized(), b).allocation.choices for b in budgets]
+    assert plans[1].measured_loss is not None
+    assert plans[0].measured_loss is not None
+    assert plans[1].measured_loss <= plans[0].measured_loss
+
+
+class KilledError(Exception):
+    """Stands for a process that is killed."""
+
+
+@pytest.mark.parametrize("cells", [1, 7])
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
+    runs = [0]
+    run, put = Scorer.run, ScoreStore.put
+
+    def counted(*args: Any, **options: Any) -> Any:
+        runs[0] += 1
+        return run(*args, **options)
+
+    def fragile(self: ScoreStore, key: str, cell: Any) -> dict[str, NDArray[Any]]:
+        if len(list(tmp_path.rglob("*.npz"))) == cells:
+            raise KilledError
+        return put(self, key, cell)
+
+    monkeypatch.setattr(Scorer, "run", counted)
+    whole = quantize(effort="best", seed=2)
+    spent, runs[0] = runs[0], 0
+    monkeypatch.setattr(ScoreStore, "put", fragile)
+    with pytest.raises(KilledError):
+        quantize(effort="best", seed=2, workdir=tmp_path)
+    monkeypatch.setattr(ScoreStore, "put", put)
+    done, runs[0] = runs[0], 0
+    resumed = quantize(effort="best", seed=2, workdir=tmp_path)
+    assert same(whole, resumed)
+    assert done > 0
+    assert runs[0] < spent
+    assert done + runs[0] <= spent + 12
+    runs[0] = 0
+    assert same(whole, quantize(effort="best", seed=2, workdir=tmp_path))
+    assert runs[0] == 0
+
+
+def test_a_run_stopped_between_batches_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    track = Reporter.track
+
+    def interrupted(self: Reporter, items: Any, title: str, total: int) -> Iterator[Any]:
+        for count, item in enumerate(track(self, items, title, total)):
+            if title == "score pairs of choices" and count == 4:
+                raise KeyboardInterrupt
+            yield item
+
+    monkeypatch.setattr(Reporter, "track", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(effort="best", seed=2, workdir=tmp_path)
+    monkeypatch.setattr(Reporter, "track", track)
+    assert len(list(tmp_path.rglob("pairs-*.npz"))) == 4
+    assert same(quantize(effort="best", seed=2), quantize(effort="best", seed=2, workdir=tmp_path))
+
+
+def test_a_workdir_of_another_run_is_refused(tmp_path: Path) -> None:
+    quantize(effort="fast", workdir=tmp_path)
+    other = plain_net()
+    with torch.no_grad():
+        other.fc.bias.add_(1e-3)
+    for change, field in (
+        ({"model": other}, "model"),
+        ({"calibration": IMAGES[:20]}, "data"),
+        ({"seed": 7}, "data"),
+        ({"bits": (4, 8)}, "settings"),
+    ):
+        with pytest.raises(FileFormatError, match=f"were made with another [a-z, ]*{field}.*use another workdir"):
+            quantize(effort="fast", workdir=tmp_path, **change)

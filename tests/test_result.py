@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fxquant
+from fxquant import Budget, Choice, FxquantError, Result
+from fxquant.core.errors import FileFormatError, OutputError
+from fxquant.core.oracle import model_outputs
+from fxquant.core.sensitivity import Surrogates
+from fxquant.core.spec import Sites
+from tests.models import MODELS, built
+from tests.scoring import inputs, plain_net
+
+IMAGES = inputs("plain", 24)[0]
+BUDGET = Budget(average_bits=4.5)
+FILES = [
+    "held_out.safetensors",
+    "model.pt2",
+    "plan.json",
+    "ranges.npz",
+    "result.json",
+    "sensitivity_diagonal.npz",
+    "sensitivity_gram.npz",
+]
+
+
+@cache
+def quantized() -> Result:
+    return fxquant.quantize(plain_net(), IMAGES, BUDGET, target="reference", pins={"conv2": "W4A8"})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantized().save(tmp_path_factory.mktemp("saved") / "deep" / "result")
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of the saved result to do harm to."""
+    return Path(shutil.copytree(saved, tmp_path / "result"))
+
+
+def answers(result: Result) -> torch.Tensor:
+    return model_outputs(result.simulated, (IMAGES,))
+
+
+def test_a_saved_result_reads_back_whole(saved: Path) -> None:
+    assert sorted(path.name for path in saved.iterdir()) == FILES
+    known, found = quantized(), fxquant.load(saved)
+    assert found.allocation.to_json() == known.allocation.to_json()
+    assert torch.equal(answers(found), answers(known))
+    for name, matrix in known.program[Surrogates].matrices.items():
+        again = found.program[Surrogates].matrices[name]
+        assert np.array_equal(again.values, matrix.values)
+        assert np.array_equal(again.stderr, matrix.stderr)
+    assert found.program[Sites] == known.program[Sites]
+    assert {name: t.to_json() for name, t in found.costs.tables.items()} == {
+        name: t.to_json() for name, t in known.costs.tables.items()
+    }
+    assert {name: plan.to_json() for name, plan in found.finalists.items()} == {
+        name: plan.to_json() for name, plan in known.finalists.items()
+    }
+    assert found.held_out is not None
+    assert known.held_out is not None
+    assert torch.equal(found.held_out.inputs[0], known.held_out.inputs[0])
+
+
+def test_saved_and_loaded_once_more(saved: Path, tmp_path: Path) -> None:
+    again = fxquant.load(fxquant.load(saved).save(tmp_path))
+    assert again.allocation.to_json() == quantized().allocation.to_json()
+    assert torch.equal(answers(again), answers(quantized()))
+
+
+def test_every_file_has_the_mode_of_any_new_file(saved: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in saved.iterdir()}
+    assert set(modes.values()) == {stat.S_IMODE(plain.stat().st_mode)}, modes
+
+
+def test_another_budget_from_the_saved_scores(saved: Path) -> None:
+    for budget in (Budget(average_bits=6), Budget(size_ratio=0.5, bops_ratio=0.04)):
+        fresh, read = (fxquant.resolve(source, budget) for source in (quantized(), saved))
+        assert fresh.allocation.to_json() == read.allocation.to_json()
+        assert torch.equal(answers(fresh), answers(read))
+        assert read.allocation.choices["conv2"] == Choice(4, 8)
+    plans = fxquant.pareto(saved, [Budget(average_bits=4), Budget(average_bits=7)])
+    assert [plan.limits["average_bits"] for plan in plans] == [4, 7]
+
+
+def test_labels_of_held_out_images_are_kept(tmp_path: Path) -> None:
+    labels = torch.arange(24) % 4
+    result = fxquant.quantize(
+        plain_net(), [(IMAGES, labels)], BUDGET, target="reference", loss="ce", effort="fast", bits=(4, 8)
+    )
+    found = fxquant.resolve(result.save(tmp_path), Budget(average_bits=8)).allocation
+    assert found.to_json() == fxquant.resolve(result, Budget(average_bits=8)).allocation.to_json()
+
+
+@pytest.mark.parametrize("name", ["shared", "two_inputs", "tokens"])
+def test_other_networks(name: str, tmp_path: Path) -> None:
+    batches = [MODELS[name].inputs(8)]
+    result = fxquant.quantize(built(name), batches, Budget(average_bits=6), target="reference", effort="fast")
+    found = fxquant.load(result.save(tmp_path))
+    one, other = (model_outputs(each.simulated, batches[0]) for each in (result, found))
+    assert torch.equal(one, other)
+    assert found.allocation.to_json() == result.allocation.to_json()
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(np.random.default_rng(0).bytes(3000))
+
+
+def other_json(path: Path) -> None:
+    path.write_text('{"kind": "shopping list", "version": 1}')
+
+
+@pytest.mark.parametrize("harm", [remove, halve, empty, garbage, other_json])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named(folder: Path, name: str, harm: Callable[[Path], None]) -> None:
+    harm(folder / name)
+    with pytest.raises(FileFormatError) as error:
+        fxquant.load(folder)
+    assert name in str(error.value)
+
+
+def edit(path: Path, key: str, value: object) -> None:
+    document = json.loads(path.read_text())
+    if value is None:
+        del document[key]
+    else:
+        document[key] = value
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    "key", ["settings", "costs", "estimators", "finalists", "plan", "held_out", "graph", "version"]
+)
+def test_a_header_without_a_field(folder: Path, key: str) -> None:
+    edit(folder / "result.json", key, None)
+    with pytest.raises(FileFormatError):
+        fxquant.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("version", 99),
+        ("settings", {"bits": "all"}),
+        ("settings", 3),
+        ("costs", {"size": {"values": [1.0]}}),
+        ("estimators", []),
+        ("estimators", ["pairs"]),
+        ("finalists", {"gram": 3}),
+        ("graph", "0123456789abcdef"),
+    ],
+)
+def test_a_header_that_was_tampered_with(folder: Path, key: str, value: object) -> None:
+    edit(folder / "result.json", key, value)
+    with pytest.raises(FileFormatError):
+        fxquant.load(folder)
+
+
+def test_files_of_another_result(folder: Path, tmp_path: Path) -> None:
+    other = fxquant.quantize(
+        built("tokens"), MODELS["tokens"].inputs(8)[0], Budget(average_bits=6), target="reference"
+    ).save(tmp_path / "other")
+    for name in ("model.pt2", "sensitivity_gram.npz", "plan.json"):
+        mixed = Path(shutil.copytree(folder, tmp_path / f"mixed_{name}"))
+        shutil.copy(other / name, mixed / name)
+        with pytest.raises(FxquantError) as error:
+            fxquant.load(mixed)
+        assert error.value.exit_code == 2
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(FileFormatError):
+            fxquant.load(path)
+    with pytest.raises(FileFormatError):
+        fxquant.resolve(tmp_path / "nowhere", BUDGET)
+
+
+def test_a_plan_edited_in_the_folder(folder: Path) -> None:
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["choices"]["fc"] = "W2A8"
+    (folder / "plan.json").write_text(json.dumps(plan))
+    found = fxquant.load(folder)
+    assert found.allocation.choices["fc"] == Choice(2, 8)
+    assert found.allocation.status == "manual"
+    assert found.allocation.measured_loss is None
+    assert not torch.equal(answers(found), answers(quantized()))
+
+
+def test_nothing_of_an_earlier_result_stays(folder: Path) -> None:
+    bare = Result(quantized().program)
+    assert "held_out.safetensors" not in {path.name for path in bare.save(folder).iterdir()}
+    assert fxquant.load(folder).held_out is None
+
+
+def test_a_save_that_fails_leaves_no_folder_that_loads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.export, "save", fail)
+    with pytest.raises(KeyboardInterrupt):
+        quantized().save(folder)
+    monkeypatch.undo()
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    with pytest.raises(FileFormatError, match=r"result\.json"):
+        fxquant.load(folder)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="choose a writable folder"):
+        quantized().save(tmp_path / "file")
+    with pytest.raises(OutputError, match="choose a writable folder"):
+        quantized().save(tmp_path / "file" / "below")
+
+
+def test_the_example_has_the_shapes_of_the_model() -> None:
+    assert [tuple(t.shape) for t in quantized().example] == [(2, 3, 6, 6)]
+    bare = Result(quantized().program).example
+    assert [tuple(t.shape) for t in bare] == [(2, 3, 6, 6)]
+    assert quantized().simulated(*bare).shape == (2, 4)
+
+
+def test_views_of_one_result_agree() -> None:
+    result = quantized()
+    assert result.simulated is result.simulated
+    assert result.sensitivity is result.program[Surrogates].matrices["gram"]
+    assert (
+        result.allocation.choices
+        == result.finalists[min(result.allocation.finalists, key=result.allocation.finalists.__getitem__)].choices
+    )
+    assert set(result.costs.tables) == {"size", "bops", "average_bits"}
