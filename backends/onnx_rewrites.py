@@ -20,7 +20,6 @@ aten = torch.ops.aten
 
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 CONVS = (aten.conv1d.default, aten.conv2d.default)
-DEFAULT_HIGH = object()
 SPATIAL = ({2, 3}, {-2, -1})
 BARRED = (*CONVS, aten.conv1d.padding, aten.conv2d.padding, aten.linear.default, aten.conv_transpose2d.input)
 
@@ -132,15 +131,22 @@ def _clip_integers(module: GraphModule, node: Node) -> None:
         return
     if len(clip.users) != 1 or (rule.refuse is not None and rule.refuse(clip) is not None):
         return
-    high = {aten.relu.default: None, aten.relu6.default: 6.0}.get(clip.target, argument(clip, 2, DEFAULT_HIGH))
-    if high is DEFAULT_HIGH:
-        high = 1.0 if clip.target is aten.hardtanh.default else None
+    high = _upper_end(clip)
     if isinstance(high, Node):
         return
     assert isinstance(qmin, int)
     assert isinstance(qmax, int)
     top = qmax if high is None else int(quantize(torch.tensor(float(high)), scale, zero_point, qmin, qmax))
     node.args = (clip.args[0], scale_node, zero_node, max(qmin, int(zero_point)), top)
+
+
+def _upper_end(clip: Node) -> Any:
+    """Return where a clipping activation ends above, None where it does not."""
+    if clip.target is aten.relu.default:
+        return None
+    if clip.target is aten.relu6.default:
+        return 6.0
+    return argument(clip, 2, 1.0 if clip.target is aten.hardtanh.default else None)
 
 
 def _flatten_linear(node: Node) -> None:

@@ -28,10 +28,15 @@ from tests.programs import folded
 WIDTHS = tuple(range(2, 9))
 
 
-def calibrated(program: Program, inputs: tuple[Tensor, ...], keep_float: tuple[str, ...] = ()) -> Program:
-    """Return a program for ONNX Runtime with all facts a plan needs, at every weight width."""
+def calibrated(
+    program: Program,
+    inputs: tuple[Tensor, ...],
+    keep_float: tuple[str, ...] = (),
+    widths: tuple[int, ...] = WIDTHS,
+) -> Program:
+    """Return a program for ONNX Runtime with all facts a plan of these widths needs."""
     program = TieEdges()(FindEdges(ONNXRUNTIME_TARGET, dict.fromkeys(keep_float, "asked"))(program))
-    program = FindSites(ONNXRUNTIME_TARGET, bits=WIDTHS, activation_bits=(8,))(program)
+    program = FindSites(ONNXRUNTIME_TARGET, bits=widths, activation_bits=(8,))(program)
     observed = Calibrate(CalibrationSet(inputs))(InsertObservers("minmax")(program))
     return ScaleWeights()(CollectRanges()(observed))
 

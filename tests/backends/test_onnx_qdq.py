@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.data import data_folder
+from benchmarks.zoo import NETWORKS
 from fxquant.backends.base import backend
 from fxquant.backends.onnx_builder import pack
 from fxquant.backends.onnx_export import export_onnx, to_onnx
@@ -24,9 +26,12 @@ from fxquant.core.graphs import fork
 from fxquant.core.oracle import model_outputs
 from fxquant.core.spec import activation_spec
 from fxquant.passes.canonicalize import Canonicalize
+from fxquant.passes.fold_batchnorm import FoldBatchnorm
 from tests.backends.lowered import calibrated, error_in_steps, example, plan_of, simulated
 from tests.models import MODELS
 from tests.programs import captured, folded
+
+needs_data = pytest.mark.skipif(data_folder() is None, reason="set FXQUANT_DATA to run the real networks")
 
 QUANTIZED = sorted(set(MODELS) - {"weightless"})
 RUN = OnnxRuntimeBackend()
@@ -80,7 +85,8 @@ def test_a_residual_network_has_no_float_between_its_integer_ops() -> None:
             # Padding on one side only, as networks from TensorFlow have it.
             y = nn.functional.relu6(self.down(nn.functional.pad(x, (0, 1, 0, 1))))
             z = torch.relu(y + self.skip(nn.functional.max_pool2d(x, 2)))
-            return self.head(z.mean((2, 3)))
+            answer: Tensor = self.head(z.mean((2, 3)))
+            return answer
 
     module = _quantized(Plain(), torch.randn(8, 3, 8, 8))
     report = kernel_report(written(module))
@@ -135,7 +141,8 @@ def test_a_layer_kept_in_float_stays_in_float() -> None:
             self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+            answer: Tensor = self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+            return answer
 
     torch.manual_seed(0)
     model, images = Three(), torch.randn(8, 4, 8, 8)
@@ -184,10 +191,11 @@ def test_an_op_without_onnx_form_is_named_with_its_line(tmp_path: Path) -> None:
             self.fc = nn.Linear(3, 3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return unknown(self.fc(x))
+            answer: Tensor = unknown(self.fc(x))
+            return answer
 
     module = capture(Uses(), (torch.randn(2, 3),)).module
-    with pytest.raises(LoweringError, match=r"fxquant_tests.unknown.*return unknown\(self.fc\(x\)\)"):
+    with pytest.raises(LoweringError, match=r"fxquant_tests.unknown.*unknown\(self.fc\(x\)\)"):
         export_onnx(module, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -264,3 +272,26 @@ def test_a_missing_package_names_the_command_that_installs_it(monkeypatch: pytes
     monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(MissingDependencyError, match=r'pip install "fxquant\[onnx\]"'):
         RUN.compile(simulated("residual"), example("residual", 2))
+
+
+@needs_data
+@pytest.mark.parametrize(("name", "layers"), [("resnet20", 20), ("squeezenet", 26)])
+def test_real_networks_run_on_integers_alone(name: str, layers: int) -> None:
+    network = NETWORKS[name]
+    images = network.calibration(12)
+    program = FoldBatchnorm()(Canonicalize()(capture(network.factory(), (images[:2],))))
+    program = calibrated(program, (images[:8],), widths=(4, 8))
+    float_bytes = len(written(program.module))
+    for widths in ((8,), (4,)):
+        module = plan_of(program, widths)
+        model = written(module)
+        report = kernel_report(model)
+        assert len(report.kernels) == layers
+        assert report.integer_share == 1.0
+        assert report.float_products == 0
+        assert report.conversions <= 2
+        expected = ReferenceBackend().compile(module, (images,))((images,))
+        error = error_in_steps(executable(model)((images,)), expected)
+        assert float(error.mean()) < 0.5
+        assert float(error.max()) < 4.0
+    assert len(model) <= 0.16 * float_bytes
