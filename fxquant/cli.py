@@ -22,6 +22,7 @@ from fxquant.core.errors import FxquantError, OptionError
 from fxquant.core.settings import effort
 from fxquant.inputs import load_calibration, load_model
 from fxquant.outputs import (
+    SCORES,
     check_packages,
     export,
     known_extras,
@@ -44,14 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     if not debug:
         logging.getLogger("torch").setLevel(logging.ERROR)
+    args = argparse.Namespace()
     try:
-        args = build_parser(COMMANDS, _refuse).parse_args(arguments)
+        build_parser(COMMANDS, _refuse).parse_args(arguments, args)
         with warnings.catch_warnings():
             # What torch warns about in its own code is nothing a user of the command line can act on.
             warnings.simplefilter("ignore")
             COMMANDS[args.command](args)
     except KeyboardInterrupt:
-        print("fxquant: stopped; finished scores are kept, --resume goes on from there", file=sys.stderr)
+        kept = hasattr(args, "resume") and (args.output / SCORES).exists()
+        more = f"; finished scores are kept in {args.output}, --resume goes on from there" if kept else ""
+        print(f"fxquant: stopped{more}", file=sys.stderr)
         return INTERRUPTED
     except FxquantError as error:
         return _failed(str(error), error.exit_code, debug)

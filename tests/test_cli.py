@@ -252,7 +252,11 @@ def test_interrupt_and_unexpected_failure(tmp_path: Path, capsys: Captured, monk
 
     monkeypatch.setitem(cli.COMMANDS, "report", stopped)
     assert main(["report", str(tmp_path)]) == 130
-    assert "--resume" in capsys.readouterr().err
+    assert capsys.readouterr().err == "fxquant: stopped\n"
+    monkeypatch.setitem(cli.COMMANDS, "analyze", stopped)
+    (tmp_path / "scores").mkdir()
+    assert main(["analyze", *scoring(tmp_path)]) == 130
+    assert "--resume goes on" in capsys.readouterr().err
     monkeypatch.setitem(cli.COMMANDS, "report", broken)
     assert "unexpected ZeroDivisionError: a b (--debug" in failure(["report", str(tmp_path)], 1, capsys)
     assert main(["report", str(tmp_path), "--debug"]) == 1
