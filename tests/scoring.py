@@ -57,6 +57,20 @@ class SplitNet(nn.Module):
         return y
 
 
+class WovenNet(nn.Module):
+    """One layer used before and after another: its second use lies downstream of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = nn.Linear(6, 6)
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(torch.relu(self.outer(x)))
+        y: Tensor = 3 * self.outer(torch.relu(x))
+        return y
+
+
 def plain_net() -> PlainNet:
     torch.manual_seed(3)
     return PlainNet().eval()
@@ -64,7 +78,7 @@ def plain_net() -> PlainNet:
 
 def inputs(name: str, count: int) -> tuple[Tensor, ...]:
     """Return seeded inputs of a network of this file or of `tests.models`."""
-    shapes = {"plain": (3, 6, 6), "split": (16,)}
+    shapes = {"plain": (3, 6, 6), "split": (16,), "woven": (6,)}
     if name in shapes:
         return (torch.randn(count, *shapes[name], generator=torch.Generator().manual_seed(count)),)
     return MODELS[name].inputs(count)
@@ -75,9 +89,9 @@ def traced(name: str) -> Program:
     """Return the captured program of a network of this file or of `tests.models`."""
     if name == "plain":
         return capture(plain_net(), inputs(name, 2))
-    if name == "split":
+    if name in ("split", "woven"):
         torch.manual_seed(5)
-        return capture(SplitNet().eval(), inputs(name, 2))
+        return capture((SplitNet() if name == "split" else WovenNet()).eval(), inputs(name, 2))
     return captured(name)
 
 

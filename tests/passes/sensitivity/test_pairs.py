@@ -78,15 +78,16 @@ def test_every_entry_equals_whole_forwards_with_both_substitutions_made_by_hand(
             )
 
 
-def test_pair_terms_of_a_site_used_twice() -> None:
-    images = CalibrationSet(inputs("shared", 6))
-    found = pairs(scorer(simulated("shared"), images))
+@pytest.mark.parametrize("name", ["shared", "woven"])
+def test_pair_terms_of_a_site_used_twice(name: str) -> None:
+    images = CalibrationSet(inputs(name, 6))
+    found = pairs(scorer(simulated(name), images))
     for i, j in combinations(range(len(found.candidates)), 2):
         one, other = found.candidates[i], found.candidates[j]
         if one.site == other.site:
             continue
-        both = full_forward_losses("shared", images, "kl", one, other)
-        alone = sum(full_forward_losses("shared", images, "kl", each) for each in (one, other))
+        both = full_forward_losses(name, images, "kl", one, other)
+        alone = sum(full_forward_losses(name, images, "kl", each) for each in (one, other))
         expected = float((both - alone).mean())
         assert 2 * found.values[i, j] == pytest.approx(expected, rel=1e-3, abs=1e-7 * float(both.mean()) + 1e-12)
         spread = float((both - alone).std()) / len(images) ** 0.5
