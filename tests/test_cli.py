@@ -10,9 +10,7 @@ import torch
 
 import fxquant
 from fxquant import cli
-from fxquant.arguments import pins
 from fxquant.cli import main
-from fxquant.core.errors import OptionError
 from fxquant.core.spec import Choice
 from fxquant.outputs import write_outputs
 from fxquant.report.html import render
@@ -271,9 +269,3 @@ def test_pt2_model_and_npz_images(tmp_path: Path) -> None:
     arguments = scoring(tmp_path / "out", str(tmp_path / "net.pt2"), str(tmp_path / "images.npz"))
     assert main(["quantize", *arguments, *BUDGET, "--loss", "ce", "--quiet"]) == 0
     assert len(fxquant.load(tmp_path / "out").allocation.choices) == 3
-
-
-def test_pins_are_read() -> None:
-    assert pins(["a=b*=W4A8", "c=float"]) == {"a=b*": Choice(4, 8), "c": Choice.parse("float")}
-    with pytest.raises(OptionError, match="given twice"):
-        pins(["a=W4A8", "a=W8A8"])
