@@ -101,8 +101,11 @@ class Scorer:
 
     def _batch_size(self) -> int:
         _, environment = self.base(Part(-1, self.images.slice(0, 1)))
+        # Weights are held once, whatever the batch.
+        constants = {node: value for node, value in environment.items() if node.op == "get_attr"}
+        one = max(1, environment_bytes(environment) - environment_bytes(constants))
         self._base, self.replay.spent = None, 0.0
-        return max(1, min(LARGEST_BATCH, len(self.images), ENVIRONMENT_LIMIT // max(1, environment_bytes(environment))))
+        return max(1, min(LARGEST_BATCH, len(self.images), ENVIRONMENT_LIMIT // one))
 
     @property
     def parts(self) -> list[Part]:
