@@ -127,7 +127,7 @@ def calibrate(program: Program, images: CalibrationSet | None, reporter: Reporte
     return run(program, *feed, CollectRanges(), ScaleWeights(), EstimateCost(target))
 
 
-def simulate(program: Program, plan: BitAllocation) -> Program:
+def simulate(program: Program, plan: BitAllocation, round_biases: bool = True) -> Program:
     """Return the simulated graph of a plan: edges as the plan needs them, fake-quant on each.
 
     Raises:
@@ -144,7 +144,7 @@ def simulate(program: Program, plan: BitAllocation) -> Program:
         kept = dict.fromkeys({site.name for site in every} - {site.name for site in sites}, KEPT)
         kept |= dict.fromkeys(floats, "the plan keeps it in float")
         program = run(program, *_site_passes(target, narrowed, kept))
-    return run(program.with_facts(plan), InsertFakeQuant(max(settings.activation_bits)))
+    return run(program.with_facts(plan), InsertFakeQuant(max(settings.activation_bits), round_biases))
 
 
 def widest_plan(program: Program) -> BitAllocation:
@@ -178,7 +178,8 @@ def measure_sensitivity(
     """
     loss = loss_name(program, images)
     store = ScoreStore(folder, _identity(program, images, loss) if folder is not None else {})
-    simulated = simulate(program, widest_plan(program))
+    # Scores are taken against the exact float network, so nothing but the substitutions may differ from it.
+    simulated = simulate(program, widest_plan(program), round_biases=False)
     scored = run(simulated, MeasureSensitivity(images, program[Settings].estimators, loss, store, reporter))
     # The simulated graph is done with, but how long scoring took belongs in the log.
     return replace(program.with_facts(scored[SensitivityMatrix], scored[Surrogates]), log=scored.log)

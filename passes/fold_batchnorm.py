@@ -10,10 +10,9 @@ import operator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.core.graphs import constant, erase_dead, tensor_at
+from fxquant.core.graphs import constant, erase_dead, set_parameter, tensor_at
 from fxquant.core.ops import rule_of, shape_of
 from fxquant.core.program import Program
 from fxquant.passes.base import Pass
@@ -68,8 +67,9 @@ def _fold(module: GraphModule, norm: Node) -> int:
     path = str(weight.target)
     scaled = w.double() * factor.reshape([-1] + [1] * (w.dim() - 1))
     trainable = tensor_at(module, path).requires_grad
-    _store(module, producer, rule.weight, path, scaled.to(w.dtype), trainable)
-    _store(module, producer, rule.bias, _bias_path(module, producer, path), shift.to(w.dtype), trainable)
+    # What could be trained before the folding can be trained after it: the simulated graph is the training graph.
+    set_parameter(module, producer, rule.weight, path, scaled.to(w.dtype), trainable)
+    set_parameter(module, producer, rule.bias, _bias_path(module, producer, path), shift.to(w.dtype), trainable)
     outputs[0].replace_all_uses_with(producer)
     return 1
 
@@ -80,22 +80,3 @@ def _bias_path(module: GraphModule, producer: Node, weight: str) -> str:
     holders = [node for node in module.graph.nodes if node.op == "get_attr" and node.target == path]
     taken = any(user is not producer for holder in holders for user in holder.users)
     return f"{weight}_folded_bias" if taken else path
-
-
-def _store(module: GraphModule, consumer: Node, position: int, path: str, value: Tensor, trainable: bool) -> None:
-    """Put a new parameter at `path` and let the consumer read it at an argument position."""
-    *parents, leaf = path.split(".")
-    holder = module.get_submodule(".".join(parents))
-    if leaf in dict(holder.named_buffers(recurse=False)):
-        delattr(holder, leaf)
-    # What could be trained before the folding can be trained after it: the simulated graph is the training graph.
-    setattr(holder, leaf, nn.Parameter(value, requires_grad=trainable))
-    with module.graph.inserting_before(consumer):
-        node = module.graph.get_attr(path)
-    fake = consumer.args[0].meta.get("val") if isinstance(consumer.args[0], Node) else None
-    # The op table reads shapes from meta; the graph's fake mode keeps the value itself out of it.
-    mode = getattr(fake, "fake_mode", None)
-    node.meta["val"] = mode.from_tensor(value, static_shapes=True) if mode is not None else value
-    padded = list(consumer.args) + [None] * (position + 1 - len(consumer.args))
-    padded[position] = node
-    consumer.args = tuple(padded)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.edges import EdgeGroups
 from fxquant.core.errors import OptionError
 from fxquant.core.fake_quant import FakeQuantize
-from fxquant.core.graphs import insert_after, resolve
+from fxquant.core.graphs import constant, erase_dead, insert_after, resolve, set_parameter, tensor_at
 from fxquant.core.grids import FakeQuantNodes, WeightGrids
+from fxquant.core.ops import rule_of
 from fxquant.core.program import Program
 from fxquant.core.ranges import Ranges
 from fxquant.core.spec import Choice, Site, Sites, activation_spec
 from fxquant.passes.base import Pass
+
+BIAS_LIMIT = 2.0**31
+"""Integers of a bias must fit the int32 accumulator."""
 
 
 def group_bits(groups: EdgeGroups, sites: Sites, choices: dict[str, Choice], default: int) -> dict[str, int]:
@@ -45,12 +50,14 @@ class InsertFakeQuant(Pass):
 
     Args:
         fixed_bits: activation bits of groups that no site reads, for example the inputs of a residual add.
+        round_biases: round biases as the kernels do; False leaves the network with its quantizers off exactly float.
 
     Raises:
         OptionError: the plan lacks a site, or names a width without a grid.
     """
 
     fixed_bits: int = 8
+    round_biases: bool = True
     reads = (EdgeGroups, Sites, Ranges, WeightGrids, BitAllocation)
     writes = (FakeQuantNodes,)
 
@@ -63,6 +70,8 @@ class InsertFakeQuant(Pass):
         bits = group_bits(groups, sites, choices, self.fixed_bits)
         activations = {group: self._on_group(program, group, bits[group]) for group in groups.producers}
         weights = {site.name: _on_weight(program, site, choices[site.name]) for site in sites.sites}
+        for site in sites.sites if self.round_biases else ():
+            _round_bias(program, site, choices[site.name])
         nodes = FakeQuantNodes(weights, activations, {site.name: _read_by(program, site) for site in sites.sites})
         count = sum(len(names) for names in (*activations.values(), *weights.values()))
         return program.with_facts(nodes), count
@@ -88,6 +97,34 @@ def _on_weight(program: Program, site: Site, choice: Choice) -> tuple[str, ...]:
         readers: list[Node] = [user for user in node.users if user.name in site.nodes]
         names.append(insert_after(program.module, node, name, inserted, readers).name)
     return tuple(names)
+
+
+def _round_bias(program: Program, site: Site, choice: Choice) -> None:
+    """Round the biases of a site's ops to `scale_x scale_w`, the step of the int32 accumulator they are added to.
+
+    The error is far below a step of the output, but in a deep network it moves values across rounding edges, and the
+    simulation would drift from what the kernels compute. Biases that need more than 31 bits stay as they are: backends
+    coarsen the weights of such channels.
+    """
+    module, graph = program.module, program.module.graph
+    for node in (resolve(graph, name) for name in site.nodes):
+        rule, source = rule_of(node), node.args[0]
+        if rule is None or rule.bias is None or len(node.args) <= rule.bias or not isinstance(source, Node):
+            continue
+        bias, quantizer = node.args[rule.bias], module.get_submodule(str(source.target))
+        value = constant(module, bias)
+        if value is None or not isinstance(bias, Node) or not isinstance(quantizer, FakeQuantize):
+            continue
+        step = quantizer.scale * program[WeightGrids].at(site.name, choice.weight_bits).scale
+        integers = torch.round(value / step)
+        rounded = torch.where(integers.abs() < BIAS_LIMIT, integers * step, value)
+        path = str(bias.target)
+        # A bias that other nodes read as well keeps its values for them.
+        if sum(len(n.users) for n in graph.nodes if n.op == "get_attr" and n.target == path) > 1:
+            path = f"{path}_{node.name}"
+        trainable = tensor_at(module, str(bias.target)).requires_grad
+        set_parameter(module, node, rule.bias, path, rounded.to(value.dtype), trainable)
+    erase_dead(module)
 
 
 def _read_by(program: Program, site: Site) -> tuple[str, ...]:

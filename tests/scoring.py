@@ -106,7 +106,7 @@ def calibrated(name: str, bits: tuple[int, ...] = (2, 4, 8), activation_bits: tu
 def simulated(name: str, bits: tuple[int, ...] = (2, 4, 8), activation_bits: tuple[int, ...] = (8,)) -> Program:
     """Return the simulated graph with every site at its widest precision: what is scored."""
     program = calibrated(name, bits, activation_bits)
-    return pipeline.simulate(program, pipeline.widest_plan(program))
+    return pipeline.simulate(program, pipeline.widest_plan(program), round_biases=False)
 
 
 @cache

@@ -93,9 +93,33 @@ def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
     holder.add_module(leaf, module)
 
 
-def set_buffer(root: nn.Module, name: str, tensor: Tensor) -> None:
-    """Register a tensor as a buffer on the root under a flat name."""
-    root.register_buffer(name.replace(".", "_"), tensor)
+def set_parameter(
+    module: GraphModule, consumer: Node, position: int, path: str, value: Tensor, trainable: bool
+) -> None:
+    """Put a new parameter at `path` and let the consumer read it at an argument position.
+
+    Args:
+        module: a fork: what other graph modules hold at that path stays theirs.
+        consumer: node with a traced value in its first argument.
+        position: argument position, filled up with None before it.
+        path: dotted path; what is there in this module is replaced.
+        value: the parameter's values.
+        trainable: whether the parameter takes gradients.
+    """
+    *parents, leaf = path.split(".")
+    holder = module.get_submodule(".".join(parents))
+    if leaf in dict(holder.named_buffers(recurse=False)):
+        delattr(holder, leaf)
+    setattr(holder, leaf, nn.Parameter(value, requires_grad=trainable))
+    with module.graph.inserting_before(consumer):
+        node = module.graph.get_attr(path)
+    fake = consumer.args[0].meta.get("val") if isinstance(consumer.args[0], Node) else None
+    # The op table reads shapes from meta; the graph's fake mode keeps the value itself out of it.
+    mode = getattr(fake, "fake_mode", None)
+    node.meta["val"] = mode.from_tensor(value, static_shapes=True) if mode is not None else value
+    padded = list(consumer.args) + [None] * (position + 1 - len(consumer.args))
+    padded[position] = node
+    consumer.args = tuple(padded)
 
 
 def insert_after(module: GraphModule, producer: Node, name: str, inserted: nn.Module, users: Iterable[Node]) -> Node:

@@ -50,7 +50,7 @@ class Observer(nn.Module):
         low, high = (float(v) for v in torch.aminmax(flat))
         if not max(abs(low), abs(high)) <= LARGEST:
             raise CalibrationError(
-                f"value {self.producer!r} is not finite during calibration, or beyond {LARGEST:g} (range {low}..{high}); "
+                f"value {self.producer!r} is not finite during calibration, or beyond {LARGEST:g} ({low}..{high}); "
                 "check the images and the model's weights"
             )
         self._cover(low, high)

@@ -15,8 +15,8 @@ from fxquant.core.graphs import (
     fork,
     insert_after,
     resolve,
-    set_buffer,
     set_module,
+    set_parameter,
     show,
     tensor_at,
     trace_line,
@@ -56,10 +56,12 @@ def test_fork_shares_tensors_and_nothing_else() -> None:
     erase = resolve(copy.graph, "linear")
     erase.replace_all_uses_with(resolve(copy.graph, "mean"))
     erase_dead(copy)
-    set_buffer(copy, "new.buffer", torch.zeros(1))
+    conv = next(node for node in copy.graph.nodes if str(node.target).startswith("aten.conv"))
+    set_parameter(copy, conv, 2, "new_bias", torch.zeros(1), trainable=True)
     assert show(module) == before
-    assert not hasattr(module, "new_buffer")
-    assert tensor_at(copy, "new_buffer").shape == (1,)
+    assert not hasattr(module, "new_bias")
+    assert tensor_at(copy, "new_bias").requires_grad
+    assert conv.args[2] is resolve(copy.graph, "new_bias")
 
 
 def test_insert_on_one_edge_of_several() -> None:

@@ -10,6 +10,7 @@ from fxquant.core.fake_quant import FakeQuantize
 from fxquant.core.graphs import resolve, show, tensor_at
 from fxquant.core.grids import FakeQuantNodes, WeightGrids
 from fxquant.core.numerics import round_trip
+from fxquant.core.ops import rule_of
 from fxquant.core.oracle import first_tensor
 from fxquant.core.program import Program
 from fxquant.core.spec import FLOAT, Choice, Sites
@@ -132,3 +133,23 @@ def test_the_simulated_graph_can_be_trained() -> None:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name
+
+
+@pytest.mark.parametrize("name", ["residual", "shared", "padded"])
+def test_biases_lie_on_the_step_of_the_accumulator(name: str) -> None:
+    before, after = calibrated(name).module, simulated(name).module
+    checked = 0
+    for node in after.graph.nodes:
+        rule = rule_of(node)
+        if rule is None or rule.bias is None or len(node.args) <= rule.bias:
+            continue
+        source, weight, bias = (str(getattr(operand, "target", "")) for operand in node.args[:3])
+        step = tensor_at(after, f"{source}.scale") * tensor_at(after, f"{weight}.scale")
+        integers = tensor_at(after, bias) / step
+        assert torch.allclose(integers, integers.round(), rtol=1e-5, atol=1e-3)
+        float_bias = resolve(before.graph, node.name).args[rule.bias]
+        moved = (tensor_at(after, bias) - tensor_at(before, str(getattr(float_bias, "target", "")))).abs()
+        assert (moved <= 0.5001 * step).all()
+        assert moved.max() > 0
+        checked += 1
+    assert checked > 0

@@ -29,7 +29,7 @@ LABELS = torch.tensor([0, 1, 1, 0, 1])
 @cache
 def simulated(name: str) -> Program:
     program = calibrated(name)
-    return InsertFakeQuant()(program.with_facts(BitAllocation(uniform(program, 8))))
+    return InsertFakeQuant(round_biases=False)(program.with_facts(BitAllocation(uniform(program, 8))))
 
 
 def images(name: str) -> CalibrationSet:
