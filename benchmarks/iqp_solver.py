@@ -80,8 +80,15 @@ def line(entry: dict[str, Any]) -> str:
     reference_gap = "-" if entry["reference_gap"] is None else f"{entry['reference_gap']:.1%}"
     reference_seconds = "-" if entry["reference_seconds"] is None else f"{entry['reference_seconds']:.2f}"
     cells = (
-        entry["instance"], f"{entry['best_known']:.6g}", f"{entry['objective']:.6g}", f"{entry['bound']:.6g}",
-        f"{entry['gap']:.2%}", entry["status"], f"{entry['seconds']:.2f}", reference_gap, reference_seconds,
+        entry["instance"],
+        f"{entry['best_known']:.6g}",
+        f"{entry['objective']:.6g}",
+        f"{entry['bound']:.6g}",
+        f"{entry['gap']:.2%}",
+        entry["status"],
+        f"{entry['seconds']:.2f}",
+        reference_gap,
+        reference_seconds,
     )
     return "| " + " | ".join(cells) + " |"
 

@@ -12,8 +12,6 @@ from torch.fx import GraphModule
 
 from fxquant import pipeline
 from fxquant.backends.base import backend
-from fxquant.capture import capture as capture_program
-from fxquant.capture import input_names
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.budget import Budget
 from fxquant.core.data import collect
@@ -26,6 +24,8 @@ from fxquant.core.spec import Choice
 from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.sensitivity import ESTIMATORS
 from fxquant.result import Result
+from fxquant.tracing import capture as capture_program
+from fxquant.tracing import input_names
 
 
 def quantize(

@@ -14,7 +14,6 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from fxquant import pipeline
-from fxquant.capture import capture
 from fxquant.core.allocation import BitAllocation, Finalists
 from fxquant.core.cost import CostTable, CostTables
 from fxquant.core.data import CalibrationSet
@@ -34,6 +33,7 @@ from fxquant.core.store import (
 )
 from fxquant.passes.allocate_bits import usage
 from fxquant.passes.scale_weights import ScaleWeights
+from fxquant.tracing import capture
 
 if TYPE_CHECKING:
     from fxquant.backends.onnx_export import ExportReport

@@ -6,7 +6,6 @@ from functools import cache
 
 import torch
 
-from fxquant.capture import capture
 from fxquant.core.data import CalibrationSet
 from fxquant.core.graphs import show
 from fxquant.core.program import Program
@@ -21,6 +20,7 @@ from fxquant.passes.fold_batchnorm import FoldBatchnorm
 from fxquant.passes.insert_observers import CollectRanges, InsertObservers
 from fxquant.passes.scale_weights import ScaleWeights
 from fxquant.passes.tie_edges import TieEdges
+from fxquant.tracing import capture
 from tests.models import MODELS, built
 
 TARGET = Target(

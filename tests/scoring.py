@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant import pipeline
-from fxquant.capture import capture
 from fxquant.core.data import CalibrationSet
 from fxquant.core.edges import EdgeGroups
 from fxquant.core.fake_quant import FakeQuantize
@@ -23,6 +22,7 @@ from fxquant.core.score_store import ScoreStore
 from fxquant.core.settings import Settings
 from fxquant.core.spec import Candidate, Sites, activation_spec
 from fxquant.passes.sensitivity.scorer import Scorer
+from fxquant.tracing import capture
 from tests.models import MODELS
 from tests.programs import captured
 

@@ -25,8 +25,8 @@ MAY_IMPORT = {
     "core": {"core"},
     "passes": {"core", "passes"},
     "backends": {"core", "backends"},
-    "capture": {"core"},
-    **{room: {"core", "passes", "backends", "capture", *FRONT[: i + 1]} for i, room in enumerate(FRONT)},
+    "tracing": {"core"},
+    **{room: {"core", "passes", "backends", "tracing", *FRONT[: i + 1]} for i, room in enumerate(FRONT)},
     "__main__": {"cli"},
 }
 """Room -> rooms it may import."""
@@ -34,7 +34,7 @@ MAY_IMPORT = {
 WHEN_ASKED = {("fxquant/result.py", "report")}
 """A result writes its report when asked: the import stands in the method, so that results load without templates."""
 
-ATEN = {"fxquant/core/ops.py", "passes/canonicalize.py", "passes/fold_batchnorm.py", "fxquant/capture.py"}
+ATEN = {"fxquant/core/ops.py", "passes/canonicalize.py", "passes/fold_batchnorm.py", "fxquant/tracing.py"}
 
 TESTED_ELSEWHERE = {
     "fxquant/core/errors.py": "classes without code; every message is matched where it is raised",

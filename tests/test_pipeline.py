@@ -9,7 +9,6 @@ from torch.fx import GraphModule
 
 from fxquant import pipeline
 from fxquant.backends.base import backend
-from fxquant.capture import capture
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.budget import Budget
 from fxquant.core.cost import CostTables
@@ -38,6 +37,7 @@ from fxquant.passes.scale_weights import ScaleWeights
 from fxquant.passes.tie_edges import TieEdges
 from fxquant.passes.verify_and_refine import VerifyAndRefine
 from fxquant.pipeline import Pipeline
+from fxquant.tracing import capture
 from tests.models import MODELS, built
 from tests.programs import captured, check_pass
 from tests.scoring import calibrated, inputs, scored, traced

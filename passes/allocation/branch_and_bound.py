@@ -153,9 +153,7 @@ class BranchAndBound:
             lift = Lift.of(node.sub) if lift is None else lift
             relaxed = relax(node.sub, lift, node.warmth, effort.iterations, self.clock)
             gain = relaxed.certificate.bound - node.bound
-            node = Node(
-                node.sub, relaxed.warmth, max(node.bound, relaxed.certificate.bound), relaxed.plan
-            )
+            node = Node(node.sub, relaxed.warmth, max(node.bound, relaxed.certificate.bound), relaxed.plan)
             self._active = max(self._active, node.bound)
             if node.bound >= self.cutoff:
                 self._cut = min(self._cut, node.bound)
@@ -191,8 +189,7 @@ class BranchAndBound:
         if effort is ROOT or self.nodes_done % 10 == 0:
             ends = np.append(node.sub.starts[1:], len(node.sub.names))
             picked = [
-                start + int(relaxed.plan[start:end].argmax())
-                for start, end in zip(node.sub.starts, ends, strict=True)
+                start + int(relaxed.plan[start:end].argmax()) for start, end in zip(node.sub.starts, ends, strict=True)
             ]
             plan = node.sub.full_plan(np.array(picked, dtype=np.intp))
             if plan.tobytes() not in self._rounded:

@@ -138,9 +138,7 @@ def _values(solution: list[str], variables: list[pulp.LpVariable]) -> FloatArray
     return np.array([found.get(variable.name, 0.0) for variable in variables])
 
 
-def _bound(
-    status: str, values: FloatArray | None, log: str, objective: FloatArray, scale: float
-) -> float:
+def _bound(status: str, values: FloatArray | None, log: str, objective: FloatArray, scale: float) -> float:
     """Proven lower bound in the unit of `objective`, with the margin that printing and tolerances need."""
     if status == "infeasible":
         return np.inf

@@ -58,9 +58,7 @@ def solve_linear(
     return answer(problem, reduced.expand(choice), bound, clock)
 
 
-def solve_diagonal(
-    problem: Problem, scores: FloatArray, clock: Clock
-) -> tuple[BoolArray | None, float]:
+def solve_diagonal(problem: Problem, scores: FloatArray, clock: Clock) -> tuple[BoolArray | None, float]:
     """Best plan under `scores` (m,) and the limits of `problem`, with its proven bound (inf: infeasible)."""
     model = cbc.Model()
     variables = add_choices(model, problem, scores)

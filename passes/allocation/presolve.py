@@ -77,9 +77,7 @@ def _tie_links(problem: Problem) -> dict[tuple[int, int], BoolArray]:
         key = (int(touched[0]), int(touched[1]))
         links[key] = links[key] & agrees if key in links else agrees
     return {
-        key: agrees
-        for key, agrees in links.items()
-        if agrees.sum(axis=0).max() <= 1 and agrees.sum(axis=1).max() <= 1
+        key: agrees for key, agrees in links.items() if agrees.sum(axis=0).max() <= 1 and agrees.sum(axis=1).max() <= 1
     }
 
 
@@ -122,9 +120,7 @@ def _merge(problem: Problem, links: dict[tuple[int, int], BoolArray]) -> tuple[P
     for bundle_list in bundles.values():
         groups.append(np.arange(start, start + len(bundle_list), dtype=np.intp))
         start += len(bundle_list)
-    reduced = Problem(
-        gather.T @ problem.values @ gather, tuple(groups), problem.costs @ gather, problem.limits
-    )
+    reduced = Problem(gather.T @ problem.values @ gather, tuple(groups), problem.costs @ gather, problem.limits)
     return reduced, members
 
 
@@ -161,7 +157,5 @@ def _select(problem: Problem, members: list[IndexArray], allowed: BoolArray, ful
     costs = problem.costs[:, keep]
     most = -least_sums(-costs, tuple(groups)).sum(axis=1)
     binding = most > problem.limits
-    smaller = Problem(
-        problem.values[np.ix_(keep, keep)], tuple(groups), costs[binding], problem.limits[binding]
-    )
+    smaller = Problem(problem.values[np.ix_(keep, keep)], tuple(groups), costs[binding], problem.limits[binding])
     return Reduced(smaller, tuple(members[index] for index in keep), full_count)

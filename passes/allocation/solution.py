@@ -93,9 +93,7 @@ class Problem:
         if not np.allclose(self.values, self.values.T, rtol=1e-9, atol=1e-12 * np.abs(self.values).max()):
             raise OptionError("values must be symmetric; pass (values + values.T) / 2")
         members = np.concatenate(self.groups) if self.groups else np.empty(0, dtype=np.intp)
-        if any(len(group) == 0 for group in self.groups) or not np.array_equal(
-            np.sort(members), np.arange(count)
-        ):
+        if any(len(group) == 0 for group in self.groups) or not np.array_equal(np.sort(members), np.arange(count)):
             raise OptionError(f"groups must be non-empty and hold each index 0..{count - 1} exactly once")
         group_of = np.empty(count, dtype=np.intp)
         for number, group in enumerate(self.groups):

@@ -24,7 +24,6 @@ from fxquant.backends.int8_modules import (
     IntegerMul,
     Quantize,
 )
-from fxquant.capture import capture
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import LoweringError
@@ -43,6 +42,7 @@ from fxquant.passes.insert_fake_quant import InsertFakeQuant
 from fxquant.passes.insert_observers import CollectRanges, InsertObservers
 from fxquant.passes.scale_weights import ScaleWeights
 from fxquant.passes.tie_edges import TieEdges
+from fxquant.tracing import capture
 from tests.models import MODELS
 from tests.programs import folded
 

@@ -19,7 +19,6 @@ from fxquant.backends.onnx_export import export_onnx, to_onnx
 from fxquant.backends.onnx_qdq import ONNXRUNTIME_TARGET, OnnxRuntimeBackend
 from fxquant.backends.onnx_session import executable, kernel_report
 from fxquant.backends.reference import ReferenceBackend
-from fxquant.capture import capture
 from fxquant.core.errors import FileFormatError, LoweringError, MissingDependencyError, OptionError, OutputError
 from fxquant.core.fake_quant import FakeQuantize
 from fxquant.core.graphs import fork
@@ -27,6 +26,7 @@ from fxquant.core.oracle import model_outputs
 from fxquant.core.spec import activation_spec
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.fold_batchnorm import FoldBatchnorm
+from fxquant.tracing import capture
 from tests.backends.lowered import calibrated, error_in_steps, example, plan_of, simulated
 from tests.models import MODELS
 from tests.programs import captured, folded

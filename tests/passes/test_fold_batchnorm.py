@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxquant.capture import capture
 from fxquant.core.graphs import show
 from fxquant.core.program import Program
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.fold_batchnorm import FoldBatchnorm
+from fxquant.tracing import capture
 from tests.models import MODELS
 from tests.programs import captured, check_pass
 

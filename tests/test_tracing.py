@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.capture import DECOMPOSITIONS, capture, input_names
 from fxquant.core.errors import CaptureError
 from fxquant.core.graphs import show
+from fxquant.tracing import DECOMPOSITIONS, capture, input_names
 from tests.models import MODELS, ResidualNet, TwoInputNet, ValueDependentNet, VariadicNet, built
 from tests.programs import captured
 
