@@ -144,7 +144,6 @@ def export_onnx(
     module: GraphModule,
     path: Path,
     metadata: Mapping[str, str] | None = None,
-    inputs: tuple[Tensor, ...] | None = None,
 ) -> ExportReport:
     """Write a simulated or float graph as one ONNX file; nothing is left behind on failure.
 
@@ -152,13 +151,11 @@ def export_onnx(
         module: ATen graph with traced shapes; it is not changed.
         path: the file to write.
         metadata: texts kept in the file's `metadata_props`.
-        inputs: not needed for a captured graph, whose nodes carry their shapes.
 
     Raises:
         LoweringError: an op has no ONNX form, or the checker of onnx refuses the model.
         OutputError: the folder cannot be written.
     """
-    del inputs
     model = to_onnx(module, metadata)
     try:
         with warnings.catch_warnings():

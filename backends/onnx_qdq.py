@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -11,6 +14,9 @@ from torch.fx import GraphModule
 from fxquant.backends.base import Executable
 from fxquant.core.errors import MissingDependencyError
 from fxquant.core.target import Target
+
+if TYPE_CHECKING:
+    from fxquant.backends.onnx_export import ExportReport
 
 ONNXRUNTIME_TARGET = Target(
     name="onnxruntime",
@@ -41,6 +47,18 @@ def onnx_module(name: str) -> ModuleType:
         raise MissingDependencyError(
             f'the onnxruntime target needs {error.name}, which is not installed; pip install "fxquant[onnx]"'
         ) from error
+
+
+def write_onnx(module: GraphModule, path: Path, metadata: Mapping[str, str] | None = None) -> ExportReport:
+    """Write a simulated or float graph as one ONNX file; see `onnx_export.export_onnx`.
+
+    Raises:
+        MissingDependencyError: the ONNX packages are not installed.
+        LoweringError: an op has no ONNX form.
+        OutputError: the folder cannot be written.
+    """
+    report: ExportReport = onnx_module("onnx_export").export_onnx(module, path, metadata)
+    return report
 
 
 class OnnxRuntimeBackend:

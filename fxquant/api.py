@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from fxquant import pipeline
 from fxquant.backends.base import backend
+from fxquant.backends.onnx_qdq import write_onnx
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.budget import Budget
 from fxquant.core.data import collect
@@ -233,9 +234,7 @@ def export_onnx(program: Program, path: str | Path) -> Path:
         OutputError: the path cannot be written.
         MissingDependencyError: the onnx extra is not installed.
     """
-    from fxquant.backends.onnx_export import export_onnx as export
-
-    export(program.module, Path(path), {}, _example(program))
+    write_onnx(program.module, Path(path))
     return Path(path)
 
 
@@ -280,10 +279,6 @@ def load(folder: str | Path) -> Result:
 
 def _placeholders(program: Program) -> list[str]:
     return [str(node.target) for node in program.module.graph.nodes if node.op == "placeholder"]
-
-
-def _example(program: Program) -> tuple[Tensor, ...]:
-    return Result(program).example
 
 
 __all__ = [

@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from fxquant import pipeline
+from fxquant.backends.onnx_qdq import write_onnx
 from fxquant.core.allocation import BitAllocation, Finalists
 from fxquant.core.cost import CostTable, CostTables
 from fxquant.core.data import CalibrationSet
@@ -135,10 +136,8 @@ class Result:
             LoweringError: an op has no ONNX form.
             MissingDependencyError: the onnx extra is not installed.
         """
-        from fxquant.backends.onnx_export import export_onnx
-
         plan = json.dumps(self.allocation.to_json()["choices"], separators=(",", ":"))
-        return export_onnx(self.simulated, Path(path), {"fxquant_plan": plan}, self.example)
+        return write_onnx(self.simulated, Path(path), {"fxquant_plan": plan})
 
     @property
     def example(self) -> tuple[torch.Tensor, ...]:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from fxquant.api import quantize
 from fxquant.backends.base import backend
+from fxquant.backends.onnx_qdq import write_onnx
 from fxquant.bench import measure_speed
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.budget import Budget
@@ -108,12 +109,9 @@ def accuracy(graph: GraphModule, data: DigitsData) -> float:
 
 def file_bytes(graph: GraphModule, result: Result | None) -> int:
     """Return the size of the ONNX file of a result, or of a float graph."""
-    # Imported here because it needs the ONNX packages.
-    from fxquant.backends.onnx_export import export_onnx
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        return (export_onnx(graph, path) if result is None else result.to_onnx(path)).bytes
+        return (write_onnx(graph, path) if result is None else result.to_onnx(path)).bytes
 
 
 def parity(result: Result, images: Tensor) -> dict[str, Any]:
