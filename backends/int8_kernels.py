@@ -7,7 +7,7 @@ Weights are packed on first use, and the packed form lives as long as the int8 t
 from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -85,6 +85,11 @@ class ConvGeometry:
     def sizes(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         """Stride, padding and dilation, in the order of ATen's arguments."""
         return self.stride, self.padding, self.dilation
+
+    def sees_only_padding(self, weight: Tensor) -> bool:
+        """Whether the padding is as wide as the filter of a weight `(O, C, h, w)`, so that it can fill a window."""
+        extents = ((k - 1) * d + 1 for k, d in zip(weight.shape[2:], self.dilation, strict=True))
+        return any(p >= extent for p, extent in zip(self.padding, extents, strict=True))
 
 
 def quantize_u8(x: Tensor, grid: Grid) -> Tensor:
@@ -247,6 +252,10 @@ def conv2d(
     Returns:
         uint8 or float32 `(N, O, H', W')` in channels-last order.
     """
+    if geometry.sees_only_padding(weight):
+        # oneDNN 3.12 reads outside of x for windows that lie in the padding altogether: no window may.
+        (top, left), plain = geometry.padding, replace(geometry, padding=(0, 0))
+        x, geometry = F.pad(x, (left, left, top, top), value=grid.zero_point), plain
     kernel = _exact_conv if exact else _onednn_conv
     return kernel(x, weight, scales, bias, grid, geometry, out)
 

@@ -86,7 +86,9 @@ def test_conv_is_the_integer_formula_for_any_shape(
         assert integers.dtype == torch.uint8
         difference = (integers.double() - _on(out, real)).abs()
         assert difference.max() <= 1
-        assert (difference > 0).double().mean() <= 0.02 + 1 / difference.numel()
+        # Float32 may decide a tie the other way, and nothing else.
+        to_tie = ((real / out.scale).remainder(1.0) - 0.5).abs()
+        assert (to_tie[difference > 0] < 1e-3).all()
     assert torch.equal(
         conv2d_op(x, weight, scales, bias, grid, geometry, out),
         kernels.conv2d(x, weight, scales, bias, grid, geometry, out),
@@ -233,3 +235,13 @@ def test_the_rounder_is_exact_over_the_range_it_serves() -> None:
     values = [Fraction(k, 4) for k in range(-1040, 1041)]
     moved = torch.tensor([float(v) for v in values]) + kernels.ROUNDER - kernels.ROUNDER
     assert [int(m) for m in moved] == [round(v) for v in values]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "padding", "dilation", "sees"), [(1, 1, 3, True), (2, 2, 2, False), (2, 3, 2, True)]
+)
+def test_window_of_nothing_but_padding_is_recognised(kernel: int, padding: int, dilation: int, sees: bool) -> None:
+    """oneDNN crashes on these now and then, so the recognition is tested, not the crash."""
+    geometry = ConvGeometry((1, 3), (0, padding), (1, dilation), 1)
+    assert geometry.sees_only_padding(_int8(2, 2, 3, kernel)) is sees
+    assert ConvGeometry((3, 1), (padding, 0), (dilation, 1), 1).sees_only_padding(_int8(2, 2, kernel, 3)) is sees
