@@ -80,8 +80,8 @@ def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = QUIET
     options.intra_op_num_threads = threads or 0
-    # Threads that spin while they wait take the cores from whatever runs next: the other session of a comparison.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads that still spin after a run take the cores from whatever runs next: the other session of a comparison.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 
