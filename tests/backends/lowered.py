@@ -26,6 +26,7 @@ from tests.models import MODELS
 from tests.programs import folded
 
 WIDTHS = tuple(range(2, 9))
+QUANTIZED = sorted(set(MODELS) - {"weightless"})
 
 
 def calibrated(

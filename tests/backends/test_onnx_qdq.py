@@ -27,13 +27,12 @@ from fxquant.core.spec import activation_spec
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.fold_batchnorm import FoldBatchnorm
 from fxquant.tracing import capture
-from tests.backends.lowered import calibrated, error_in_steps, example, plan_of, simulated
+from tests.backends.lowered import QUANTIZED, calibrated, error_in_steps, example, plan_of, simulated
 from tests.models import MODELS
 from tests.programs import captured, folded
 
 needs_data = pytest.mark.skipif(data_folder() is None, reason="set FXQUANT_DATA to run the real networks")
 
-QUANTIZED = sorted(set(MODELS) - {"weightless"})
 RUN = OnnxRuntimeBackend()
 
 

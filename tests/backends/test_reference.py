@@ -13,11 +13,8 @@ from fxquant.core.graphs import finish, fork, insert_after, nodes_by_name, show,
 from fxquant.core.oracle import model_outputs
 from fxquant.core.spec import QuantSpec, activation_spec, weight_spec
 from fxquant.tracing import capture
-from tests.backends.lowered import error_in_steps, example, quantizers, simulated
-from tests.models import MODELS
+from tests.backends.lowered import QUANTIZED, error_in_steps, example, quantizers, simulated
 from tests.programs import folded
-
-QUANTIZED = sorted(set(MODELS) - {"weightless"})
 
 
 def one_layer(weight: Tensor, bias: Tensor | None, weight_grid: FakeQuantize, input_grid: FakeQuantize) -> GraphModule:
