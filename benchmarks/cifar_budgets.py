@@ -60,7 +60,7 @@ def main() -> None:
     images, labels = network.evaluation()
     calibration = CalibrationSet((network.calibration(CALIBRATION_IMAGES),))
     scoring, held_out = calibration.split(0.25, SEED)
-    settings = Settings(bits=(2, 4, 8), seed=SEED, estimators=ESTIMATORS, target="reference")
+    settings = Settings(bits=(2, 4, 8), seed=SEED, estimators=ESTIMATORS)
     program = prepare(capture(network.factory(), calibration), settings)
     program, spent = scored(pipeline.calibrate(program, scoring), scoring)
     reference = model_outputs(program.module, (images,))

@@ -27,6 +27,7 @@ from fxquant.core.settings import Settings
 from fxquant.core.spec import Choice, Sites
 from fxquant.core.store import tensor_digest, text_digest
 from fxquant.core.target import Target
+from fxquant.core.timing import time_interleaved
 from fxquant.passes.allocate_bits import LIMIT_TABLES, AllocateBits, fits, infeasible_message, reachable, unit_of, usage
 from fxquant.passes.base import Pass
 from fxquant.passes.calibrate import Calibrate
@@ -44,6 +45,12 @@ from fxquant.passes.tie_edges import TieEdges
 from fxquant.passes.verify_and_refine import VerifyAndRefine
 
 KEPT = "kept in float as asked"
+
+
+LATENCY_ROUNDS = 4
+"""Times a plan that takes longer than predicted is measured, and the limit tightened for the next."""
+LATENCY_TOLERANCE = 1.03
+"""A measured time counts as kept within the noise of its median."""
 
 
 @dataclass(frozen=True)
@@ -246,16 +253,64 @@ def allocate(
         InfeasibleBudgetError: no plan keeps the limits.
         CalibrationError: the budget needs milliseconds and there is no image to measure them with.
     """
-    settings = program[Settings]
     if budget.needs_latency and "latency" not in program[CostTables].tables:
         if held_out is None:
             raise CalibrationError("a latency budget needs one image to measure with; give calibration images")
         program = measure_latency(program, held_out, reporter)
+    solved = _solve(program, budget, held_out, reporter)
+    if budget.needs_latency and held_out is not None:
+        solved = _keep_measured_latency(program, solved, budget, held_out, reporter)
+    if all(choice.is_float for choice in solved[BitAllocation].choices.values()):
+        raise OptionError(f"budget {budget} is met by the float model as it is; tighten it, or leave 32 out of bits")
+    return solved
+
+
+def _solve(program: Program, budget: Budget, held_out: CalibrationSet | None, reporter: Reporter) -> Program:
+    settings = program[Settings]
     program = run(program, AllocateBits(budget, settings.solver, settings.time_limit, settings.seed))
     if held_out is None:
         return program
     loss = loss_name(program, held_out)
     return run(program, VerifyAndRefine(held_out, _simulator(program), loss, reporter))
+
+
+def measured_latency(program: Program, plan: BitAllocation, images: CalibrationSet) -> dict[str, float]:
+    """Return what a plan really takes on one image: `latency_ms`, and `latency_ratio` against float in the same run."""
+    settings, one = program[Settings], images.slice(0, 1).inputs
+    graphs = (program.module, simulate(program, plan).module)
+    runs = [backend(settings.target).compile(graph, one, threads=settings.threads) for graph in graphs]
+    float_ms, plan_ms = time_interleaved([partial(run_graph, one) for run_graph in runs])
+    return {"latency_ms": plan_ms, "latency_ratio": plan_ms / float_ms}
+
+
+def _keep_measured_latency(
+    program: Program, solved: Program, budget: Budget, images: CalibrationSet, reporter: Reporter
+) -> Program:
+    """Measure the plan whole, and solve again with a tighter limit while it takes longer than it may.
+
+    The table adds up layers and knows nothing of the borders between float and integers; the clock does.
+
+    Raises:
+        InfeasibleBudgetError: no plan was found that keeps the limit on the clock.
+    """
+    limits = {name: limit for name, limit in budget.limits.items() if name.startswith("latency")}
+    tightened = budget
+    for _ in range(LATENCY_ROUNDS):
+        measured = measured_latency(program, solved[BitAllocation], images)
+        excess = max(measured[name] / limit for name, limit in limits.items())
+        if excess <= LATENCY_TOLERANCE:
+            plan = solved[BitAllocation]
+            used = {name: measured.get(name, value) for name, value in plan.used.items()}
+            return solved.with_facts(replace(plan, used=used, limits=budget.limits))
+        tightened = replace(tightened, **{name: getattr(tightened, name) / excess for name in limits})
+        try:
+            solved = _solve(program, tightened, images, reporter)
+        except InfeasibleBudgetError:
+            break
+    taken = ", ".join(f"{name}={measured[name]:.4g}" for name in limits)
+    raise InfeasibleBudgetError(
+        f"no plan was found that keeps {budget} when measured; the last one took {taken}; raise the limit"
+    )
 
 
 def _simulator(program: Program) -> Callable[[BitAllocation], GraphModule]:

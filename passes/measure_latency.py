@@ -1,14 +1,16 @@
 """`latency`: milliseconds per site and precision, measured on this machine in the target's runtime.
 
 Each site's op is cut out of the network with its quantizers and timed alone, in float and in integers, interleaved,
-median of several. Single ops leave out what a whole network adds, so the sum is fitted to the two networks that can
-be measured whole: `T(plan) = a + b sum_l t_l(choice)` goes through the float model and through the model with every
-site at its widest integer precision. Precisions that run on the same kernel cost the same time.
+median of several. An op alone pays for conversions that a network fuses away and leaves out what a network adds, so the
+two networks that can be measured whole are shared out by those times: `t_l(float) = T_float tau_l / sum tau`, and the
+same for integers with every site at its widest precision. Both whole networks are then met exactly; a plan that mixes
+float and integers also pays for its borders, which the table does not know: measure it before you trust it. Precisions
+that run on the same kernel cost the same time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -61,9 +63,12 @@ class MeasureLatency(Pass):
             alone[site.name] = [milliseconds * len(site.nodes) for milliseconds in known[key]]
         whole = [self.compile(graph, self.inputs) for graph in (program.module, self.simulated)]
         float_ms, integer_ms = time_interleaved([partial(run, self.inputs) for run in whole])
-        slope, constant = fit(float_ms, integer_ms, *np.sum(list(alone.values()), axis=0))
-        values = np.array([slope * alone[c.site][0 if c.choice.is_float else 1] for c in candidates])
-        table = CostTable(candidates, values, constant, float_ms, "milliseconds")
+        floats, integers = (
+            shared_out(whole_ms, {name: times[k] for name, times in alone.items()})
+            for k, whole_ms in enumerate((float_ms, integer_ms))
+        )
+        values = np.array([(floats if c.choice.is_float else integers)[c.site] for c in candidates])
+        table = CostTable(candidates, values, 0.0, float_ms, "milliseconds")
         return program.with_facts(CostTables({**program[CostTables].tables, "latency": table})), 0
 
     def _time_site(self, module: GraphModule, site: Site) -> list[float]:
@@ -76,13 +81,10 @@ class MeasureLatency(Pass):
         return time_interleaved(runs)
 
 
-def fit(float_ms: float, integer_ms: float, float_sum: float, integer_sum: float) -> tuple[float, float]:
-    """Return (b, a) of `T = a + b sum` through both whole networks; b = 1 where the two points give no usable slope."""
-    slope = (float_ms - integer_ms) / (float_sum - integer_sum) if float_sum != integer_sum else 1.0
-    # Ops that gain alone while the network loses (or the reverse) say nothing about the slope.
-    if not 0.1 <= slope <= 10.0:
-        slope = 1.0
-    return float(slope), float(integer_ms - slope * integer_sum)
+def shared_out(whole: float, alone: Mapping[str, float]) -> dict[str, float]:
+    """Return each site's share of a whole network's milliseconds, in proportion to its time alone."""
+    total = sum(alone.values())
+    return {name: whole * milliseconds / total for name, milliseconds in alone.items()}
 
 
 def _signature(module: GraphModule, site: Site) -> tuple[object, ...]:

@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 from fxquant.core.cost import CostTable, CostTables
 from fxquant.core.spec import Choice, Sites
 from fxquant.passes import measure_latency
-from fxquant.passes.measure_latency import MeasureLatency, fit
+from fxquant.passes.measure_latency import MeasureLatency, shared_out
 from tests.programs import check_pass
 from tests.scoring import calibrated, inputs, simulated
 
@@ -78,24 +78,11 @@ def test_a_site_used_twice_costs_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     by = {(c.site, c.choice.label): v for c, v in zip(table.candidates, table.values, strict=True)}
     sites = calibrated("shared", BITS, ACTIVATIONS)[Sites]
     assert len(sites.by_name("conv").nodes) == 2
-    assert by["conv", "float"] == pytest.approx(2.0)
-    assert by["conv", "W8A8"] == pytest.approx(0.5)
+    uses = sum(len(site.nodes) for site in sites.sites)
+    assert by["conv", "float"] == pytest.approx((uses + 0.5) * 2 / uses)
+    assert by["conv", "W8A8"] == pytest.approx((0.25 * uses + 0.5) * 2 / uses)
 
 
-def test_fit_goes_through_both_points() -> None:
-    slope, constant = fit(10.0, 4.0, 8.0, 2.0)
-    assert (slope, constant) == (1.0, 2.0)
-    slope, constant = fit(9.0, 3.0, 5.0, 2.0)
-    assert constant + slope * 5 == pytest.approx(9)
-    assert constant + slope * 2 == pytest.approx(3)
-
-
-@pytest.mark.parametrize(("float_ms", "integer_ms"), [(4.0, 5.0), (100.0, 1.0), (4.0, 3.99)])
-def test_a_slope_that_makes_no_sense_is_1_and_the_integer_network_is_hit(float_ms: float, integer_ms: float) -> None:
-    slope, constant = fit(float_ms, integer_ms, 3.0, 2.0)
-    assert slope == 1.0
-    assert constant + 2.0 == pytest.approx(integer_ms)
-
-
-def test_no_difference_between_layers() -> None:
-    assert fit(3.0, 2.0, 1.0, 1.0) == (1.0, 1.0)
+def test_the_shares_add_up_to_the_whole_network() -> None:
+    shares = shared_out(6.0, {"stem": 1.0, "body": 3.0})
+    assert shares == {"stem": 1.5, "body": 4.5}
