@@ -101,8 +101,7 @@ def find_sites(program: Program, settings: Settings) -> Program:
     """Bring a captured graph to canonical form and find its edges, ties and sites.
 
     Raises:
-        OptionError: a pattern matches nothing, or a width the target does not execute.
-        PipelineError: no layer can be quantized; the message says why.
+        OptionError: a pattern matches nothing, the target does not execute a width, or no layer can be quantized.
     """
     target = backend(settings.target).target
     program = run(program, Canonicalize(), FoldBatchnorm()).with_facts(settings)
