@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class SensitivityMatrix:
-    """Quadratic model of the loss: `loss(plan) = x' values x` with x one-hot per site.
+    """Quadratic model of the loss: `loss(plan) = constant + x' values x` with x one-hot per site.
 
     The diagonal holds the loss of one substitution, each off-diagonal half of the pair's interaction
-    (`values[i, j] + values[j, i] = loss(i and j) - loss(i) - loss(j)`); entries between two choices of one site are 0.
+    (`values[i, j] + values[j, i] = loss(i and j) - loss(i) - loss(j)`); entries between two choices of one site never
+    count. Losses are counted from the plan that everything else was quantized by (the context): `constant` is its own
+    loss, and the candidates it consists of have rows of 0. In the float context `constant` is 0.
 
     Args:
         candidates: the n columns, grouped by site.
@@ -32,6 +34,8 @@ class SensitivityMatrix:
         estimator: name of the estimator.
         evaluations: forward passes over one image spent, in units of whole-network passes.
         unit: name of the loss, for example "KL nats".
+        constant: loss of the context, in `unit`.
+        notes: what the estimator says of its own work, for example the error of its pairs where it measured some.
 
     Raises:
         OptionError: wrong shapes, not symmetric, or not finite.
@@ -43,6 +47,8 @@ class SensitivityMatrix:
     estimator: str
     evaluations: float
     unit: str
+    constant: float = 0.0
+    notes: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         shape = (len(self.candidates), len(self.candidates))
@@ -50,7 +56,7 @@ class SensitivityMatrix:
             raise OptionError(
                 f"sensitivity arrays have shape {self.values.shape} and {self.stderr.shape}, expected {shape}"
             )
-        if not np.isfinite(self.values).all():
+        if not np.isfinite(self.values).all() or not np.isfinite(self.constant):
             raise OptionError(
                 f"sensitivity of estimator {self.estimator!r} is not finite; check the calibration images"
             )
@@ -71,7 +77,7 @@ class SensitivityMatrix:
     def predict(self, choices: Mapping[str, Choice]) -> float:
         """Return the modelled loss of a plan given as site name -> choice."""
         x = np.array([choices.get(c.site) == c.choice for c in self.candidates], dtype=np.float64)
-        return float(x @ self.values @ x)
+        return self.constant + float(x @ self.values @ x)
 
     def save(self, path: Path) -> None:
         """Write the matrix as npz.
@@ -86,6 +92,8 @@ class SensitivityMatrix:
             "estimator": self.estimator,
             "evaluations": self.evaluations,
             "unit": self.unit,
+            "constant": self.constant,
+            "notes": {name: float(value) for name, value in self.notes.items()},
         }
         write_arrays(path, {"values": self.values, "stderr": self.stderr, "header": np.array(json.dumps(header))})
 
@@ -108,6 +116,8 @@ class SensitivityMatrix:
                 estimator=str(header["estimator"]),
                 evaluations=float(header["evaluations"]),
                 unit=str(header["unit"]),
+                constant=float(header.get("constant", 0.0)),
+                notes={str(name): float(value) for name, value in header.get("notes", {}).items()},
             )
         except (KeyError, ValueError, TypeError, OptionError) as error:
             raise FileFormatError(

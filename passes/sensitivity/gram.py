@@ -8,25 +8,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from fxquant.core.losses import UNITS
 from fxquant.core.sensitivity import SensitivityMatrix
-from fxquant.passes.sensitivity.diagonal import standard_error
 from fxquant.passes.sensitivity.registry import ESTIMATORS
-from fxquant.passes.sensitivity.scorer import Scorer
+from fxquant.passes.sensitivity.scorer import Scorer, standard_error
 from fxquant.passes.sensitivity.singles import measure_singles
-
-
-def same_site(sites: list[str]) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
-    """Return the (n, n) mask of entries between choices of one site."""
-    names = np.array(sites)
-    return np.asarray(names[:, None] == names[None, :], dtype=np.bool_)
 
 
 @ESTIMATORS.register("gram")
 def gram(scorer: Scorer) -> SensitivityMatrix:
-    """Return `values[i, i] = E loss(i)`, `values[i, j] = E e_i . e_j / 2` between sites, n runs per image."""
+    """Return `values[i, i] = E loss(i)`, `values[i, j] = E e_i . e_j / 2` between owners, m runs per image."""
     singles = measure_singles(scorer)
-    between = ~same_site([c.site for c in scorer.candidates])
-    values = np.where(between, (singles.gram + singles.gram.T) / 4, np.diag(singles.losses.mean(axis=1)))
-    stderr = np.where(between, singles.gram_stderr / 2, np.diag(standard_error(singles.losses)))
-    return SensitivityMatrix(scorer.candidates, values, stderr, "gram", singles.evaluations, UNITS[scorer.loss])
+    values = np.where(scorer.between, (singles.gram + singles.gram.T) / 4, np.diag(singles.losses.mean(axis=1)))
+    stderr = np.where(scorer.between, singles.gram_stderr / 2, np.diag(standard_error(singles.losses)))
+    return scorer.matrix("gram", values, stderr, singles.evaluations)

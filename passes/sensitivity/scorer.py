@@ -1,38 +1,41 @@
 """The scorer: what every estimator measures with, on one batch of images after the other.
 
-A candidate (site, choice) is a substitution in the otherwise float network: the site's weight is rounded to its grid,
-and the activation it reads to its own (CLADO's perturbation). Only nodes downstream are run again.
+A column (see `columns`) is a substitution in a network that is otherwise float, or otherwise quantized as a given plan
+(the context). Only nodes downstream are run again. Losses are against the float network's answers, and counted from the
+context's own loss, so that the context alone has loss 0 and the four-term identity holds around any plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fxquant.core.allocation import BitAllocation
 from fxquant.core.data import CalibrationSet
-from fxquant.core.edges import EdgeGroups
-from fxquant.core.fake_quant import FakeQuantize
-from fxquant.core.graphs import resolve, tensor_at
-from fxquant.core.grids import FakeQuantNodes, WeightGrids
-from fxquant.core.losses import LOSSES
+from fxquant.core.grids import FakeQuantNodes
+from fxquant.core.losses import LOSSES, UNITS
 from fxquant.core.ops import rule_of, shape_of
 from fxquant.core.oracle import Environment, GraphReplay, environment_bytes
 from fxquant.core.program import Program
 from fxquant.core.progress import SILENT, Reporter
-from fxquant.core.ranges import Ranges
-from fxquant.core.score_store import ScoreStore
-from fxquant.core.spec import Candidate, Sites, activation_spec
+from fxquant.core.score_store import Arrays, ScoreStore
+from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.core.spec import Candidate, Sites
+from fxquant.passes.sensitivity.columns import Column, Quantizers, Replacement, columns_of
 
 ENVIRONMENT_LIMIT = 384 * 10**6
 """Bytes of intermediate values kept for one batch; a pair sweep keeps two such sets."""
 
 LARGEST_BATCH = 64
 
-Replacement = Callable[[Tensor], Tensor]
+Cell = Mapping[str, NDArray[Any] | float]
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,29 @@ class Part:
     images: CalibrationSet
 
 
+@dataclass(frozen=True)
+class Base:
+    """The run that columns are substituted into, on one batch.
+
+    Args:
+        reference: answer of the float network.
+        answer: answer of the context; the same where the context is the float network.
+        environment: every intermediate value of the context's run.
+        losses: loss of the context, float64 of shape (images,); zeros for the float network.
+    """
+
+    reference: Tensor
+    answer: Tensor
+    environment: Environment
+    losses: Tensor
+
+
 def _identity(x: Tensor) -> Tensor:
     return x
 
 
 class Scorer:
-    """Measures losses of candidates on calibration images.
+    """Measures losses of columns on calibration images.
 
     Args:
         program: simulated graph (any plan) with Sites, EdgeGroups, Ranges, WeightGrids and FakeQuantNodes.
@@ -56,55 +76,70 @@ class Scorer:
         loss: name of the loss.
         store: finished cells of an earlier run.
         reporter: shows progress.
+        context: the plan that everything else is quantized by; None leaves everything else in float.
+        seed: seed of sampled labels and probes.
     """
 
     def __init__(
-        self, program: Program, images: CalibrationSet, loss: str, store: ScoreStore, reporter: Reporter = SILENT
+        self,
+        program: Program,
+        images: CalibrationSet,
+        loss: str,
+        store: ScoreStore,
+        reporter: Reporter = SILENT,
+        context: BitAllocation | None = None,
+        seed: int = 0,
     ) -> None:
         self.program = program
         self.images = images
         self.loss = loss
         self.store = store
         self.reporter = reporter
+        self.context = context
+        self.seed = seed
         costs = {node.name: _node_cost(node) for node in program.module.graph.nodes}
         self.network_cost = sum(costs.values())
         self.replay = GraphReplay(program.module, costs)
-        self._nodes = program[FakeQuantNodes]
-        every = (*self._nodes.weights.values(), *self._nodes.activations.values())
+        nodes = program[FakeQuantNodes]
+        every = (*nodes.weights.values(), *nodes.activations.values())
         self.off: dict[str, Replacement] = {name: _identity for names in every for name in names}
-        # In graph order, so that a pair's second site lies downstream of the first and little is run again.
-        position = {name: index for index, name in enumerate(self.replay.by_name)}
-        sites = sorted(program[Sites].sites, key=lambda s: position[s.nodes[0]])
-        order = {site.name: index for index, site in enumerate(sites)}
+        quantizers = Quantizers(program)
         self.candidates: tuple[Candidate, ...] = program[Sites].candidates
-        self.by_depth: list[int] = sorted(range(len(self.candidates)), key=lambda k: order[self.candidates[k].site])
-        self._substitutions = [self._substitute(candidate) for candidate in self.candidates]
-        self._base: tuple[int, Tensor, Environment] | None = None
+        self.columns: tuple[Column, ...]
+        self.columns, self.spread = columns_of(program, quantizers)
+        self._context = {} if context is None else quantizers.plan(context)
+        # In graph order, so that a pair's second owner lies downstream of the first and little is run again.
+        position = {name: index for index, name in enumerate(self.replay.by_name)}
+        first: dict[str, int] = {}
+        for column in self.columns:
+            places = [position[name] for name in column.substitution]
+            if column.site is not None:
+                places.append(position[program[Sites].by_name(column.site).nodes[0]])
+            first[column.owner] = min([first.get(column.owner, len(position)), *places])
+        owners = {owner: rank for rank, owner in enumerate(sorted(first, key=lambda owner: first[owner]))}
+        self.by_depth: list[int] = sorted(range(len(self.columns)), key=lambda k: owners[self.columns[k].owner])
+        self._standing = self._assigned()
+        self._kept: tuple[int, Base] | None = None
         self.batch = self._batch_size()
 
-    def _substitute(self, candidate: Candidate) -> dict[str, Replacement]:
-        if candidate.choice.is_float:
-            return {}
-        site = self.program[Sites].by_name(candidate.site)
-        grid = self.program[WeightGrids].at(site.name, candidate.choice.weight_bits)
-        rounded = FakeQuantize(grid.spec, grid.scale, grid.zero_point)(
-            tensor_at(self.program.module, site.weight).detach()
-        )
-        made: dict[str, Replacement] = {name: _constant(rounded) for name in self._nodes.weights[site.name]}
-        groups, spec = self.program[EdgeGroups], activation_spec(candidate.choice.activation_bits)
-        for name in self._nodes.inputs[site.name]:
-            source = resolve(self.program.module.graph, name).all_input_nodes[0]
-            group = groups.group_of(source.name)
-            assert group is not None
-            made[name] = FakeQuantize(spec, *self.program[Ranges].parameters(groups.producers[group], spec))
+    def _assigned(self, *chosen: int) -> dict[str, Replacement]:
+        """Return what every quantizer does once these columns took the place of their owners' part of the context."""
+        own = [self.columns[k] for k in chosen]
+        replaced = {column.owner for column in own}
+        made = dict(self.off)
+        for owner, part in self._context.items():
+            if owner not in replaced:
+                made.update(part)
+        for column in own:
+            made.update(column.substitution)
         return made
 
     def _batch_size(self) -> int:
-        _, environment = self.base(Part(-1, self.images.slice(0, 1)))
+        environment = self.base(Part(-1, self.images.slice(0, 1))).environment
         # Weights are held once, whatever the batch.
         constants = {node: value for node, value in environment.items() if node.op == "get_attr"}
         one = max(1, environment_bytes(environment) - environment_bytes(constants))
-        self._base, self.replay.spent = None, 0.0
+        self._kept, self.replay.spent = None, 0.0
         return max(1, min(LARGEST_BATCH, len(self.images), ENVIRONMENT_LIMIT // one))
 
     @property
@@ -112,49 +147,121 @@ class Scorer:
         """The batches, sized so that their intermediate values stay within the memory limit."""
         return [Part(index, images) for index, images in enumerate(self.images.batches(self.batch))]
 
-    def base(self, part: Part) -> tuple[Tensor, Environment]:
-        """Return the float network's answer and every intermediate value on a batch; the last batch is kept."""
-        if self._base is None or self._base[0] != part.index:
-            self._base = None
+    @property
+    def owners(self) -> list[str]:
+        """The owner of each column."""
+        return [column.owner for column in self.columns]
+
+    @property
+    def between(self) -> NDArray[np.bool_]:
+        """Shape (columns, columns): whether a plan can have both."""
+        names = np.array(self.owners)
+        return np.asarray(names[:, None] != names[None, :], dtype=np.bool_)
+
+    def base(self, part: Part) -> Base:
+        """Return the context's run on a batch with every intermediate value; the last batch is kept."""
+        if self._kept is None or self._kept[0] != part.index:
+            self._kept = None
             with torch.no_grad():
-                self._base = (part.index, *self.replay.forward(part.images.inputs, self.off))
-        return self._base[1:]
+                reference, environment = self.replay.forward(part.images.inputs, self.off)
+                answer = reference
+                if self._context:
+                    answer, environment = self.replay.forward(part.images.inputs, self._standing)
+            losses = LOSSES[self.loss](reference, answer, part.images.labels)
+            self._kept = (part.index, Base(reference, answer, environment, losses))
+        return self._kept[1]
 
     def run(
         self, base: Environment, column: int, on_top_of: int | None = None, keep: bool = False
     ) -> tuple[Tensor, Environment]:
-        """Replay one candidate, alone or on top of the run of another.
+        """Replay one column, alone or on top of the run of another.
 
         Args:
-            base: environment of the float run, or of `on_top_of`'s run with keep=True.
-            column: index of the candidate.
-            on_top_of: index of the candidate that `base` already holds.
+            base: environment of the context's run, or of `on_top_of`'s run with keep=True.
+            column: index of the column.
+            on_top_of: index of the column that `base` already holds.
             keep: return an environment for further replays.
         """
-        own = self._substitutions[column]
-        below = {} if on_top_of is None else self._substitutions[on_top_of]
+        below = () if on_top_of is None else (on_top_of,)
+        before = self._assigned(*below) if below else self._standing
+        after = self._assigned(*below, column)
+        changed = [name for name, replacement in after.items() if replacement is not before[name]]
         with torch.no_grad():
-            return self.replay.replay(base, {**self.off, **below, **own}, changed=own, keep=keep)
+            return self.replay.replay(base, after, changed=changed, keep=keep)
 
-    def losses(self, reference: Tensor, answer: Tensor, images: CalibrationSet) -> Tensor:
-        """Return the loss per image, float64 of shape (images,)."""
-        return LOSSES[self.loss](reference, answer, images.labels)
+    def losses(self, base: Base, answer: Tensor, images: CalibrationSet) -> Tensor:
+        """Return the loss per image above the context's, float64 of shape (images,)."""
+        return LOSSES[self.loss](base.reference, answer, images.labels) - base.losses
 
     def take_spent(self, images: int) -> float:
         """Return what was run since the last call, in whole-network passes over one image, and start again."""
         spent, self.replay.spent = self.replay.spent, 0.0
         return spent / self.network_cost * images
 
-    def track(self, parts: list[Part], title: str) -> Iterator[Part]:
-        """Yield the batches under a progress bar."""
-        yield from self.reporter.track(parts, title, len(parts))
+    def measure(self, title: str, work: Mapping[str, Callable[[], Cell]]) -> dict[str, Arrays]:
+        """Return finished cells by key: those of the store as they are, the others measured and kept.
+
+        Args:
+            title: shown with the progress.
+            work: key -> measures the cell; in an order that uses one batch after the other.
+        """
+        cells: dict[str, Arrays] = {}
+        for key, measured in self.reporter.track(work.items(), title, len(work)):
+            known = self.store.get(key)
+            cells[key] = self.store.put(key, measured()) if known is None else known
+        return cells
+
+    def matrix(
+        self,
+        name: str,
+        values: NDArray[np.float64],
+        stderr: NDArray[np.float64],
+        evaluations: float,
+        notes: Mapping[str, float] | None = None,
+        unit: str | None = None,
+    ) -> SensitivityMatrix:
+        """Return the candidates' matrix of what was measured on the columns: `spread values spread'`.
+
+        Args:
+            name: the estimator.
+            values: shape (columns, columns), symmetric.
+            stderr: of the same shape, standard errors.
+            evaluations: whole-network passes over one image spent.
+            notes: what the estimator has to say about its own work.
+            unit: unit of the values; None for the loss's own.
+        """
+        share = self.spread
+        gathered = share @ ((values + values.T) / 2) @ share.T
+        variance = share**2 @ np.nan_to_num(stderr) ** 2 @ (share**2).T
+        unknown = share @ np.isnan(stderr) @ share.T > 0
+        return SensitivityMatrix(
+            self.candidates,
+            (gathered + gathered.T) / 2,
+            np.where(unknown, np.nan, np.sqrt(variance)),
+            name,
+            evaluations,
+            UNITS[self.loss] if unit is None else unit,
+            self.context_loss(),
+            dict(notes or {}),
+        )
+
+    def context_loss(self) -> float:
+        """Return the mean loss of the context over all images, 0 for the float network."""
+        if not self._context:
+            return 0.0
+        key = "context"
+        known = self.store.get(key)
+        if known is None:
+            losses = torch.cat([self.base(part).losses for part in self.parts])
+            known = self.store.put(key, {"losses": losses.numpy(), "evaluations": self.take_spent(len(self.images))})
+        return float(known["losses"].mean())
 
 
-def _constant(value: Tensor) -> Replacement:
-    def replaced(_: Tensor) -> Tensor:
-        return value
-
-    return replaced
+def standard_error(samples: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the standard error of the mean over the last axis; NaN for a single sample."""
+    if samples.shape[-1] < 2:
+        return np.full(samples.shape[:-1], np.nan)
+    return np.asarray(samples.std(axis=-1, ddof=1) / np.sqrt(samples.shape[-1]), dtype=np.float64)
 
 
 def _node_cost(node: torch.fx.Node) -> float:

@@ -1,20 +1,20 @@
-"""Single substitutions: the loss and the output shift of every candidate on its own.
+"""Single substitutions: the loss and the output shift of every column on its own.
 
-From one sweep over the n candidates come the measured diagonal and, through inner products of the embedded shifts
+From one sweep over the n columns come the measured diagonal and, through inner products of the embedded shifts
 `e_i` (`loss ~ |e|^2 / 2`, see `core.losses.embed_shift`), the Gram approximation of every pair.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fxquant.core.losses import embed_shift
-from fxquant.passes.sensitivity.scorer import Part, Scorer
+from fxquant.passes.sensitivity.scorer import Cell, Part, Scorer
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Singles:
     """Sums over all images of a sweep of single substitutions.
 
     Args:
-        losses: shape (n, images), loss of candidate i on each image.
+        losses: shape (n, images), loss of column i on each image.
         gram: shape (n, n), mean over images of `e_i . e_j`.
         gram_stderr: shape (n, n), its standard error; NaN for a single image.
         evaluations: whole-network passes over one image spent.
@@ -35,8 +35,9 @@ class Singles:
 
 
 def measure_singles(scorer: Scorer) -> Singles:
-    """Run every candidate alone on every image, resuming from the scorer's store."""
-    cells = [_cell(scorer, part) for part in scorer.track(scorer.parts, "score single choices")]
+    """Run every column alone on every image, resuming from the scorer's store."""
+    work = {f"singles-{part.index}": partial(_cell, scorer, part) for part in scorer.parts}
+    cells = list(scorer.measure("score single choices", work).values())
     losses = np.concatenate([cell["losses"] for cell in cells], axis=1)
     total = losses.shape[1]
     mean = np.sum([cell["gram_sum"] for cell in cells], axis=0) / total
@@ -45,25 +46,18 @@ def measure_singles(scorer: Scorer) -> Singles:
     return Singles(losses, mean, stderr, float(sum(float(cell["evaluations"]) for cell in cells)))
 
 
-def _cell(scorer: Scorer, part: Part) -> dict[str, NDArray[Any]]:
-    key = f"singles-{part.index}"
-    known = scorer.store.get(key)
-    if known is not None:
-        return known
-    reference, base = scorer.base(part)
+def _cell(scorer: Scorer, part: Part) -> Cell:
+    base = scorer.base(part)
     losses, shifts = [], []
-    for column in range(len(scorer.candidates)):
-        answer, _ = scorer.run(base, column)
-        losses.append(scorer.losses(reference, answer, part.images).numpy())
-        shifts.append(embed_shift(scorer.loss, reference.float(), (answer - reference).float()))
+    for column in range(len(scorer.columns)):
+        answer, _ = scorer.run(base.environment, column)
+        losses.append(scorer.losses(base, answer, part.images).numpy())
+        shifts.append(embed_shift(scorer.loss, base.answer.float(), (answer - base.answer).float()))
     embedded = torch.stack(shifts).transpose(0, 1)
     per_image = torch.matmul(embedded, embedded.transpose(1, 2)).double()
-    return scorer.store.put(
-        key,
-        {
-            "losses": np.stack(losses),
-            "gram_sum": per_image.sum(dim=0).numpy(),
-            "gram_square": per_image.square().sum(dim=0).numpy(),
-            "evaluations": scorer.take_spent(len(part.images)),
-        },
-    )
+    return {
+        "losses": np.stack(losses),
+        "gram_sum": per_image.sum(dim=0).numpy(),
+        "gram_square": per_image.square().sum(dim=0).numpy(),
+        "evaluations": scorer.take_spent(len(part.images)),
+    }

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 
 from fxquant.core.data import CalibrationSet
-from fxquant.passes.sensitivity.diagonal import diagonal, standard_error
+from fxquant.passes.sensitivity.diagonal import diagonal
+from fxquant.passes.sensitivity.scorer import standard_error
 from tests.scoring import inputs, scorer, simulated
 
 

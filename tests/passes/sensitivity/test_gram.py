@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fxquant.core.data import CalibrationSet
-from fxquant.passes.sensitivity.gram import gram, same_site
+from fxquant.passes.sensitivity.gram import gram
 from tests.scoring import full_forward, inputs, scorer, simulated
 
 IMAGES = CalibrationSet(inputs("plain", 6))
@@ -28,7 +28,3 @@ def test_positive_semidefinite_where_the_loss_is_quadratic() -> None:
     found = gram(scorer(simulated("split", (4, 6, 8)), CalibrationSet(inputs("split", 24)), "mse"))
     eigenvalues = np.linalg.eigvalsh(found.values)
     assert eigenvalues[0] >= -1e-6 * eigenvalues[-1]
-
-
-def test_mask_of_one_site() -> None:
-    assert same_site(["a", "a", "b"]).tolist() == [[True, True, False], [True, True, False], [False, False, True]]

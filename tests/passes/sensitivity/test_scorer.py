@@ -4,42 +4,46 @@ import numpy as np
 import pytest
 import torch
 
+from fxquant import pipeline
+from fxquant.core.allocation import BitAllocation
 from fxquant.core.data import CalibrationSet
 from fxquant.core.grids import FakeQuantNodes
+from fxquant.core.losses import LOSSES
+from fxquant.core.oracle import model_outputs
+from fxquant.core.program import Program
 from fxquant.core.score_store import ScoreStore
-from fxquant.core.spec import Candidate, Choice
+from fxquant.core.spec import Candidate, Choice, Sites
 from fxquant.passes.sensitivity import scorer as scorer_module
+from fxquant.passes.sensitivity.diagonal import diagonal
+from fxquant.passes.sensitivity.pairs import pairs
 from fxquant.passes.sensitivity.scorer import Part, Scorer
-from tests.scoring import columns, full_forward, inputs, scorer, simulated, traced
+from tests.scoring import calibrated, columns, full_forward, inputs, scorer, simulated, traced
 
 IMAGES = CalibrationSet(inputs("plain", 6))
 
 
 def test_the_base_is_the_float_network_bit_for_bit() -> None:
-    reference, _ = scorer(simulated("plain"), IMAGES).base(Part(0, IMAGES))
+    base = scorer(simulated("plain"), IMAGES).base(Part(0, IMAGES))
+    assert torch.equal(base.reference, base.answer)
     with torch.no_grad():
-        assert torch.equal(reference, traced("plain").module(*IMAGES.inputs))
+        assert torch.equal(base.reference, traced("plain").module(*IMAGES.inputs))
 
 
 @pytest.mark.parametrize("name", ["plain", "shared", "two_inputs"])
 def test_every_candidate_alone_is_a_whole_forward_pass(name: str) -> None:
     images = CalibrationSet(inputs(name, 6))
     each = scorer(simulated(name), images)
-    _, base = each.base(Part(0, images))
+    base = each.base(Part(0, images)).environment
     for column, candidate in enumerate(each.candidates):
         answer, _ = each.run(base, column)
         assert torch.equal(answer, full_forward(name, 6, candidate))
 
 
 def test_activation_bits_of_a_candidate_count() -> None:
-    each = scorer(simulated("plain", (8,), (4, 8)), IMAGES)
-    reference, base = each.base(Part(0, IMAGES))
-    column = {c: k for k, c in enumerate(each.candidates)}
+    found = diagonal(scorer(simulated("plain", (8,), (4, 8)), IMAGES))
+    column = {c: k for k, c in enumerate(found.candidates)}
     for site in ("conv1", "conv2", "fc"):
-        coarse, fine = (
-            float(each.losses(reference, each.run(base, column[Candidate(site, Choice(8, bits))])[0], IMAGES).mean())
-            for bits in (4, 8)
-        )
+        coarse, fine = (found.values[k, k] for k in (column[Candidate(site, Choice(8, bits))] for bits in (4, 8)))
         assert coarse > 5 * fine > 0
 
 
@@ -47,7 +51,7 @@ def test_substitutions_leave_the_program_alone() -> None:
     program = simulated("plain")
     before = {key: value.clone() for key, value in program.module.state_dict().items()}
     each = scorer(program, IMAGES)
-    _, base = each.base(Part(0, IMAGES))
+    base = each.base(Part(0, IMAGES)).environment
     for column in range(len(each.candidates)):
         each.run(base, column)
     assert all(torch.equal(value, before[key]) for key, value in program.module.state_dict().items())
@@ -73,7 +77,7 @@ def test_large_intermediate_values_make_small_batches(monkeypatch: pytest.Monkey
 def test_work_is_counted_in_whole_passes() -> None:
     each = scorer(simulated("plain"), IMAGES)
     assert each.take_spent(1) == 0
-    _, base = each.base(Part(0, IMAGES))
+    base = each.base(Part(0, IMAGES)).environment
     assert each.take_spent(6) == pytest.approx(6)
     each.base(Part(0, IMAGES))
     assert each.take_spent(6) == 0
@@ -96,7 +100,48 @@ def test_columns_by_depth_follow_the_graph() -> None:
 
 def test_losses_are_float64_per_image() -> None:
     each = scorer(simulated("plain"), IMAGES)
-    reference, _ = each.base(Part(0, IMAGES))
-    found = each.losses(reference, reference, IMAGES)
+    base = each.base(Part(0, IMAGES))
+    found = each.losses(base, base.reference, IMAGES)
     assert found.dtype == torch.float64
     assert np.array_equal(found.numpy(), np.zeros(6))
+
+
+def choices(name: str, *labels: str) -> dict[str, Choice]:
+    sites = simulated(name)[Sites].sites
+    return {site.name: Choice.parse(label) for site, label in zip(sites, labels, strict=True)}
+
+
+def measured(program: Program, plan: dict[str, Choice], images: CalibrationSet) -> float:
+    """KL of a whole plan, by its simulated graph and whole forward passes."""
+    module = pipeline.simulate(program, BitAllocation(plan), round_biases=False).module
+    answer, reference = (model_outputs(each, images.inputs) for each in (module, program.module))
+    return float(LOSSES["kl"](reference, answer, None).mean())
+
+
+@pytest.mark.parametrize("widths", [(8,), (4, 8)])
+def test_around_a_plan_two_changed_owners_are_modelled_exactly(widths: tuple[int, ...]) -> None:
+    calibrated_program = calibrated("plain", (2, 4, 8), widths)
+    context = choices("plain", "W4A8", "W4A8", "W8A8", "W4A8")
+    each = Scorer(
+        simulated("plain", (2, 4, 8), widths), IMAGES, "kl", ScoreStore(None, {}), context=BitAllocation(context)
+    )
+    found = pairs(each)
+    assert found.constant == pytest.approx(measured(calibrated_program, context, IMAGES), rel=1e-4)
+    assert found.predict(context) == pytest.approx(found.constant, rel=1e-6)
+    other = [("W2A8", "W4A8", "W2A8", "W4A8"), ("W4A8", "W8A8", "W8A8", "W2A8"), ("W4A8", "W4A8", "W4A8", "W4A8")]
+    if len(widths) > 1:
+        # The input's width and one weight; the width of the value that two layers read.
+        other += [("W2A4", "W4A8", "W8A8", "W4A8"), ("W4A8", "W4A4", "W8A4", "W4A8")]
+    for labels in other:
+        plan = choices("plain", *labels)
+        assert found.predict(plan) == pytest.approx(measured(calibrated_program, plan, IMAGES), rel=1e-3, abs=1e-9)
+
+
+def test_a_context_leaves_its_own_choices_at_zero() -> None:
+    context = choices("plain", "W4A8", "W2A8", "W8A8", "W4A8")
+    each = Scorer(simulated("plain"), IMAGES, "kl", ScoreStore(None, {}), context=BitAllocation(context))
+    found = pairs(each)
+    own = [k for k, c in enumerate(found.candidates) if context[c.site] == c.choice]
+    assert len(own) == 4
+    assert np.abs(found.values[own]).max() == 0
+    assert found.values.any()

@@ -1,0 +1,169 @@
+"""What is measured: the perturbations behind the candidates, and how candidates are made of them.
+
+With one activation width, a candidate (site, W, A) is one perturbation: its weight is rounded, and so is the activation
+it reads (CLADO, arXiv 2307.05657). With several widths, weight and activation are perturbed apart: one column for each
+(site, W), and one for each (tie of activation groups, A) that rounds every value of the tie, as a plan would. The k
+sites that read the tie agree on A and carry `1 / k` of its column each, so that together they carry it once:
+`values = spread measured spread'`. Rounding a shared value once per reader instead would count its noise k times.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fxquant.core.allocation import BitAllocation
+from fxquant.core.edges import EdgeGroups
+from fxquant.core.fake_quant import FakeQuantize
+from fxquant.core.graphs import resolve, tensor_at
+from fxquant.core.grids import FakeQuantNodes, WeightGrids
+from fxquant.core.program import Program
+from fxquant.core.ranges import Ranges
+from fxquant.core.spec import FLOAT_BITS, Sites, activation_spec
+
+Replacement = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """Stands in for a fake-quant node on a weight: the rounded weight, whatever the input."""
+
+    value: Tensor
+
+    def __call__(self, _: Tensor) -> Tensor:
+        """Return the rounded weight."""
+        return self.value
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """One perturbation.
+
+    Args:
+        owner: what it perturbs; of the columns of one owner a plan has at most one.
+        substitution: fake-quant node -> what takes its place; empty for float.
+        site: the site whose weight it rounds, None for activations alone.
+        weight_bits: width of that weight, None without.
+        activation_bits: width of the activations, None where they stay as they are.
+    """
+
+    owner: str
+    substitution: Mapping[str, Replacement]
+    site: str | None
+    weight_bits: int | None
+    activation_bits: int | None
+
+
+class Quantizers:
+    """The replacements of a simulated graph's fake-quant nodes: one object per node and width, compared by identity."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._nodes = program[FakeQuantNodes]
+        self._weights: dict[tuple[str, int], Constant] = {}
+        self._activations: dict[tuple[str, int], FakeQuantize] = {}
+
+    def weight(self, site: str, bits: int) -> dict[str, Replacement]:
+        """Return the substitution that rounds a site's weight."""
+        if (site, bits) not in self._weights:
+            grid, path = self._program[WeightGrids].at(site, bits), self._program[Sites].by_name(site).weight
+            value = tensor_at(self._program.module, path).detach()
+            with torch.no_grad():
+                rounded = FakeQuantize(grid.spec, grid.scale, grid.zero_point)(value)
+            self._weights[site, bits] = Constant(rounded)
+        return dict.fromkeys(self._nodes.weights[site], self._weights[site, bits])
+
+    def inputs(self, site: str, bits: int) -> dict[str, Replacement]:
+        """Return the substitution that rounds the values a site reads."""
+        return {name: self._activation(name, bits) for name in self._nodes.inputs[site]}
+
+    def group(self, group: str, bits: int) -> dict[str, Replacement]:
+        """Return the substitution that rounds every value of an activation group."""
+        return {name: self._activation(name, bits) for name in self._nodes.activations[group]}
+
+    def _activation(self, name: str, bits: int) -> FakeQuantize:
+        if (name, bits) not in self._activations:
+            groups, spec = self._program[EdgeGroups], activation_spec(bits)
+            source = resolve(self._program.module.graph, name).all_input_nodes[0]
+            group = groups.group_of(source.name)
+            assert group is not None
+            quantizer = FakeQuantize(spec, *self._program[Ranges].parameters(groups.producers[group], spec))
+            self._activations[name, bits] = quantizer
+        return self._activations[name, bits]
+
+    def plan(self, plan: BitAllocation) -> dict[str, dict[str, Replacement]]:
+        """Return owner -> substitution of a whole plan, values that no site reads at the plan's widest width."""
+        sites, groups = self._program[Sites], self._program[EdgeGroups]
+        integers = [c.activation_bits for c in plan.choices.values() if not c.is_float]
+        widths: dict[str, int] = {}
+        parts: dict[str, dict[str, Replacement]] = {}
+        for site in sites.sites:
+            choice = plan.choices[site.name]
+            parts[site.name] = {} if choice.is_float else self.weight(site.name, choice.weight_bits)
+            if not choice.is_float:
+                widths[site.input_tie] = choice.activation_bits
+        read = {site.input_tie for site in sites.sites}
+        for group, tie in groups.bit_ties.items():
+            default = None if tie in read or not integers else max(integers)
+            bits = widths.get(tie, default)
+            if bits is not None:
+                parts.setdefault(f"tie {tie}", {}).update(self.group(group, bits))
+        return parts
+
+
+def columns_of(program: Program, quantizers: Quantizers) -> tuple[tuple[Column, ...], NDArray[np.float64]]:
+    """Return the perturbations to measure, and the shares that make the candidates of them.
+
+    Returns:
+        The m columns, and `spread` of shape (candidates, m), entries in 0..1.
+    """
+    sites = program[Sites]
+    widths = {c.choice.activation_bits for c in sites.candidates if not c.choice.is_float}
+    if len(widths) <= 1:
+        return _joint(sites, quantizers), np.eye(len(sites.candidates))
+    return _apart(program, quantizers)
+
+
+def _joint(sites: Sites, quantizers: Quantizers) -> tuple[Column, ...]:
+    made = []
+    for site, choice in ((c.site, c.choice) for c in sites.candidates):
+        if choice.is_float:
+            made.append(Column(site, {}, site, FLOAT_BITS, None))
+        else:
+            both = quantizers.weight(site, choice.weight_bits) | quantizers.inputs(site, choice.activation_bits)
+            made.append(Column(site, both, site, choice.weight_bits, choice.activation_bits))
+    return tuple(made)
+
+
+def _apart(program: Program, quantizers: Quantizers) -> tuple[tuple[Column, ...], NDArray[np.float64]]:
+    sites, ties = program[Sites], program[EdgeGroups].bit_ties
+    readers: defaultdict[str, int] = defaultdict(int)
+    for site in sites.sites:
+        readers[site.input_tie] += 1
+    columns: list[Column] = []
+    at: dict[tuple[str, int], int] = {}
+    for site in sites.sites:
+        for bits in sorted({choice.weight_bits for choice in site.choices}):
+            change = {} if bits == FLOAT_BITS else quantizers.weight(site.name, bits)
+            at[site.name, bits] = len(columns)
+            columns.append(Column(site.name, change, site.name, bits, None))
+    for tie in readers:
+        members = [group for group, own in ties.items() if own == tie]
+        choices = [choice for site in sites.sites if site.input_tie == tie for choice in site.choices]
+        for bits in sorted({choice.activation_bits for choice in choices if not choice.is_float}):
+            change = {name: r for group in members for name, r in quantizers.group(group, bits).items()}
+            at[f"tie {tie}", bits] = len(columns)
+            columns.append(Column(f"tie {tie}", change, None, None, bits))
+    spread = np.zeros((len(sites.candidates), len(columns)))
+    for row, candidate in enumerate(sites.candidates):
+        spread[row, at[candidate.site, candidate.choice.weight_bits]] = 1.0
+        if not candidate.choice.is_float:
+            tie = sites.by_name(candidate.site).input_tie
+            spread[row, at[f"tie {tie}", candidate.choice.activation_bits]] = 1.0 / readers[tie]
+    return tuple(columns), spread

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fxquant.core.allocation import BitAllocation
+from fxquant.core.edges import EdgeGroups
+from fxquant.core.grids import FakeQuantNodes
+from fxquant.core.spec import Choice, Sites
+from fxquant.passes.sensitivity.columns import Quantizers, columns_of
+from tests.scoring import simulated
+
+
+def test_one_activation_width_makes_one_column_per_candidate() -> None:
+    program = simulated("plain")
+    columns, spread = columns_of(program, Quantizers(program))
+    assert [(c.site, c.weight_bits) for c in columns] == [
+        (c.site, c.choice.weight_bits) for c in program[Sites].candidates
+    ]
+    assert np.array_equal(spread, np.eye(12))
+    conv1 = columns[0]
+    nodes = program[FakeQuantNodes]
+    assert set(conv1.substitution) == {*nodes.weights["conv1"], *nodes.inputs["conv1"]}
+
+
+def test_several_widths_are_perturbed_apart_from_weights() -> None:
+    program = simulated("plain", (2, 8), (4, 8))
+    columns, spread = columns_of(program, Quantizers(program))
+    # Four sites at two widths, and three ties (image, the value two layers read, pooled) at two widths.
+    assert [c.owner for c in columns if c.site is None] == [
+        f"tie {t}" for t in ("x", "x", "relu", "relu", "mean", "mean")
+    ]
+    assert len(columns) == 8 + 6
+    assert spread.shape == (16, 14)
+    row = {c: k for k, c in enumerate(program[Sites].candidates)}
+    plan = {site.name: Choice(2, 4) for site in program[Sites].sites}
+    chosen = sum(spread[row[c]] for c in row if plan[c.site] == c.choice)
+    # A whole plan carries each tie's column once, however many sites read it.
+    assert sorted(chosen) == [0.0] * 7 + [1.0] * 7
+
+
+def test_a_tie_rounds_every_value_of_its_groups() -> None:
+    program = simulated("residual", (8,), (4, 8))
+    columns, _ = columns_of(program, Quantizers(program))
+    groups, nodes = program[EdgeGroups], program[FakeQuantNodes]
+    for column in columns:
+        if column.site is None:
+            members = [g for g, tie in groups.bit_ties.items() if f"tie {tie}" == column.owner]
+            assert set(column.substitution) == {name for g in members for name in nodes.activations[g]}
+
+
+def test_the_same_width_is_the_same_object_so_that_nothing_counts_as_changed() -> None:
+    program = simulated("plain")
+    quantizers = Quantizers(program)
+    plan = BitAllocation({site.name: Choice(4, 8) for site in program[Sites].sites})
+    parts = quantizers.plan(plan)
+    assert set(parts) == {site.name for site in program[Sites].sites} | {"tie x", "tie relu", "tie mean"}
+    again = quantizers.weight("fc", 4)
+    assert all(parts["fc"][name] is replacement for name, replacement in again.items())
+    inputs = quantizers.inputs("fc", 8)
+    assert all(parts["tie mean"][name] is replacement for name, replacement in inputs.items())
+
+
+def test_a_float_site_leaves_its_weight_alone() -> None:
+    program = simulated("plain", (4, 32))
+    names = [site.name for site in program[Sites].sites]
+    plan = BitAllocation({name: Choice.parse("float" if name == "fc" else "W4A8") for name in names})
+    parts = Quantizers(program).plan(plan)
+    assert parts["fc"] == {}
+    assert parts["conv1"]
+    assert "tie mean" not in parts
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_rounded_weight_has_at_most_two_to_the_bits_values(bits: int) -> None:
+    program = simulated("plain")
+    (replacement,) = set(Quantizers(program).weight("fc", bits).values())
+    value = replacement(torch.empty(0))
+    assert all(len(row.unique()) <= 2**bits for row in value)
