@@ -16,6 +16,7 @@ from fxquant.core.budget import Budget
 from fxquant.core.cost import CostTables
 from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import CalibrationError, InfeasibleBudgetError, OptionError, PipelineError
+from fxquant.core.limits import LIMIT_TABLES, fits, infeasible_message, reachable, unit_of, usage
 from fxquant.core.losses import LOSSES, default_loss
 from fxquant.core.oracle import model_outputs
 from fxquant.core.program import Program
@@ -28,7 +29,7 @@ from fxquant.core.spec import Choice, Sites
 from fxquant.core.store import tensor_digest, text_digest
 from fxquant.core.target import Target
 from fxquant.core.timing import time_interleaved
-from fxquant.passes.allocate_bits import LIMIT_TABLES, AllocateBits, fits, infeasible_message, reachable, unit_of, usage
+from fxquant.passes.allocate_bits import AllocateBits
 from fxquant.passes.base import Pass
 from fxquant.passes.calibrate import Calibrate
 from fxquant.passes.canonicalize import Canonicalize

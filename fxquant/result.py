@@ -19,6 +19,7 @@ from fxquant.core.allocation import BitAllocation, Finalists
 from fxquant.core.cost import CostTable, CostTables
 from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import CalibrationError, FileFormatError, OptionError, OutputError
+from fxquant.core.limits import usage
 from fxquant.core.program import Program
 from fxquant.core.ranges import Ranges
 from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
@@ -32,7 +33,6 @@ from fxquant.core.store import (
     write_json,
     write_tensors,
 )
-from fxquant.passes.allocate_bits import usage
 from fxquant.passes.scale_weights import ScaleWeights
 from fxquant.tracing import capture
 

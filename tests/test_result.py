@@ -255,4 +255,4 @@ def test_views_of_one_result_agree() -> None:
         result.allocation.choices
         == result.finalists[min(result.allocation.finalists, key=result.allocation.finalists.__getitem__)].choices
     )
-    assert set(result.costs.tables) == {"size", "bops", "average_bits"}
+    assert set(result.costs.tables) == {"size", "bops", "average_bits", "activation"}

@@ -19,6 +19,7 @@ class Budget:
         average_bits: `sum(bits x weights) / sum(weights)` over every quantized weight.
         bops: bit operations for one sample, `sum(MACs x weight bits x activation bits)`.
         bops_ratio: the same against 32 x 32 bits.
+        activation_mb: 10^6 bytes of the activations of one sample that are live at once, at the worst moment.
         latency_ms: milliseconds for one sample on this machine in the target's runtime.
         latency_ratio: the same against the float model in the same runtime.
 
@@ -31,6 +32,7 @@ class Budget:
     average_bits: float | None = None
     bops: float | None = None
     bops_ratio: float | None = None
+    activation_mb: float | None = None
     latency_ms: float | None = None
     latency_ratio: float | None = None
 

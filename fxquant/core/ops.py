@@ -45,6 +45,7 @@ class OpRule:
         channel_axis: axis of the weight that counts output channels.
         macs: multiply-accumulates of the node for the batch it was traced with; None where there are none.
         refuse: returns why this node is treated as a float op all the same, or None.
+        shares: whether the output is the input's memory seen in another shape, so that nothing is allocated.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class OpRule:
     channel_axis: int = 0
     macs: Callable[[Node], int] | None = None
     refuse: Callable[[Node], str | None] | None = None
+    shares: bool = False
 
 
 def shape_of(node: object) -> tuple[int, ...]:
@@ -80,9 +82,23 @@ def traced_images(graph: Graph) -> int:
 
 def sample_shape(node: Node) -> tuple[int, ...]:
     """Return the shape of a node's tensor for one image, wherever the images are among its axes."""
-    images, value = traced_images(node.graph), node.meta.get("val")
+    return _one_of(node.meta.get("val"), traced_images(node.graph))
+
+
+def _one_of(value: object, images: int) -> tuple[int, ...]:
     sizes = value.shape if isinstance(value, torch.Tensor) else ()
     return tuple(size if isinstance(size, int) else max(1, _hint(size) // images) for size in sizes)
+
+
+def sample_elements(node: Node) -> tuple[int, int]:
+    """Return how many elements a node makes for one image, all its tensors together, and the bytes of the widest.
+
+    Floating-point numbers count as float32, the yardstick, whatever type the parameters happen to have.
+    """
+    value, images = node.meta.get("val"), traced_images(node.graph)
+    tensors = [t for t in (value if isinstance(value, tuple | list) else [value]) if isinstance(t, torch.Tensor)]
+    widest = max((4 if t.is_floating_point() else t.element_size() for t in tensors), default=0)
+    return sum(prod(_one_of(tensor, images)) for tensor in tensors), widest
 
 
 def _conv_macs(node: Node) -> int:
@@ -136,7 +152,7 @@ def _needs_clip_at_zero(node: Node) -> str | None:
     return None if low in (0, 0.0) else "only a clip that starts at zero disappears into a quantizer"
 
 
-_KEEP = OpRule("reshape", ScaleRule.KEEP)
+_KEEP = OpRule("reshape", ScaleRule.KEEP, shares=True)
 _FLOAT = OpRule("pointwise", ScaleRule.FLOAT)
 _CONV = OpRule("conv", ScaleRule.OWN, (0,), weight=1, bias=2, macs=_conv_macs)
 _MATMUL = OpRule("matmul", ScaleRule.OWN, (0, 1), macs=_matmul_macs)
@@ -160,8 +176,8 @@ OPS: dict[object, OpRule] = {
     aten.max_pool2d.default: OpRule("max_pool", ScaleRule.KEEP),
     aten.pad.default: OpRule("pad", ScaleRule.KEEP, refuse=_needs_zero_fill),
     aten.constant_pad_nd.default: OpRule("pad", ScaleRule.KEEP, refuse=_needs_zero_fill),
-    aten.slice.Tensor: OpRule("slice", ScaleRule.KEEP),
-    aten.select.int: OpRule("slice", ScaleRule.KEEP),
+    aten.slice.Tensor: OpRule("slice", ScaleRule.KEEP, shares=True),
+    aten.select.int: OpRule("slice", ScaleRule.KEEP, shares=True),
     aten.view.default: _KEEP,
     aten.reshape.default: _KEEP,
     aten._unsafe_view.default: _KEEP,
@@ -169,11 +185,11 @@ OPS: dict[object, OpRule] = {
     aten.unsqueeze.default: _KEEP,
     aten.squeeze.dim: _KEEP,
     aten.squeeze.dims: _KEEP,
-    aten.permute.default: OpRule("transpose", ScaleRule.KEEP),
-    aten.transpose.int: OpRule("transpose", ScaleRule.KEEP),
-    aten.t.default: OpRule("transpose", ScaleRule.KEEP),
-    aten.clone.default: _KEEP,
-    aten.contiguous.default: _KEEP,
+    aten.permute.default: OpRule("transpose", ScaleRule.KEEP, shares=True),
+    aten.transpose.int: OpRule("transpose", ScaleRule.KEEP, shares=True),
+    aten.t.default: OpRule("transpose", ScaleRule.KEEP, shares=True),
+    aten.clone.default: OpRule("reshape", ScaleRule.KEEP),
+    aten.contiguous.default: OpRule("reshape", ScaleRule.KEEP),
     aten.relu.default: OpRule("relu", ScaleRule.ABSORB),
     aten.relu6.default: OpRule("relu6", ScaleRule.ABSORB),
     aten.hardtanh.default: OpRule("relu6", ScaleRule.ABSORB, refuse=_needs_clip_at_zero),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fxquant.core.errors import OptionError
+from fxquant.core.spec import FLOAT_BITS, MAX_BITS
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,10 @@ class Target:
         storage_bits: weight width -> width it is stored in; a width without a type takes the next one.
         output_quantized: kinds whose kernel can only write integers, so that their output carries a quantizer.
         refuse_joins: kind -> why it stays in float although it could be quantized.
+        activation_storage_bits: activation width -> width it is stored in; a width that is not named takes 8.
 
     Raises:
-        OptionError: a storage width that is narrower than the width it stores, or one that is missing.
+        OptionError: a storage width that is narrower than the width it stores, or one of a weight that is missing.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Target:
     storage_bits: Mapping[int, int]
     output_quantized: frozenset[str] = frozenset()
     refuse_joins: Mapping[str, str] = field(default_factory=dict)
+    activation_storage_bits: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for bits in self.weight_bits:
@@ -42,3 +45,14 @@ class Target:
                 raise OptionError(
                     f"target {self.name!r} stores {bits}-bit weights in {stored} bits; give a width >= {bits}"
                 )
+        for bits in self.activation_bits:
+            stored = self.activation_storage(bits)
+            if stored < bits:
+                raise OptionError(
+                    f"target {self.name!r} stores {bits}-bit activations in {stored} bits; give a width >= {bits}"
+                )
+
+    def activation_storage(self, bits: int) -> int:
+        """Return the bits that hold one element of an activation of this width, 2..8, or 32 for float."""
+        # Runtimes for this machine hold every integer activation in a byte; an accelerator may pack narrower ones.
+        return FLOAT_BITS if bits == FLOAT_BITS else self.activation_storage_bits.get(bits, MAX_BITS)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.errors import OptionError
+from fxquant.core.limits import LIMIT_TABLES, fits, reachable, unit_of
 from fxquant.core.settings import Settings
 from fxquant.core.spec import Sites
-from fxquant.passes.allocate_bits import LIMIT_TABLES, fits, reachable, uniform_plans, unit_of
+from fxquant.passes.allocate_bits import uniform_plans
 from fxquant.report.layers import finite, layer_rows, model_bytes
 
 if TYPE_CHECKING:

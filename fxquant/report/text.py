@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 UNITS = {"size_mb": "MB", "size_ratio": "x float", "average_bits": "bits", "bops": "bit operations"}
-UNITS |= {"bops_ratio": "x float", "latency_ms": "ms", "latency_ratio": "x float"}
+UNITS |= {"bops_ratio": "x float", "activation_mb": "MB", "latency_ms": "ms", "latency_ratio": "x float"}
 """Limit of a budget -> its unit."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxquant.passes.cost import average_bits, bops, size
+from fxquant.passes.cost import activation, average_bits, bops, size
 from fxquant.passes.cost.registry import COSTS, CostModel
 
-__all__ = ["COSTS", "CostModel", "average_bits", "bops", "size"]
+__all__ = ["COSTS", "CostModel", "activation", "average_bits", "bops", "size"]

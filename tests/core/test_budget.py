@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from fxquant.core.budget import Budget
 from fxquant.core.errors import OptionError
 
-NAMES = ("size_mb", "size_ratio", "average_bits", "bops", "bops_ratio", "latency_ms", "latency_ratio")
+NAMES = ("size_mb", "size_ratio", "average_bits", "bops", "bops_ratio", "activation_mb", "latency_ms", "latency_ratio")
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), st.floats(1e-6, 1e12), min_size=1))

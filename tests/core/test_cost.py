@@ -18,6 +18,49 @@ def test_cost_of_a_plan() -> None:
     assert TABLE.of({}) == 100.0
 
 
+PEAK = CostTable(
+    CANDIDATES, np.array([[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 1.0, 4.0]]), 100.0, 400.0, "bytes", np.array([3.0, 0.0])
+)
+
+
+def test_the_largest_of_several_sums() -> None:
+    assert PEAK.of({"a": Choice(8, 8), "b": Choice(4, 8)}) == 105.0
+    assert PEAK.of({"a": Choice(4, 8), "b": Choice(8, 8)}) == 104.0
+    assert PEAK.of({}) == 103.0
+    values, constants = TABLE.rows
+    assert values.shape == (1, 4)
+    assert constants.tolist() == [100.0]
+
+
+def test_rows_come_back_from_json_and_a_sum_is_written_as_before() -> None:
+    back = CostTable.from_json(json.loads(json.dumps(PEAK.to_json())), CANDIDATES)
+    assert np.array_equal(back.values, PEAK.values)
+    assert back.offsets is not None
+    assert back.offsets.tolist() == [3.0, 0.0]
+    assert set(TABLE.to_json()) == {"values", "constant", "float_cost", "unit"}
+    old = {"values": [1, 2, 3, 4], "constant": 0, "float_cost": 9, "unit": "bits"}
+    assert CostTable.from_json(old, CANDIDATES).of({"b": Choice(8, 8)}) == 4.0
+
+
+@pytest.mark.parametrize(
+    ("values", "offsets"),
+    [
+        (np.zeros((2, 4)), None),
+        (np.zeros((2, 4)), np.zeros(3)),
+        (np.zeros(4), np.zeros(1)),
+        (np.zeros((0, 4)), np.zeros(0)),
+        (np.zeros((1, 1, 4)), np.zeros((1, 1))),
+        (np.zeros((1, 4)), np.full(1, np.nan)),
+    ],
+)
+def test_rows_are_checked_at_birth(
+    values: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
+    offsets: np.ndarray[tuple[int, ...], np.dtype[np.float64]] | None,
+) -> None:
+    with pytest.raises(OptionError, match="cost"):
+        CostTable(CANDIDATES, values, 0.0, 1.0, "bytes", offsets)
+
+
 def test_json_round_trip() -> None:
     back = CostTable.from_json(json.loads(json.dumps(TABLE.to_json())), CANDIDATES)
     assert np.array_equal(back.values, TABLE.values)

@@ -109,3 +109,12 @@ def test_edges_sort_by_name() -> None:
 def test_targets_store_widths_in_no_less(storage: dict[int, int]) -> None:
     with pytest.raises(OptionError, match="stores 8-bit weights in"):
         Target("t", {}, frozenset(), weight_bits=(4, 8), activation_bits=(8,), storage_bits=storage)
+
+
+def test_activations_take_a_byte_where_the_target_does_not_pack() -> None:
+    plain = Target("t", {}, frozenset(), (8,), (4, 8), {8: 8})
+    assert [plain.activation_storage(bits) for bits in (4, 8, 32)] == [8, 8, 32]
+    packing = Target("t", {}, frozenset(), (8,), (3, 8), {8: 8}, activation_storage_bits={3: 4})
+    assert [packing.activation_storage(bits) for bits in (3, 8, 32)] == [4, 8, 32]
+    with pytest.raises(OptionError, match="stores 4-bit activations in 2 bits; give a width >= 4"):
+        Target("t", {}, frozenset(), (8,), (4, 8), {8: 8}, activation_storage_bits={4: 2})

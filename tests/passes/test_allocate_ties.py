@@ -13,10 +13,11 @@ from fxquant.core.allocation import BitAllocation
 from fxquant.core.budget import Budget
 from fxquant.core.cost import CostTable, CostTables
 from fxquant.core.errors import InfeasibleBudgetError
+from fxquant.core.limits import fits, usage
 from fxquant.core.program import Program
 from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
 from fxquant.core.spec import FLOAT, Choice, Site, Sites
-from fxquant.passes.allocate_bits import AllocateBits, fits, uniform_plans, usage
+from fxquant.passes.allocate_bits import AllocateBits, uniform_plans
 from tests.scoring import scored
 
 Plan = dict[str, Choice]
@@ -151,3 +152,20 @@ def test_uniform_plans_that_break_a_tie_are_left_out() -> None:
 def test_uniform_plans_with_float_as_a_choice() -> None:
     sites = (site("left", "x", Choice(8, 8)), site("right", "x", Choice(4, 8), FLOAT))
     assert uniform_plans(sites)["uniform float"] == {"left": Choice(8, 8), "right": FLOAT}
+
+
+def test_a_limit_on_the_peak_of_the_activations() -> None:
+    program = scored("plain", (4, 8, 32), (4, 8))
+    table = program[CostTables]["activation"]
+    names = [s.name for s in program[Sites].sites]
+    peaks = sorted(
+        {table.of(dict(zip(names, row, strict=True))) for row in product(*(s.choices for s in program[Sites].sites))}
+    )
+    assert len(peaks) > 2
+    for limit in peaks[:-1]:
+        budget = Budget(activation_mb=limit / 1e6, average_bits=20)
+        plan = AllocateBits(budget)(program)[BitAllocation]
+        assert plan.objective == pytest.approx(best(program, budget), rel=1e-6, abs=1e-12)
+        assert table.of(plan.choices) <= limit * (1 + 1e-9)
+    with pytest.raises(InfeasibleBudgetError, match=r"activation_mb=1e-06 \(reachable: [0-9.]+ to [0-9.]+\)"):
+        AllocateBits(Budget(activation_mb=1e-6))(program)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fxquant.core.errors import OptionError
+from fxquant.core.limits import usage
 from fxquant.core.settings import Settings
 from fxquant.core.spec import FLOAT, Choice, Sites
-from fxquant.passes.allocate_bits import usage
 from fxquant.report.content import content, coverage
 from fxquant.report.layers import model_bytes
 from tests.small import small_result
