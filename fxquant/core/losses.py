@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -89,3 +90,50 @@ def embed_shift(loss: str, reference: Tensor, shift: Tensor) -> Tensor:
     centred = shift - (p * shift).sum(dim=1, keepdim=True)
     embedded: Tensor = (p.sqrt() * centred).flatten(1) / float(positions) ** 0.5
     return embedded
+
+
+def sample_cotangent(loss: str, answer: Tensor, reference: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Return v per image with `E[v v']` equal to the loss's Hessian in the answer (Gauss-Newton), without labels.
+
+    KL and cross-entropy: `v = sqrt(q) r - q (sqrt(q) . r)` with q the answer's softmax and r random signs, over the
+    square root of the number of positions. The one-hot of a label sampled from q, minus q, has the same second moment,
+    but for a confident answer it is next to 0 except for the rare other label: far more images for the same error.
+    Relative squared error: `v = r sqrt(2 / |reference|^2)`.
+
+    Args:
+        loss: name of the loss.
+        answer: network output, shape (images, ...), classes along axis 1 for KL and cross-entropy.
+        reference: float output of the same shape.
+        generators: one for each image, so that an image's sample does not depend on its batch.
+
+    Returns:
+        shape and type of `answer`.
+    """
+    drawn = [torch.randint(0, 2, answer.shape[1:], generator=g, dtype=torch.float64) for g in generators]
+    signs = torch.stack(drawn) * 2 - 1
+    if loss == "mse":
+        norm = reference.double().reshape(len(reference), -1).square().sum(dim=1).clamp(min=1e-12)
+        scaled: Tensor = signs * torch.sqrt(2.0 / norm).reshape(-1, *[1] * (answer.dim() - 1))
+        return scaled.to(answer.dtype)
+    q = torch.softmax(answer.double(), dim=1)
+    root = q.sqrt() * signs
+    centred: Tensor = root - q * root.sum(dim=1, keepdim=True)
+    return (centred / math.sqrt(answer[0, 0].numel())).to(answer.dtype)
+
+
+def sample_label_cotangent(answer: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Return `one-hot(y) - q` with y sampled from the answer's softmax q: minus the gradient of `-log q(y)`.
+
+    Args:
+        answer: logits, shape (images, classes, ...).
+        generators: one for each image.
+
+    Returns:
+        shape and type of `answer`; second moment `diag q - q q'` at every position.
+    """
+    q = torch.softmax(answer.double(), dim=1)
+    spots = (1, *answer.shape[2:])
+    uniform = torch.stack([torch.rand(spots, generator=g, dtype=torch.float64) for g in generators])
+    # Inverse of the distribution function; round-off in its last step must not leave the range.
+    label = (q.cumsum(dim=1) < uniform).sum(dim=1, keepdim=True).clamp(max=answer.shape[1] - 1)
+    return (torch.zeros_like(q).scatter_(1, label, 1.0) - q).to(answer.dtype)

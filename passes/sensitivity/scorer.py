@@ -97,9 +97,9 @@ class Scorer:
         self.reporter = reporter
         self.context = context
         self.seed = seed
-        costs = {node.name: _node_cost(node) for node in program.module.graph.nodes}
-        self.network_cost = sum(costs.values())
-        self.replay = GraphReplay(program.module, costs)
+        self.costs = {node.name: _node_cost(node) for node in program.module.graph.nodes}
+        self.network_cost = sum(self.costs.values())
+        self.replay = GraphReplay(program.module, self.costs)
         nodes = program[FakeQuantNodes]
         every = (*nodes.weights.values(), *nodes.activations.values())
         self.off: dict[str, Replacement] = {name: _identity for names in every for name in names}
@@ -118,7 +118,8 @@ class Scorer:
             first[column.owner] = min([first.get(column.owner, len(position)), *places])
         owners = {owner: rank for rank, owner in enumerate(sorted(first, key=lambda owner: first[owner]))}
         self.by_depth: list[int] = sorted(range(len(self.columns)), key=lambda k: owners[self.columns[k].owner])
-        self._standing = self._assigned()
+        #: what every quantizer does in the context
+        self.standing = self._assigned()
         self._kept: tuple[int, Base] | None = None
         self.batch = self._batch_size()
 
@@ -166,7 +167,7 @@ class Scorer:
                 reference, environment = self.replay.forward(part.images.inputs, self.off)
                 answer = reference
                 if self._context:
-                    answer, environment = self.replay.forward(part.images.inputs, self._standing)
+                    answer, environment = self.replay.forward(part.images.inputs, self.standing)
             losses = LOSSES[self.loss](reference, answer, part.images.labels)
             self._kept = (part.index, Base(reference, answer, environment, losses))
         return self._kept[1]
@@ -183,7 +184,7 @@ class Scorer:
             keep: return an environment for further replays.
         """
         below = () if on_top_of is None else (on_top_of,)
-        before = self._assigned(*below) if below else self._standing
+        before = self._assigned(*below) if below else self.standing
         after = self._assigned(*below, column)
         changed = [name for name, replacement in after.items() if replacement is not before[name]]
         with torch.no_grad():

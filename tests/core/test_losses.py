@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from math import prod
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxquant.core.errors import CalibrationError
-from fxquant.core.losses import LOSSES, UNITS, default_loss, embed_shift
+from fxquant.core.losses import LOSSES, UNITS, default_loss, embed_shift, sample_cotangent, sample_label_cotangent
 
 G = torch.Generator().manual_seed(0)
 SHAPES: dict[str, list[tuple[int, ...]]] = {
@@ -95,3 +97,39 @@ def test_the_embedding_is_the_loss_to_second_order(case: tuple[str, tuple[int, .
     assert embedded.dim() == 2
     half = embedded.square().sum(1) / 2
     assert torch.allclose(half, LOSSES[name](reference, reference + shift, None), rtol=1e-2, atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 2, 2)])
+@pytest.mark.parametrize("loss", ["kl", "ce", "mse"])
+def test_sampled_cotangents_have_the_hessian_as_their_second_moment(loss: str, shape: tuple[int, ...]) -> None:
+    one = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    answer, count = one.expand(20_000, *shape), 20_000
+    generators = [torch.Generator().manual_seed(k) for k in range(count)]
+    drawn = sample_cotangent(loss, answer, answer, generators).flatten(1).double()
+    moment = drawn.T @ drawn / count
+    if loss != "mse":
+        labelled = sample_label_cotangent(answer, generators).flatten(1).double() / prod(shape[1:]) ** 0.5
+        torch.testing.assert_close(labelled.T @ labelled / count, moment, atol=0.02, rtol=0.05)
+    unlabelled = {"kl": "kl", "ce": "kl", "mse": "mse"}[loss]
+
+    def value(x: torch.Tensor) -> torch.Tensor:
+        return LOSSES[unlabelled](one.double(), x.reshape(one.shape), None).sum()
+
+    point = one.double().flatten().requires_grad_()
+    (slope,) = torch.autograd.grad(value(point), point, create_graph=True)
+    hessian = torch.stack([torch.autograd.grad(each, point, retain_graph=True)[0] for each in slope])
+    torch.testing.assert_close(moment, hessian, atol=0.02, rtol=0.05)
+
+
+def test_signs_need_fewer_images_than_sampled_labels_where_the_answer_is_confident() -> None:
+    answer = torch.tensor([[5.0, 0.0, 0.0]]).expand(2000, 3)
+    generators = [torch.Generator().manual_seed(k) for k in range(2000)]
+    direction = torch.tensor([0.0, 1.0, -1.0])
+
+    def spread(drawn: torch.Tensor) -> float:
+        squares = (drawn @ direction).double().square()
+        return float(squares.std() / squares.mean())
+
+    by_signs = spread(sample_cotangent("kl", answer, answer, generators))
+    by_labels = spread(sample_label_cotangent(answer, generators))
+    assert by_labels > 5 * by_signs

@@ -1,0 +1,134 @@
+"""One forward pass with gradients: the first-order response of the answer to every column, image by image.
+
+A column that shifts a weight by dW and an activation by dX moves `v . answer` by
+
+    s(column) = sum over its ops of <g_Y, op(X, dW)> + sum over its activation nodes of <g_X, dX>
+
+with g the gradient of `v . answer`. An op is linear in its weight, so `<g_Y, op(X, dW)>` is the exact product of dW
+with the weight's gradient of each image, from one ordinary batched backward pass (MPQCO, arXiv 2110.06554, takes a
+backward pass per image for it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from fxquant.core.grids import FakeQuantNodes
+from fxquant.core.ops import rule_of
+from fxquant.core.spec import Sites
+from fxquant.passes.sensitivity.columns import Column
+from fxquant.passes.sensitivity.scorer import Part, Scorer
+
+Gradients = Mapping[str, Tensor]
+"""Node name -> gradient, for the ops of sites and for activation fake-quant nodes; nodes without influence left out."""
+
+
+class Tape:
+    """A recorded run of the scorer's context on one batch.
+
+    Args:
+        scorer: what to score.
+        part: the batch.
+    """
+
+    def __init__(self, scorer: Scorer, part: Part) -> None:
+        self.scorer = scorer
+        self.images = len(part.images)
+        # A node that passes its input on would share its gradient with the input's other readers; an alias does not.
+        apart = {name: _alias if change is scorer.off[name] else change for name, change in scorer.standing.items()}
+        inputs = tuple(t.detach().clone().requires_grad_(t.is_floating_point()) for t in part.images.inputs)
+        with torch.enable_grad():
+            self.answer, self.environment = scorer.replay.forward(inputs, apart)
+        #: answer of the float network
+        self.reference = self.answer.detach() if scorer.context is None else scorer.base(part).reference
+        nodes, by_name = scorer.program[FakeQuantNodes], scorer.replay.by_name
+        sites = {site.name: site for site in scorer.program[Sites].sites}
+        self.ops: dict[str, tuple[Node, ...]] = {
+            name: tuple(by_name[node] for node in site.nodes) for name, site in sites.items()
+        }
+        self._weights = {node: name for name, each in nodes.weights.items() for node in each}
+        quantizers = [by_name[name] for each in nodes.activations.values() for name in each]
+        watched = [*(op for ops in self.ops.values() for op in ops), *quantizers]
+        self._watched = [node for node in watched if self.environment[node].requires_grad]
+
+    def gradients(self, cotangent: Tensor) -> Gradients:
+        """Return the gradient of `sum(cotangent * answer)` at every watched node; one backward pass, data only."""
+        tensors = [self.environment[node] for node in self._watched]
+        found = torch.autograd.grad(self.answer, tensors, cotangent, retain_graph=True, allow_unused=True)
+        self.scorer.replay.spent += self.scorer.network_cost
+        return {node.name: g for node, g in zip(self._watched, found, strict=True) if g is not None}
+
+    def output_shifts(self, column: Column) -> Iterator[tuple[Node, Tensor]]:
+        """Yield `op(X, dW)` for every op that reads the column's weight."""
+        for name, replacement in column.substitution.items():
+            site = self._weights.get(name)
+            if site is None:
+                continue
+            quantizer = self.scorer.replay.by_name[name]
+            standing = self.environment[quantizer]
+            delta = replacement(standing) - standing.detach()
+            for op in self.ops[site]:
+                if quantizer in op.all_input_nodes:
+                    yield op, self._apply(op, quantizer, delta)
+
+    def input_shifts(self, column: Column) -> Iterator[tuple[Node, Tensor]]:
+        """Yield dX for every activation node that the column changes."""
+        for name, replacement in column.substitution.items():
+            if name in self._weights or replacement is self.scorer.standing[name]:
+                continue
+            node = self.scorer.replay.by_name[name]
+            source = self.environment[node.all_input_nodes[0]].detach()
+            with torch.no_grad():
+                yield node, replacement(source) - self.environment[node].detach()
+
+    def responses(self, gradients: Sequence[Gradients]) -> Tensor:
+        """Return s of every column: float64, shape (gradients, columns, images)."""
+        columns = self.scorer.columns
+        found = torch.zeros(len(gradients), len(columns), self.images, dtype=torch.float64)
+        for index, column in enumerate(columns):
+            for shifts in (self.output_shifts(column), self.input_shifts(column)):
+                for node, shift in shifts:
+                    for k, each in enumerate(gradients):
+                        if node.name in each:
+                            found[k, index] += per_image(node, each[node.name] * shift, self.images)
+        return found
+
+    def _apply(self, op: Node, quantizer: Node, weight: Tensor) -> Tensor:
+        """Run an op on its recorded input with another weight and no bias."""
+        rule = rule_of(op)
+        assert rule is not None
+        assert callable(op.target)
+        lookup: dict[Node, Any] = {**{n: self.environment[n] for n in op.all_input_nodes}, quantizer: weight}
+
+        def value(node: Node) -> Any:
+            found = lookup[node]
+            return found.detach() if isinstance(found, Tensor) else found
+
+        args: list[Any] = list(cast(Sequence[Any], map_arg(op.args, value)))
+        if rule.bias is not None and len(args) > rule.bias:
+            args[rule.bias] = None
+        kwargs: Any = map_arg(op.kwargs, value)
+        self.scorer.replay.spent += self.scorer.costs[op.name]
+        with torch.no_grad():
+            shift: Tensor = op.target(*args, **kwargs)
+        return shift
+
+
+def per_image(node: Node, value: Tensor, images: int) -> Tensor:
+    """Return the sum of a node's values for each image, float64 of shape (images,); 0 where images do not show."""
+    shown = node.meta["val"].shape
+    axis = next((k for k, size in enumerate(shown) if not isinstance(size, int)), None)
+    if axis is None:
+        return torch.zeros(images, dtype=torch.float64)
+    # An axis of images times something (windows, heads) holds the images as its slow part.
+    return value.movedim(axis, 0).reshape(images, -1).sum(dim=1, dtype=torch.float64)
+
+
+def _alias(x: Tensor) -> Tensor:
+    return x.view_as(x)

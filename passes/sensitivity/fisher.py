@@ -1,0 +1,75 @@
+"""`fisher`: every single and pair term from one label-free forward and backward pass.
+
+With v a random cotangent whose `E[v v']` is the loss's Hessian in the answer (for KL `diag p - p p'`, the second moment
+of the gradient for labels sampled from the model), the response `s(i) = v . J delta_i` of each image gives
+
+    values[i, i] = E[grad . J delta_i] + E[s(i)^2] / 2,    values[i, j] = E[s(i) s(j)] / 2,
+
+the Gauss-Newton model of the loss. It is positive semidefinite by construction, up to the first-order term, which is 0
+around the float network. The most likely class instead of a sample gives about half, and the square of the gradient's
+mean over images next to nothing.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxquant.core.losses import LOSSES, sample_cotangent
+from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.passes.sensitivity.backward import Tape
+from fxquant.passes.sensitivity.registry import ESTIMATORS
+from fxquant.passes.sensitivity.scorer import Cell, Part, Scorer, standard_error
+
+SAMPLES = 1
+"""Cotangents drawn for each image, one backward pass each."""
+
+
+@ESTIMATORS.register("fisher")
+def fisher(scorer: Scorer) -> SensitivityMatrix:
+    """Return the Gauss-Newton matrix of sampled responses, about 2 passes per image and one op run per choice."""
+    work = {f"fisher-{part.index}": partial(_cell, scorer, part) for part in scorer.parts}
+    cells = list(scorer.measure("backward pass", work).values())
+    responses = np.concatenate([cell["responses"] for cell in cells], axis=2)
+    first = np.concatenate([cell["first"] for cell in cells], axis=1)
+    products = np.einsum("kin,kjn->ijn", responses, responses) / (2 * len(responses))
+    size = len(scorer.columns)
+    products[np.arange(size), np.arange(size)] += first
+    values = np.where(scorer.between | np.eye(size, dtype=bool), products.mean(axis=2), 0.0)
+    evaluations = float(sum(float(cell["evaluations"]) for cell in cells))
+    return scorer.matrix("fisher", values, standard_error(products), evaluations)
+
+
+def cotangents(scorer: Scorer, part: Part, answer: Tensor, reference: Tensor, sample: int) -> Tensor:
+    """Return one sampled cotangent for each image of a batch, the same whatever the size of batches."""
+    start = part.index * scorer.batch
+    generators = [
+        torch.Generator().manual_seed((scorer.seed * 8191 + sample) * 1_000_003 + image)
+        for image in range(start, start + len(part.images))
+    ]
+    return sample_cotangent(scorer.loss, answer, reference, generators)
+
+
+def loss_gradient(scorer: Scorer, part: Part, tape: Tape) -> Tensor:
+    """Return the gradient of each image's loss in the answer; 0 where the answer is the float network's own."""
+    answer = tape.answer.detach().requires_grad_()
+    with torch.enable_grad():
+        losses = LOSSES[scorer.loss](tape.reference, answer, part.images.labels)
+        (gradient,) = torch.autograd.grad(losses.sum(), answer)
+    return gradient
+
+
+def _cell(scorer: Scorer, part: Part) -> Cell:
+    tape = Tape(scorer, part)
+    answer = tape.answer.detach()
+    drawn = [cotangents(scorer, part, answer, tape.reference, sample) for sample in range(SAMPLES)]
+    slope = loss_gradient(scorer, part, tape)
+    # Round-off apart, the slope is 0 around the float network, and its backward pass is saved.
+    sloped = bool(slope.abs().max() > 1e-6 * drawn[0].abs().max())
+    gradients = [tape.gradients(each) for each in ([*drawn, slope] if sloped else drawn)]
+    found = tape.responses(gradients).numpy()
+    first = found[SAMPLES] if sloped else np.zeros(found.shape[1:])
+    return {"responses": found[:SAMPLES], "first": first, "evaluations": scorer.take_spent(len(part.images))}
