@@ -49,6 +49,7 @@ def quantize(
     estimators: Sequence[str] | None = None,
     solver: str = "iqp",
     time_limit: float = 60.0,
+    requantization_cost: float = 0.0,
     threads: int | None = None,
 ) -> Result:
     """Quantize a model within a budget, precision chosen per layer.
@@ -74,6 +75,8 @@ def quantize(
         estimators: sensitivity estimators, overriding the effort's.
         solver: "iqp", "linear", "greedy" or "exhaustive".
         time_limit: seconds for each solve.
+        requantization_cost: added to a plan's modelled loss, in its unit, for every two neighbouring layers that take
+            their activations at unlike widths, or one of them in float.
         threads: threads of the target's runtime.
 
     Returns:
@@ -96,6 +99,7 @@ def quantize(
         estimators=preset.estimators if estimators is None else tuple(estimators),
         solver=solver,
         time_limit=time_limit,
+        requantization_cost=requantization_cost,
         seed=seed,
         threads=threads,
     )

@@ -25,6 +25,7 @@ from fxquant.core.ranges import Ranges
 from fxquant.core.score_store import ScoreStore
 from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
 from fxquant.core.settings import Settings
+from fxquant.core.shards import ALONE, Shards
 from fxquant.core.spec import Choice, Sites
 from fxquant.core.store import tensor_digest, text_digest
 from fxquant.core.target import Target
@@ -173,7 +174,11 @@ def loss_name(program: Program, images: CalibrationSet) -> str:
 
 
 def measure_sensitivity(
-    program: Program, images: CalibrationSet, folder: Path | None = None, reporter: Reporter = SILENT
+    program: Program,
+    images: CalibrationSet,
+    folder: Path | None = None,
+    reporter: Reporter = SILENT,
+    shards: Shards = ALONE,
 ) -> Program:
     """Score every candidate, alone and in pairs, as the settings' estimators do.
 
@@ -182,12 +187,22 @@ def measure_sensitivity(
         images: the images to score on.
         folder: where finished scores are kept, so that a killed run goes on; None keeps none.
         reporter: shows progress.
+        shards: this process among those that share the work; all of them return the same.
+
+    Raises:
+        FileFormatError: the folder holds scores of something else; the message names what.
+        WorkerError: another process that shares the work was lost, or was given something else.
     """
-    loss = loss_name(program, images)
-    store = ScoreStore(folder, _identity(program, images, loss) if folder is not None else {})
-    # Scores are taken against the exact float network, so nothing but the substitutions may differ from it.
-    simulated = simulate(program, widest_plan(program), round_biases=False)
-    scored = run(simulated, MeasureSensitivity(images, program[Settings].estimators, loss, store, reporter))
+    loss, settings, device = loss_name(program, images), program[Settings], images.inputs[0].device
+    with shards.group(device):
+        identity = _identity(program, images, loss) if folder is not None or shards.world_size > 1 else {}
+        # Before any of them writes: a folder that all of them found empty is still empty until here.
+        shards.agree(text_digest(f"{identity} {settings.estimators} {settings.seed}"), device)
+        store = ScoreStore(folder, identity)
+        # Scores are taken against the exact float network, so nothing but the substitutions may differ from it.
+        simulated = simulate(program, widest_plan(program), round_biases=False)
+        step = MeasureSensitivity(images, settings.estimators, loss, store, reporter, settings.seed, shards)
+        scored = run(simulated, step)
     # The simulated graph is done with, but how long scoring took belongs in the log.
     return replace(program.with_facts(scored[SensitivityMatrix], scored[Surrogates]), log=scored.log)
 
@@ -267,7 +282,9 @@ def allocate(
 
 def _solve(program: Program, budget: Budget, held_out: CalibrationSet | None, reporter: Reporter) -> Program:
     settings = program[Settings]
-    program = run(program, AllocateBits(budget, settings.solver, settings.time_limit, settings.seed))
+    program = run(
+        program, AllocateBits(budget, settings.solver, settings.time_limit, settings.seed, settings.requantization_cost)
+    )
     if held_out is None:
         return program
     loss = loss_name(program, held_out)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fxquant.core.allocation import BitAllocation, Finalists
 from fxquant.core.budget import Budget
 from fxquant.core.cost import CostTables
-from fxquant.core.errors import InfeasibleBudgetError, SolverError
+from fxquant.core.edges import QuantizedEdges
+from fxquant.core.errors import InfeasibleBudgetError, OptionError, SolverError
 from fxquant.core.limits import agrees, fits, infeasible_message, limit_rows, tie_rows, usage
 from fxquant.core.program import Program
 from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
 from fxquant.core.spec import Choice, Site, Sites
 from fxquant.passes.allocation import SOLVERS
+from fxquant.passes.allocation.borders import border_terms, neighbours
 from fxquant.passes.base import Pass
 
 
@@ -27,23 +31,31 @@ class AllocateBits(Pass):
         solver: name of the solver.
         time_limit: seconds for each solve.
         seed: seed of the solver's search.
+        requantization_cost: added for two neighbours with unlike activation widths, in the unit of the loss, >= 0.
 
     Raises:
         InfeasibleBudgetError: no plan keeps the limits; names the reachable range of each.
+        OptionError: a requantization cost that is not a finite number of at least 0.
     """
 
     budget: Budget
     solver: str = "iqp"
     time_limit: float = 60.0
     seed: int = 0
-    reads = (Sites, Surrogates, CostTables)
+    requantization_cost: float = 0.0
+    reads = (QuantizedEdges, Sites, Surrogates, CostTables)
     writes = (BitAllocation, Finalists)
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.requantization_cost < math.inf:
+            raise OptionError(f"requantization_cost={self.requantization_cost} must be a finite number of at least 0")
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with its plans; the preferred surrogate's is the `BitAllocation`."""
         limits, tables, sites = self.budget.limits, program[CostTables], program[Sites]
         matrices = program[Surrogates].matrices
-        plans = {name: self._solve(matrix, sites, tables) for name, matrix in matrices.items()}
+        borders = self._borders(program)
+        plans = {name: self._solve(matrix, borders, sites, tables) for name, matrix in matrices.items()}
         preferred = next(iter(matrices.values()))
         for name, choices in uniform_plans(sites.sites).items():
             if fits(choices, limits, tables):
@@ -54,14 +66,22 @@ class AllocateBits(Pass):
                     status="uniform",
                     used=usage(choices, limits, tables),
                     limits=limits,
+                    border_cost=_border_cost(sites, borders, choices),
                 )
         return program.with_facts(plans[next(iter(matrices))], Finalists(plans)), 0
 
-    def _solve(self, matrix: SensitivityMatrix, sites: Sites, tables: CostTables) -> BitAllocation:
+    def _borders(self, program: Program) -> NDArray[np.float64]:
+        sites = program[Sites]
+        pairs = neighbours(program.module.graph, sites.sites, program[QuantizedEdges].integer_nodes)
+        return border_terms(sites.candidates, pairs, self.requantization_cost)
+
+    def _solve(
+        self, matrix: SensitivityMatrix, borders: NDArray[np.float64], sites: Sites, tables: CostTables
+    ) -> BitAllocation:
         limits = self.budget.limits
         (costs, bounds), (ties, sides) = limit_rows(limits, tables, sites), tie_rows(sites)
         solution = SOLVERS[self.solver](
-            matrix.values,
+            matrix.values + borders,
             matrix.groups,
             np.concatenate([ties, costs]),
             np.concatenate([sides, bounds]),
@@ -74,16 +94,24 @@ class AllocateBits(Pass):
         choices = {candidate.site: candidate.choice for candidate in picked}
         if len(choices) != len(sites.sites):
             raise SolverError(f"solver {self.solver!r} chose {len(picked)} precisions for {len(sites.sites)} sites")
+        objective, border_cost = matrix.predict(choices), _border_cost(sites, borders, choices)
         return BitAllocation(
             choices,
             estimator=matrix.estimator,
-            objective=solution.objective,
-            bound=solution.bound,
+            objective=objective,
+            # The solver knows nothing of what every plan has in common.
+            bound=min(solution.bound + (objective + border_cost - solution.objective), objective + border_cost),
             gap=solution.gap,
             status=solution.status,
             used=usage(choices, limits, tables),
             limits=limits,
+            border_cost=border_cost,
         )
+
+
+def _border_cost(sites: Sites, borders: NDArray[np.float64], choices: dict[str, Choice]) -> float:
+    x = np.array([choices[c.site] == c.choice for c in sites.candidates], dtype=np.float64)
+    return float(x @ borders @ x)
 
 
 def uniform_plans(sites: tuple[Site, ...]) -> dict[str, dict[str, Choice]]:

@@ -24,13 +24,14 @@ class BitAllocation:
         choices: site name -> precision, for every site.
         estimator: sensitivity estimator behind the plan, or how else it came about.
         objective: modelled loss of the plan.
-        bound: proven lower bound of the modelled loss over all plans within the budget.
-        gap: `(objective - bound) / |objective|`, 0 when proved.
+        bound: proven lower bound of the modelled loss and `border_cost` together, over all plans within the budget.
+        gap: `(objective + border_cost - bound)` against its own size, 0 when proved.
         status: "optimal" (proved), "feasible" (time ran out), "uniform" (a uniform plan measured better) or "manual".
         used: limit name -> what the plan uses, in the limit's unit.
         limits: limit name -> what was allowed.
         measured_loss: real loss on calibration images not used for scoring; None if not measured.
         finalists: name of each plan that was measured -> its real loss.
+        border_cost: modelled cost of requantization between layers, in the unit of the loss; not part of `objective`.
 
     Raises:
         OptionError: no sites, or an unknown status.
@@ -46,6 +47,7 @@ class BitAllocation:
     limits: dict[str, float] = field(default_factory=dict)
     measured_loss: float | None = None
     finalists: dict[str, float] = field(default_factory=dict)
+    border_cost: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.choices:
@@ -75,6 +77,7 @@ class BitAllocation:
             "limits": self.limits,
             "measured_loss": _plain(self.measured_loss),
             "finalists": {name: _plain(loss) for name, loss in self.finalists.items()},
+            "border_cost": self.border_cost,
         }
         if path is not None:
             write_json(Path(path), "plan", FORMAT_VERSION, document)
@@ -100,6 +103,7 @@ class BitAllocation:
                 limits={str(k): float(v) for k, v in document.get("limits", {}).items()},
                 measured_loss=None if loss is None else float(loss),
                 finalists={str(k): _number(v) for k, v in document.get("finalists", {}).items()},
+                border_cost=float(document.get("border_cost", 0.0)),
                 **numbers,
             )
         except (KeyError, TypeError, ValueError, AttributeError, OptionError) as error:

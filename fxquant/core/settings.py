@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -47,6 +48,7 @@ class Settings:
         solver: name of the solver.
         time_limit: seconds for each solve.
         held_out: share of the calibration images kept for verification.
+        requantization_cost: added to a plan's modelled loss for two neighbouring layers with unlike activation widths.
         seed: seed of every random choice.
         threads: threads of the target's runtime, None for its default.
 
@@ -66,6 +68,7 @@ class Settings:
     solver: str = "iqp"
     time_limit: float = 60.0
     held_out: float = 0.25
+    requantization_cost: float = 0.0
     seed: int = 0
     threads: int | None = None
 
@@ -78,6 +81,8 @@ class Settings:
             raise OptionError("estimators is empty; name at least one, for example ('gram',)")
         if not 0.0 < self.held_out < 1.0:
             raise OptionError(f"held_out={self.held_out} must lie between 0 and 1")
+        if not 0.0 <= self.requantization_cost < math.inf:
+            raise OptionError(f"requantization_cost={self.requantization_cost} must be a finite number of at least 0")
         if self.time_limit <= 0:
             raise OptionError(f"time_limit={self.time_limit} must be above 0 seconds")
 

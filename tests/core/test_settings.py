@@ -33,6 +33,8 @@ def test_an_unknown_preset_lists_the_known() -> None:
         ({"held_out": 1.0}, "between 0 and 1"),
         ({"time_limit": 0.0}, "above 0 seconds"),
         ({"time_limit": -1.0}, "above 0 seconds"),
+        ({"requantization_cost": -0.1}, "at least 0"),
+        ({"requantization_cost": float("nan")}, "at least 0"),
     ],
 )
 def test_values_out_of_range(change: dict[str, Any], message: str) -> None:

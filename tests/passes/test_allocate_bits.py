@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from fxquant.core.program import Program
 from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
 from fxquant.core.spec import Choice, Sites
 from fxquant.passes.allocate_bits import AllocateBits, uniform_plans
+from fxquant.passes.allocation import SOLVERS, Solution
 from fxquant.passes.estimate_cost import EstimateCost
 from fxquant.passes.find_sites import FindSites
 from tests.programs import TARGET, check_pass, tied
@@ -103,3 +105,48 @@ def test_uniform_plans_widen_where_a_site_is_pinned() -> None:
     assert plans["uniform W2A8"]["fc"] == Choice(8, 8)
     assert plans["uniform W2A8"]["conv1"] == Choice(2, 8)
     assert plans["uniform W8A8"]["conv1"] == Choice(4, 8), "its widest"
+
+
+@pytest.mark.parametrize("solver", ["iqp", "exhaustive"])
+def test_dear_borders_make_activations_uniform(solver: str) -> None:
+    program, budget = scored("residual", (4, 8)), Budget(bops_ratio=0.03)
+    matrix = program[Surrogates].matrices["pairs"]
+    free = AllocateBits(budget, solver)(program)[BitAllocation]
+    assert free.border_cost == 0.0
+    assert len({free.choices[name].activation_bits for name in ("conv1", "conv2", "conv3")}) == 2
+    dear = AllocateBits(budget, solver, requantization_cost=100.0)(program)[BitAllocation]
+    assert len({dear.choices[name].activation_bits for name in ("conv1", "conv2", "conv3")}) == 1
+    assert dear.border_cost == 0.0
+    assert dear.objective == pytest.approx(matrix.predict(dear.choices))
+    assert dear.objective > free.objective
+    # A price in between: the cost is told apart from the loss, and together they are the least of all plans.
+    price = (dear.objective - free.objective) / 8
+    between = AllocateBits(budget, solver, requantization_cost=price)(program)[BitAllocation]
+    total = between.objective + between.border_cost
+    assert between.objective == pytest.approx(matrix.predict(between.choices))
+    assert between.status == "optimal"
+    assert between.bound == pytest.approx(total)
+    assert between.gap == 0.0
+    assert total <= min(dear.objective, free.objective + 3 * price) + 1e-12
+    assert between.border_cost > 0.0
+
+
+def test_without_a_cost_of_borders_the_solver_sees_the_matrix_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, seen = scored("residual", (4, 8)), []
+
+    def watched(values: np.ndarray[tuple[int, int], np.dtype[np.float64]], *rest: Any, **options: Any) -> Solution:
+        seen.append(values)
+        return SOLVERS["exhaustive"](values, *rest, **options)
+
+    monkeypatch.setitem(SOLVERS._entries, "watched", watched)
+    AllocateBits(Budget(bops_ratio=0.03), "watched")(program)
+    AllocateBits(Budget(bops_ratio=0.03), "watched", requantization_cost=1.0)(program)
+    matrices = list(program[Surrogates].matrices.values())
+    assert all(np.array_equal(values, matrix.values) for values, matrix in zip(seen[:2], matrices, strict=True))
+    assert not np.array_equal(seen[2], matrices[0].values)
+
+
+@pytest.mark.parametrize("cost", [-1.0, float("nan"), float("inf")])
+def test_a_cost_of_borders_out_of_range(cost: float) -> None:
+    with pytest.raises(OptionError, match=r"requantization_cost=.* must be a finite number of at least 0"):
+        AllocateBits(Budget(average_bits=4), requantization_cost=cost)

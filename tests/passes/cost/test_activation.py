@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.fx import Interpreter, Node
 
 from fxquant.core.edges import EdgeGroups
@@ -18,7 +19,10 @@ from fxquant.core.limits import agrees
 from fxquant.core.program import Program
 from fxquant.core.spec import FLOAT, Choice, Sites
 from fxquant.passes.cost.activation import activation, stored_bytes, worst_rows
+from fxquant.passes.find_edges import FindEdges
 from fxquant.passes.find_sites import FindSites
+from fxquant.passes.tie_edges import TieEdges
+from fxquant.tracing import capture
 from tests.models import MODELS
 from tests.programs import TARGET, folded, tied, uniform
 
@@ -159,6 +163,28 @@ def test_every_plan_against_a_walk_through_the_graph(name: str) -> None:
         assert table.of(plan) == pytest.approx(peak_of_plan(program, plan)), plan
         count += 1
     assert count > 1
+
+
+class Fork(nn.Module):
+    """One wide value that two layers read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.left, self.right = nn.Conv2d(1, 16, 1), nn.Conv2d(16, 1, 1), nn.Conv2d(16, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.wide(x))
+        product: torch.Tensor = self.left(x) * self.right(x)
+        return product
+
+
+def test_a_value_that_two_sites_read_is_held_once() -> None:
+    captured = capture(Fork().eval(), (torch.randn(2, 1, 6, 6),))
+    program = FindSites(TARGET, (8,), (4, 8))(TieEdges()(FindEdges(TARGET)(captured)))
+    table, narrow = activation(program, PACKING), uniform(program, 8, 4)
+    # The wide value, the answer of one layer at 8 bits, and that of the other.
+    assert table.of(uniform(program, 8)) == 16 * 36 + 36 + 36
+    assert table.of(narrow) == 16 * 36 / 2 + 36 + 36
 
 
 @given(st.integers(0, 2**32 - 1))
