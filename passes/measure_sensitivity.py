@@ -13,6 +13,7 @@ from fxquant.core.progress import SILENT, Reporter
 from fxquant.core.ranges import Ranges
 from fxquant.core.score_store import ScoreStore
 from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
+from fxquant.core.shards import ALONE, Shards
 from fxquant.core.spec import Sites
 from fxquant.passes.base import Pass
 from fxquant.passes.sensitivity import ESTIMATORS
@@ -28,10 +29,13 @@ class MeasureSensitivity(Pass):
         estimators: names, the preferred one first.
         loss: name of the loss.
         store: finished cells of an earlier run; None keeps none.
-        reporter: shows progress.
+        reporter: shows progress, and what the work takes before it starts.
+        seed: seed of sampled labels and probes.
+        shards: this process among those that share the work.
 
     Raises:
         OptionError: an unknown estimator or loss.
+        WorkerError: another process that shares the work was lost.
     """
 
     images: CalibrationSet = field(repr=False)
@@ -39,6 +43,8 @@ class MeasureSensitivity(Pass):
     loss: str = "kl"
     store: ScoreStore | None = field(default=None, repr=False)
     reporter: Reporter = field(default=SILENT, repr=False)
+    seed: int = 0
+    shards: Shards = ALONE
     reads = (Sites, EdgeGroups, Ranges, WeightGrids, FakeQuantNodes)
     writes = (SensitivityMatrix, Surrogates)
 
@@ -47,6 +53,12 @@ class MeasureSensitivity(Pass):
         estimators = {name: ESTIMATORS[name] for name in self.estimators}
         _ = LOSSES[self.loss]
         store = self.store if self.store is not None else ScoreStore(None, {})
-        scorer = Scorer(program, self.images, self.loss, store, self.reporter)
+        scorer = Scorer(
+            program, self.images, self.loss, store, self.reporter, context=None, seed=self.seed, shards=self.shards
+        )
+        self.reporter.say(
+            f"{len(scorer.candidates)} candidates, {len(scorer.columns)} perturbations to measure on "
+            f"{len(self.images)} images with {', '.join(estimators)}; {scorer.memory.text()}"
+        )
         matrices = {name: estimate(scorer) for name, estimate in estimators.items()}
         return program.with_facts(matrices[self.estimators[0]], Surrogates(matrices)), 0

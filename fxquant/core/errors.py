@@ -12,6 +12,7 @@
         ├── LoweringError        a backend cannot express the graph
         ├── SolverError          the solver ended without an answer
         ├── OutputError          a result cannot be written
+        ├── WorkerError          another process of a sharded run died, hangs, or works on something else
         └── MissingDependencyError  an optional package is not installed
 
 Each message says what failed, with which value, what is allowed and what to do.
@@ -74,6 +75,10 @@ class SolverError(FailureError):
 
 class OutputError(FailureError):
     """A result cannot be written."""
+
+
+class WorkerError(FailureError):
+    """Another process of a sharded run died, hangs, or works on something else."""
 
 
 class MissingDependencyError(FailureError):

@@ -15,12 +15,30 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from fxquant.core.errors import CaptureError
+from fxquant.core.footprint import Footprint, storages
 
 Substitution = Mapping[str, Callable[[Tensor], Tensor]]
 """Node name -> function of the node's first input that takes the node's place."""
 
-Environment = dict[Node, Any]
-"""Value of every node that a replay may still read."""
+
+class Environment(dict[Node, Any]):
+    """Values that a replay may read; one that is missing is run again from those that are there.
+
+    Args:
+        values: value of each node kept.
+        substitution: what was substituted in the run that made them.
+        kept: the nodes of which this run and those on top of it keep the value; None for every node.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[Node, Any],
+        substitution: Substitution | None = None,
+        kept: frozenset[Node] | None = None,
+    ) -> None:
+        super().__init__(values)
+        self.substitution: Substitution = substitution or {}
+        self.kept = kept
 
 
 class GraphReplay:
@@ -42,21 +60,56 @@ class GraphReplay:
         self._interpreter = Interpreter(module, garbage_collect_values=False)
         #: cost of all nodes run so far, in the unit of `node_cost`, for reports of what was spent
         self.spent = 0.0
+        varying: set[Node] = set()
+        for node in self.nodes:
+            if node.op == "placeholder" or any(source in varying for source in node.all_input_nodes):
+                varying.add(node)
+        # Inputs and weights exist anyway, and the answer is what a run is for.
+        self._always = {node for node in self.nodes if node not in varying or node.op in ("placeholder", "output")}
 
     def forward(
-        self, inputs: tuple[Tensor, ...], substitution: Substitution | None = None
+        self,
+        inputs: tuple[Tensor, ...],
+        substitution: Substitution | None = None,
+        kept: frozenset[Node] | None = None,
     ) -> tuple[Tensor, Environment]:
-        """Run the whole graph and return its answer with every intermediate value."""
-        environment: Environment = {}
-        arguments = iter(inputs)
-        for node in self.nodes:
-            if node.op == "placeholder":
-                environment[node] = next(arguments)
-            elif node.op == "output":
-                environment[node] = map_arg(node.args, environment.__getitem__)[0]
-            else:
-                environment[node] = self._run(node, environment, substitution or {})
+        """Run the whole graph and return its answer with its intermediate values.
+
+        Args:
+            inputs: one tensor per placeholder.
+            substitution: what takes the place of which nodes.
+            kept: the nodes whose values are kept, for example by `Footprint.within`; None for all. Inputs, weights
+                and the answer are always kept.
+        """
+        environment = Environment(self._inputs(inputs), substitution, kept)
+        order = [node for node in self.nodes if node.op != "placeholder"]
+        self._sweep(order, environment, {}, environment.substitution, self._retained(kept))
         return self.answer(environment), environment
+
+    def footprint(self, inputs: tuple[Tensor, ...], substitution: Substitution | None = None) -> Footprint:
+        """Run the whole graph keeping nothing, and return what its values weigh; counts as nothing spent."""
+        values: list[tuple[Node, int]] = []
+        live: Environment = Environment(self._inputs(inputs))
+        seen: dict[Node, int] = {}
+        working, before = 0, self.spent
+
+        def weigh(node: Node) -> None:
+            nonlocal working
+            fixed = storages({known: value for known, value in live.items() if known in self._always})
+            own = {address: size for address, size in storages(live).items() if address not in fixed}
+            working = max(working, sum(own.values()))
+            value = live[node]
+            if isinstance(value, Tensor) and node not in self._always:
+                address = value.untyped_storage().data_ptr()
+                # A freed address may come again: only what is still alive can be viewed.
+                if address in own and all(seen.get(other) != address for other in live):
+                    values.append((node, own[address]))
+                seen[node] = address
+
+        order = [node for node in self.nodes if node.op != "placeholder"]
+        self._sweep(order, live, {}, substitution or {}, self._retained(frozenset()), weigh)
+        self.spent = before
+        return Footprint(tuple(values), working)
 
     def replay(
         self,
@@ -67,34 +120,68 @@ class GraphReplay:
     ) -> tuple[Tensor, Environment]:
         """Run only what the substitution changes, the rest read from `base`; the same answer as a whole run.
 
+        Values that `base` did not keep are run again from those it kept, each once, and dropped after their last
+        reader: a replay holds at most what is kept and what a plain run holds at one node.
+
         Args:
             base: environment of an earlier run.
             substitution: every node that is substituted now.
             changed: names of those that differ from the earlier run; None for all of `substitution`.
             keep: also return an environment complete enough for further replays (shares the unchanged values).
         """
-        dirty = {self.by_name[name] for name in (substitution if changed is None else changed)}
+        names = set(substitution if changed is None else changed)
+        dirty = {self.by_name[name] for name in names}
         start = min((self.position[node] for node in dirty), default=len(self.nodes))
-        fresh: Environment = {}
-        waiting: dict[Node, int] = {}
+        run: set[Node] = set()
         for node in self.nodes[start:]:
-            if node not in dirty and not any(source in fresh for source in node.all_input_nodes):
-                continue
-            lookup = _Layered(fresh, base)
+            if node in dirty or any(source in run for source in node.all_input_nodes):
+                run.add(node)
+        # A missing value that is read has only unchanged ancestors, or it would be among those to run.
+        wanted = [source for node in run for source in node.all_input_nodes]
+        while wanted:
+            source = wanted.pop()
+            if source not in run and source not in base:
+                run.add(source)
+                wanted.extend(source.all_input_nodes)
+        now = {name: made for name, made in base.substitution.items() if name not in names}
+        now |= {name: made for name, made in substitution.items() if name in names}
+        fresh: Environment = Environment({}, now, base.kept)
+        order = sorted(run, key=self.position.__getitem__)
+        self._sweep(order, fresh, base, now, self._retained(base.kept if keep else frozenset()))
+        complete = Environment({**base, **fresh}, now, base.kept) if keep else fresh
+        return self.answer(fresh if self.nodes[-1] in fresh else base), complete
+
+    def _inputs(self, inputs: tuple[Tensor, ...]) -> dict[Node, Any]:
+        return dict(zip((node for node in self.nodes if node.op == "placeholder"), inputs, strict=False))
+
+    def _retained(self, kept: frozenset[Node] | None) -> Callable[[Node], bool]:
+        return lambda node: kept is None or node in kept or node in self._always
+
+    def _sweep(
+        self,
+        order: list[Node],
+        fresh: Environment,
+        base: Mapping[Node, Any],
+        substitution: Substitution,
+        retained: Callable[[Node], bool],
+        after: Callable[[Node], None] = lambda _: None,
+    ) -> None:
+        """Run these nodes into `fresh`; one that is not retained is dropped when the last of its readers has run."""
+        lookup = _Layered(fresh, base)
+        running = set(order)
+        waiting = {node: sum(user in running for user in node.users) for node in order}
+        for node in order:
             if node.op == "output":
                 fresh[node] = map_arg(node.args, lookup.__getitem__)[0]
-                break
-            fresh[node] = self._run(node, lookup, substitution)
-            waiting[node] = len(node.users)
-            if not keep:
-                for source in node.all_input_nodes:
-                    if source in waiting:
-                        waiting[source] -= 1
-                        if waiting[source] == 0:
-                            # Dropped, yet still known as changed to nobody: all its readers have run.
-                            fresh[source] = None
-        complete = {**base, **fresh} if keep else fresh
-        return self.answer(fresh if self.nodes[-1] in fresh else base), complete
+            else:
+                fresh[node] = self._run(node, lookup, substitution)
+            after(node)
+            for source in node.all_input_nodes:
+                if source in waiting:
+                    waiting[source] -= 1
+            for known in (*node.all_input_nodes, node):
+                if waiting.get(known) == 0 and not retained(known):
+                    fresh.pop(known, None)
 
     def answer(self, environment: Environment) -> Tensor:
         """Return the first tensor of the graph's output."""
@@ -120,7 +207,7 @@ class GraphReplay:
 class _Layered(Mapping[Node, Any]):
     """Reads fresh values first, then those of the base run."""
 
-    def __init__(self, fresh: Environment, base: Environment) -> None:
+    def __init__(self, fresh: Environment, base: Mapping[Node, Any]) -> None:
         self._fresh, self._base = fresh, base
 
     def __getitem__(self, node: Node) -> Any:
@@ -153,14 +240,9 @@ def _flatten(value: Any) -> list[Any]:
     return [value]
 
 
-def environment_bytes(environment: Environment) -> int:
+def environment_bytes(environment: Mapping[Node, Any]) -> int:
     """Return the bytes held by an environment, views of one storage counted once."""
-    storages = {
-        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
-        for value in environment.values()
-        if isinstance(value, Tensor)
-    }
-    return sum(storages.values())
+    return sum(storages({node: value for node, value in environment.items() if isinstance(value, Tensor)}).values())
 
 
 def model_outputs(module: GraphModule, inputs: tuple[Tensor, ...], batch: int = 64) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -33,6 +36,13 @@ class Reporter:
             for item in items:
                 yield item
                 bar.advance(task)
+
+    def say(self, text: str) -> None:
+        """Print one line where bars are shown, and log it as information elsewhere."""
+        if self.enabled:
+            Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+        else:
+            log.info("%s", text)
 
     @contextmanager
     def _bar(self) -> Iterator[Progress]:

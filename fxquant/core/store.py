@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -90,17 +91,66 @@ def checked_document(document: object, kind: str, version: int, origin: str) -> 
     return document
 
 
+def write_json_once(path: Path, kind: str, version: int, body: Mapping[str, Any]) -> bool:
+    """Write as `write_json` does unless there is such a file, and return whether it was written.
+
+    Of several processes that try at once, one writes and the others find its whole file.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    handed_over = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
+    write_json(handed_over, kind, version, body)
+    try:
+        os.link(handed_over, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        # No hard links here (FAT, some network mounts): as good as it gets without.
+        if path.exists():
+            return False
+        handed_over.replace(path)
+    finally:
+        handed_over.unlink(missing_ok=True)
+    return True
+
+
+def pack_arrays(arrays: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
+    """Return named arrays as the bytes of an uncompressed npz."""
+    stream = io.BytesIO()
+    _write_npz(stream, arrays)
+    return stream.getvalue()
+
+
+def unpack_arrays(packed: bytes) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the arrays of `pack_arrays`, refusing pickled objects.
+
+    Raises:
+        FileFormatError: truncated or not an npz of plain arrays.
+    """
+    try:
+        with np.load(io.BytesIO(packed), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:
+        raise FileFormatError(f"{len(packed)} bytes are not an intact npz of plain arrays ({error})") from error
+
+
+def _write_npz(target: Path | io.BytesIO, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    # np.savez takes names as keywords, so that an array could not be called `file`; the format is the same.
+    with zipfile.ZipFile(target, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, np.asanyarray(array), allow_pickle=False)
+
+
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Write named arrays as an uncompressed npz.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    # np.savez takes names as keywords, so that an array could not be called `file`; the format is the same.
-    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
-                np.lib.format.write_array(stream, np.asanyarray(array), allow_pickle=False)
+    with atomic_path(path) as temporary:
+        _write_npz(temporary, arrays)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:

@@ -7,10 +7,9 @@ context's own loss, so that the context alone has loss 0 and the four-term ident
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,20 +21,23 @@ from fxquant.core.data import CalibrationSet
 from fxquant.core.grids import FakeQuantNodes
 from fxquant.core.losses import LOSSES, UNITS
 from fxquant.core.ops import rule_of, shape_of
-from fxquant.core.oracle import Environment, GraphReplay, environment_bytes
+from fxquant.core.oracle import Environment, GraphReplay
 from fxquant.core.program import Program
 from fxquant.core.progress import SILENT, Reporter
 from fxquant.core.score_store import Arrays, ScoreStore
 from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.core.shards import ALONE, Shards
 from fxquant.core.spec import Candidate, Sites
+from fxquant.core.store import text_digest
 from fxquant.passes.sensitivity.columns import Column, Quantizers, Replacement, columns_of
+from fxquant.passes.sensitivity.sweep import Cell as Cell
+from fxquant.passes.sensitivity.sweep import Memory, Work, sweep
 
 ENVIRONMENT_LIMIT = 384 * 10**6
-"""Bytes of intermediate values kept for one batch; a pair sweep keeps two such sets."""
+"""Bytes of intermediate values kept for one batch; a pair sweep keeps two such sets. Where those of a single image take
+more, a part is kept and the rest computed again."""
 
 LARGEST_BATCH = 64
-
-Cell = Mapping[str, NDArray[Any] | float]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Base:
     Args:
         reference: answer of the float network.
         answer: answer of the context; the same where the context is the float network.
-        environment: every intermediate value of the context's run.
+        environment: the intermediate values of the context's run, as many as fit.
         losses: loss of the context, float64 of shape (images,); zeros for the float network.
     """
 
@@ -78,6 +80,7 @@ class Scorer:
         reporter: shows progress.
         context: the plan that everything else is quantized by; None leaves everything else in float.
         seed: seed of sampled labels and probes.
+        shards: this process among those that share the work.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Scorer:
         reporter: Reporter = SILENT,
         context: BitAllocation | None = None,
         seed: int = 0,
+        shards: Shards = ALONE,
     ) -> None:
         self.program = program
         self.images = images
@@ -97,6 +101,7 @@ class Scorer:
         self.reporter = reporter
         self.context = context
         self.seed = seed
+        self.shards = shards
         self.costs = {node.name: _node_cost(node) for node in program.module.graph.nodes}
         self.network_cost = sum(self.costs.values())
         self.replay = GraphReplay(program.module, self.costs)
@@ -112,16 +117,18 @@ class Scorer:
         position = {name: index for index, name in enumerate(self.replay.by_name)}
         first: dict[str, int] = {}
         for column in self.columns:
-            places = [position[name] for name in column.substitution]
-            if column.site is not None:
-                places.append(position[program[Sites].by_name(column.site).nodes[0]])
+            # Weights stand anywhere before the op that reads them.
+            read = program[Sites].by_name(column.site).nodes if column.site is not None else column.substitution
+            places = [position[name] for name in read]
             first[column.owner] = min([first.get(column.owner, len(position)), *places])
         owners = {owner: rank for rank, owner in enumerate(sorted(first, key=lambda owner: first[owner]))}
         self.by_depth: list[int] = sorted(range(len(self.columns)), key=lambda k: owners[self.columns[k].owner])
         #: what every quantizer does in the context
         self.standing = self._assigned()
         self._kept: tuple[int, Base] | None = None
-        self.batch = self._batch_size()
+        self._footprint = self.replay.footprint(images.slice(0, 1).inputs, self.standing)
+        self._parts_kept = self._footprint.within(ENVIRONMENT_LIMIT, self.costs)
+        self.batch = max(1, min(LARGEST_BATCH, len(images), ENVIRONMENT_LIMIT // max(1, self._footprint.total)))
 
     def _assigned(self, *chosen: int) -> dict[str, Replacement]:
         """Return what every quantizer does once these columns took the place of their owners' part of the context."""
@@ -134,14 +141,6 @@ class Scorer:
         for column in own:
             made.update(column.substitution)
         return made
-
-    def _batch_size(self) -> int:
-        environment = self.base(Part(-1, self.images.slice(0, 1))).environment
-        # Weights are held once, whatever the batch.
-        constants = {node: value for node, value in environment.items() if node.op == "get_attr"}
-        one = max(1, environment_bytes(environment) - environment_bytes(constants))
-        self._kept, self.replay.spent = None, 0.0
-        return max(1, min(LARGEST_BATCH, len(self.images), ENVIRONMENT_LIMIT // one))
 
     @property
     def parts(self) -> list[Part]:
@@ -160,14 +159,14 @@ class Scorer:
         return np.asarray(names[:, None] != names[None, :], dtype=np.bool_)
 
     def base(self, part: Part) -> Base:
-        """Return the context's run on a batch with every intermediate value; the last batch is kept."""
+        """Return the context's run on a batch with its intermediate values; the last batch is kept."""
         if self._kept is None or self._kept[0] != part.index:
             self._kept = None
             with torch.no_grad():
-                reference, environment = self.replay.forward(part.images.inputs, self.off)
-                answer = reference
+                answer, environment = self.replay.forward(part.images.inputs, self.standing, self._parts_kept)
+                reference = answer
                 if self._context:
-                    answer, environment = self.replay.forward(part.images.inputs, self.standing)
+                    reference, _ = self.replay.forward(part.images.inputs, self.off, frozenset())
             losses = LOSSES[self.loss](reference, answer, part.images.labels)
             self._kept = (part.index, Base(reference, answer, environment, losses))
         return self._kept[1]
@@ -199,18 +198,40 @@ class Scorer:
         spent, self.replay.spent = self.replay.spent, 0.0
         return spent / self.network_cost * images
 
-    def measure(self, title: str, work: Mapping[str, Callable[[], Cell]]) -> dict[str, Arrays]:
+    @property
+    def memory(self) -> Memory:
+        """What scoring holds, known before it starts."""
+        kept = self._parts_kept
+        held = sum(size for node, size in self._footprint.values if kept is None or node in kept)
+        size = 8 * len(self.columns) ** 2 * len(self.images)
+        return Memory(self.batch, self.batch * held, self.batch * self._footprint.working, size, kept is not None)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that a sweep of pairs holds: kept values, values at work, and the losses of all pairs."""
+        return self.memory.total
+
+    def measure(self, title: str, work: Work) -> dict[str, Arrays]:
         """Return finished cells by key: those of the store as they are, the others measured and kept.
 
         Args:
             title: shown with the progress.
             work: key -> measures the cell; in an order that uses one batch after the other.
+
+        Raises:
+            WorkerError: another process of a sharded run was lost.
         """
-        cells: dict[str, Arrays] = {}
-        for key, measured in self.reporter.track(work.items(), title, len(work)):
-            known = self.store.get(key)
-            cells[key] = self.store.put(key, measured()) if known is None else known
-        return cells
+        # The store knows model, data and settings; what else the numbers of a cell depend on is in its name.
+        around = "" if self.context is None else f"-{text_digest(str(sorted(self._labels(self.context).items())))}"
+        prefix = f"batch{self.batch}-seed{self.seed}{around}-"
+        named = {f"{prefix}{key}": measured for key, measured in work.items()}
+        device = self.images.inputs[0].device
+        cells = sweep(title, named, self.store, self.shards, self.reporter, device)
+        return {key.removeprefix(prefix): cell for key, cell in cells.items()}
+
+    @staticmethod
+    def _labels(plan: BitAllocation) -> dict[str, str]:
+        return {site: choice.label for site, choice in plan.choices.items()}
 
     def matrix(
         self,
@@ -250,12 +271,12 @@ class Scorer:
         """Return the mean loss of the context over all images, 0 for the float network."""
         if not self._context:
             return 0.0
-        key = "context"
-        known = self.store.get(key)
-        if known is None:
-            losses = torch.cat([self.base(part).losses for part in self.parts])
-            known = self.store.put(key, {"losses": losses.numpy(), "evaluations": self.take_spent(len(self.images))})
-        return float(known["losses"].mean())
+        losses = self.measure("score the plan", {"context": self._context_cell})["context"]["losses"]
+        return float(losses.mean())
+
+    def _context_cell(self) -> Cell:
+        losses = torch.cat([self.base(part).losses for part in self.parts])
+        return {"losses": losses.numpy(), "evaluations": self.take_spent(len(self.images))}
 
 
 def standard_error(samples: NDArray[np.float64]) -> NDArray[np.float64]:

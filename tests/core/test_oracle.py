@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from fxquant.core.errors import CaptureError
+from fxquant.core.footprint import storages
 from fxquant.core.oracle import GraphReplay, Substitution, environment_bytes, first_tensor, model_outputs
 from tests.models import MODELS
 from tests.programs import folded
@@ -159,3 +161,107 @@ def test_bytes_count_storages_once() -> None:
     value = torch.zeros(10)
     assert environment_bytes({a: value, b: value[2:]}) == 40
     assert environment_bytes({a: value, b: 3}) == 40
+
+
+class Alive:
+    """Bytes of the storages that nodes made and that still exist, whoever holds them."""
+
+    def __init__(self, replay: GraphReplay, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: dict[int, int] = {}
+        self.peak = 0
+        run = replay._run
+
+        def watched(node: Node, environment: Mapping[Node, Any], substitution: Substitution) -> Any:
+            value = run(node, environment, substitution)
+            for tensor in (value if isinstance(value, tuple | list) else [value]) if node in self.counted else []:
+                if isinstance(tensor, Tensor):
+                    self.watch(tensor.untyped_storage())
+            return value
+
+        self.counted = {node for node in replay.nodes if node not in replay._always}
+        self.given: set[int] = set()
+        monkeypatch.setattr(replay, "_run", watched)
+
+    def watch(self, storage: torch.UntypedStorage) -> None:
+        address = storage.data_ptr()
+        if address not in self.sizes and address not in self.given:
+            self.sizes[address] = storage.nbytes()
+            weakref.finalize(storage, self.sizes.pop, address)
+            self.peak = max(self.peak, sum(self.sizes.values()))
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
+def test_what_does_not_fit_is_computed_again_to_the_same_bits(
+    name: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, inputs = folded(name).module, MODELS[name].inputs(2)
+    whole, part = GraphReplay(module), GraphReplay(module)
+    footprint = part.footprint(inputs)
+    assert part.spent == 0
+    limit = int(share * footprint.total)
+    kept = footprint.within(limit, {})
+    assert kept is not None
+    alive = Alive(part, monkeypatch)
+    alive.given = {t.untyped_storage().data_ptr() for t in (*inputs, *module.state_dict().values())}
+    # Rounding in place of a view makes a value of its own.
+    slack = max(size for _, size in footprint.values)
+    with torch.no_grad():
+        answer, base = part.forward(inputs, kept=kept)
+        expected, everything = whole.forward(inputs)
+        assert torch.equal(answer, expected)
+        assert alive.peak <= limit + footprint.working
+        answers = sum(storages({part.nodes[-1]: base[part.nodes[-1]]}).values())
+        alive.peak = 0
+        for seed in range(6):
+            first, second = pick(computed(part), seed), pick(computed(part), seed + 100)
+            _, one = part.replay(base, first, keep=True)
+            _, other = whole.replay(everything, first, keep=True)
+            both = {**first, **second}
+            assert torch.equal(part.replay(one, both, second)[0], whole.replay(other, both, second)[0])
+            assert torch.equal(part.replay(base, second)[0], whole.replay(everything, second)[0])
+            assert alive.sizes
+            # Two environments are held now, each with the answer of its run.
+            assert sum(alive.sizes.values()) <= 2 * (limit + answers) + slack
+            del one
+        assert alive.peak <= 2 * (limit + answers) + footprint.working + slack
+    assert set(base) <= kept | part._always
+
+
+def test_a_dropped_value_is_computed_under_the_substitution_it_had() -> None:
+    replay, inputs = GraphReplay(folded("residual").module), MODELS["residual"].inputs(2)
+    with torch.no_grad():
+        _, plan = replay.forward(inputs, {"relu": shrink(3)}, kept=frozenset())
+        found, _ = replay.replay(plan, {"relu": shrink(3), "silu": torch.relu}, changed=["silu"])
+        # Not saying again what the base had changes nothing: only `changed` differs from it.
+        again, _ = replay.replay(plan, {"silu": torch.relu})
+        expected, _ = replay.forward(inputs, {"relu": shrink(3), "silu": torch.relu})
+        without, _ = replay.forward(inputs, {"silu": torch.relu})
+    assert torch.equal(found, expected)
+    assert torch.equal(again, expected)
+    assert not torch.equal(found, without)
+
+
+def test_each_missing_value_is_computed_once() -> None:
+    module = folded("residual").module
+    costs = {node.name: 1.0 for node in module.graph.nodes if node.op == "call_function"}
+    replay = GraphReplay(module, costs)
+    with torch.no_grad():
+        _, base = replay.forward(MODELS["residual"].inputs(2), kept=frozenset())
+        assert replay.spent == len(costs)
+        replay.replay(base, {"silu": torch.relu})
+    assert replay.spent == 2 * len(costs)
+
+
+def test_a_long_chain_needs_no_recursion() -> None:
+    graph = Graph()
+    node = graph.placeholder("x")
+    for _ in range(3000):
+        node = graph.call_function(torch.add, (node, 1.0))
+    graph.output(node)
+    replay = GraphReplay(GraphModule(nn.Module(), graph))
+    with torch.no_grad():
+        answer, base = replay.forward((torch.zeros(1),), kept=frozenset())
+        last, _ = replay.replay(base, {node.name: torch.neg})
+    assert answer.tolist() == [3000.0]
+    assert last.tolist() == [-2999.0]

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from fxquant.core.errors import FileFormatError, OutputError
 from fxquant.core.score_store import ScoreStore
+from fxquant.core.store import write_arrays
 
 IDENTITY = {"model": "m1", "data": "d1", "settings": "s1"}
 CELL: dict[str, NDArray[np.float64] | float] = {"losses": np.array([[1.5, -2.0]]), "evaluations": 3.25}
@@ -48,8 +49,10 @@ def test_every_field_that_differs_is_named(tmp_path: Path) -> None:
 
 def test_a_field_an_older_version_did_not_know_is_refused(tmp_path: Path) -> None:
     ScoreStore(tmp_path, IDENTITY)
-    with pytest.raises(FileFormatError, match="another calibration"):
+    with pytest.raises(FileFormatError, match="another calibration;"):
         ScoreStore(tmp_path, {**IDENTITY, "calibration": "c"})
+    with pytest.raises(FileFormatError, match="another data;"):
+        ScoreStore(tmp_path, {name: value for name, value in IDENTITY.items() if name != "data"})
 
 
 def test_a_damaged_header(tmp_path: Path) -> None:
@@ -59,12 +62,59 @@ def test_a_damaged_header(tmp_path: Path) -> None:
         ScoreStore(tmp_path, IDENTITY)
 
 
-def test_a_damaged_cell(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "emptied", "flipped"])
+def test_a_damaged_cell_is_measured_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     ScoreStore(tmp_path, IDENTITY).put("a", CELL)
     path = tmp_path / "a.npz"
-    path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(FileFormatError, match=r"a\.npz is not an intact npz"):
-        ScoreStore(tmp_path, IDENTITY).get("a")
+    whole = path.read_bytes()
+    at = whole.index(np.float64(1.5).tobytes())
+    spoilt = {"cut": whole[:-30], "emptied": b"", "flipped": whole[:at] + b"\xff" + whole[at + 1 :]}
+    path.write_bytes(spoilt[damage])
+    store = ScoreStore(tmp_path, IDENTITY)
+    assert store.get("a") is None
+    assert "damaged score is measured again" in caplog.text
+    assert str(path) in caplog.text
+    store.put("a", CELL)
+    found = ScoreStore(tmp_path, IDENTITY).get("a")
+    assert found is not None
+    assert np.array_equal(found["losses"], [[1.5, -2.0]])
+
+
+def test_cells_of_something_else_are_refused_without_a_header(tmp_path: Path) -> None:
+    ScoreStore(tmp_path, IDENTITY).put("a", CELL)
+    (tmp_path / "identity.json").unlink()
+    with pytest.raises(FileFormatError, match=r"a\.npz was made with another .*identity\.json.* is missing"):
+        ScoreStore(tmp_path, {**IDENTITY, "model": "m2"})
+    # Refusing leaves no header behind that would claim the cells.
+    assert not (tmp_path / "identity.json").exists()
+    assert ScoreStore(tmp_path, IDENTITY).get("a") is not None
+
+
+def test_a_foreign_cell_beside_our_header_is_refused(tmp_path: Path) -> None:
+    ScoreStore(tmp_path / "other", {**IDENTITY, "data": "d2"}).put("a", CELL)
+    store = ScoreStore(tmp_path / "own", IDENTITY)
+    (tmp_path / "other" / "a.npz").replace(tmp_path / "own" / "a.npz")
+    with pytest.raises(FileFormatError, match=r"a\.npz was made with another model, data or settings"):
+        store.get("a")
+    write_arrays(tmp_path / "own" / "b.npz", {"losses": np.ones(2)})
+    with pytest.raises(FileFormatError, match=r"b\.npz was made with another"):
+        store.get("b")
+
+
+def test_of_two_first_ones_both_go_by_the_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The other process writes its header after this one looked and found none.
+    refuse = ScoreStore._refuse_strangers
+
+    def other_first(self: ScoreStore, folder: Path) -> None:
+        refuse(self, folder)
+        monkeypatch.setattr(ScoreStore, "_refuse_strangers", refuse)
+        ScoreStore(folder, {**IDENTITY, "model": "winner"})
+
+    monkeypatch.setattr(ScoreStore, "_refuse_strangers", other_first)
+    with pytest.raises(FileFormatError, match="another model;"):
+        ScoreStore(tmp_path, IDENTITY)
+    assert ScoreStore(tmp_path, {**IDENTITY, "model": "winner"}).get("a") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["identity.json"]
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
