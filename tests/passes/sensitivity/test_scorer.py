@@ -7,7 +7,6 @@ import torch
 from fxquant import pipeline
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.data import CalibrationSet
-from fxquant.core.grids import FakeQuantNodes
 from fxquant.core.losses import LOSSES
 from fxquant.core.oracle import model_outputs
 from fxquant.core.program import Program
@@ -88,14 +87,15 @@ def test_work_is_counted_in_whole_passes() -> None:
     assert 0 < spent["fc"] < spent["conv2"] < spent["conv1"] <= 1
 
 
-def test_columns_by_depth_follow_the_graph() -> None:
-    program = simulated("plain")
-    each = scorer(program, IMAGES)
+@pytest.mark.parametrize("name", ["plain", "residual", "shared"])
+def test_columns_by_depth_follow_the_graph(name: str) -> None:
+    program = simulated(name)
+    each = scorer(program, CalibrationSet(inputs(name, 6)))
     order = list(dict.fromkeys(each.candidates[k].site for k in each.by_depth))
     names = [node.name for node in program.module.graph.nodes]
-    first = {site: min(names.index(n) for n in nodes) for site, nodes in program[FakeQuantNodes].inputs.items()}
     assert sorted(each.by_depth) == list(range(len(columns(program))))
-    assert order == sorted(order, key=lambda site: (first[site], site))
+    # The ops' order, not that of the weights, which stand anywhere before them.
+    assert order == sorted(order, key=lambda site: names.index(program[Sites].by_name(site).nodes[0]))
 
 
 def test_losses_are_float64_per_image() -> None:
