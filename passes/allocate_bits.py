@@ -16,15 +16,19 @@ from fxquant.core.errors import InfeasibleBudgetError, OptionError, SolverError
 from fxquant.core.limits import agrees, fits, infeasible_message, limit_rows, tie_rows, usage
 from fxquant.core.program import Program
 from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
-from fxquant.core.spec import Choice, Site, Sites
+from fxquant.core.spec import Candidate, Choice, Site, Sites
 from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.allocation.borders import border_terms, neighbours
+from fxquant.passes.allocation.fill import fill
 from fxquant.passes.base import Pass
 
 
 @dataclass(frozen=True)
 class AllocateBits(Pass):
-    """Write `Finalists`, the best plan of every surrogate and the uniform plans that fit, and `BitAllocation`.
+    """Write `Finalists` and `BitAllocation`.
+
+    Finalists are the best plan of every surrogate, the same with what the limits leave over spent on wider sites, and
+    the uniform plans that fit.
 
     Args:
         budget: the limits.
@@ -56,6 +60,10 @@ class AllocateBits(Pass):
         matrices = program[Surrogates].matrices
         borders = self._borders(program)
         plans = {name: self._solve(matrix, borders, sites, tables) for name, matrix in matrices.items()}
+        for name, matrix in matrices.items():
+            filled = self._fill(plans[name], matrix, borders, sites, tables)
+            if filled.choices != plans[name].choices:
+                plans[f"{name}, filled"] = filled
         preferred = next(iter(matrices.values()))
         for name, choices in uniform_plans(sites.sites).items():
             if fits(choices, limits, tables):
@@ -108,10 +116,43 @@ class AllocateBits(Pass):
             border_cost=border_cost,
         )
 
+    def _fill(
+        self,
+        plan: BitAllocation,
+        matrix: SensitivityMatrix,
+        borders: NDArray[np.float64],
+        sites: Sites,
+        tables: CostTables,
+    ) -> BitAllocation:
+        """Return the plan with what the limits leave over spent, for the measured loss to compare with it."""
+        widths = [[c.choice.weight_bits, c.choice.activation_bits] for c in matrix.candidates]
+        wider = fill(
+            np.diag(matrix.values),
+            matrix.groups,
+            *limit_rows(plan.limits, tables, sites),
+            *tie_rows(sites),
+            np.array(widths, dtype=np.float64),
+            _one_hot(matrix.candidates, plan.choices),
+        )
+        choices = {c.site: c.choice for c, chosen in zip(matrix.candidates, wider, strict=True) if chosen}
+        return BitAllocation(
+            choices,
+            estimator=f"{matrix.estimator}, filled",
+            objective=matrix.predict(choices),
+            status="feasible",
+            used=usage(choices, plan.limits, tables),
+            limits=plan.limits,
+            border_cost=_border_cost(sites, borders, choices),
+        )
+
+
+def _one_hot(candidates: tuple[Candidate, ...], choices: dict[str, Choice]) -> NDArray[np.bool_]:
+    return np.array([choices[c.site] == c.choice for c in candidates], dtype=np.bool_)
+
 
 def _border_cost(sites: Sites, borders: NDArray[np.float64], choices: dict[str, Choice]) -> float:
-    x = np.array([choices[c.site] == c.choice for c in sites.candidates], dtype=np.float64)
-    return float(x @ borders @ x)
+    picked = np.flatnonzero(_one_hot(sites.candidates, choices))
+    return float(borders[np.ix_(picked, picked)].sum())
 
 
 def uniform_plans(sites: tuple[Site, ...]) -> dict[str, dict[str, Choice]]:

@@ -150,3 +150,37 @@ def test_without_a_cost_of_borders_the_solver_sees_the_matrix_itself(monkeypatch
 def test_a_cost_of_borders_out_of_range(cost: float) -> None:
     with pytest.raises(OptionError, match=r"requantization_cost=.* must be a finite number of at least 0"):
         AllocateBits(Budget(average_bits=4), requantization_cost=cost)
+
+
+def with_pair_terms(program: Program, diagonal: list[float], pair: float) -> Program:
+    """Return the program with one matrix: these diagonals per site, and a price on two sites both wide."""
+    candidates = program[Sites].candidates
+    values = np.diag(np.array(diagonal * len(program[Sites].sites)))
+    for i, one in enumerate(candidates):
+        for j, other in enumerate(candidates):
+            if one.site != other.site and one.choice == other.choice == Choice(8, 8):
+                values[i, j] = pair
+    matrix = SensitivityMatrix(candidates, values, np.zeros_like(values), "doubtful", 1.0, "KL nats")
+    return program.with_facts(Surrogates({"doubtful": matrix}))
+
+
+def test_what_is_left_over_makes_a_further_finalist() -> None:
+    """Pair terms that speak against wide sites leave room; the diagonal alone would use it, so both are measured."""
+    program = with_pair_terms(scored(), [3.0, 2.0, 1.0], 5.0)
+    done = check_pass(AllocateBits(Budget(average_bits=8)), program)
+    plan, finalists = done[BitAllocation], done[Finalists].plans
+    filled = finalists["doubtful, filled"]
+    assert plan.choices == finalists["doubtful"].choices
+    assert sorted(c.weight_bits for c in plan.choices.values()) == [4, 4, 4, 8]
+    assert set(filled.choices.values()) == {Choice(8, 8)}
+    assert (filled.status, filled.estimator) == ("feasible", "doubtful, filled")
+    assert filled.objective == program[Surrogates].matrices["doubtful"].predict(filled.choices) > plan.objective
+    assert filled.used == {"average_bits": pytest.approx(8.0)}
+    assert list(finalists) == ["doubtful", "doubtful, filled", *[f"uniform W{b}A8" for b in (2, 4, 8)]]
+
+
+def test_a_plan_with_nothing_left_over_stays_alone() -> None:
+    program = with_pair_terms(scored(), [3.0, 2.0, 1.0], 0.0)
+    assert [n for n in AllocateBits(Budget(average_bits=8))(program)[Finalists].plans if "filled" in n] == []
+    unwilling = with_pair_terms(scored(), [1.0, 2.0, 3.0], 0.0)
+    assert [n for n in AllocateBits(Budget(average_bits=8))(unwilling)[Finalists].plans if "filled" in n] == []
