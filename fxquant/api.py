@@ -44,6 +44,7 @@ def quantize(
     pins: Mapping[str, Choice | str] | None = None,
     pin_ends: bool = False,
     keep_float: Sequence[str] = (),
+    forbid: Mapping[str, Choice | str | Sequence[Choice | str]] | None = None,
     observer: str = "mse",
     loss: str | None = None,
     estimators: Sequence[str] | None = None,
@@ -70,6 +71,7 @@ def quantize(
         pins: glob over layer names -> precision (`Choice` or "W8A8").
         pin_ends: pin first and last layer to 8 bits.
         keep_float: globs over layer names that stay in float.
+        forbid: glob over layer names -> precisions (one or several `Choice` or "W2A8") that may not be used there.
         observer: "minmax", "mse", "moving_average" or "percentile".
         loss: "kl", "ce" (with labels: CLADO as published) or "mse"; None picks by the model's output.
         estimators: sensitivity estimators, overriding the effort's.
@@ -91,9 +93,13 @@ def quantize(
         bits=tuple(sorted(set(bits))),
         activation_bits=tuple(sorted(set(activation_bits))),
         target=target,
-        pins={pattern: Choice.parse(c) if isinstance(c, str) else c for pattern, c in (pins or {}).items()},
+        pins={pattern: _choice(c) for pattern, c in (pins or {}).items()},
         pin_ends=pin_ends,
         keep_float=tuple(keep_float),
+        forbid={
+            pattern: tuple(_choice(c) for c in ([some] if isinstance(some, str | Choice) else some))
+            for pattern, some in (forbid or {}).items()
+        },
         observer=observer,
         loss=loss,
         estimators=preset.estimators if estimators is None else tuple(estimators),
@@ -119,6 +125,10 @@ def quantize(
     if budget is None:
         return Result(pipeline.impose(program, pipeline.widest_plan(program)), held_out)
     return Result(pipeline.allocate(program, budget, held_out, reporter), held_out)
+
+
+def _choice(label: Choice | str) -> Choice:
+    return Choice.parse(label) if isinstance(label, str) else label
 
 
 def _check_names(settings: Settings) -> None:

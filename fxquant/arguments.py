@@ -106,6 +106,7 @@ def _scoring(parser: argparse.ArgumentParser) -> None:
     add("--pin", action="append", default=[], metavar="GLOB=W8A8", help="the only precision of these layers")
     add("--pin-ends", action="store_true", help="pin first and last layer to 8 bits")
     add("--keep-float", action="append", default=[], metavar="GLOB", help="layers that stay in float")
+    add("--forbid", action="append", default=[], metavar="GLOB=W2A8,..", help="precisions these layers may not have")
     add("--observer", default="mse", help="minmax, mse, moving_average or percentile")
     add("--loss", help="kl, ce (needs labels) or mse; the model's output decides if not given")
     add("--time-limit", type=float, default=60.0, metavar="SECONDS", help="for each solve")
@@ -175,12 +176,26 @@ def pins(texts: Iterable[str]) -> dict[str, Choice]:
     Raises:
         OptionError: not of that form, or a glob given twice.
     """
-    found: dict[str, Choice] = {}
+    return {pattern: Choice.parse(label) for pattern, label in _by_glob("pin", texts, "GLOB=W8A8").items()}
+
+
+def forbidden(texts: Iterable[str]) -> dict[str, tuple[Choice, ...]]:
+    """Read forbidden precisions written as `glob=W2A8,W2A4`.
+
+    Raises:
+        OptionError: not of that form, or a glob given twice.
+    """
+    found = _by_glob("forbid", texts, "GLOB=W2A8,W2A4")
+    return {pattern: tuple(map(Choice.parse, labels.split(","))) for pattern, labels in found.items()}
+
+
+def _by_glob(option: str, texts: Iterable[str], form: str) -> dict[str, str]:
+    found: dict[str, str] = {}
     for text in texts:
         pattern, separator, label = text.rpartition("=")
         if not separator or not pattern:
-            raise OptionError(f"pin {text!r} is not understood; write GLOB=W8A8")
+            raise OptionError(f"{option} {text!r} is not understood; write {form}")
         if pattern in found:
-            raise OptionError(f"pin {pattern!r} is given twice; give it once")
-        found[pattern] = Choice.parse(label)
+            raise OptionError(f"{option} {pattern!r} is given twice; give it once")
+        found[pattern] = label
     return found

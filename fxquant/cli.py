@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fxquant import api
-from fxquant.arguments import build_parser, image_options, pins
+from fxquant.arguments import build_parser, forbidden, image_options, pins
 from fxquant.bench import bench
 from fxquant.core.budget import Budget
 from fxquant.core.errors import FxquantError, OptionError
@@ -94,6 +94,7 @@ def _scored(args: argparse.Namespace, budget: Budget | None) -> None:
             pins=pins(args.pin),
             pin_ends=args.pin_ends,
             keep_float=args.keep_float,
+            forbid=forbidden(args.forbid),
             observer=args.observer,
             loss=args.loss,
             time_limit=args.time_limit,

@@ -95,7 +95,7 @@ def _site_passes(target: Target, settings: Settings, keep_float: dict[str, str])
     return (
         FindEdges(target, keep_float),
         TieEdges(),
-        FindSites(target, settings.bits, settings.activation_bits, settings.pins, settings.pin_ends),
+        FindSites(target, settings.bits, settings.activation_bits, settings.pins, settings.pin_ends, settings.forbid),
     )
 
 
@@ -115,7 +115,8 @@ def find_sites(program: Program, settings: Settings) -> Program:
     if kept:
         left = [name for name in names if name not in kept]
         pins = {pattern: choice for pattern, choice in settings.pins.items() if fnmatch.filter(left, pattern)}
-        narrowed = replace(settings, pins=pins)
+        forbid = {pattern: choices for pattern, choices in settings.forbid.items() if fnmatch.filter(left, pattern)}
+        narrowed = replace(settings, pins=pins, forbid=forbid)
         program = run(program, *_site_passes(target, narrowed, dict.fromkeys(kept, KEPT)))
     if not program[Sites].sites:
         reasons = "; ".join(f"{node}: {why}" for node, why in program[Sites].refusals.items())
@@ -147,7 +148,7 @@ def simulate(program: Program, plan: BitAllocation, round_biases: bool = True) -
         raise OptionError(f"the plan names sites the model does not have: {', '.join(unknown)}")
     floats = [site.name for site in sites if site.name in plan.choices and plan.choices[site.name].is_float]
     if floats:
-        target, narrowed = backend(settings.target).target, replace(settings, pins={}, pin_ends=False)
+        target, narrowed = backend(settings.target).target, replace(settings, pins={}, pin_ends=False, forbid={})
         every = run(program, *_site_passes(target, narrowed, {}))[Sites].sites
         kept = dict.fromkeys({site.name for site in every} - {site.name for site in sites}, KEPT)
         kept |= dict.fromkeys(floats, "the plan keeps it in float")
@@ -156,11 +157,18 @@ def simulate(program: Program, plan: BitAllocation, round_biases: bool = True) -
 
 
 def widest_plan(program: Program) -> BitAllocation:
-    """Return the plan with every site at its widest integer precision."""
+    """Return the plan with every site at its widest integer precision, sites that read one value at a common width."""
+    common: dict[str, set[int]] = {}
+    for site in program[Sites].sites:
+        widths = {choice.activation_bits for choice in site.choices if not choice.is_float}
+        known = common.setdefault(site.input_tie, widths)
+        common[site.input_tie] = known & widths if widths else known
     widest: dict[str, Choice] = {}
     for site in program[Sites].sites:
+        width = max(common[site.input_tie], default=0)
         integers = [choice for choice in site.choices if not choice.is_float]
-        widest[site.name] = integers[-1] if integers else site.choices[-1]
+        agreeing = [choice for choice in integers if choice.activation_bits == width]
+        widest[site.name] = (agreeing or integers or list(site.choices))[-1]
     return BitAllocation(widest)
 
 

@@ -301,6 +301,7 @@ def _load_held_out(path: Path) -> CalibrationSet:
 def _settings_to_json(settings: Settings) -> dict[str, Any]:
     document = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
     document["pins"] = {pattern: choice.label for pattern, choice in settings.pins.items()}
+    document["forbid"] = {pattern: [c.label for c in choices] for pattern, choices in settings.forbid.items()}
     return document
 
 
@@ -309,4 +310,7 @@ def _settings_from_json(document: dict[str, Any]) -> Settings:
         name: tuple(value) if isinstance(value, list) else value for name, value in document.items()
     }
     values["pins"] = {pattern: Choice.parse(label) for pattern, label in document["pins"].items()}
+    # Files from before there was such a setting have none.
+    forbid = document.get("forbid", {})
+    values["forbid"] = {pattern: tuple(map(Choice.parse, labels)) for pattern, labels in forbid.items()}
     return Settings(**values)

@@ -30,9 +30,11 @@ class FindSites(Pass):
         activation_bits: candidate activation bits.
         pins: glob over site names -> the only precision allowed there.
         pin_ends: also pin the first and the last site to 8 bits, the convention of most papers.
+        forbid: glob over site names -> precisions that may not be used there.
 
     Raises:
-        OptionError: a width the target does not execute, or a glob that matches nothing.
+        OptionError: a width the target does not execute, a glob that matches nothing, a pin to a forbidden precision,
+            or a site with every precision forbidden.
     """
 
     target: Target
@@ -40,6 +42,7 @@ class FindSites(Pass):
     activation_bits: tuple[int, ...]
     pins: Mapping[str, Choice] = field(default_factory=dict)
     pin_ends: bool = False
+    forbid: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
     reads = (QuantizedEdges, EdgeGroups)
     writes = (Sites,)
 
@@ -76,7 +79,7 @@ class FindSites(Pass):
                 readers[str(weight.target)].append(node)
         choices = sorted({FLOAT if w == FLOAT_BITS else Choice(w, a) for w in self.bits for a in self.activation_bits})
         sites = [_site(program, path, nodes, tuple(choices)) for path, nodes in readers.items()]
-        sites = self._pinned(sites)
+        sites = self._permitted(self._pinned(sites))
         refusals = {
             node.name: program[QuantizedEdges].float_reasons[node.name]
             for node in program.module.graph.nodes
@@ -93,6 +96,20 @@ class FindSites(Pass):
             names = matching(pattern, [site.name for site in sites])
             allowed.update(dict.fromkeys(names, choice))
         return [s if s.name not in allowed else replace(s, choices=(allowed[s.name],)) for s in sites]
+
+    def _permitted(self, sites: list[Site]) -> list[Site]:
+        forbidden: defaultdict[str, set[Choice]] = defaultdict(set)
+        for pattern, choices in self.forbid.items():
+            for name in matching(pattern, [site.name for site in sites]):
+                forbidden[name] |= set(choices)
+        for site in sites:
+            if not set(site.choices) - forbidden[site.name]:
+                asked = ", ".join(choice.label for choice in site.choices)
+                raise OptionError(
+                    f"forbid leaves site {site.name!r} without a precision: of {asked}, its candidates or its pin, all "
+                    "are forbidden; permit one of them, or pin or search another"
+                )
+        return [replace(s, choices=tuple(c for c in s.choices if c not in forbidden[s.name])) for s in sites]
 
 
 def _does_work(node: Node) -> bool:

@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxquant
 from fxquant import Budget, Choice, Result, Settings
+from fxquant.core.allocation import BitAllocation
 from fxquant.core.errors import CalibrationError, FileFormatError, InfeasibleBudgetError, OptionError
 from fxquant.core.oracle import model_outputs
 from fxquant.core.progress import Reporter
 from fxquant.core.score_store import ScoreStore
-from fxquant.core.spec import Sites
+from fxquant.core.spec import FLOAT, Sites
 from fxquant.passes.sensitivity.scorer import Scorer
 from tests.models import MODELS, built
 from tests.scoring import inputs, plain_net
@@ -251,6 +252,33 @@ def test_pins_ends_and_float_sites() -> None:
     choices = result.allocation.choices
     assert choices == {"conv1": Choice(8, 8), "conv2": Choice(4, 8), "fc": Choice(8, 8)}
     assert "kept in float as asked" in result.program[Sites].refusals.values()
+
+
+def test_forbidden_precisions_are_not_chosen() -> None:
+    budget, bits = Budget(average_bits=4), (2, 4, 8, 32)
+    result = quantize(
+        forbid={"conv[23]": "W2A8", "fc": [Choice(2, 8), "W4A8"], "conv1": ("W2A8", "W4A8", "W8A8")},
+        keep_float=("conv3",),
+        bits=bits,
+        effort="fast",
+        budget=Budget(average_bits=6),
+    )
+    assert result.allocation.choices.keys() == {"conv2", "fc"}, "only float is left for conv1"
+    assert Choice(2, 8) not in result.allocation.choices.values()
+    assert result.allocation.choices["fc"].weight_bits > 4
+    # A plan that keeps a forbidden site in float is simulated all the same.
+    assert result.with_plan(BitAllocation({"conv2": FLOAT, "fc": Choice(8, 8)})).simulated is not None
+    with pytest.raises(InfeasibleBudgetError, match="reachable: 4 to"):
+        quantize(forbid={"*": "W2A8"}, bits=(2, 4), effort="fast", budget=Budget(average_bits=3.9))
+    with pytest.raises(OptionError, match="without a precision"):
+        quantize(forbid={"fc": "W4A8"}, pins={"fc": "W4A8"}, budget=budget)
+
+
+def test_sites_that_read_one_value_are_scored_where_one_may_not_be_wide() -> None:
+    result = quantize(
+        bits=(4, 8), activation_bits=(4, 8), forbid={"conv2": ["W8A8"]}, budget=Budget(average_bits=6), effort="fast"
+    )
+    assert result.allocation.choices["conv2"] != Choice(8, 8)
 
 
 def test_activation_bits_are_searched_too() -> None:

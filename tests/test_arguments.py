@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import pytest
 
-from fxquant.arguments import HELP, build_parser, image_options, pins
+from fxquant.arguments import HELP, build_parser, forbidden, image_options, pins
 from fxquant.core.errors import OptionError
 from fxquant.core.spec import FLOAT, Choice
 from fxquant.inputs import ImageOptions
@@ -64,6 +64,18 @@ def test_sizes(text: str, size: tuple[int, int]) -> None:
 def test_refused(arguments: tuple[str, ...], told: str) -> None:
     with pytest.raises(OptionError, match=told):
         parsed(*arguments)
+
+
+def test_forbidden_precisions_are_read() -> None:
+    assert forbidden(["a=b*=W2A8,W2A4", "c=float"]) == {"a=b*": (Choice(2, 8), Choice(2, 4)), "c": (FLOAT,)}
+    for wrong, message in (
+        (["W2A8"], "forbid 'W2A8' is not understood; write GLOB=W2A8,W2A4"),
+        (["a=W2"], "precision 'W2' is not understood"),
+        (["a=W2A8,"], "precision '' is not understood"),
+        (["a=W2A8", "a=W4A8"], "forbid 'a' is given twice"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            forbidden(wrong)
 
 
 def test_pins_are_read() -> None:

@@ -35,7 +35,9 @@ FILES = [
 
 @cache
 def quantized() -> Result:
-    return fxquant.quantize(plain_net(), IMAGES, BUDGET, target="reference", pins={"conv2": "W4A8"})
+    return fxquant.quantize(
+        plain_net(), IMAGES, BUDGET, target="reference", pins={"conv2": "W4A8"}, forbid={"conv1": "W2A8"}
+    )
 
 
 @pytest.fixture(scope="module")

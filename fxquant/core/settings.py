@@ -42,6 +42,7 @@ class Settings:
         pins: glob over site names -> the only precision allowed there.
         pin_ends: pin the first and the last site to 8 bits.
         keep_float: globs over site names that stay in float.
+        forbid: glob over site names -> precisions that may not be used there.
         observer: name of the observer.
         loss: name of the loss; None takes KL for class scores and relative squared error otherwise.
         estimators: sensitivity estimators, the preferred one first.
@@ -62,6 +63,7 @@ class Settings:
     pins: Mapping[str, Choice] = field(default_factory=dict)
     pin_ends: bool = False
     keep_float: tuple[str, ...] = ()
+    forbid: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
     observer: str = "mse"
     loss: str | None = None
     estimators: tuple[str, ...] = ("gram", "diagonal")

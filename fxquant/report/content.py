@@ -74,6 +74,7 @@ def _asked(result: Result) -> dict[str, Any]:
     values = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     plain["pins"] = {pattern: choice.label for pattern, choice in settings.pins.items()}
+    plain["forbid"] = {pattern: [c.label for c in choices] for pattern, choices in settings.forbid.items()}
     return {"budget": dict(result.allocation.limits), "settings": plain, "inputs": _inputs(result)}
 
 

@@ -85,6 +85,33 @@ def test_pins() -> None:
     assert sites_of("residual", pins={"fc": FLOAT}).by_name("fc").choices == (FLOAT,)
 
 
+def test_forbidden_precisions_are_no_candidates() -> None:
+    found = sites_of("residual", forbid={"conv*": (W2,), "conv3": (W4, W8), "fc": (FLOAT,)}, bits=(2, 4, 8, 32))
+    assert [site.choices for site in found.sites] == [(W4, W8, FLOAT), (W4, W8, FLOAT), (FLOAT,), (W2, W4, W8)]
+    pinned = sites_of("residual", forbid={"*": (W2,)}, pins={"fc": W4})
+    assert [site.choices for site in pinned.sites] == [(W4, W8), (W4, W8), (W4, W8), (W4,)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"forbid": {"cnv2": (W2,)}}, r"pattern 'cnv2' matches no site; near: conv2"),
+        (
+            {"forbid": {"conv*": (W2, W4), "conv2": (W8,)}},
+            "forbid leaves site 'conv2' without a precision: of W2A8, W4A8",
+        ),
+        (
+            {"forbid": {"fc": (W4,)}, "pins": {"f*": W4}},
+            "forbid leaves site 'fc' without a precision: of W4A8, its cand",
+        ),
+        ({"forbid": {"*": (W8,)}, "pin_ends": True}, "forbid leaves site 'conv1'.*pin or search another"),
+    ],
+)
+def test_forbidding_what_is_needed(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        sites_of("residual", **options)
+
+
 def test_a_glob_that_matches_nothing_suggests_near_names() -> None:
     with pytest.raises(OptionError, match=r"pattern 'cnv2' matches no site; near: conv2"):
         sites_of("residual", pins={"cnv2": W4})
