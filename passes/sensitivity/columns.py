@@ -10,19 +10,21 @@ sites that read the tie agree on A and carry `1 / k` of its column each, so that
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.fx import Node
 
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.edges import EdgeGroups
 from fxquant.core.fake_quant import FakeQuantize
 from fxquant.core.graphs import resolve, tensor_at
 from fxquant.core.grids import FakeQuantNodes, WeightGrids
+from fxquant.core.ops import ScaleRule, activation_inputs, rule_of
 from fxquant.core.program import Program
 from fxquant.core.ranges import Ranges
 from fxquant.core.spec import FLOAT_BITS, Sites, activation_spec
@@ -84,8 +86,14 @@ class Quantizers:
         return {name: self._activation(name, bits) for name in self._nodes.inputs[site]}
 
     def group(self, group: str, bits: int) -> dict[str, Replacement]:
-        """Return the substitution that rounds every value of an activation group."""
-        return {name: self._activation(name, bits) for name in self._nodes.activations[group]}
+        """Return the substitution that rounds every value of an activation group, each once.
+
+        A node whose input only moves values of the group about (a reshape, a max pool) rounds nothing new, and is left
+        out: the answer is the same, and expansions of the loss would count its noise again.
+        """
+        members = self._nodes.activations[group]
+        fresh = [name for name in members if not _rounded(resolve(self._program.module.graph, name), members)]
+        return {name: self._activation(name, bits) for name in fresh}
 
     def _activation(self, name: str, bits: int) -> FakeQuantize:
         if (name, bits) not in self._activations:
@@ -115,6 +123,19 @@ class Quantizers:
             if bits is not None:
                 parts.setdefault(f"tie {tie}", {}).update(self.group(group, bits))
         return parts
+
+
+def _rounded(node: Node, members: Collection[str]) -> bool:
+    """Whether all values that enter a node come from `members` by ops that keep the grid."""
+    sources = activation_inputs(node)
+    return bool(sources) and all(
+        source.name in members or (_keeps_grid(source) and _rounded(source, members)) for source in sources
+    )
+
+
+def _keeps_grid(node: Node) -> bool:
+    rule = rule_of(node)
+    return rule is not None and rule.scale in (ScaleRule.KEEP, ScaleRule.SHARE)
 
 
 def columns_of(program: Program, quantizers: Quantizers) -> tuple[tuple[Column, ...], NDArray[np.float64]]:

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from fxquant.core.allocation import BitAllocation
+from fxquant.core.data import CalibrationSet
 from fxquant.core.edges import EdgeGroups
 from fxquant.core.grids import FakeQuantNodes
 from fxquant.core.spec import Choice, Sites
 from fxquant.passes.sensitivity.columns import Quantizers, columns_of
-from tests.scoring import simulated
+from tests.scoring import inputs, scorer, simulated
 
 
 def test_one_activation_width_makes_one_column_per_candidate() -> None:
@@ -48,6 +49,35 @@ def test_a_tie_rounds_every_value_of_its_groups() -> None:
         if column.site is None:
             members = [g for g, tie in groups.bit_ties.items() if f"tie {tie}" == column.owner]
             assert set(column.substitution) == {name for g in members for name in nodes.activations[g]}
+
+
+@pytest.mark.parametrize(("name", "count"), [("attention", 3), ("concat", 1)])
+def test_what_lies_on_the_grid_already_is_not_rounded_again(name: str, count: int) -> None:
+    program = simulated(name, (8,), (4, 8))
+    columns, _ = columns_of(program, Quantizers(program))
+    groups, nodes = program[EdgeGroups], program[FakeQuantNodes]
+    each = scorer(program, CalibrationSet(inputs(name, 3)))
+    base, shorter = each.base(each.parts[0]).environment, 0
+    for column in columns:
+        if column.site is not None or column.activation_bits is None:
+            continue
+        members = [g for g, tie in groups.bit_ties.items() if f"tie {tie}" == column.owner]
+        every = {name for g in members for name in nodes.activations[g]}
+        assert set(column.substitution) <= every
+        shorter += column.activation_bits == 4 and len(column.substitution) < len(every)
+        grid = {g: next(r for n, r in column.substitution.items() if n in nodes.activations[g]) for g in members}
+        whole = {n: grid[g] for g in members for n in nodes.activations[g]}
+        with torch.no_grad():
+            answer, _ = each.replay.replay(base, {**each.off, **column.substitution}, changed=column.substitution)
+            expected, _ = each.replay.replay(base, {**each.off, **whole}, changed=whole)
+        assert torch.equal(answer, expected)
+        # In turn, each node that is rounded matters.
+        for left in column.substitution:
+            some = {n: r for n, r in column.substitution.items() if n != left}
+            with torch.no_grad():
+                other, _ = each.replay.replay(base, {**each.off, **some}, changed=some)
+            assert not torch.equal(answer, other)
+    assert shorter == count
 
 
 def test_the_same_width_is_the_same_object_so_that_nothing_counts_as_changed() -> None:
