@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
-from fxquant.passes.sensitivity import diagonal, fisher, gram, pairs
+from fxquant.passes.sensitivity import (
+    diagonal,
+    fisher,
+    fisher_out,
+    fit,
+    gram,
+    hawq,
+    hybrid,
+    mpqco,
+    pairs,
+    path,
+    sqnr,
+    weight_mse,
+)
 from fxquant.passes.sensitivity.registry import ESTIMATORS, Estimator
 
-__all__ = ["ESTIMATORS", "Estimator", "diagonal", "fisher", "gram", "pairs"]
+__all__ = [
+    "ESTIMATORS",
+    "Estimator",
+    "diagonal",
+    "fisher",
+    "fisher_out",
+    "fit",
+    "gram",
+    "hawq",
+    "hybrid",
+    "mpqco",
+    "pairs",
+    "path",
+    "sqnr",
+    "weight_mse",
+]

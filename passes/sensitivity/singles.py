@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fxquant.core.losses import embed_shift
 from fxquant.passes.sensitivity.scorer import Cell, Part, Scorer
@@ -25,39 +26,57 @@ class Singles:
         losses: shape (n, images), loss of column i on each image.
         gram: shape (n, n), mean over images of `e_i . e_j`.
         gram_stderr: shape (n, n), its standard error; NaN for a single image.
+        shift_power: shape (n, images), `|shift|^2` of the network's answer for column i.
+        answer_power: shape (images,), `|answer|^2` of the context.
         evaluations: whole-network passes over one image spent.
     """
 
     losses: NDArray[np.float64]
     gram: NDArray[np.float64]
     gram_stderr: NDArray[np.float64]
+    shift_power: NDArray[np.float64]
+    answer_power: NDArray[np.float64]
     evaluations: float
 
 
 def measure_singles(scorer: Scorer) -> Singles:
     """Run every column alone on every image, resuming from the scorer's store."""
-    work = {f"singles-{part.index}": partial(_cell, scorer, part) for part in scorer.parts}
+    work = {f"alone-{part.index}": partial(_cell, scorer, part) for part in scorer.parts}
     cells = list(scorer.measure("score single choices", work).values())
     losses = np.concatenate([cell["losses"] for cell in cells], axis=1)
     total = losses.shape[1]
     mean = np.sum([cell["gram_sum"] for cell in cells], axis=0) / total
     square = np.sum([cell["gram_square"] for cell in cells], axis=0) / total
     stderr = np.sqrt(np.maximum(square - mean**2, 0.0) / (total - 1)) if total > 1 else np.full(mean.shape, np.nan)
-    return Singles(losses, mean, stderr, float(sum(float(cell["evaluations"]) for cell in cells)))
+    return Singles(
+        losses,
+        mean,
+        stderr,
+        np.concatenate([cell["shift_power"] for cell in cells], axis=1),
+        np.concatenate([cell["answer_power"] for cell in cells]),
+        float(sum(float(cell["evaluations"]) for cell in cells)),
+    )
 
 
 def _cell(scorer: Scorer, part: Part) -> Cell:
     base = scorer.base(part)
-    losses, shifts = [], []
+    losses, shifts, powers = [], [], []
     for column in range(len(scorer.columns)):
         answer, _ = scorer.run(base.environment, column)
         losses.append(scorer.losses(base, answer, part.images).numpy())
         shifts.append(embed_shift(scorer.loss, base.answer.float(), (answer - base.answer).float()))
+        powers.append(_power(answer - base.answer))
     embedded = torch.stack(shifts).transpose(0, 1)
     per_image = torch.matmul(embedded, embedded.transpose(1, 2)).double()
     return {
         "losses": np.stack(losses),
         "gram_sum": per_image.sum(dim=0).numpy(),
         "gram_square": per_image.square().sum(dim=0).numpy(),
+        "shift_power": np.stack(powers),
+        "answer_power": _power(base.answer),
         "evaluations": scorer.take_spent(len(part.images)),
     }
+
+
+def _power(values: Tensor) -> NDArray[np.float64]:
+    return np.asarray(values.double().reshape(len(values), -1).square().sum(dim=1).numpy(), dtype=np.float64)

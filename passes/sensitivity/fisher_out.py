@@ -1,0 +1,77 @@
+"""`fisher_out`: squared gradient times squared shift, element by element of each op's output (ModelOpt's AutoQuantize).
+
+Squared before it is summed: the elements of an output are taken for independent. ModelOpt has no half in front; here it
+puts the score in units of the loss.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.passes.sensitivity.backward import Gradients, Tape, per_image
+from fxquant.passes.sensitivity.columns import Column
+from fxquant.passes.sensitivity.float_only import refuse_context
+from fxquant.passes.sensitivity.mpqco import label_cotangents
+from fxquant.passes.sensitivity.registry import ESTIMATORS
+from fxquant.passes.sensitivity.scorer import Cell, Part, Scorer, standard_error
+
+
+@ESTIMATORS.register("fisher_out")
+def fisher_out(scorer: Scorer) -> SensitivityMatrix:
+    """Return `values = diag(E sum g_Y^2 dY^2 / 2)` over the outputs Y of the ops a column changes, about 2 passes.
+
+    g is the gradient of log p(y) with y sampled from the model. Values that other ops than layers read, for example a
+    residual add, count where they stand.
+
+    Raises:
+        OptionError: the scorer has a context.
+    """
+    refuse_context(scorer, "fisher_out")
+    work = {f"fisher_out-{part.index}": partial(_cell, scorer, part) for part in scorer.parts}
+    cells = list(scorer.measure("backward pass of outputs", work).values())
+    halves = np.concatenate([cell["squares"] for cell in cells], axis=1) / 2
+    evaluations = float(sum(float(cell["evaluations"]) for cell in cells))
+    return scorer.matrix("fisher_out", np.diag(halves.mean(axis=1)), np.diag(standard_error(halves)), evaluations)
+
+
+def _cell(scorer: Scorer, part: Part) -> Cell:
+    tape = Tape(scorer, part)
+    gradients = tape.gradients(label_cotangents(scorer, part, tape.reference))
+    squares = torch.stack([_squares(tape, gradients, column) for column in scorer.columns])
+    return {"squares": squares.numpy(), "evaluations": scorer.take_spent(len(part.images))}
+
+
+def _squares(tape: Tape, gradients: Gradients, column: Column) -> Tensor:
+    """Return `sum g^2 d^2` of one column, float64 of shape (images,)."""
+    by_name, environment = tape.scorer.replay.by_name, tape.environment
+    layers = {op: None for ops in tape.ops.values() for op in ops}
+    total = torch.zeros(tape.images, dtype=torch.float64)
+    changed: dict[Node, Tensor] = {}
+    with torch.no_grad():
+        for name, replacement in column.substitution.items():
+            node = by_name[name]
+            value = replacement(environment[node])
+            if all(user in layers for user in node.users):
+                changed[node] = value
+            elif name in gradients:
+                total += per_image(node, (gradients[name] * (value - environment[node])).square(), tape.images)
+        for op in layers:
+            if op.name in gradients and any(source in changed for source in op.all_input_nodes):
+                shift = _rerun(tape, op, changed) - environment[op]
+                total += per_image(op, (gradients[op.name] * shift).square(), tape.images)
+    return total
+
+
+def _rerun(tape: Tape, op: Node, changed: dict[Node, Tensor]) -> Tensor:
+    assert callable(op.target)
+    lookup = {node: changed.get(node, tape.environment[node]) for node in op.all_input_nodes}
+    tape.scorer.replay.spent += tape.scorer.costs[op.name]
+    value: Tensor = op.target(*map_arg(op.args, lookup.__getitem__), **map_arg(op.kwargs, lookup.__getitem__))
+    return value

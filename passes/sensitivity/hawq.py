@@ -1,0 +1,93 @@
+"""`hawq`: mean trace of the Hessian times the power of rounding noise (HAWQ-v2 and -v3).
+
+The trace is Hutchinson's: `E[v' H v] = Tr H` for random signs v. One Hessian-vector product serves all tensors at once,
+because the signs of different tensors are independent. The Hessian is that of the scorer's loss: with KL and squared
+error against the float network's own answer it is positive semidefinite and needs no labels; with cross-entropy it is
+the papers', and its trace may be negative.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxquant.core.losses import LOSSES
+from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.passes.sensitivity.float_only import refuse_context
+from fxquant.passes.sensitivity.leaves import Leaves, activation_noise, weight_noise
+from fxquant.passes.sensitivity.registry import ESTIMATORS
+from fxquant.passes.sensitivity.scorer import Cell, Part, Scorer, standard_error
+
+PROBES = 16
+"""Random sign vectors."""
+
+
+@ESTIMATORS.register("hawq")
+def hawq(scorer: Scorer) -> SensitivityMatrix:
+    """Return `values = diag(sum over tensors of Tr(H) / (2 n) E|d|^2)`, about 34 passes per image.
+
+    The sum takes in the weight (Dong et al., arXiv 1911.03852, equation 10; Yao et al., arXiv 2011.10680) and the
+    values the column rounds, whose trace is that of one image (1911.03852, section 3.3). Standard errors are over
+    probes.
+
+    Raises:
+        OptionError: the scorer has a context.
+    """
+    refuse_context(scorer, "hawq")
+    work = {f"hawq-{part.index}": partial(_cell, scorer, part) for part in scorer.parts}
+    cells = list(scorer.measure("Hessian traces", work).values())
+    images = len(scorer.images)
+    traces = np.sum([cell["traces"] for cell in cells], axis=0) / images
+    noise = np.hstack([weight_noise(scorer), np.sum([cell["noise"] for cell in cells], axis=0) / images])
+    samples = noise @ traces.T / 2
+    evaluations = float(sum(float(cell["evaluations"]) for cell in cells))
+    return scorer.matrix(
+        "hawq", np.diag(samples.mean(axis=1)), np.diag(standard_error(samples)), evaluations, {"probes": PROBES}
+    )
+
+
+def _cell(scorer: Scorer, part: Part) -> Cell:
+    leaves, count = Leaves(scorer, part.images), len(part.images)
+    with torch.enable_grad():
+        losses = LOSSES[scorer.loss](leaves.answer.detach(), leaves.answer, part.images.labels)
+        slope = leaves.gradients(losses.sum(), differentiable=True)
+    traces = np.zeros((PROBES, len(slope)))
+    for k in range(PROBES):
+        signs = probe(scorer, part, leaves, k)
+        with torch.enable_grad():
+            along = torch.stack([(g * v).sum(dtype=torch.float64) for g, v in zip(slope, signs, strict=True)]).sum()
+            products = leaves.gradients(along, keep=True)
+        traces[k] = [float((h * v).sum(dtype=torch.float64)) for h, v in zip(products, signs, strict=True)]
+    # Backward passes count as one each, and through them twice.
+    scorer.replay.spent += scorer.network_cost * (1 + 2 * PROBES)
+    noise = activation_noise(scorer, leaves.environment, count)
+    return {"traces": traces, "noise": noise, "evaluations": scorer.take_spent(count)}
+
+
+def probe(scorer: Scorer, part: Part, leaves: Leaves, sample: int) -> list[Tensor]:
+    """Return random signs for every leaf: one draw for weights, one per image for values, whatever the batch."""
+    start = part.index * scorer.batch
+    own = [_generator(scorer, sample, image) for image in range(start, start + len(part.images))]
+    common = _generator(scorer, sample, -1)
+    signs = [_signs(weight.shape, common) for weight in leaves.weights.values()]
+    for name, shift in leaves.shifts.items():
+        axis = leaves.axes[name]
+        if axis is None:
+            signs.append(_signs(shift.shape, common))
+            continue
+        # An axis of images times something holds the images as its slow part.
+        one = list(shift.shape)
+        one[axis] //= len(own)
+        signs.append(torch.cat([_signs(one, generator) for generator in own], dim=axis))
+    return signs
+
+
+def _generator(scorer: Scorer, sample: int, image: int) -> torch.Generator:
+    return torch.Generator().manual_seed((scorer.seed * 8191 + sample) * 1_000_003 + image + 1)
+
+
+def _signs(shape: torch.Size | list[int], generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, tuple(shape), generator=generator).float() * 2 - 1

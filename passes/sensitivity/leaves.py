@@ -1,0 +1,126 @@
+"""The float network with its weights and quantized values as leaves: curvature against the power of rounding noise.
+
+HAWQ and FIT take rounding for isotropic noise: of a tensor with n elements, Hessian (or Fisher matrix) H and shift d,
+
+    d' H d / 2  ~  Tr(H) |d|^2 / (2 n),
+
+so that one trace for each tensor serves every width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fxquant.core.data import CalibrationSet
+from fxquant.core.graphs import tensor_at
+from fxquant.core.grids import FakeQuantNodes
+from fxquant.core.oracle import Environment
+from fxquant.core.spec import Sites
+from fxquant.passes.sensitivity.columns import Replacement
+from fxquant.passes.sensitivity.scorer import Scorer
+
+
+class Leaves:
+    """A recorded float run.
+
+    Args:
+        scorer: what to score.
+        images: the images to run.
+    """
+
+    def __init__(self, scorer: Scorer, images: CalibrationSet) -> None:
+        module, nodes, by_name = scorer.program.module, scorer.program[FakeQuantNodes], scorer.replay.by_name
+        self.weights: dict[str, Tensor] = {
+            site.name: tensor_at(module, site.weight).detach().clone().requires_grad_()
+            for site in scorer.program[Sites].sites
+        }
+        self.shifts: dict[str, Tensor] = {}
+        substitution: dict[str, Replacement] = dict(scorer.off)
+        for site, names in nodes.weights.items():
+            substitution.update({name: self._weight(site) for name in names})
+        substitution.update({name: self._shifted(name) for name in rounded_values(scorer)})
+        # Fused attention has no second derivative.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            answer, environment = scorer.replay.forward(images.inputs, substitution)
+        #: answer of the network, differentiable in every leaf
+        self.answer: Tensor = answer
+        self.environment: Environment = environment
+        #: axis of each quantized value that counts images, None where they do not show
+        self.axes = {name: _axis_of_images(by_name[name]) for name in self.shifts}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The weights of all sites, then a zero added to each value of `rounded_values`, in that order."""
+        return [*self.weights.values(), *self.shifts.values()]
+
+    def gradients(self, scalar: Tensor, keep: bool = False, differentiable: bool = False) -> list[Tensor]:
+        """Return the gradient of a scalar in every leaf, 0 for those without influence.
+
+        Args:
+            scalar: made from `answer`.
+            keep: more gradients of the same run will follow.
+            differentiable: the gradients are to be differentiated again.
+        """
+        found = torch.autograd.grad(
+            scalar, self.tensors, retain_graph=keep or differentiable, create_graph=differentiable, allow_unused=True
+        )
+        return [torch.zeros_like(x) if g is None else g for g, x in zip(found, self.tensors, strict=True)]
+
+    def _weight(self, site: str) -> Replacement:
+        return lambda _: self.weights[site]
+
+    def _shifted(self, name: str) -> Callable[[Tensor], Tensor]:
+        def shifted(x: Tensor) -> Tensor:
+            self.shifts[name] = torch.zeros_like(x, requires_grad=True)
+            return x + self.shifts[name]
+
+        return shifted
+
+
+def rounded_values(scorer: Scorer) -> list[str]:
+    """Return the activation fake-quant nodes that some column rounds, in graph order."""
+    weights = {name for names in scorer.program[FakeQuantNodes].weights.values() for name in names}
+    used = {name for column in scorer.columns for name in column.substitution}
+    return [name for name in scorer.replay.by_name if name in used - weights]
+
+
+def weight_noise(scorer: Scorer) -> NDArray[np.float64]:
+    """Return mean dW^2 over the elements of every site's weight, shape (columns, sites)."""
+    names, sites = scorer.program[FakeQuantNodes].weights, scorer.program[Sites].sites
+    found = np.zeros((len(scorer.columns), len(sites)))
+    for row, column in enumerate(scorer.columns):
+        for k, site in enumerate(sites):
+            node = next((name for name in names[site.name] if name in column.substitution), None)
+            if node is not None:
+                value = tensor_at(scorer.program.module, site.weight).detach()
+                found[row, k] = float((column.substitution[node](value) - value).double().square().mean())
+    return found
+
+
+def activation_noise(scorer: Scorer, environment: Environment, images: int) -> NDArray[np.float64]:
+    """Return mean dX^2 over the elements of every rounded value, summed over images, shape (columns, values).
+
+    Args:
+        scorer: what is scored.
+        environment: every value of a float run.
+        images: how many images it ran.
+    """
+    values = rounded_values(scorer)
+    found = np.zeros((len(scorer.columns), len(values)))
+    with torch.no_grad():
+        for row, column in enumerate(scorer.columns):
+            for k, name in enumerate(values):
+                if name in column.substitution:
+                    x = environment[scorer.replay.by_name[name].all_input_nodes[0]].detach()
+                    found[row, k] = images * float((column.substitution[name](x) - x).double().square().mean())
+    return found
+
+
+def _axis_of_images(node: torch.fx.Node) -> int | None:
+    return next((k for k, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)), None)

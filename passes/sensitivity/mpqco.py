@@ -1,0 +1,68 @@
+"""`mpqco`: half the mean square of each image's first-order change of its log-likelihood (MPQCO).
+
+Images are squared one by one: the square of the mean over images is next to nothing. The published method takes the
+likelihood of the true class, as here with loss "ce"; otherwise the label is sampled from the model, which needs no
+labels and estimates the Fisher matrix instead of its empirical stand-in.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from math import prod, sqrt
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxquant.core.losses import sample_cotangent, sample_label_cotangent
+from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.passes.sensitivity.backward import Tape
+from fxquant.passes.sensitivity.fisher import loss_gradient
+from fxquant.passes.sensitivity.float_only import refuse_context
+from fxquant.passes.sensitivity.registry import ESTIMATORS
+from fxquant.passes.sensitivity.scorer import Cell, Part, Scorer, standard_error
+
+
+@ESTIMATORS.register("mpqco")
+def mpqco(scorer: Scorer) -> SensitivityMatrix:
+    """Return `values = diag(E[s_i^2] / 2)`, s the response of log p(y), about 2 passes per image.
+
+    Chen et al., arXiv 2110.06554, equation 8. With squared error, which knows no labels, random signs take their place.
+
+    Raises:
+        OptionError: the scorer has a context.
+        CalibrationError: loss "ce" without labels.
+    """
+    refuse_context(scorer, "mpqco")
+    work = {f"mpqco-{part.index}": partial(_cell, scorer, part) for part in scorer.parts}
+    cells = list(scorer.measure("backward pass of labels", work).values())
+    halves = np.concatenate([cell["responses"] for cell in cells], axis=1) ** 2 / 2
+    evaluations = float(sum(float(cell["evaluations"]) for cell in cells))
+    return scorer.matrix("mpqco", np.diag(halves.mean(axis=1)), np.diag(standard_error(halves)), evaluations)
+
+
+def label_cotangents(scorer: Scorer, part: Part, answer: Tensor) -> Tensor:
+    """Return the gradient of log p(y) in the answer of each image, y sampled from the answer, whatever the batch.
+
+    Args:
+        scorer: says which loss; for squared error random signs are scaled to its Hessian.
+        part: the batch.
+        answer: the float network's, shape (images, ...).
+    """
+    start = part.index * scorer.batch
+    generators = [
+        torch.Generator().manual_seed(scorer.seed * 1_000_003 + image)
+        for image in range(start, start + len(part.images))
+    ]
+    if scorer.loss == "mse":
+        return sample_cotangent("mse", answer, answer, generators)
+    # The loss is a mean over positions, of which each has a label of its own.
+    return sample_label_cotangent(answer, generators) / sqrt(prod(answer.shape[2:]))
+
+
+def _cell(scorer: Scorer, part: Part) -> Cell:
+    tape = Tape(scorer, part)
+    true_labels = scorer.loss == "ce"
+    cotangent = loss_gradient(scorer, part, tape) if true_labels else label_cotangents(scorer, part, tape.reference)
+    responses = tape.responses([tape.gradients(cotangent)])[0]
+    return {"responses": responses.numpy(), "evaluations": scorer.take_spent(len(part.images))}

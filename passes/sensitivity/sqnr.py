@@ -1,0 +1,33 @@
+"""`sqnr`: noise-to-signal power of the network's answer, each substitution alone (AIMET's mixed precision, phase 1).
+
+AIMET ranks by the ratio of signal to noise in dB. Its inverse is kept here as a plain ratio: independent noises add
+up, so it is the form that a sum over sites may use; the order of the choices is the same.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.passes.sensitivity.float_only import refuse_context
+from fxquant.passes.sensitivity.registry import ESTIMATORS
+from fxquant.passes.sensitivity.scorer import Scorer, standard_error
+from fxquant.passes.sensitivity.singles import measure_singles
+
+UNIT = "noise-to-signal power"
+
+
+@ESTIMATORS.register("sqnr")
+def sqnr(scorer: Scorer) -> SensitivityMatrix:
+    """Return `values = diag(E|shift_i|^2 / E|answer|^2)`, m runs per image (Pandey et al., arXiv 2302.05397, 3.1).
+
+    Raises:
+        OptionError: the scorer has a context.
+    """
+    refuse_context(scorer, "sqnr")
+    singles = measure_singles(scorer)
+    signal = max(float(singles.answer_power.mean()), float(np.finfo(np.float32).tiny))
+    ratio = singles.shift_power.mean(axis=1) / signal
+    # Of a ratio of means, the spread is that of what the ratio leaves over on each image.
+    residuals = (singles.shift_power - ratio[:, None] * singles.answer_power) / signal
+    return scorer.matrix("sqnr", np.diag(ratio), np.diag(standard_error(residuals)), singles.evaluations, unit=UNIT)

@@ -1,0 +1,60 @@
+"""`weight_mse`: relative error of the rounded values themselves, no image and no network (MixQuant).
+
+Data-free fallback: it knows how well a grid fits a tensor, and nothing of what the tensor is for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fxquant.core.fake_quant import FakeQuantize
+from fxquant.core.graphs import tensor_at
+from fxquant.core.ranges import Histogram, Ranges
+from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.core.spec import Sites
+from fxquant.passes.sensitivity.columns import Column, Constant
+from fxquant.passes.sensitivity.float_only import refuse_context
+from fxquant.passes.sensitivity.registry import ESTIMATORS
+from fxquant.passes.sensitivity.scorer import Scorer
+
+UNIT = "relative squared error of weights and activations"
+
+
+@ESTIMATORS.register("weight_mse")
+def weight_mse(scorer: Scorer) -> SensitivityMatrix:
+    """Return `values = diag(|dW|^2 / |W|^2 + sum over values read of step^2 / 12 / E[x^2])`, no run at all.
+
+    The first term is MixQuant's (Kloberdanz & Le, arXiv 2309.17341). The second is the power of uniform rounding noise
+    against the power that calibration saw, so that activation bits have a price. Standard errors are 0: no image is
+    scored.
+
+    Raises:
+        OptionError: the scorer has a context.
+    """
+    refuse_context(scorer, "weight_mse")
+    errors = np.array([relative_error(scorer, column) for column in scorer.columns])
+    return scorer.matrix("weight_mse", np.diag(errors), np.zeros((len(errors), len(errors))), 0.0, unit=UNIT)
+
+
+def relative_error(scorer: Scorer, column: Column) -> float:
+    """Return noise power over signal power of what a column rounds, its tensors added up; 0 for float."""
+    program, total, weights = scorer.program, 0.0, set()
+    for name, replacement in column.substitution.items():
+        if isinstance(replacement, Constant):
+            # A module used twice has several nodes on one weight, which is rounded once.
+            weights.add(replacement)
+        elif isinstance(replacement, FakeQuantize):
+            producer = scorer.replay.by_name[name].all_input_nodes[0].name
+            total += float(replacement.scale) ** 2 / 12 / mean_square(program[Ranges].histograms[producer])
+    for rounded in weights:
+        assert column.site is not None
+        value = tensor_at(program.module, program[Sites].by_name(column.site).weight).detach().double()
+        # A weight of zeros lies on every grid.
+        total += float((rounded.value.double() - value).square().sum() / value.square().sum().clamp(min=1e-300))
+    return total
+
+
+def mean_square(histogram: Histogram) -> float:
+    """Return E[x^2] of a calibrated value, above 0."""
+    power = float((histogram.counts * np.square(histogram.centres)).sum() / histogram.counts.sum())
+    return max(power, float(np.finfo(np.float32).tiny))

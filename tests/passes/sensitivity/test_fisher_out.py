@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fxquant.core.data import CalibrationSet
+from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.passes.sensitivity.backward import Tape
+from fxquant.passes.sensitivity.fisher_out import fisher_out
+from fxquant.passes.sensitivity.mpqco import label_cotangents
+from fxquant.passes.sensitivity.scorer import Part
+from tests.passes.sensitivity.linear import layer, split_scorer
+from tests.scoring import inputs, plain_net, scorer, simulated
+
+
+def test_squares_are_taken_before_the_sum() -> None:
+    each = split_scorer(6)
+    found = fisher_out(each)
+    v = torch.cat([label_cotangents(each, part, each.base(part).answer) for part in each.parts]).double()
+    for column in range(len(each.columns)):
+        known = layer(each, column)
+        # The op as it will run: the rounded weight times the rounded value.
+        shift = (known.x + known.dx) @ (known.weight + known.dw).T - known.x @ known.weight.T
+        samples = (v * shift).square().sum(1) / 2
+        assert found.values[column, column] == pytest.approx(float(samples.mean()), rel=1e-3)
+        assert found.stderr[column, column] == pytest.approx(float(samples.std()) / 6**0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "owner"), [("attention", "tie matmul_1"), ("plain", "tie relu")])
+def test_values_count_at_the_layers_that_read_them_or_where_they_stand(
+    name: str, owner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = CalibrationSet(inputs(name, 4))
+    each = scorer(simulated(name, (8,), (4, 8)), images)
+    kept: dict[str, np.ndarray] = {}
+    measured = each.matrix
+
+    def matrix(*arguments: Any) -> SensitivityMatrix:
+        kept["values"] = arguments[1]
+        return measured(*arguments)
+
+    monkeypatch.setattr(each, "matrix", matrix)
+    fisher_out(each)
+    tape = Tape(each, Part(0, images))
+    gradients = tape.gradients(label_cotangents(each, Part(0, images), tape.reference))
+    index = next(k for k, column in enumerate(each.columns) if column.owner == owner and column.activation_bits == 4)
+    ((node, replacement),) = each.columns[index].substitution.items()
+    x = tape.environment[each.replay.by_name[node]].detach()
+    shift = replacement(x) - x
+    if name == "plain":
+        weights = {"conv2": plain_net().conv2.weight.detach(), "conv3": plain_net().conv3.weight.detach()}
+        terms = {tape.ops[site][0].name: torch.nn.functional.conv2d(shift, weights[site]) for site in weights}
+    else:
+        terms = {node: shift}
+    squares = sum(float((gradients[place] * moved).double().square().sum()) for place, moved in terms.items())
+    assert kept["values"][index, index] == pytest.approx(squares / 4 / 2, rel=1e-3)
+
+
+def test_two_passes_and_one_op_for_each_choice() -> None:
+    found = fisher_out(split_scorer(4))
+    assert 4 * 2 < found.evaluations <= 4 * 6

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxquant import pipeline
+from fxquant.core.data import CalibrationSet
+from fxquant.core.score_store import Arrays
+from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.core.settings import Settings
+from fxquant.passes.sensitivity.diagonal import diagonal
+from fxquant.passes.sensitivity.path import _jackknife, coverage, formats, path
+from fxquant.passes.sensitivity.scorer import Scorer
+from fxquant.passes.sensitivity.singles import measure_singles
+from fxquant.passes.sensitivity.sweep import Work
+from fxquant.tracing import capture
+from tests.scoring import full_forward, inputs, scorer, simulated
+
+IMAGES = CalibrationSet(inputs("plain", 6))
+
+
+class ApartNet(nn.Module):
+    """Two layers that write different halves of the output: squared errors add up exactly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 5)
+        self.b = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.a(x[:, :8]), self.b(x[:, 8:])], dim=1)
+
+
+def apart(bits: tuple[int, ...] = (2, 4, 8), activation_bits: tuple[int, ...] = (8,)) -> Scorer:
+    torch.manual_seed(7)
+    images = CalibrationSet(inputs("split", 6))
+    settings = Settings(bits=bits, activation_bits=activation_bits, target="reference", estimators=("gram",))
+    program = pipeline.prepare(capture(ApartNet().eval(), inputs("split", 2)), settings)
+    program = pipeline.calibrate(program, images)
+    return scorer(pipeline.simulate(program, pipeline.widest_plan(program), round_biases=False), images, "mse")
+
+
+def test_where_losses_add_up_the_attribution_is_the_single_loss() -> None:
+    each = apart()
+    found, alone = path(each), np.diag(diagonal(each).values)
+    ceiling = found.notes["ceiling"]
+    assert ceiling == pytest.approx(1.05)
+    for plan in formats(each):
+        loss = alone[plan].sum()
+        expected = -np.log(1 - loss / ceiling) * alone[plan] / loss
+        # The loss is a polynomial of degree 4 on the way, and two points integrate its slope exactly.
+        np.testing.assert_allclose(np.diag(found.values)[plan], expected, rtol=2e-4)
+    assert found.notes["quadrature_error"] < 1e-5
+    assert found.unit == "coverage (-log)"
+
+
+@pytest.mark.parametrize("widths", [(8,), (4, 8)])
+@pytest.mark.parametrize("name", ["plain", "shared", "residual", "two_inputs"])
+def test_attributions_add_up_to_the_loss(name: str, widths: tuple[int, ...]) -> None:
+    each = scorer(simulated(name, (4, 8), widths), CalibrationSet(inputs(name, 12)))
+    found = path(each)
+    plan, ceiling = formats(each)[-1], found.notes["ceiling"]
+    with torch.no_grad():
+        whole = {n: r for k in plan for n, r in each.columns[k].substitution.items()}
+        answer, _ = each.replay.forward(each.images.inputs, {**each.off, **whole})
+        reference, _ = each.replay.forward(each.images.inputs, each.off)
+    p, q = (torch.log_softmax(y.double(), dim=1) for y in (reference, answer))
+    loss = float((p.exp() * (p - q)).sum(1).mean())
+    widest = {c.site: c.choice for c in found.candidates if c.choice == max(x.choice for x in found.candidates)}
+    assert found.predict(widest) == pytest.approx(-np.log(1 - loss / ceiling), rel=1e-3)
+    assert found.notes["quadrature_error"] < 0.02
+
+
+def walked(each: Scorer, monkeypatch: pytest.MonkeyPatch) -> tuple[SensitivityMatrix, dict[str, list[Any]]]:
+    """Return the matrix and, for every format, what was measured on all images."""
+    kept: dict[str, Arrays] = {}
+    measure = each.measure
+
+    def keep(title: str, work: Work) -> dict[str, Arrays]:
+        kept.update(measure(title, work))
+        return kept
+
+    monkeypatch.setattr(each, "measure", keep)
+    found = path(each)
+    return found, {
+        name: [
+            np.concatenate([kept[f"path-{part.index}-{k}"][name] for part in each.parts], axis=-1)
+            for k in range(len(formats(each)))
+        ]
+        for name in ("phi", "losses", "flat")
+    }
+
+
+def test_attributions_are_not_scaled_into_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before they are scaled to the loss, they must add up to it: on two readers of one value, on several images."""
+    each = scorer(simulated("plain"), IMAGES)
+    found, seen = walked(each, monkeypatch)
+    assert found.notes["quadrature_error"] < 0.05
+    for plan, phi, losses in zip(formats(each), seen["phi"], seen["losses"], strict=True):
+        assert phi.shape == (len(plan), 6)
+        assert phi.sum() == pytest.approx(losses.sum(), rel=0.15)
+
+
+def test_small_losses_are_shared_out_by_rows_of_the_gram_matrix() -> None:
+    each = scorer(simulated("split", (4, 8)), CalibrationSet(inputs("split", 6)))
+    found, gram = path(each), measure_singles(each).gram / 2
+    plan = formats(each)[-1]
+    shares = gram[np.ix_(plan, plan)].sum(axis=1)
+    np.testing.assert_allclose(np.diag(found.values)[plan] * found.notes["ceiling"], shares, rtol=0.02)
+
+
+def test_the_ceiling_is_above_every_loss_that_was_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    each = scorer(simulated("plain"), IMAGES)
+    found, seen = walked(each, monkeypatch)
+    p = torch.softmax(full_forward("plain", 6).double(), dim=1)
+    uniform = (p * (p.log() + np.log(4))).sum(1).numpy()
+    np.testing.assert_allclose(seen["flat"][0], uniform, rtol=1e-5)
+    worst = max(losses.mean() for losses in seen["losses"])
+    assert found.notes["ceiling"] == pytest.approx(1.05 * max(worst, uniform.mean()))
+
+
+def test_formats_are_ranked_by_width() -> None:
+    each = scorer(simulated("plain", (2, 4), (4, 8)), IMAGES)
+    plans = formats(each)
+    assert len(plans) == 2
+    for k, plan in enumerate(plans):
+        chosen = [each.columns[c] for c in plan]
+        assert [column.owner for column in chosen] == list(dict.fromkeys(each.owners))
+        assert {column.weight_bits for column in chosen if column.site} == {(2, 4)[k]}
+        assert {column.activation_bits for column in chosen if column.site is None} == {(4, 8)[k]}
+
+
+def test_coverage_by_hand() -> None:
+    found = coverage(np.array([3.0, -1.0, 1.0]), np.array(0.5), 1.0)
+    np.testing.assert_allclose(found, np.log(2) * np.array([0.75, 0.0, 0.25]))
+    assert not coverage(np.array([-1.0, 0.0]), np.array(0.5), 1.0).any()
+    assert not coverage(np.array([1.0]), np.array(-0.5), 1.0).any()
+
+
+def test_the_jackknife_of_a_small_loss_is_its_standard_error() -> None:
+    losses = 1e-4 * (1 + np.arange(8.0))
+    found = _jackknife(losses[None], losses, 1.0)
+    assert found == pytest.approx(losses.std(ddof=1) / 8**0.5, rel=1e-2)
+    assert np.isnan(_jackknife(losses[None, :1], losses[:1], 1.0)).all()
