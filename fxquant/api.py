@@ -51,6 +51,7 @@ def quantize(
     solver: str = "iqp",
     time_limit: float = 60.0,
     requantization_cost: float = 0.0,
+    refine_moves: int | None = None,
     threads: int | None = None,
 ) -> Result:
     """Quantize a model within a budget, precision chosen per layer.
@@ -79,6 +80,7 @@ def quantize(
         time_limit: seconds for each solve.
         requantization_cost: added to a plan's modelled loss, in its unit, for every two neighbouring layers that take
             their activations at unlike widths, or one of them in float.
+        refine_moves: plans measured at most to improve the best one by swaps, overriding the effort's; 0 is none.
         threads: threads of the target's runtime.
 
     Returns:
@@ -106,6 +108,7 @@ def quantize(
         solver=solver,
         time_limit=time_limit,
         requantization_cost=requantization_cost,
+        refine_moves=preset.refine_moves if refine_moves is None else refine_moves,
         seed=seed,
         threads=threads,
     )

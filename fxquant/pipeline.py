@@ -296,7 +296,15 @@ def _solve(program: Program, budget: Budget, held_out: CalibrationSet | None, re
     if held_out is None:
         return program
     loss = loss_name(program, held_out)
-    return run(program, VerifyAndRefine(held_out, _simulator(program), loss, reporter))
+    step = VerifyAndRefine(
+        held_out,
+        _simulator(program),
+        loss,
+        reporter,
+        settings.refine_moves,
+        requantization_cost=settings.requantization_cost,
+    )
+    return run(program, step)
 
 
 def measured_latency(program: Program, plan: BitAllocation, images: CalibrationSet) -> dict[str, float]:

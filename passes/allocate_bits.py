@@ -16,9 +16,9 @@ from fxquant.core.errors import InfeasibleBudgetError, OptionError, SolverError
 from fxquant.core.limits import agrees, fits, infeasible_message, limit_rows, tie_rows, usage
 from fxquant.core.program import Program
 from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
-from fxquant.core.spec import Candidate, Choice, Site, Sites
+from fxquant.core.spec import Choice, Site, Sites
 from fxquant.passes.allocation import SOLVERS
-from fxquant.passes.allocation.borders import border_terms, neighbours
+from fxquant.passes.allocation.borders import border_cost, borders_of, one_hot
 from fxquant.passes.allocation.fill import fill
 from fxquant.passes.base import Pass
 
@@ -58,7 +58,7 @@ class AllocateBits(Pass):
         """Return the program with its plans; the preferred surrogate's is the `BitAllocation`."""
         limits, tables, sites = self.budget.limits, program[CostTables], program[Sites]
         matrices = program[Surrogates].matrices
-        borders = self._borders(program)
+        borders = borders_of(program, self.requantization_cost)
         plans = {name: self._solve(matrix, borders, sites, tables) for name, matrix in matrices.items()}
         for name, matrix in matrices.items():
             filled = self._fill(plans[name], matrix, borders, sites, tables)
@@ -74,14 +74,9 @@ class AllocateBits(Pass):
                     status="uniform",
                     used=usage(choices, limits, tables),
                     limits=limits,
-                    border_cost=_border_cost(sites, borders, choices),
+                    border_cost=border_cost(borders, one_hot(sites.candidates, choices)),
                 )
         return program.with_facts(plans[next(iter(matrices))], Finalists(plans)), 0
-
-    def _borders(self, program: Program) -> NDArray[np.float64]:
-        sites = program[Sites]
-        pairs = neighbours(program.module.graph, sites.sites, program[QuantizedEdges].integer_nodes)
-        return border_terms(sites.candidates, pairs, self.requantization_cost)
 
     def _solve(
         self, matrix: SensitivityMatrix, borders: NDArray[np.float64], sites: Sites, tables: CostTables
@@ -102,18 +97,18 @@ class AllocateBits(Pass):
         choices = {candidate.site: candidate.choice for candidate in picked}
         if len(choices) != len(sites.sites):
             raise SolverError(f"solver {self.solver!r} chose {len(picked)} precisions for {len(sites.sites)} sites")
-        objective, border_cost = matrix.predict(choices), _border_cost(sites, borders, choices)
+        objective, requantized = matrix.predict(choices), border_cost(borders, one_hot(sites.candidates, choices))
         return BitAllocation(
             choices,
             estimator=matrix.estimator,
             objective=objective,
             # The solver knows nothing of what every plan has in common.
-            bound=min(solution.bound + (objective + border_cost - solution.objective), objective + border_cost),
+            bound=min(solution.bound + (objective + requantized - solution.objective), objective + requantized),
             gap=solution.gap,
             status=solution.status,
             used=usage(choices, limits, tables),
             limits=limits,
-            border_cost=border_cost,
+            border_cost=requantized,
         )
 
     def _fill(
@@ -132,7 +127,7 @@ class AllocateBits(Pass):
             *limit_rows(plan.limits, tables, sites),
             *tie_rows(sites),
             np.array(widths, dtype=np.float64),
-            _one_hot(matrix.candidates, plan.choices),
+            one_hot(matrix.candidates, plan.choices),
         )
         choices = {c.site: c.choice for c, chosen in zip(matrix.candidates, wider, strict=True) if chosen}
         return BitAllocation(
@@ -142,17 +137,8 @@ class AllocateBits(Pass):
             status="feasible",
             used=usage(choices, plan.limits, tables),
             limits=plan.limits,
-            border_cost=_border_cost(sites, borders, choices),
+            border_cost=border_cost(borders, one_hot(sites.candidates, choices)),
         )
-
-
-def _one_hot(candidates: tuple[Candidate, ...], choices: dict[str, Choice]) -> NDArray[np.bool_]:
-    return np.array([choices[c.site] == c.choice for c in candidates], dtype=np.bool_)
-
-
-def _border_cost(sites: Sites, borders: NDArray[np.float64], choices: dict[str, Choice]) -> float:
-    picked = np.flatnonzero(_one_hot(sites.candidates, choices))
-    return float(borders[np.ix_(picked, picked)].sum())
 
 
 def uniform_plans(sites: tuple[Site, ...]) -> dict[str, dict[str, Choice]]:

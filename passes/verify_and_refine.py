@@ -1,63 +1,193 @@
-"""Let the measured loss decide: every finalist runs on held-out calibration images, the best is kept."""
+"""Let the measured loss decide: all finalists run on held-out calibration images, the best is improved by swaps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.core.allocation import BitAllocation, Finalists
+from fxquant.core.cost import CostTables
 from fxquant.core.data import CalibrationSet
+from fxquant.core.edges import QuantizedEdges
+from fxquant.core.errors import OptionError
+from fxquant.core.limits import agrees, fits, limit_rows, tie_rows, usage
 from fxquant.core.losses import LOSSES
 from fxquant.core.oracle import model_outputs
 from fxquant.core.program import Program
 from fxquant.core.progress import SILENT, Reporter
+from fxquant.core.sensitivity import Surrogates
+from fxquant.core.spec import Choice, Sites
+from fxquant.passes.allocation.borders import border_cost, borders_of, one_hot
+from fxquant.passes.allocation.swaps import swaps
 from fxquant.passes.base import Pass
 
 Simulate = Callable[[BitAllocation], GraphModule]
 """Plan -> simulated graph."""
 
+REFINED = "refined"
+"""Name of the improved plan among the finalists."""
+
+
+def image_losses(module: GraphModule, images: CalibrationSet, reference: Tensor, loss: str, batch: int = 32) -> Tensor:
+    """Return the loss of a simulated graph against the float answers, float64 of shape (images,)."""
+    return LOSSES[loss](reference, model_outputs(module, images.inputs, batch), images.labels)
+
 
 def measured_loss(module: GraphModule, images: CalibrationSet, reference: Tensor, loss: str, batch: int = 32) -> float:
     """Return the mean loss of a simulated graph against the float answers, over all images."""
-    answer = model_outputs(module, images.inputs, batch)
-    return float(LOSSES[loss](reference, answer, images.labels).mean())
+    return float(image_losses(module, images, reference, loss, batch).mean())
+
+
+def is_better(now: Tensor, then: Tensor, surcharge: float = 0.0) -> bool:
+    """Whether losses fall by more than the noise of these images: `mean(d) - surcharge > std(d) / sqrt(images)`.
+
+    Args:
+        now: losses of the plan at hand, shape (images,).
+        then: losses of the other plan on the same images; d is `now - then`.
+        surcharge: what the other plan costs more besides, in the unit of the loss.
+    """
+    fall = now - then
+    if len(fall) < 2:
+        # One image says nothing about its noise.
+        return False
+    return bool(fall.mean() - surcharge > fall.std(correction=1) / math.sqrt(len(fall)))
+
+
+class Meter:
+    """Measures plans, each of them once.
+
+    Args:
+        measure: plan -> loss of each image.
+    """
+
+    def __init__(self, measure: Callable[[BitAllocation], Tensor]) -> None:
+        self._measure = measure
+        self._known: dict[frozenset[tuple[str, str]], Tensor] = {}
+
+    def knows(self, choices: Mapping[str, Choice]) -> bool:
+        """Whether these choices have been measured."""
+        return _key(choices) in self._known
+
+    def losses(self, plan: BitAllocation) -> Tensor:
+        """Return the loss of each image."""
+        key = _key(plan.choices)
+        if key not in self._known:
+            self._known[key] = self._measure(plan)
+        return self._known[key]
+
+
+def _key(choices: Mapping[str, Choice]) -> frozenset[tuple[str, str]]:
+    return frozenset((site, choice.label) for site, choice in choices.items())
 
 
 @dataclass(frozen=True)
 class VerifyAndRefine(Pass):
-    """Rewrite `BitAllocation` with the finalist of least measured loss; ties go to the surrogates' own order.
+    """Rewrite `BitAllocation` with the finalist of least measured loss, improved; ties go to the surrogates' own order.
+
+    Improved means: of the plans that differ at one site or two and keep the limits, those that the surrogates rank
+    highest are measured; one that is better beyond the noise takes the plan's place, and the ranking starts anew.
+    What requantization between neighbours costs counts with the loss.
 
     Args:
         images: calibration images that were not used for scoring.
         simulate: makes the simulated graph of a plan.
         loss: name of the loss.
         reporter: shows progress.
+        moves: plans measured at most to improve the best finalist; 0 leaves it as it is.
+        patience: measured plans in a row without improvement that end the search, at least 1.
+        requantization_cost: of two neighbours with unlike activation widths, in the unit of the loss, >= 0.
+
+    Raises:
+        OptionError: moves or patience out of range.
     """
 
     images: CalibrationSet = field(repr=False)
     simulate: Simulate = field(repr=False)
     loss: str = "kl"
     reporter: Reporter = field(default=SILENT, repr=False)
-    reads = (Finalists,)
+    moves: int = 0
+    patience: int = 8
+    requantization_cost: float = 0.0
+    reads = (Finalists, QuantizedEdges, Sites, Surrogates, CostTables)
     writes = (BitAllocation,)
+
+    def __post_init__(self) -> None:
+        if self.moves < 0 or self.patience < 1:
+            raise OptionError(f"moves={self.moves} must be at least 0 and patience={self.patience} at least 1")
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with the measured plan."""
         plans = program[Finalists].plans
         with torch.no_grad():
             reference = model_outputs(program.module, self.images.inputs, 32)
+        meter = Meter(lambda plan: image_losses(self.simulate(plan), self.images, reference, self.loss))
         losses: dict[str, float] = {}
-        known: dict[tuple[tuple[str, str], ...], float] = {}
         for name, plan in self.reporter.track(plans.items(), "verify plans", len(plans)):
-            key = tuple((site, choice.label) for site, choice in plan.choices.items())
-            if key not in known:
-                known[key] = measured_loss(self.simulate(plan), self.images, reference, self.loss)
-            losses[name] = known[key]
+            losses[name] = float(meter.losses(plan).mean())
         # A plan that overflows has no loss, and compares as neither better nor worse.
-        best = min(losses, key=lambda name: math.inf if math.isnan(losses[name]) else losses[name])
-        return program.with_facts(replace(plans[best], measured_loss=losses[best], finalists=losses)), 0
+        totals = {name: losses[name] + plan.border_cost for name, plan in plans.items()}
+        best = min(totals, key=lambda name: math.inf if math.isnan(totals[name]) else totals[name])
+        plan = replace(plans[best], measured_loss=losses[best], finalists=losses)
+        return program.with_facts(self._refined(program, plan, meter) if self.moves else plan), 0
+
+    def _refined(self, program: Program, start: BitAllocation, meter: Meter) -> BitAllocation:
+        """Return a plan that is measurably better, or the one handed in."""
+        borders, plan = borders_of(program, self.requantization_cost), start
+        trials, rejected = self._trials(program, plan), 0
+        for _ in self.reporter.track(range(self.moves), "refine plan", self.moves):
+            choices = next((found for found in trials if not meter.knows(found)), None)
+            if choices is None:
+                break
+            trial = _changed(program, start, choices, border_cost(borders, one_hot(program[Sites].candidates, choices)))
+            if is_better(meter.losses(plan), meter.losses(trial), trial.border_cost - plan.border_cost):
+                plan, rejected = trial, 0
+                trials = self._trials(program, plan)
+                continue
+            rejected += 1
+            if rejected == self.patience:
+                break
+        if plan is start:
+            return start
+        loss = float(meter.losses(plan).mean())
+        return replace(plan, measured_loss=loss, finalists={**start.finalists, REFINED: loss})
+
+    def _trials(self, program: Program, plan: BitAllocation) -> Iterator[dict[str, Choice]]:
+        """Yield the choices of plans near this one that keep its limits, most promising first."""
+        sites, tables, matrices = program[Sites], program[CostTables], list(program[Surrogates].matrices.values())
+        (costs, bounds), (ties, sides) = limit_rows(plan.limits, tables, sites), tie_rows(sites)
+        borders, picked = borders_of(program, self.requantization_cost), one_hot(sites.candidates, plan.choices)
+        if picked.sum() != len(sites.sites):
+            # A plan made elsewhere may hold what was never a candidate.
+            return
+        near = swaps(
+            [matrix.values + borders for matrix in matrices],
+            matrices[0].groups,
+            np.concatenate([costs, ties]),
+            np.concatenate([bounds, sides]),
+            picked,
+        )
+        for chosen in near:
+            choices = {c.site: c.choice for c, taken in zip(sites.candidates, chosen, strict=True) if taken}
+            # The solver's tolerance is not the budget's: what is kept is said here.
+            if fits(choices, plan.limits, tables) and agrees(sites.sites, choices):
+                yield choices
+
+
+def _changed(program: Program, start: BitAllocation, choices: dict[str, Choice], borders: float) -> BitAllocation:
+    matrices = program[Surrogates].matrices
+    matrix = matrices.get(start.estimator.split(",")[0], next(iter(matrices.values())))
+    return BitAllocation(
+        choices,
+        estimator=f"{start.estimator}, {REFINED}",
+        objective=matrix.predict(choices),
+        status="feasible",
+        used=usage(choices, start.limits, program[CostTables]),
+        limits=start.limits,
+        border_cost=borders,
+    )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -297,3 +298,21 @@ def with_latency(per_layer: float) -> Program:
     candidates = program[Sites].candidates
     table = CostTable(candidates, np.full(len(candidates), per_layer), 0.0, 1.0, "milliseconds")
     return program.with_facts(CostTables({**program[CostTables].tables, "latency": table}))
+
+
+def test_the_plan_is_refined_as_the_settings_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[VerifyAndRefine] = []
+
+    def watched(*arguments: Any, **options: Any) -> VerifyAndRefine:
+        seen.append(VerifyAndRefine(*arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(pipeline, "VerifyAndRefine", watched)
+    program = scored("plain")
+    for moves, cost in ((0, 0.0), (3, 0.5)):
+        settings = replace(program[Settings], refine_moves=moves, requantization_cost=cost)
+        done = pipeline.allocate(
+            program.with_facts(settings), Budget(average_bits=4), CalibrationSet(inputs("plain", 6))
+        )
+        assert (seen[-1].moves, seen[-1].requantization_cost) == (moves, cost)
+        assert moves or "refined" not in done[BitAllocation].finalists

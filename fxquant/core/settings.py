@@ -17,16 +17,18 @@ class Effort:
     Args:
         estimators: sensitivity estimators, the preferred one first.
         images: calibration images used at most, scoring and verification together.
+        refine_moves: plans measured at most to improve the best finalist.
     """
 
     estimators: tuple[str, ...]
     images: int
+    refine_moves: int
 
 
 EFFORTS: dict[str, Effort] = {
-    "fast": Effort(("diagonal",), 96),
-    "default": Effort(("gram", "diagonal"), 384),
-    "best": Effort(("pairs", "gram", "diagonal"), 1024),
+    "fast": Effort(("diagonal",), 96, 0),
+    "default": Effort(("gram", "diagonal"), 384, 16),
+    "best": Effort(("pairs", "gram", "diagonal"), 1024, 48),
 }
 """Preset name -> what it measures."""
 
@@ -50,6 +52,7 @@ class Settings:
         time_limit: seconds for each solve.
         held_out: share of the calibration images kept for verification.
         requantization_cost: added to a plan's modelled loss for two neighbouring layers with unlike activation widths.
+        refine_moves: plans measured at most to improve the best finalist; 0 leaves it as it is.
         seed: seed of every random choice.
         threads: threads of the target's runtime, None for its default.
 
@@ -71,6 +74,7 @@ class Settings:
     time_limit: float = 60.0
     held_out: float = 0.25
     requantization_cost: float = 0.0
+    refine_moves: int = 24
     seed: int = 0
     threads: int | None = None
 
@@ -85,6 +89,8 @@ class Settings:
             raise OptionError(f"held_out={self.held_out} must lie between 0 and 1")
         if not 0.0 <= self.requantization_cost < math.inf:
             raise OptionError(f"requantization_cost={self.requantization_cost} must be a finite number of at least 0")
+        if self.refine_moves < 0:
+            raise OptionError(f"refine_moves={self.refine_moves} must be at least 0")
         if self.time_limit <= 0:
             raise OptionError(f"time_limit={self.time_limit} must be above 0 seconds")
 

@@ -6,14 +6,16 @@ a term of two choices, so it fits into the quadratic objective.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from torch.fx import Graph, Node
 
+from fxquant.core.edges import QuantizedEdges
 from fxquant.core.ops import ScaleRule, activation_inputs, rule_of
-from fxquant.core.spec import Candidate, Site
-from fxquant.passes.allocation.solution import FloatArray
+from fxquant.core.program import Program
+from fxquant.core.spec import Candidate, Choice, Site, Sites
+from fxquant.passes.allocation.solution import BoolArray, FloatArray
 
 CARRIES = (ScaleRule.KEEP, ScaleRule.ABSORB, ScaleRule.SHARE)
 """Ops through which a value passes in the form it has."""
@@ -44,6 +46,13 @@ def neighbours(graph: Graph, sites: Iterable[Site], integer_nodes: frozenset[str
     return list(apart.values())
 
 
+def borders_of(program: Program, cost: float) -> FloatArray:
+    """Return `border_terms` of a program with `Sites` and `QuantizedEdges`."""
+    sites = program[Sites]
+    pairs = neighbours(program.module.graph, sites.sites, program[QuantizedEdges].integer_nodes)
+    return border_terms(sites.candidates, pairs, cost)
+
+
 def border_terms(candidates: tuple[Candidate, ...], pairs: Iterable[tuple[str, str]], cost: float) -> FloatArray:
     """Return B with `x' B x = cost x (neighbours whose activation widths differ)` for one-hot x, symmetric (n, n).
 
@@ -63,3 +72,13 @@ def border_terms(candidates: tuple[Candidate, ...], pairs: Iterable[tuple[str, s
                     terms[i, j] += cost / 2
                     terms[j, i] += cost / 2
     return terms
+
+
+def one_hot(candidates: tuple[Candidate, ...], choices: Mapping[str, Choice]) -> BoolArray:
+    """Return the plan as (n,) bool over the candidates."""
+    return np.array([choices[c.site] == c.choice for c in candidates], dtype=np.bool_)
+
+
+def border_cost(borders: FloatArray, picked: BoolArray) -> float:
+    """Return `x' borders x` of a plan, (n,) bool."""
+    return float(borders[np.ix_(picked, picked)].sum())

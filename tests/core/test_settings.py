@@ -15,6 +15,7 @@ def test_presets_name_estimators_that_exist_and_spend_more_with_more_effort() ->
     assert all(name in ESTIMATORS for preset in EFFORTS.values() for name in preset.estimators)
     images = [EFFORTS[name].images for name in EFFORTS]
     assert images == sorted(set(images))
+    assert [EFFORTS[name].refine_moves for name in EFFORTS] == [0, 16, 48]
     assert set(effort("fast").estimators) < set(effort("default").estimators) < set(effort("best").estimators)
 
 
@@ -34,6 +35,7 @@ def test_an_unknown_preset_lists_the_known() -> None:
         ({"time_limit": 0.0}, "above 0 seconds"),
         ({"time_limit": -1.0}, "above 0 seconds"),
         ({"requantization_cost": -0.1}, "at least 0"),
+        ({"refine_moves": -1}, "at least 0"),
         ({"requantization_cost": float("nan")}, "at least 0"),
     ],
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.fx import GraphModule
@@ -8,10 +9,14 @@ from fxquant.core.allocation import BitAllocation, Finalists
 from fxquant.core.data import CalibrationSet
 from fxquant.core.losses import LOSSES
 from fxquant.core.oracle import model_outputs
+from fxquant.core.program import Program
+from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
+from fxquant.core.spec import Sites
+from fxquant.passes.estimate_cost import EstimateCost
 from fxquant.passes.insert_fake_quant import InsertFakeQuant
 from fxquant.passes.verify_and_refine import VerifyAndRefine, measured_loss
 from tests.models import MODELS
-from tests.programs import calibrated, check_pass, uniform
+from tests.programs import TARGET, calibrated, check_pass, uniform
 
 IMAGES = CalibrationSet(MODELS["residual"].inputs(6))
 PROGRAM = "residual"
@@ -19,6 +24,14 @@ PROGRAM = "residual"
 
 def plans(**bits: int) -> dict[str, BitAllocation]:
     return {name: BitAllocation(uniform(calibrated(PROGRAM), width), status="uniform") for name, width in bits.items()}
+
+
+def with_plans(found: dict[str, BitAllocation]) -> Program:
+    program = EstimateCost(TARGET)(calibrated(PROGRAM))
+    candidates = program[Sites].candidates
+    nothing = np.zeros((len(candidates), len(candidates)))
+    matrix = SensitivityMatrix(candidates, nothing, nothing, "none", 0.0, "KL nats")
+    return program.with_facts(Surrogates({"none": matrix}), Finalists(found))
 
 
 class Simulator:
@@ -32,7 +45,7 @@ class Simulator:
 
 def test_the_measured_loss_decides() -> None:
     simulate = Simulator()
-    program = calibrated(PROGRAM).with_facts(Finalists(plans(narrow=2, wide=8, middle=4)))
+    program = with_plans(plans(narrow=2, wide=8, middle=4))
     plan = check_pass(VerifyAndRefine(IMAGES, simulate), program)[BitAllocation]
     assert set(plan.choices.values()) == set(uniform(program, 8).values())
     assert list(plan.finalists) == ["narrow", "wide", "middle"]
@@ -44,7 +57,7 @@ def test_the_measured_loss_decides() -> None:
 def test_equal_plans_are_measured_once_and_the_first_wins() -> None:
     simulate = Simulator()
     same = plans(first=4, second=4)
-    program = calibrated(PROGRAM).with_facts(Finalists(same))
+    program = with_plans(same)
     plan = VerifyAndRefine(IMAGES, simulate)(program)[BitAllocation]
     assert simulate.calls == 1
     assert plan.finalists["first"] == plan.finalists["second"]
