@@ -74,7 +74,7 @@ def _change(
     single = alone - alone[current]
     f, s = current[first], current[second]
     both = 2 * (values[first, second] - values[first, s] - values[f, second] + values[f, s])
-    return np.where(first == second, single[first], single[first] + single[second] + both)
+    return np.asarray(np.where(first == second, single[first], single[first] + single[second] + both))
 
 
 def _ranks(change: FloatArray) -> IndexArray:
