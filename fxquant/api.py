@@ -21,6 +21,7 @@ from fxquant.core.program import Program
 from fxquant.core.progress import Reporter
 from fxquant.core.settings import Settings
 from fxquant.core.settings import effort as effort_preset
+from fxquant.core.shards import ALONE, Shards
 from fxquant.core.spec import Choice
 from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.sensitivity import ESTIMATORS
@@ -53,6 +54,7 @@ def quantize(
     requantization_cost: float = 0.0,
     refine_moves: int | None = None,
     threads: int | None = None,
+    distributed: bool = False,
 ) -> Result:
     """Quantize a model within a budget, precision chosen per layer.
 
@@ -82,6 +84,8 @@ def quantize(
             their activations at unlike widths, or one of them in float.
         refine_moves: plans measured at most to improve the best one by swaps, overriding the effort's; 0 is none.
         threads: threads of the target's runtime.
+        distributed: share the scoring among the processes that `torchrun` started, each of which makes this call; all
+            of them get the same scores, one of them writes the result.
 
     Returns:
         The result, whose plan was measured on a quarter of the images that scoring did not see.
@@ -89,6 +93,7 @@ def quantize(
     Raises:
         InputError: the model, the calibration data or an option cannot be used.
         InfeasibleBudgetError: no plan keeps the budget.
+        WorkerError: another process that shares the scoring was lost.
     """
     preset = effort_preset(effort)
     settings = Settings(
@@ -113,7 +118,8 @@ def quantize(
         threads=threads,
     )
     _check_names(settings)
-    reporter = Reporter(progress)
+    shards = Shards.from_environment() if distributed else ALONE
+    reporter = Reporter(progress and shards.is_first)
     images = collect(calibration, input_names(model), preset.images)
     if len(images) < 2:
         raise CalibrationError("calibration holds one image; give at least two, so that one can be held out")
@@ -124,7 +130,7 @@ def quantize(
     if budget is not None:
         pipeline.check_budget(program, budget)
     folder = None if workdir is None else Path(workdir) / "scores"
-    program = pipeline.measure_sensitivity(program, scoring, folder, reporter)
+    program = pipeline.measure_sensitivity(program, scoring, folder, reporter, shards)
     if budget is None:
         return Result(pipeline.impose(program, pipeline.widest_plan(program)), held_out)
     return Result(pipeline.allocate(program, budget, held_out, reporter), held_out)

@@ -13,14 +13,16 @@ from fxquant.core.errors import OptionError
 from fxquant.core.settings import EFFORTS
 from fxquant.core.spec import Choice
 from fxquant.inputs import ImageOptions
+from fxquant.passes.sensitivity import ESTIMATORS
 
 Refuse = Callable[[str], NoReturn]
 
 HELP = {
     "demo": "quantize the shipped digits network and compare it with float and uniform plans",
     "quantize": "choose bits within a budget; write plan, model and report",
-    "analyze": "only score the layers; `allocate` chooses from the scores later",
+    "analyze": "only score the layers, under torchrun in several processes; `allocate` chooses from the scores later",
     "allocate": "choose bits for another budget from saved scores",
+    "pareto": "choose bits for several budgets from saved scores, one plan each",
     "export": "write a saved result as ONNX, on request with an edited plan",
     "bench": "time the float and the quantized model of a saved result, interleaved",
     "report": "write the report of a saved result again",
@@ -63,6 +65,10 @@ def _widths(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 2,4,8") from error
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
@@ -94,6 +100,7 @@ def _scoring(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="SPEC", help="pkg.module:factory, or a .pt2 file")
     add("--calibration", required=True, metavar="SPEC", help=".npz, .npy, image folder, or pkg.module:loader")
     add("--output", required=True, type=Path, metavar="DIR", help="where results go")
+    add("--workdir", type=Path, metavar="DIR", help="where finished scores are kept; default the output folder")
     add("--resume", action="store_true", help="go on with the scores in DIR, replace its results")
     add("--image-size", type=_size, metavar="N|HxW", help="size of the images of a folder")
     add("--mean", type=_numbers, default=(0.0, 0.0, 0.0), metavar="M,M,M", help="subtracted from values 0..1")
@@ -102,6 +109,7 @@ def _scoring(parser: argparse.ArgumentParser) -> None:
     add("--activation-bits", type=_widths, default=(8,), metavar="B,B", help="candidate activation bits")
     add("--target", choices=tuple(BACKENDS), default="onnxruntime", help="runtime that will run the model")
     add("--effort", choices=tuple(EFFORTS), default="default", help="how much is measured")
+    add("--estimators", type=_names, metavar="NAME,NAME", help=f"{', '.join(ESTIMATORS)}; default by effort")
     add("--seed", type=int, default=0, help="same seed, same answer")
     add("--pin", action="append", default=[], metavar="GLOB=W8A8", help="the only precision of these layers")
     add("--pin-ends", action="store_true", help="pin first and last layer to 8 bits")
@@ -126,6 +134,18 @@ def _allocate(parser: argparse.ArgumentParser) -> None:
     _folder(parser)
     _budget(parser, required=True)
     parser.add_argument("--output", type=Path, metavar="DIR", help="where results go; without it they replace DIR's")
+
+
+def _pareto(parser: argparse.ArgumentParser) -> None:
+    _folder(parser)
+    parser.add_argument(
+        "--budget",
+        action="append",
+        required=True,
+        metavar="NAME=NUMBER,..",
+        help="one budget, of one or more limits; repeated for each plan",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where plan_1.json, plan_2.json, .. go")
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
@@ -155,6 +175,7 @@ _ADDERS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "quantize": _quantize,
     "analyze": _scoring,
     "allocate": _allocate,
+    "pareto": _pareto,
     "export": _export,
     "bench": _bench,
     "report": _report,

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +22,7 @@ from fxquant.bench import bench
 from fxquant.core.budget import Budget
 from fxquant.core.errors import FxquantError, OptionError
 from fxquant.core.settings import effort
+from fxquant.core.shards import Shards
 from fxquant.inputs import load_calibration, load_model
 from fxquant.outputs import (
     SCORES,
@@ -53,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("ignore")
             COMMANDS[args.command](args)
     except KeyboardInterrupt:
-        kept = hasattr(args, "resume") and (args.output / SCORES).exists()
-        more = f"; finished scores are kept in {args.output}, --resume goes on from there" if kept else ""
+        place = (args.workdir or args.output) if hasattr(args, "resume") else None
+        kept = place is not None and (place / SCORES).exists()
+        more = f"; finished scores are kept in {place}, --resume goes on from there" if kept else ""
         print(f"fxquant: stopped{more}", file=sys.stderr)
         return INTERRUPTED
     except FxquantError as error:
@@ -76,31 +80,54 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _scored(args: argparse.Namespace, budget: Budget | None) -> None:
-    """Run the pipeline on a model and fill the output folder."""
-    with output_folder(args.output, args.resume) as folder:
+    """Run the pipeline on a model and fill the output folder; under torchrun the first process does so."""
+    shards = Shards.from_environment()
+    if shards.world_size > 1:
+        # How torchrun stops the others when one process dies: said as a stop by hand is.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    quiet = args.quiet or not shards.is_first
+    with output_folder(args.output, args.resume) as folder, _news(quiet or budget is not None):
         check_packages(args.target)
         images = load_calibration(args.calibration, image_options(args), effort(args.effort).images)
         result = api.quantize(
             load_model(args.model),
             images,
-            budget,
+            budget if shards.is_first else None,
             bits=args.bits,
             activation_bits=args.activation_bits,
             target=args.target,
             seed=args.seed,
             effort=args.effort,
-            progress=not args.quiet,
-            workdir=folder,
+            progress=not quiet,
+            workdir=args.workdir or folder,
             pins=pins(args.pin),
             pin_ends=args.pin_ends,
             keep_float=args.keep_float,
             forbid=forbidden(args.forbid),
             observer=args.observer,
             loss=args.loss,
+            estimators=args.estimators,
             time_limit=args.time_limit,
             threads=args.threads,
+            distributed=True,
         )
-        _tell(args, result, write_outputs(result, folder))
+        if shards.is_first:
+            _tell(args, result, write_outputs(result, folder))
+
+
+@contextmanager
+def _news(quiet: bool) -> Iterator[None]:
+    """Print what an analysis is about to do, where no progress bars show it."""
+    handler, log = logging.StreamHandler(sys.stdout), logging.getLogger("fxquant")
+    before = log.level
+    if not quiet:
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
 
 
 def _tell(args: argparse.Namespace, result: Result, written: list[Path]) -> None:
@@ -123,6 +150,16 @@ def _allocate(args: argparse.Namespace) -> None:
     with output_folder(args.output or args.folder, resume=args.output is None) as folder:
         result = api.resolve(known, budget, progress=not args.quiet)
         _tell(args, result, write_outputs(result, folder))
+
+
+def _pareto(args: argparse.Namespace) -> None:
+    budgets = [Budget.parse(text.split(",")) for text in args.budget]
+    plans = api.pareto(args.folder, budgets)
+    for number, (budget, plan) in enumerate(zip(budgets, plans, strict=True), start=1):
+        if args.output is not None:
+            plan.to_json(args.output / f"plan_{number}.json")
+        if not args.quiet:
+            print(f"{budget}: {plan.summary()}")
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -173,6 +210,7 @@ COMMANDS = {
     "quantize": _quantize,
     "analyze": _analyze,
     "allocate": _allocate,
+    "pareto": _pareto,
     "export": _export,
     "bench": _bench,
     "report": _report,

@@ -61,7 +61,8 @@ def output_folder(folder: Path, resume: bool = False) -> Iterator[Path]:
     try:
         with atomic_path(folder / ".writable"):
             pass
-        (folder / ".writable").unlink()
+        # Several processes may try at once.
+        (folder / ".writable").unlink(missing_ok=True)
         yield folder
     except BaseException:
         for place in missing:

@@ -60,6 +60,12 @@ class BitAllocation:
         """Limit name -> what the plan leaves unused."""
         return {name: limit - self.used[name] for name, limit in self.limits.items() if name in self.used}
 
+    def summary(self) -> str:
+        """Return status, losses and what is used of each limit in one line."""
+        measured = "" if self.measured_loss is None else f", measured {self.measured_loss:.4g}"
+        used = "".join(f", {name} {value:.4g}" for name, value in self.used.items())
+        return f"{self.status}, loss {self.objective:.4g}{measured}{used}"
+
     def to_json(self, path: str | Path | None = None) -> dict[str, Any]:
         """Return the plan as plain JSON values, and write it if a path is given.
 

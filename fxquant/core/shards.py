@@ -146,19 +146,20 @@ class Shards:
 
         Args:
             owner: rank of the process that has them.
-            packed: the bytes where this process is the owner, None elsewhere.
+            packed: the bytes, at least one, where this process is the owner; None elsewhere.
             device: where the tensors of the sweep live.
 
         Raises:
             WorkerError: a process was lost.
         """
+        size = torch.tensor([len(packed or b"")], dtype=torch.int64, device=device)
         with self._named("exchanging scores"):
-            size = torch.tensor([len(packed or b"")], dtype=torch.int64, device=device)
             dist.broadcast(size, owner)
-            if packed is None:
-                buffer = torch.empty(int(size), dtype=torch.uint8, device=device)
-            else:
-                buffer = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(device)
+        if packed is None:
+            buffer = torch.empty(int(size), dtype=torch.uint8, device=device)
+        else:
+            buffer = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(device)
+        with self._named("exchanging scores"):
             dist.broadcast(buffer, owner)
         return buffer.cpu().numpy().tobytes() if packed is None else packed
 

@@ -111,3 +111,9 @@ def test_plans_are_checked_at_birth() -> None:
         BitAllocation({})
     with pytest.raises(OptionError, match="status 'done' is unknown; allowed: optimal"):
         BitAllocation({"fc": FLOAT}, status="done")
+
+
+def test_one_line_about_a_plan() -> None:
+    plan = BitAllocation({"fc": FLOAT}, objective=0.25, status="optimal", used={"size_mb": 1.5}, measured_loss=0.5)
+    assert plan.summary() == "optimal, loss 0.25, measured 0.5, size_mb 1.5"
+    assert BitAllocation({"fc": FLOAT}, objective=0.25).summary() == "manual, loss 0.25"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 
 import pytest
@@ -41,3 +42,16 @@ def test_an_error_in_the_loop_comes_through_and_ends_the_bar(monkeypatch: pytest
         work()
     # The cursor is shown again.
     assert screen.getvalue().rstrip().endswith("\x1b[?25h") or "\x1b[?25h" in screen.getvalue()
+
+
+def test_a_line_goes_to_the_terminal_or_to_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    screen = Terminal()
+    with caplog.at_level(logging.INFO, "fxquant"):
+        SILENT.say("one [x] cell")
+        assert caplog.messages == ["one [x] cell"]
+        monkeypatch.setattr(sys, "stderr", screen)
+        Reporter().say("two [y] cells")
+    assert screen.getvalue() == "two [y] cells\n"
+    assert len(caplog.messages) == 1

@@ -13,13 +13,16 @@ import torch
 from fxquant.core.errors import FileFormatError, OutputError
 from fxquant.core.store import (
     atomic_path,
+    pack_arrays,
     read_arrays,
     read_json,
     read_tensors,
     tensor_digest,
     text_digest,
+    unpack_arrays,
     write_arrays,
     write_json,
+    write_json_once,
     write_tensors,
 )
 
@@ -116,6 +119,32 @@ def test_damaged_arrays(tmp_path: Path) -> None:
         path.write_bytes(piece)
         refused += is_refused(read_arrays, path)
     assert refused > 60
+
+
+def test_packed_arrays_are_the_file(tmp_path: Path) -> None:
+    arrays = {"file": np.arange(3.0), "n": np.array(7), "text": np.array("abc")}
+    write_arrays(tmp_path / "a.npz", arrays)
+    packed = pack_arrays(arrays)
+    found = unpack_arrays(packed)
+    assert list(found) == list(arrays)
+    assert all(np.array_equal(found[name], arrays[name]) for name in arrays)
+    assert len(packed) == (tmp_path / "a.npz").stat().st_size
+    for piece in (b"", packed[:-30], packed[:40]):
+        with pytest.raises(FileFormatError, match="not an intact npz"):
+            unpack_arrays(piece)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_several_writers_the_first_one_stays(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", none)
+    assert write_json_once(tmp_path / "deep" / "a.json", "k", 1, {"n": 1})
+    assert not write_json_once(tmp_path / "deep" / "a.json", "k", 1, {"n": 2})
+    assert read_json(tmp_path / "deep" / "a.json", "k", 1)["n"] == 1
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.json"]
 
 
 def test_tensors_round_trip_and_share_no_memory(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +10,14 @@ from fxquant import pipeline
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.data import CalibrationSet
 from fxquant.core.losses import LOSSES
-from fxquant.core.oracle import model_outputs
+from fxquant.core.oracle import environment_bytes, model_outputs
 from fxquant.core.program import Program
 from fxquant.core.score_store import ScoreStore
+from fxquant.core.sensitivity import SensitivityMatrix
 from fxquant.core.spec import Candidate, Choice, Sites
 from fxquant.passes.sensitivity import scorer as scorer_module
 from fxquant.passes.sensitivity.diagonal import diagonal
+from fxquant.passes.sensitivity.fisher import fisher
 from fxquant.passes.sensitivity.pairs import pairs
 from fxquant.passes.sensitivity.scorer import Part, Scorer
 from tests.scoring import calibrated, columns, full_forward, inputs, scorer, simulated, traced
@@ -145,3 +149,60 @@ def test_a_context_leaves_its_own_choices_at_zero() -> None:
     assert len(own) == 4
     assert np.abs(found.values[own]).max() == 0
     assert found.values.any()
+
+
+@pytest.mark.parametrize("name", ["residual", "attention"])
+@pytest.mark.parametrize("around", [False, True])
+def test_values_that_do_not_fit_are_computed_again_to_the_same_bits(
+    name: str, around: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, images = simulated(name), CalibrationSet(inputs(name, 3))
+    context = pipeline.widest_plan(program) if around else None
+
+    def made(limit: int) -> Scorer:
+        monkeypatch.setattr(scorer_module, "ENVIRONMENT_LIMIT", limit)
+        each = Scorer(program, images, "kl", ScoreStore(None, {}), context=context)
+        each.batch = 1
+        return each
+
+    whole = made(10**9)
+    assert not whole.memory.recomputes
+    expected = pairs(whole)
+    for limit in (1, whole.memory.activations // 3):
+        each = made(limit)
+        assert each.memory.recomputes
+        assert each.memory.activations <= limit
+        assert each.memory_bytes < whole.memory_bytes
+        found = pairs(each)
+        assert np.array_equal(found.values, expected.values)
+        assert np.array_equal(found.stderr, expected.stderr)
+        assert found.evaluations > expected.evaluations
+
+
+def test_memory_is_known_before_the_work() -> None:
+    each = Scorer(simulated("plain"), IMAGES, "kl", ScoreStore(None, {}))
+    stated = each.memory
+    assert stated.batch == 6
+    assert stated.joint == 8 * len(each.columns) ** 2 * 6
+    base = each.base(Part(0, IMAGES)).environment
+    held = {node: value for node, value in base.items() if node.op == "get_attr" or node.op == "placeholder"}
+    assert stated.activations == environment_bytes(base) - environment_bytes(held)
+    assert 0 < stated.working <= stated.activations
+    assert each.memory_bytes == 2 * stated.activations + stated.working + stated.joint
+
+
+def test_cells_of_another_context_seed_or_batch_are_not_confused(tmp_path: Path) -> None:
+    plans = [choices("plain", *labels) for labels in (("W4A8",) * 4, ("W2A8",) * 4)]
+
+    def values(plan: dict[str, Choice] | None, seed: int, batch: int, folder: Path | None) -> SensitivityMatrix:
+        around = None if plan is None else BitAllocation(plan)
+        each = Scorer(simulated("plain"), IMAGES, "kl", ScoreStore(folder, {}), context=around, seed=seed)
+        each.batch = batch
+        return fisher(each)
+
+    for plan in (None, *plans):
+        for seed, batch in ((0, 6), (1, 6), (0, 4)):
+            kept, fresh = (values(plan, seed, batch, folder) for folder in (tmp_path, None))
+            assert np.array_equal(kept.values, fresh.values)
+            assert kept.constant == fresh.constant
+    assert len(list(tmp_path.glob("*fisher-0.npz"))) == 9
