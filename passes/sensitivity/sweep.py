@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fxquant.core.progress import Reporter
 from fxquant.core.score_store import Arrays, ScoreStore
 from fxquant.core.shards import Shards
-from fxquant.core.store import pack_arrays, unpack_arrays
+from fxquant.core.store import pack_arrays, text_digest, unpack_arrays
 
 Cell = Mapping[str, NDArray[Any] | float]
 
@@ -72,9 +72,11 @@ def sweep(
         device: where the tensors of the sweep live.
 
     Raises:
-        WorkerError: another process was lost.
+        WorkerError: another process was lost, or has another list of cells.
     """
     keys = list(work)
+    # What is left to measure may follow from what was measured; unlike machines could round to unlike lists.
+    shards.agree(text_digest("\n".join(keys)), device)
     have = [store.get(key) is not None for key in keys]
     reporter.say(f"{title}: {len(keys)} cells, {sum(have)} already finished")
     owners, wanted = shards.owners(have, device)

@@ -11,7 +11,7 @@ import torch
 from fxquant.core.progress import SILENT
 from fxquant.core.score_store import ScoreStore
 from fxquant.core.shards import ALONE, Shards
-from fxquant.core.store import pack_arrays
+from fxquant.core.store import pack_arrays, text_digest
 from fxquant.passes.sensitivity.sweep import Cell, Memory, Work, sweep
 
 CPU = torch.device("cpu")
@@ -23,6 +23,11 @@ class Two(Shards):
 
     other_has: frozenset[str] = frozenset()
     sent: tuple[str, ...] = ()
+
+    def agree(self, text: str, device: torch.device) -> None:
+        """Note what is compared."""
+        assert device == CPU
+        compared.append(text)
 
     def owners(self, have: Sequence[bool], device: torch.device) -> tuple[list[int], list[bool]]:
         """Deal out what neither has."""
@@ -44,6 +49,7 @@ class Two(Shards):
 
 
 log: list[tuple[int, bool]] = []
+compared: list[str] = []
 incoming: Iterator[float] = iter(())
 
 
@@ -74,10 +80,12 @@ def test_of_two_each_measures_its_share_and_gets_the_rest(tmp_path: Path, monkey
     monkeypatch.setattr(Two, "other_has", frozenset("d"))
     # Left are b, c, e: the first and the third are ours; a is given away, c and d come from the other.
     log.clear()
+    compared.clear()
     monkeypatch.setitem(globals(), "incoming", iter([20.0, 30.0]))
     found = sweep("stage", work(done), store, Two(0, 2), SILENT, CPU)
     assert done == ["b", "e"]
     assert [float(cell["x"]) for cell in found.values()] == [0, 1, 20, 30, 4]
+    assert compared == [text_digest("a\nb\nc\nd\ne")]
     assert log == [(0, True), (0, True), (1, False), (1, False), (0, True)]
     # What came from the other is kept here, too: the folders need not be one.
     again = ScoreStore(tmp_path, {"m": "1"})
