@@ -73,7 +73,9 @@ class Shards:
     @property
     def threads(self) -> int:
         """Threads of this process: the machine's cores divided by its processes, at least 1."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_size)
+        # Only Linux tells which cores a process may use.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // self.local_size)
 
     @contextmanager
     def group(self, device: torch.device) -> Iterator[None]:
@@ -181,7 +183,8 @@ class Shards:
             told = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise WorkerError(
                 f"worker {self.rank} of {self.world_size} lost the others while {doing} ({told}); see what the first "
-                "of them to stop said; finished scores are kept, so the same command goes on from there"
+                "of them to stop said; finished scores are kept in the workdir, run again on it (command line: "
+                "--resume) to go on"
             ) from error
 
 
