@@ -30,6 +30,8 @@ def test_what_fits_comes_in_the_order_of_the_prediction() -> None:
 def test_no_model_hides_what_another_one_believes_in() -> None:
     one, other = [9.0, 1, 5, 0, 3, 2], [3.0, 2, 5, 0, 9, 1]
     assert set(names(4, one, other)[:2]) == {(1, 2, 4), (0, 2, 5)}
+    # What one ranks first and the other last but one stands before what both rank in the middle.
+    assert names(6, [7.0, 5, 4, 2, 2, 0], [0.0, 0, 1, 7, 5, 8])[:2] == [(1, 2, 4), (1, 3, 5)]
     assert names(4, one, one) == names(4, one)
     assert names(4, one, [x * 1000 for x in one]) == names(4, one)
 
