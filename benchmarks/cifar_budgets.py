@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
-from fxquant import pipeline
+from fxquant import pipeline, search
 from fxquant.api import capture, prepare
 from fxquant.core.allocation import BitAllocation, Finalists
 from fxquant.core.budget import Budget
@@ -72,7 +72,7 @@ def main() -> None:
         rows[-1] |= measured(program, uniform, images, labels, reference)
     for average in AVERAGE_BITS:
         started = time.perf_counter()
-        solved = pipeline.allocate(program, Budget(average_bits=average), held_out)
+        solved = search.allocate(program, Budget(average_bits=average), held_out)
         seconds = time.perf_counter() - started
         for name in ESTIMATORS:
             plan, (passes, scoring_seconds) = solved[Finalists].plans[name], spent[name]

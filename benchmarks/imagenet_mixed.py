@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from benchmarks.report_table import interleaved, write
 from benchmarks.zoo import NETWORKS
-from fxquant import pipeline
+from fxquant import pipeline, search
 from fxquant.api import calibrate, capture, measure_sensitivity, prepare
 from fxquant.backends.onnx_export import export_onnx
 from fxquant.backends.onnx_session import KernelReport, executable, kernel_report
@@ -74,7 +74,7 @@ def measure(name: str) -> list[Row]:
     seconds = time.perf_counter() - started
     plans: dict[str, BitAllocation] = {"W8A8": uniform(program, 8), "W4A8": uniform(program, 4)}
     for bits in (6.0, 5.0):
-        solved = pipeline.allocate(program, Budget(average_bits=bits), held_out)
+        solved = search.allocate(program, Budget(average_bits=bits), held_out)
         plans[f"mixed, {bits:g} bits ({solved[BitAllocation].estimator})"] = solved[BitAllocation]
     graphs = {"float": program.module} | {key: pipeline.simulate(program, plan).module for key, plan in plans.items()}
     rows, models, one = [], {}, (images[:1],)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from fxquant import pipeline
+from fxquant import pipeline, search
 from fxquant.backends.base import backend
 from fxquant.backends.onnx_qdq import write_onnx
 from fxquant.core.allocation import BitAllocation
@@ -53,6 +53,7 @@ def quantize(
     time_limit: float = 60.0,
     requantization_cost: float = 0.0,
     refine_moves: int | None = None,
+    rounds: int | None = None,
     threads: int | None = None,
     distributed: bool = False,
 ) -> Result:
@@ -83,6 +84,7 @@ def quantize(
         requantization_cost: added to a plan's modelled loss, in its unit, for every two neighbouring layers that take
             their activations at unlike widths, or one of them in float.
         refine_moves: plans measured at most to improve the best one by swaps, overriding the effort's; 0 is none.
+        rounds: times the plan is scored again around itself and solved near it, overriding the effort's; 0 is none.
         threads: threads of the target's runtime.
         distributed: share the scoring among the processes that `torchrun` started, each of which makes this call; all
             of them get the same scores, one of them writes the result.
@@ -114,6 +116,7 @@ def quantize(
         time_limit=time_limit,
         requantization_cost=requantization_cost,
         refine_moves=preset.refine_moves if refine_moves is None else refine_moves,
+        rounds=preset.rounds if rounds is None else rounds,
         seed=seed,
         threads=threads,
     )
@@ -133,7 +136,7 @@ def quantize(
     program = pipeline.measure_sensitivity(program, scoring, folder, reporter, shards)
     if budget is None:
         return Result(pipeline.impose(program, pipeline.widest_plan(program)), held_out)
-    return Result(pipeline.allocate(program, budget, held_out, reporter), held_out)
+    return Result(search.allocate(program, budget, held_out, reporter, scoring), held_out)
 
 
 def _choice(label: Choice | str) -> Choice:
@@ -220,7 +223,7 @@ def allocate(program: Program, budget: Budget, calibration: object | None = None
         InfeasibleBudgetError: no plan keeps the budget.
     """
     held_out = None if calibration is None else collect(calibration, _placeholders(program))
-    return pipeline.allocate(program, budget, held_out, Reporter(progress))
+    return search.allocate(program, budget, held_out, Reporter(progress))
 
 
 def convert(program: Program, plan: BitAllocation | str | Path | None = None) -> Program:
@@ -277,7 +280,7 @@ def resolve(
     """
     known = result if isinstance(result, Result) else Result.load(result)
     held_out = known.held_out if calibration is None else collect(calibration, _placeholders(known.program))
-    program = pipeline.allocate(known.program, budget, held_out, Reporter(progress))
+    program = search.allocate(known.program, budget, held_out, Reporter(progress))
     return replace(known, program=program, held_out=held_out)
 
 

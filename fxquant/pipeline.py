@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-
-from torch.fx import GraphModule
 
 from fxquant.backends.base import backend
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.budget import Budget
 from fxquant.core.cost import CostTables
 from fxquant.core.data import CalibrationSet
-from fxquant.core.errors import CalibrationError, InfeasibleBudgetError, OptionError, PipelineError
+from fxquant.core.errors import InfeasibleBudgetError, OptionError, PipelineError
 from fxquant.core.limits import LIMIT_TABLES, fits, infeasible_message, reachable, unit_of, usage
 from fxquant.core.losses import LOSSES, default_loss
 from fxquant.core.oracle import model_outputs
@@ -29,8 +26,6 @@ from fxquant.core.shards import ALONE, Shards
 from fxquant.core.spec import Choice, Sites
 from fxquant.core.store import tensor_digest, text_digest
 from fxquant.core.target import Target
-from fxquant.core.timing import time_interleaved
-from fxquant.passes.allocate_bits import AllocateBits
 from fxquant.passes.base import Pass
 from fxquant.passes.calibrate import Calibrate
 from fxquant.passes.canonicalize import Canonicalize
@@ -44,15 +39,8 @@ from fxquant.passes.measure_latency import MeasureLatency
 from fxquant.passes.measure_sensitivity import MeasureSensitivity
 from fxquant.passes.scale_weights import ScaleWeights
 from fxquant.passes.tie_edges import TieEdges
-from fxquant.passes.verify_and_refine import VerifyAndRefine
 
 KEPT = "kept in float as asked"
-
-
-LATENCY_ROUNDS = 4
-"""Times a plan that takes longer than predicted is measured, and the limit tightened for the next."""
-LATENCY_TOLERANCE = 1.03
-"""A measured time counts as kept within the noise of its median."""
 
 
 @dataclass(frozen=True)
@@ -256,101 +244,6 @@ def check_budget(program: Program, budget: Budget) -> None:
         lowest = reachable(tables[LIMIT_TABLES[name][0]], sites)[0] / unit_of(name, tables)
         if lowest > limit * (1 + 1e-9):
             raise InfeasibleBudgetError(infeasible_message(Budget(**known), sites, tables))
-
-
-def allocate(
-    program: Program,
-    budget: Budget,
-    held_out: CalibrationSet | None = None,
-    reporter: Reporter = SILENT,
-) -> Program:
-    """Choose the plan: solve the integer program of every surrogate, then let the measured loss decide.
-
-    Args:
-        program: with sensitivity, and latency where the budget needs it.
-        budget: the limits.
-        held_out: images not used for scoring; None trusts the preferred surrogate.
-        reporter: shows progress.
-
-    Raises:
-        InfeasibleBudgetError: no plan keeps the limits.
-        CalibrationError: the budget needs milliseconds and there is no image to measure them with.
-    """
-    if budget.needs_latency and "latency" not in program[CostTables].tables:
-        if held_out is None:
-            raise CalibrationError("a latency budget needs one image to measure with; give calibration images")
-        program = measure_latency(program, held_out, reporter)
-    solved = _solve(program, budget, held_out, reporter)
-    if budget.needs_latency and held_out is not None:
-        solved = _keep_measured_latency(program, solved, budget, held_out, reporter)
-    if all(choice.is_float for choice in solved[BitAllocation].choices.values()):
-        raise OptionError(f"budget {budget} is met by the float model as it is; tighten it, or leave 32 out of bits")
-    return solved
-
-
-def _solve(program: Program, budget: Budget, held_out: CalibrationSet | None, reporter: Reporter) -> Program:
-    settings = program[Settings]
-    program = run(
-        program, AllocateBits(budget, settings.solver, settings.time_limit, settings.seed, settings.requantization_cost)
-    )
-    if held_out is None:
-        return program
-    loss = loss_name(program, held_out)
-    step = VerifyAndRefine(
-        held_out,
-        _simulator(program),
-        loss,
-        reporter,
-        settings.refine_moves,
-        requantization_cost=settings.requantization_cost,
-    )
-    return run(program, step)
-
-
-def measured_latency(program: Program, plan: BitAllocation, images: CalibrationSet) -> dict[str, float]:
-    """Return what a plan really takes on one image: `latency_ms`, and `latency_ratio` against float in the same run."""
-    settings, one = program[Settings], images.slice(0, 1).inputs
-    graphs = (program.module, simulate(program, plan).module)
-    runs = [backend(settings.target).compile(graph, one, threads=settings.threads) for graph in graphs]
-    float_ms, plan_ms = time_interleaved([partial(run_graph, one) for run_graph in runs])
-    return {"latency_ms": plan_ms, "latency_ratio": plan_ms / float_ms}
-
-
-def _keep_measured_latency(
-    program: Program, solved: Program, budget: Budget, images: CalibrationSet, reporter: Reporter
-) -> Program:
-    """Measure the plan whole, and solve again with a tighter limit while it takes longer than it may.
-
-    The table adds up layers and knows nothing of the borders between float and integers; the clock does.
-
-    Raises:
-        InfeasibleBudgetError: no plan was found that keeps the limit on the clock.
-    """
-    limits = {name: limit for name, limit in budget.limits.items() if name.startswith("latency")}
-    tightened = budget
-    for _ in range(LATENCY_ROUNDS):
-        measured = measured_latency(program, solved[BitAllocation], images)
-        excess = max(measured[name] / limit for name, limit in limits.items())
-        if excess <= LATENCY_TOLERANCE:
-            plan = solved[BitAllocation]
-            used = {name: measured.get(name, value) for name, value in plan.used.items()}
-            return solved.with_facts(replace(plan, used=used, limits=budget.limits))
-        tightened = replace(tightened, **{name: getattr(tightened, name) / excess for name in limits})
-        try:
-            solved = _solve(program, tightened, images, reporter)
-        except InfeasibleBudgetError:
-            break
-    taken = ", ".join(f"{name}={measured[name]:.4g}" for name in limits)
-    raise InfeasibleBudgetError(
-        f"no plan was found that keeps {budget} when measured; the last one took {taken}; raise the limit"
-    )
-
-
-def _simulator(program: Program) -> Callable[[BitAllocation], GraphModule]:
-    def simulated(plan: BitAllocation) -> GraphModule:
-        return simulate(program, plan).module
-
-    return simulated
 
 
 def impose(program: Program, plan: BitAllocation, budget: Budget | None = None) -> Program:

@@ -36,6 +36,7 @@ class AllocateBits(Pass):
         time_limit: seconds for each solve.
         seed: seed of the solver's search.
         requantization_cost: added for two neighbours with unlike activation widths, in the unit of the loss, >= 0.
+        near: (plan, radius): at most `radius` sites may differ from that plan; None for no such limit.
 
     Raises:
         InfeasibleBudgetError: no plan keeps the limits; names the reachable range of each.
@@ -47,6 +48,7 @@ class AllocateBits(Pass):
     time_limit: float = 60.0
     seed: int = 0
     requantization_cost: float = 0.0
+    near: tuple[BitAllocation, int] | None = None
     reads = (QuantizedEdges, Sites, Surrogates, CostTables)
     writes = (BitAllocation, Finalists)
 
@@ -83,11 +85,12 @@ class AllocateBits(Pass):
     ) -> BitAllocation:
         limits = self.budget.limits
         (costs, bounds), (ties, sides) = limit_rows(limits, tables, sites), tie_rows(sites)
+        around, room = self._near_row(sites)
         solution = SOLVERS[self.solver](
             matrix.values + borders,
             matrix.groups,
-            np.concatenate([ties, costs]),
-            np.concatenate([sides, bounds]),
+            np.concatenate([ties, around, costs]),
+            np.concatenate([sides, room, bounds]),
             time_limit=self.time_limit,
             seed=self.seed,
         )
@@ -110,6 +113,14 @@ class AllocateBits(Pass):
             limits=limits,
             border_cost=requantized,
         )
+
+    def _near_row(self, sites: Sites) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return `-(sites that stay) <= radius - sites` as a row and its right side; none without a plan to be near."""
+        if self.near is None:
+            return np.zeros((0, len(sites.candidates))), np.zeros(0)
+        plan, radius = self.near
+        staying = one_hot(sites.candidates, plan.choices).astype(np.float64)
+        return -staying[None, :], np.array([float(radius - len(sites.sites))])
 
     def _fill(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fxquant.core.allocation import BitAllocation
 from fxquant.core.data import CalibrationSet
 from fxquant.core.edges import EdgeGroups
 from fxquant.core.grids import FakeQuantNodes, WeightGrids
@@ -32,6 +33,7 @@ class MeasureSensitivity(Pass):
         reporter: shows progress, and what the work takes before it starts.
         seed: seed of sampled labels and probes.
         shards: this process among those that share the work.
+        context: the plan that everything else is quantized by; None leaves everything else in float.
 
     Raises:
         OptionError: an unknown estimator or loss.
@@ -45,6 +47,7 @@ class MeasureSensitivity(Pass):
     reporter: Reporter = field(default=SILENT, repr=False)
     seed: int = 0
     shards: Shards = ALONE
+    context: BitAllocation | None = None
     reads = (Sites, EdgeGroups, Ranges, WeightGrids, FakeQuantNodes)
     writes = (SensitivityMatrix, Surrogates)
 
@@ -54,7 +57,7 @@ class MeasureSensitivity(Pass):
         _ = LOSSES[self.loss]
         store = self.store if self.store is not None else ScoreStore(None, {})
         scorer = Scorer(
-            program, self.images, self.loss, store, self.reporter, context=None, seed=self.seed, shards=self.shards
+            program, self.images, self.loss, store, self.reporter, self.context, seed=self.seed, shards=self.shards
         )
         self.reporter.say(
             f"{len(scorer.candidates)} candidates, {len(scorer.columns)} perturbations to measure on "

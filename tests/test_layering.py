@@ -18,7 +18,10 @@ SOURCES = sorted(
 )
 NAMES = [str(path.relative_to(ROOT)) for path in SOURCES]
 
-FRONT = ("pipeline", "result", "bench", "report", "api", "fxquant", "inputs", "outputs", "arguments", "demo", "cli")
+FRONT = (
+    *("pipeline", "search", "result", "bench", "report", "api"),
+    *("fxquant", "inputs", "outputs", "arguments", "demo", "cli"),
+)
 """Rooms above the passes and backends, each may import those before it."""
 
 MAY_IMPORT = {

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.fx import GraphModule
@@ -13,10 +11,10 @@ from fxquant import pipeline
 from fxquant.backends.base import backend
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.budget import Budget
-from fxquant.core.cost import CostTable, CostTables
+from fxquant.core.cost import CostTables
 from fxquant.core.data import CalibrationSet
 from fxquant.core.edges import EdgeGroups, QuantizedEdges
-from fxquant.core.errors import CalibrationError, FileFormatError, InfeasibleBudgetError, OptionError, PipelineError
+from fxquant.core.errors import FileFormatError, InfeasibleBudgetError, OptionError, PipelineError
 from fxquant.core.graphs import show
 from fxquant.core.grids import FakeQuantNodes, WeightGrids
 from fxquant.core.program import Program
@@ -201,11 +199,6 @@ def test_a_budget_out_of_reach_fails_before_scoring() -> None:
     pipeline.check_budget(calibrated("plain"), Budget(average_bits=2, latency_ms=1e-9))
 
 
-def test_milliseconds_need_an_image() -> None:
-    with pytest.raises(CalibrationError, match="latency budget needs one image"):
-        pipeline.allocate(scored("plain"), Budget(latency_ms=5))
-
-
 def test_every_weight_of_the_training_graph_learns() -> None:
     program = pipeline.simulate(calibrated("residual"), pipeline.widest_plan(calibrated("residual")))
     for parameter in program.module.parameters():
@@ -256,63 +249,3 @@ def test_models_that_differ_in_one_weight_differ(tmp_path: Path) -> None:
                 pipeline.measure_sensitivity(program, images, tmp_path)
         else:
             pipeline.measure_sensitivity(program, images, tmp_path)
-
-
-def test_a_plan_slower_than_predicted_is_tightened_until_the_clock_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[float] = []
-
-    def measured(program: Program, plan: BitAllocation, images: CalibrationSet) -> dict[str, float]:
-        del program, images
-        asked.append(plan.limits["latency_ms"])
-        return {"latency_ms": 20.0 if len(asked) < 3 else 9.0, "latency_ratio": 0.5}
-
-    monkeypatch.setattr(pipeline, "measured_latency", measured)
-    done = pipeline.allocate(with_latency(1e-3), Budget(latency_ms=10, average_bits=5), IMAGES)
-    assert asked == [10, 5, 2.5]
-    assert done[BitAllocation].used["latency_ms"] == 9.0
-    assert done[BitAllocation].limits == {"latency_ms": 10, "average_bits": 5}
-
-
-def test_a_latency_that_no_plan_keeps_on_the_clock_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "measured_latency", lambda *_: {"latency_ms": 30.0, "latency_ratio": 2.0})
-    with pytest.raises(InfeasibleBudgetError, match=r"latency_ms=10 when measured; the last one took latency_ms=30"):
-        pipeline.allocate(with_latency(1e-3), Budget(latency_ms=10), IMAGES)
-
-
-def test_a_plan_that_quantizes_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "measured_latency", lambda *_: {"latency_ms": 1.0, "latency_ratio": 1.0})
-    floats = {site.name: FLOAT for site in scored("residual")[Sites].sites}
-    solve = pipeline._solve
-
-    def all_float(*arguments: Any) -> Program:
-        return solve(*arguments).with_facts(BitAllocation(floats))
-
-    monkeypatch.setattr(pipeline, "_solve", all_float)
-    with pytest.raises(OptionError, match="met by the float model as it is"):
-        pipeline.allocate(scored("residual"), Budget(average_bits=8), IMAGES)
-
-
-def with_latency(per_layer: float) -> Program:
-    """Return a scored program whose table says each layer takes `per_layer` milliseconds at any precision."""
-    program = scored("residual")
-    candidates = program[Sites].candidates
-    table = CostTable(candidates, np.full(len(candidates), per_layer), 0.0, 1.0, "milliseconds")
-    return program.with_facts(CostTables({**program[CostTables].tables, "latency": table}))
-
-
-def test_the_plan_is_refined_as_the_settings_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[VerifyAndRefine] = []
-
-    def watched(*arguments: Any, **options: Any) -> VerifyAndRefine:
-        seen.append(VerifyAndRefine(*arguments, **options))
-        return seen[-1]
-
-    monkeypatch.setattr(pipeline, "VerifyAndRefine", watched)
-    program = scored("plain")
-    for moves, cost in ((0, 0.0), (3, 0.5)):
-        settings = replace(program[Settings], refine_moves=moves, requantization_cost=cost)
-        done = pipeline.allocate(
-            program.with_facts(settings), Budget(average_bits=4), CalibrationSet(inputs("plain", 6))
-        )
-        assert (seen[-1].moves, seen[-1].requantization_cost) == (moves, cost)
-        assert moves or "refined" not in done[BitAllocation].finalists

@@ -18,17 +18,19 @@ class Effort:
         estimators: sensitivity estimators, the preferred one first.
         images: calibration images used at most, scoring and verification together.
         refine_moves: plans measured at most to improve the best finalist.
+        rounds: times the plan is scored again around itself at most.
     """
 
     estimators: tuple[str, ...]
     images: int
     refine_moves: int
+    rounds: int
 
 
 EFFORTS: dict[str, Effort] = {
-    "fast": Effort(("diagonal",), 96, 0),
-    "default": Effort(("gram", "diagonal"), 384, 16),
-    "best": Effort(("pairs", "gram", "diagonal"), 1024, 48),
+    "fast": Effort(("diagonal",), 96, 0, 0),
+    "default": Effort(("gram", "diagonal"), 384, 16, 1),
+    "best": Effort(("pairs", "gram", "diagonal"), 1024, 48, 3),
 }
 """Preset name -> what it measures."""
 
@@ -53,6 +55,7 @@ class Settings:
         held_out: share of the calibration images kept for verification.
         requantization_cost: added to a plan's modelled loss for two neighbouring layers with unlike activation widths.
         refine_moves: plans measured at most to improve the best finalist; 0 leaves it as it is.
+        rounds: times the plan is scored again around itself at most, and the program solved near it; 0 does not.
         seed: seed of every random choice.
         threads: threads of the target's runtime, None for its default.
 
@@ -75,6 +78,7 @@ class Settings:
     held_out: float = 0.25
     requantization_cost: float = 0.0
     refine_moves: int = 24
+    rounds: int = 1
     seed: int = 0
     threads: int | None = None
 
@@ -91,6 +95,8 @@ class Settings:
             raise OptionError(f"requantization_cost={self.requantization_cost} must be a finite number of at least 0")
         if self.refine_moves < 0:
             raise OptionError(f"refine_moves={self.refine_moves} must be at least 0")
+        if self.rounds < 0:
+            raise OptionError(f"rounds={self.rounds} must be at least 0")
         if self.time_limit <= 0:
             raise OptionError(f"time_limit={self.time_limit} must be above 0 seconds")
 

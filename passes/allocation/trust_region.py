@@ -2,7 +2,7 @@
 
 Scores taken in the float network misprice a plan in which everything else is quantized too. Around the plan the same
 measurement is exact for a few changed sites, and worse the more sites change: so at most `radius` of them may, and the
-radius grows where the clock of the real loss agreed and shrinks where it did not (a trust-region method).
+radius grows where the measured loss agreed and shrinks where it did not (a trust-region method).
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
+from torch import Tensor
 
 Plan = TypeVar("Plan")
 Model = TypeVar("Model")
@@ -29,36 +28,23 @@ class Step(Generic[Plan]):
         round: number of the scoring it came from, from 1.
         radius: most sites that were allowed to change.
         plan: what the solver proposed.
-        loss: its measured mean loss.
+        losses: its measured loss per image, shape (images,).
         accepted: whether it took the place of the plan in hand.
     """
 
     round: int
     radius: int
     plan: Plan
-    loss: float
+    losses: Tensor
     accepted: bool
-
-
-def falls(before: NDArray[np.float64], after: NDArray[np.float64]) -> bool:
-    """Return whether a loss per image falls by more than the standard error of the paired difference.
-
-    Args:
-        before: shape (images,).
-        after: of the same shape, on the same images.
-    """
-    difference = before - after
-    if not np.isfinite(difference).all():
-        return bool(np.isfinite(after).all())
-    error = difference.std(ddof=1) / np.sqrt(len(difference)) if len(difference) > 1 else 0.0
-    return bool(difference.mean() > error)
 
 
 def trust_region(
     start: Plan,
     score: Callable[[Plan], Model],
     solve: Callable[[Model, Plan, int], Plan | None],
-    measure: Callable[[Plan], NDArray[np.float64]],
+    measure: Callable[[Plan], Tensor],
+    better: Callable[[Tensor, Tensor], bool],
     rounds: int,
     radius: int,
 ) -> tuple[Plan, list[Step[Plan]]]:
@@ -69,6 +55,7 @@ def trust_region(
         score: plan -> model of the loss around it.
         solve: (model, plan, radius) -> the model's best plan with at most `radius` sites changed, None without one.
         measure: plan -> loss per image, shape (images,).
+        better: (losses of the plan in hand, of another) -> whether the other is better beyond the noise.
         rounds: scorings at most.
         radius: sites that may change at first.
     """
@@ -81,8 +68,8 @@ def trust_region(
             if proposed is None or proposed == best:
                 break
             found = measure(proposed)
-            accepted = falls(losses, found)
-            steps.append(Step(number, radius, proposed, float(found.mean()), accepted))
+            accepted = better(losses, found)
+            steps.append(Step(number, radius, proposed, found, accepted))
             if accepted:
                 best, losses, radius = proposed, found, 2 * radius
                 break

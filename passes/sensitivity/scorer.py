@@ -241,6 +241,7 @@ class Scorer:
         evaluations: float,
         notes: Mapping[str, float] | None = None,
         unit: str | None = None,
+        constant: float | None = None,
     ) -> SensitivityMatrix:
         """Return the candidates' matrix of what was measured on the columns: `spread values spread'`.
 
@@ -251,6 +252,7 @@ class Scorer:
             evaluations: whole-network passes over one image spent.
             notes: what the estimator has to say about its own work.
             unit: unit of the values; None for the loss's own.
+            constant: value of the context in that unit; None for its loss.
         """
         share = self.spread
         gathered = share @ ((values + values.T) / 2) @ share.T
@@ -263,7 +265,7 @@ class Scorer:
             name,
             evaluations,
             UNITS[self.loss] if unit is None else unit,
-            self.context_loss(),
+            self.context_loss() if constant is None else constant,
             dict(notes or {}),
         )
 

@@ -1,0 +1,204 @@
+"""Choose the plan: solve the program of every surrogate, let the measured loss decide, keep the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from torch.fx import GraphModule
+
+from fxquant.backends.base import backend
+from fxquant.core.allocation import BitAllocation
+from fxquant.core.budget import Budget
+from fxquant.core.cost import CostTables
+from fxquant.core.data import CalibrationSet
+from fxquant.core.errors import CalibrationError, InfeasibleBudgetError, OptionError
+from fxquant.core.oracle import model_outputs
+from fxquant.core.program import Program
+from fxquant.core.progress import SILENT, Reporter
+from fxquant.core.sensitivity import Surrogates
+from fxquant.core.settings import Settings
+from fxquant.core.timing import time_interleaved
+from fxquant.passes.allocate_bits import AllocateBits
+from fxquant.passes.allocation.trust_region import trust_region
+from fxquant.passes.measure_sensitivity import MeasureSensitivity
+from fxquant.passes.verify_and_refine import Meter, VerifyAndRefine, image_losses, is_better
+from fxquant.pipeline import loss_name, measure_latency, run, simulate, widest_plan
+
+LATENCY_ROUNDS = 4
+"""Times a plan that takes longer than predicted is measured, and the limit tightened for the next."""
+LATENCY_TOLERANCE = 1.03
+"""A measured time counts as kept within the noise of its median."""
+
+
+AROUND = ("gram",)
+"""Estimators of the scores around a plan: n runs, exact for one changed site."""
+RADIUS_SHARE = 0.25
+"""Share of the sites that may change at first when a plan is re-scored around itself."""
+
+
+def allocate(
+    program: Program,
+    budget: Budget,
+    held_out: CalibrationSet | None = None,
+    reporter: Reporter = SILENT,
+    scoring: CalibrationSet | None = None,
+) -> Program:
+    """Choose the plan: solve the integer program of every surrogate, then let the measured loss decide.
+
+    Args:
+        program: with sensitivity, and latency where the budget needs it.
+        budget: the limits.
+        held_out: images not used for scoring; None trusts the preferred surrogate.
+        reporter: shows progress.
+        scoring: images to score the plan around itself with, `Settings.rounds` times at most; None does not.
+
+    Raises:
+        InfeasibleBudgetError: no plan keeps the limits.
+        CalibrationError: the budget needs milliseconds and there is no image to measure them with.
+    """
+    if budget.needs_latency and "latency" not in program[CostTables].tables:
+        if held_out is None:
+            raise CalibrationError("a latency budget needs one image to measure with; give calibration images")
+        program = measure_latency(program, held_out, reporter)
+    solved = _solve(program, budget, held_out, reporter, scoring)
+    if budget.needs_latency and held_out is not None:
+        solved = _keep_measured_latency(program, solved, budget, held_out, reporter)
+    if all(choice.is_float for choice in solved[BitAllocation].choices.values()):
+        raise OptionError(f"budget {budget} is met by the float model as it is; tighten it, or leave 32 out of bits")
+    return solved
+
+
+def _solve(
+    program: Program,
+    budget: Budget,
+    held_out: CalibrationSet | None,
+    reporter: Reporter,
+    scoring: CalibrationSet | None = None,
+) -> Program:
+    settings = program[Settings]
+    program = run(program, _allocator(settings, budget))
+    if held_out is None:
+        return program
+    loss = loss_name(program, held_out)
+    step = VerifyAndRefine(
+        held_out,
+        simulator(program),
+        loss,
+        reporter,
+        settings.refine_moves,
+        requantization_cost=settings.requantization_cost,
+    )
+    solved = run(program, step)
+    if scoring is None or not settings.rounds:
+        return solved
+    return rescore_around(solved, budget, scoring, held_out, reporter)
+
+
+def _allocator(settings: Settings, budget: Budget, near: tuple[BitAllocation, int] | None = None) -> AllocateBits:
+    return AllocateBits(
+        budget, settings.solver, settings.time_limit, settings.seed, settings.requantization_cost, near=near
+    )
+
+
+def rescore_around(
+    program: Program, budget: Budget, scoring: CalibrationSet, held_out: CalibrationSet, reporter: Reporter = SILENT
+) -> Program:
+    """Score the plan's neighbours with everything else quantized as the plan says, and solve again near it.
+
+    A trust-region search (see `passes.allocation.trust_region`): what it tried is listed among the plan's finalists as
+    "round 1, 5 sites" with the measured loss, whether it helped or not.
+
+    Args:
+        program: with a verified plan.
+        budget: the limits.
+        scoring: images to score with.
+        held_out: images that decide; a plan is taken only if its loss there falls by more than the noise.
+        reporter: shows progress.
+    """
+    settings, loss = program[Settings], loss_name(program, held_out)
+    reference = model_outputs(program.module, held_out.inputs, 32)
+    simulated = simulator(program)
+    meter = Meter(lambda plan: image_losses(simulated(plan), held_out, reference, loss))
+
+    def solve(model: Surrogates, plan: BitAllocation, radius: int) -> BitAllocation | None:
+        near = _allocator(settings, budget, (plan, radius))
+        found = run(program.with_facts(model), near)[BitAllocation]
+        return None if found.choices == plan.choices else found
+
+    start = program[BitAllocation]
+    if any(choice.is_float for choice in start.choices.values()):
+        # The simulated graph of such a plan has other quantizers than the one that scores are taken in.
+        return program
+    best, steps = trust_region(
+        start,
+        partial(_scored_around, program, scoring, reporter),
+        solve,
+        meter.losses,
+        is_better,
+        rounds=settings.rounds,
+        radius=max(2, round(RADIUS_SHARE * len(start.choices))),
+    )
+    tried = {f"round {s.round}, {s.radius} sites": float(s.losses.mean()) for s in steps}
+    if best is not start:
+        named = f"{best.estimator} around the plan"
+        best = replace(best, measured_loss=float(meter.losses(best).mean()), estimator=named)
+    return program.with_facts(replace(best, finalists={**start.finalists, **tried}))
+
+
+def _scored_around(program: Program, scoring: CalibrationSet, reporter: Reporter, plan: BitAllocation) -> Surrogates:
+    settings = program[Settings]
+    simulated = simulate(program, widest_plan(program), round_biases=False)
+    step = MeasureSensitivity(
+        scoring, AROUND, loss_name(program, scoring), reporter=reporter, seed=settings.seed, context=plan
+    )
+    return run(simulated, step)[Surrogates]
+
+
+def measured_latency(program: Program, plan: BitAllocation, images: CalibrationSet) -> dict[str, float]:
+    """Return what a plan really takes on one image: `latency_ms`, and `latency_ratio` against float in the same run."""
+    settings, one = program[Settings], images.slice(0, 1).inputs
+    graphs = (program.module, simulate(program, plan).module)
+    runs = [backend(settings.target).compile(graph, one, threads=settings.threads) for graph in graphs]
+    float_ms, plan_ms = time_interleaved([partial(run_graph, one) for run_graph in runs])
+    return {"latency_ms": plan_ms, "latency_ratio": plan_ms / float_ms}
+
+
+def _keep_measured_latency(
+    program: Program, solved: Program, budget: Budget, images: CalibrationSet, reporter: Reporter
+) -> Program:
+    """Measure the plan whole, and solve again with a tighter limit while it takes longer than it may.
+
+    The table adds up layers and knows nothing of the borders between float and integers; the clock does.
+
+    Raises:
+        InfeasibleBudgetError: no plan was found that keeps the limit on the clock.
+    """
+    limits = {name: limit for name, limit in budget.limits.items() if name.startswith("latency")}
+    tightened = budget
+    for _ in range(LATENCY_ROUNDS):
+        measured = measured_latency(program, solved[BitAllocation], images)
+        excess = max(measured[name] / limit for name, limit in limits.items())
+        if excess <= LATENCY_TOLERANCE:
+            plan = solved[BitAllocation]
+            used = {name: measured.get(name, value) for name, value in plan.used.items()}
+            return solved.with_facts(replace(plan, used=used, limits=budget.limits))
+        tightened = replace(tightened, **{name: getattr(tightened, name) / excess for name in limits})
+        try:
+            solved = _solve(program, tightened, images, reporter)
+        except InfeasibleBudgetError:
+            break
+    taken = ", ".join(f"{name}={measured[name]:.4g}" for name in limits)
+    raise InfeasibleBudgetError(
+        f"no plan was found that keeps {budget} when measured; the last one took {taken}; raise the limit"
+    )
+
+
+def simulator(program: Program) -> Callable[[BitAllocation], GraphModule]:
+    """Return what makes the simulated graph of a plan."""
+
+    def simulated(plan: BitAllocation) -> GraphModule:
+        return simulate(program, plan).module
+
+    return simulated
