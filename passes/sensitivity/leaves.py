@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxquant.core.data import CalibrationSet
 from fxquant.core.graphs import tensor_at
@@ -45,8 +44,7 @@ class Leaves:
         for site, names in nodes.weights.items():
             substitution.update({name: self._weight(site) for name in names})
         substitution.update({name: self._shifted(name) for name in rounded_values(scorer)})
-        # Fused attention has no second derivative.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad():
             answer, environment = scorer.replay.forward(images.inputs, substitution)
         #: answer of the network, differentiable in every leaf
         self.answer: Tensor = answer
