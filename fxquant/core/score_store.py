@@ -57,7 +57,10 @@ class ScoreStore:
             self._refuse_strangers(folder)
             write_json_once(header, "scores", FORMAT_VERSION, dict(identity))
         # Read back even if just written: another process may have been first.
-        known = read_json(header, "scores", FORMAT_VERSION)
+        try:
+            known = read_json(header, "scores", FORMAT_VERSION)
+        except FileFormatError as error:
+            raise FileFormatError(f"{error}; use another workdir, or remove {folder} to start again") from error
         told = {name: value for name, value in known.items() if name not in ("kind", "version")}
         changed = [name for name in {**identity, **told} if told.get(name) != identity.get(name)]
         if changed:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from fxquant.core.errors import FileFormatError, OutputError
 from fxquant.core.score_store import ScoreStore
-from fxquant.core.store import write_arrays
+from fxquant.core.store import write_arrays, write_json
 
 IDENTITY = {"model": "m1", "data": "d1", "settings": "s1"}
 CELL: dict[str, NDArray[np.float64] | float] = {"losses": np.array([[1.5, -2.0]]), "evaluations": 3.25}
@@ -58,7 +58,14 @@ def test_a_field_an_older_version_did_not_know_is_refused(tmp_path: Path) -> Non
 def test_a_damaged_header(tmp_path: Path) -> None:
     ScoreStore(tmp_path, IDENTITY)
     (tmp_path / "identity.json").write_text('{"kind": "sco')
-    with pytest.raises(FileFormatError, match="not valid JSON"):
+    with pytest.raises(FileFormatError, match=r"not valid JSON.*use another workdir, or remove"):
+        ScoreStore(tmp_path, IDENTITY)
+
+
+def test_scores_of_an_older_version(tmp_path: Path) -> None:
+    write_json(tmp_path / "identity.json", "scores", 1, IDENTITY)
+    write_arrays(tmp_path / "a.npz", {"losses": np.ones(2)})
+    with pytest.raises(FileFormatError, match=r"version 1, this fxquant reads 2.*use another workdir, or remove"):
         ScoreStore(tmp_path, IDENTITY)
 
 
