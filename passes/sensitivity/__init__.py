@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fxquant.passes.sensitivity import (
+    coverage,
     diagonal,
     fisher,
     fisher_out,
@@ -10,9 +11,11 @@ from fxquant.passes.sensitivity import (
     gram,
     hawq,
     hybrid,
+    monotone,
     mpqco,
     pairs,
     path,
+    shrunk,
     sqnr,
     weight_mse,
 )
@@ -21,6 +24,7 @@ from fxquant.passes.sensitivity.registry import ESTIMATORS, Estimator
 __all__ = [
     "ESTIMATORS",
     "Estimator",
+    "coverage",
     "diagonal",
     "fisher",
     "fisher_out",
@@ -28,9 +32,11 @@ __all__ = [
     "gram",
     "hawq",
     "hybrid",
+    "monotone",
     "mpqco",
     "pairs",
     "path",
+    "shrunk",
     "sqnr",
     "weight_mse",
 ]

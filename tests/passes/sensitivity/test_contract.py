@@ -22,7 +22,7 @@ from tests.scoring import columns, full_forward_losses, inputs, scorer, simulate
 
 NETS = ["plain", "shared", "two_inputs"]
 
-MEASURED_DIAGONAL = {"diagonal", "gram", "hybrid", "pairs"}
+MEASURED_DIAGONAL = {"diagonal", "gram", "hybrid", "monotone", "pairs", "shrunk"}
 """Estimators whose diagonal is the measured loss of one substitution, its standard error the images'."""
 
 WITHOUT_IMAGES = {"weight_mse"}
@@ -31,7 +31,7 @@ WITHOUT_IMAGES = {"weight_mse"}
 SPREAD_OVER_PROBES = {"hawq"}
 """Estimators whose standard error is known from one image."""
 
-OWN_UNIT = {"path", "sqnr", "weight_mse"}
+OWN_UNIT = {"coverage", "path", "sqnr", "weight_mse"}
 """Estimators that are not in units of the loss."""
 
 FLOAT_ONLY = {"fisher_out", "fit", "hawq", "mpqco", "path", "sqnr", "weight_mse"}

@@ -1,0 +1,49 @@
+"""`coverage`: CLADO's measured pairs where the loss saturates, by a link that makes damage add up.
+
+A bounded loss behaves like coverage: two perturbations that each ruin half of the answers ruin three quarters together,
+not all of them. With the ceiling c,
+
+    loss(S) = c (1 - exp(-u(S))),    u(S) = -log(1 - loss(S) / c),
+
+u adds up where the loss saturates (Hill, arXiv 2607.12266, with terms for single sites only), so its pair terms by the
+four-term identity hold what truly interacts, and stay small where those of the loss itself turn large and negative and
+a quadratic credits them many times over. The link is monotone: the plan of least u is the plan of least loss.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.passes.sensitivity.pairs import measure_pairs
+from fxquant.passes.sensitivity.registry import ESTIMATORS
+from fxquant.passes.sensitivity.scorer import Scorer, standard_error
+
+HEADROOM = 1.5
+"""The ceiling over the largest mean loss that was measured: plans as a whole are worse than any pair."""
+
+UNIT = "coverage units"
+
+
+@ESTIMATORS.register("coverage")
+def coverage(scorer: Scorer) -> SensitivityMatrix:
+    """Return the pair matrix of u; `notes` hold the ceiling. Costs what `pairs` costs, and shares its measurements."""
+    found = measure_pairs(scorer, scorer.between)
+    alone, joint = found.singles.losses, found.joint
+    means = np.where(found.measured, joint.mean(axis=2), 0.0)
+    start = scorer.context_loss()
+    ceiling = HEADROOM * (start + max(float(alone.mean(axis=1).max()), float(means.max()), 1e-12))
+    single, both, base = (link(start + x, ceiling) for x in (alone.mean(axis=1), means, np.zeros(1)))
+    interaction = np.where(found.measured, both - single[:, None] - single[None] + base, 0.0)
+    values = interaction / 2 + np.diag(single - base)
+    # The link's slope turns the standard error of a loss into that of u.
+    slope = 1.0 / (ceiling * (1.0 - np.clip((start + means) / ceiling, 0.0, 0.99)))
+    stderr = standard_error(found.interaction) / 2 * slope
+    stderr += np.diag(standard_error(alone) / (ceiling - np.minimum(start + alone.mean(axis=1), 0.99 * ceiling)))
+    return scorer.matrix("coverage", values, stderr, found.evaluations, {"ceiling": ceiling}, UNIT, float(base[0]))
+
+
+def link(loss: NDArray[np.float64], ceiling: float) -> NDArray[np.float64]:
+    """Return `u = -log(1 - loss / ceiling)`, monotone in the loss and 0 at 0; losses below 0 give negative u."""
+    return np.asarray(-np.log1p(-np.minimum(loss / ceiling, 0.999)), dtype=np.float64)
