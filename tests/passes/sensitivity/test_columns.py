@@ -3,13 +3,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
+from fxquant import pipeline
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.data import CalibrationSet
 from fxquant.core.edges import EdgeGroups
+from fxquant.core.graphs import resolve
 from fxquant.core.grids import FakeQuantNodes
+from fxquant.core.settings import Settings
 from fxquant.core.spec import Choice, Sites
 from fxquant.passes.sensitivity.columns import Quantizers, columns_of
+from fxquant.tracing import capture
 from tests.scoring import inputs, scorer, simulated
 
 
@@ -78,6 +83,33 @@ def test_what_lies_on_the_grid_already_is_not_rounded_again(name: str, count: in
                 other, _ = each.replay.replay(base, {**each.off, **some}, changed=some)
             assert not torch.equal(answer, other)
     assert shorter == count
+
+
+class DenseNet(nn.Module):
+    """A value and what a layer makes of it are concatenated: one group, with arithmetic between its members."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(3, 3, 3, padding=1)
+        self.last = nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(torch.cat([x, self.inner(x)], dim=1))
+        return y.mean(dim=(2, 3))
+
+
+def test_what_an_op_computes_from_a_rounded_value_is_rounded() -> None:
+    torch.manual_seed(2)
+    images = (torch.randn(4, 3, 5, 5),)
+    settings = Settings(bits=(8,), activation_bits=(4, 8), target="reference", estimators=("gram",))
+    program = pipeline.prepare(capture(DenseNet().eval(), images), settings)
+    program = pipeline.calibrate(program, CalibrationSet(images))
+    program = pipeline.simulate(program, pipeline.widest_plan(program), round_biases=False)
+    ((group, members),) = (g for g in program[FakeQuantNodes].activations.items() if len(g[1]) > 1)
+    rounded = Quantizers(program).group(group, 4)
+    assert len(members) == 3
+    # The image and the layer's output; the concatenation of both lies on the grid.
+    assert [resolve(program.module.graph, name).all_input_nodes[0].name for name in rounded] == ["x", "conv2d"]
 
 
 def test_the_same_width_is_the_same_object_so_that_nothing_counts_as_changed() -> None:
