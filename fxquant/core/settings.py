@@ -29,8 +29,8 @@ class Effort:
 
 EFFORTS: dict[str, Effort] = {
     "fast": Effort(("diagonal",), 96, 0, 0),
-    "default": Effort(("gram", "diagonal"), 384, 16, 1),
-    "best": Effort(("pairs", "gram", "diagonal"), 1024, 48, 3),
+    "default": Effort(("gram", "diagonal", "fisher"), 384, 16, 1),
+    "best": Effort(("shrunk", "monotone", "pairs", "gram", "diagonal", "fisher"), 1024, 48, 3),
 }
 """Preset name -> what it measures."""
 

@@ -40,6 +40,9 @@ FLOAT_ONLY = {"fisher_out", "fit", "hawq", "mpqco", "path", "sqnr", "weight_mse"
 WITHOUT_PAIRS = FLOAT_ONLY | {"diagonal"}
 """Estimators of diagonal matrices."""
 
+MAY_LOSE_PAIRS = {"monotone", "shrunk"}
+"""Estimators that may find no pair worth keeping."""
+
 every_estimator = pytest.mark.parametrize("estimator", sorted(ESTIMATORS))
 
 
@@ -70,7 +73,7 @@ def test_the_matrix_is_what_its_type_says(estimator: str, name: str, loss: str) 
     assert (found.stderr >= 0).all()
     assert (found.unit == UNITS[loss]) == (estimator not in OWN_UNIT)
     between = sites[:, None] != sites[None, :]
-    assert found.values[between].any() == (estimator not in WITHOUT_PAIRS)
+    assert found.values[between].any() == (estimator not in WITHOUT_PAIRS) or estimator in MAY_LOSE_PAIRS
     narrowest = {site: found.candidates[list(sites).index(site)].choice for site in found.sites}
     assert found.predict(narrowest) > 0
     for column, candidate in enumerate(found.candidates):
