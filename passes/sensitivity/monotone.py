@@ -32,6 +32,11 @@ def monotone(scorer: Scorer) -> SensitivityMatrix:
     owners = scorer.owners
     groups = [np.flatnonzero(np.array(owners) == owner) for owner in dict.fromkeys(owners)]
     repaired, shares = repair(values, groups)
+    for group in groups:
+        # What stands in the context anyway costs nothing there, whatever its neighbours in bits were averaged with.
+        standing = [k for k in group if not alone[k].any()]
+        if standing:
+            repaired[group, group] -= repaired[standing[0], standing[0]]
     stderr = standard_error(interaction) / 2 + np.diag(standard_error(alone))
     return scorer.matrix("monotone", repaired, stderr, found.evaluations, {"mean_share": float(shares.mean())})
 

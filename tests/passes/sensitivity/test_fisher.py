@@ -55,8 +55,7 @@ def test_the_most_likely_class_gives_too_little(monkeypatch: pytest.MonkeyPatch)
 def test_squares_are_taken_image_by_image() -> None:
     each = Scorer(simulated("split", (6,)), MANY, "kl", ScoreStore(None, {}))
     found = np.diag(fisher(each).values)
-    cell = each.store.get("fisher-0")
-    assert cell is not None
+    (cell,) = each.measure("again", {"fisher-0": dict}).values()
     of_the_mean = 0.5 * cell["responses"].mean(axis=2)[0] ** 2
     assert (of_the_mean < 0.3 * found).all()
 
