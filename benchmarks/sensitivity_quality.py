@@ -1,13 +1,13 @@
 """How good are the plans of every estimator, of the full engine and of uniform precision, at equal average bits?
 
 `python -m benchmarks.sensitivity_quality [network[:subset] ...]`: every case is measured on several disjoint
-calibration subsets and kept in `build/sensitivity_quality/<network>-<subset>.json`, so that a killed run goes on and two can share
-the work; then all cases that are there make the table (`mean +- spread` over the subsets). KL to the float network and
-accuracy are of the simulated graph on labelled images that nothing was tuned on, one rounding for all (nearest, scales
-of least squared error). `paper` is CLADO as published: pairs of cross-entropy, projected to be positive semidefinite;
-calibration images carry no labels here, so the float network's own answers stand in. `engine` measures the plans of
-`ENGINE` and the uniform ones on held-out calibration images, improves the best by swaps and scores it anew around
-itself. In subset `noise` a fifth of the calibration images is noise.
+calibration subsets and kept in `build/sensitivity_quality/<network>-<subset>.json`, so that a killed run goes on and
+two can share the work; then all cases that are there make the table (mean and spread over the subsets). KL to the
+float network and accuracy are of the simulated graph on labelled images that nothing was tuned on, one rounding for
+all (nearest, scales of least squared error). `paper` is CLADO as published: pairs of cross-entropy, projected to be
+positive semidefinite; calibration images carry no labels here, so the float network's own answers stand in. `engine`
+measures the plans of `ENGINE` and the uniform ones on held-out calibration images, improves the best by swaps and
+scores it anew around itself. In subset `noise` a fifth of the calibration images is noise.
 """
 
 from __future__ import annotations
