@@ -49,6 +49,7 @@ def quantize(
     observer: str = "mse",
     loss: str | None = None,
     estimators: Sequence[str] | None = None,
+    context: str = "float",
     solver: str = "iqp",
     time_limit: float = 60.0,
     requantization_cost: float = 0.0,
@@ -79,6 +80,7 @@ def quantize(
         observer: "minmax", "mse", "moving_average" or "percentile".
         loss: "kl", "ce" (with labels: CLADO as published) or "mse"; None picks by the model's output.
         estimators: sensitivity estimators, overriding the effort's.
+        context: "float" scores each layer in the float network, "widest" with all others at their widest integers.
         solver: "iqp", "linear", "greedy" or "exhaustive".
         time_limit: seconds for each solve.
         requantization_cost: added to a plan's modelled loss, in its unit, for every two neighbouring layers that take
@@ -112,6 +114,7 @@ def quantize(
         observer=observer,
         loss=loss,
         estimators=preset.estimators if estimators is None else tuple(estimators),
+        context=context,
         solver=solver,
         time_limit=time_limit,
         requantization_cost=requantization_cost,

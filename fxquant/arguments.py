@@ -10,7 +10,7 @@ from typing import NoReturn
 from fxquant.backends.base import BACKENDS
 from fxquant.bench import ROUNDS
 from fxquant.core.errors import OptionError
-from fxquant.core.settings import EFFORTS
+from fxquant.core.settings import CONTEXTS, EFFORTS
 from fxquant.core.spec import Choice
 from fxquant.inputs import ImageOptions
 from fxquant.passes.sensitivity import ESTIMATORS
@@ -109,6 +109,7 @@ def _scoring(parser: argparse.ArgumentParser) -> None:
     add("--activation-bits", type=_widths, default=(8,), metavar="B,B", help="candidate activation bits")
     add("--target", choices=tuple(BACKENDS), default="onnxruntime", help="runtime that will run the model")
     add("--effort", choices=tuple(EFFORTS), default="default", help="how much is measured")
+    add("--context", choices=CONTEXTS, default="float", help="what everything else is while one layer is scored")
     add("--estimators", type=_names, metavar="NAME,NAME", help=f"{', '.join(ESTIMATORS)}; default by effort")
     add("--seed", type=int, default=0, help="same seed, same answer")
     add("--pin", action="append", default=[], metavar="GLOB=W8A8", help="the only precision of these layers")

@@ -107,6 +107,7 @@ def _scored(args: argparse.Namespace, budget: Budget | None) -> None:
             observer=args.observer,
             loss=args.loss,
             estimators=args.estimators,
+            context=args.context,
             time_limit=args.time_limit,
             threads=args.threads,
             distributed=True,

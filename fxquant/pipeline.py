@@ -197,7 +197,8 @@ def measure_sensitivity(
         store = ScoreStore(folder, identity)
         # Scores are taken against the exact float network, so nothing but the substitutions may differ from it.
         simulated = simulate(program, widest_plan(program), round_biases=False)
-        step = MeasureSensitivity(images, settings.estimators, loss, store, reporter, settings.seed, shards)
+        around = widest_plan(program) if settings.context == "widest" else None
+        step = MeasureSensitivity(images, settings.estimators, loss, store, reporter, settings.seed, shards, around)
         scored = run(simulated, step)
     # The simulated graph is done with, but how long scoring took belongs in the log.
     return replace(program.with_facts(scored[SensitivityMatrix], scored[Surrogates]), log=scored.log)

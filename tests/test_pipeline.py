@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from fxquant.core.edges import EdgeGroups, QuantizedEdges
 from fxquant.core.errors import FileFormatError, InfeasibleBudgetError, OptionError, PipelineError
 from fxquant.core.graphs import show
 from fxquant.core.grids import FakeQuantNodes, WeightGrids
+from fxquant.core.losses import kl
+from fxquant.core.oracle import model_outputs
 from fxquant.core.program import Program
 from fxquant.core.ranges import Ranges
 from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
@@ -249,3 +252,18 @@ def test_models_that_differ_in_one_weight_differ(tmp_path: Path) -> None:
                 pipeline.measure_sensitivity(program, images, tmp_path)
         else:
             pipeline.measure_sensitivity(program, images, tmp_path)
+
+
+def test_scores_may_be_taken_around_the_widest_integers() -> None:
+    program = calibrated("plain")
+    images = CalibrationSet(inputs("plain", 6))
+    settings = replace(program[Settings], context="widest", estimators=("gram", "fisher"))
+    found = pipeline.measure_sensitivity(program.with_facts(settings), images)[Surrogates].matrices
+    widest = pipeline.widest_plan(program)
+    module = pipeline.simulate(program, widest, round_biases=False).module
+    answer, reference = (model_outputs(each, images.inputs) for each in (module, program.module))
+    loss = float(kl(reference, answer, None).mean())
+    for matrix in found.values():
+        assert matrix.predict(widest.choices) == matrix.constant == pytest.approx(loss, rel=1e-4)
+    with pytest.raises(OptionError, match="context='nearest' is unknown; known: float, widest"):
+        replace(settings, context="nearest")

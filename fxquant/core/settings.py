@@ -35,6 +35,10 @@ EFFORTS: dict[str, Effort] = {
 """Preset name -> what it measures."""
 
 
+CONTEXTS = ("float", "widest")
+"""What scores may be taken around, before there is a plan."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Choices that shape the graph and the search.
@@ -50,6 +54,8 @@ class Settings:
         observer: name of the observer.
         loss: name of the loss; None takes KL for class scores and relative squared error otherwise.
         estimators: sensitivity estimators, the preferred one first.
+        context: how everything else is quantized while one layer is scored: "float", or "widest" for every layer at
+            its widest integer precision (CalibTIP, arXiv 2006.10518).
         solver: name of the solver.
         time_limit: seconds for each solve.
         held_out: share of the calibration images kept for verification.
@@ -73,6 +79,7 @@ class Settings:
     observer: str = "mse"
     loss: str | None = None
     estimators: tuple[str, ...] = ("gram", "diagonal")
+    context: str = "float"
     solver: str = "iqp"
     time_limit: float = 60.0
     held_out: float = 0.25
@@ -95,6 +102,8 @@ class Settings:
             raise OptionError(f"requantization_cost={self.requantization_cost} must be a finite number of at least 0")
         if self.refine_moves < 0:
             raise OptionError(f"refine_moves={self.refine_moves} must be at least 0")
+        if self.context not in CONTEXTS:
+            raise OptionError(f"context={self.context!r} is unknown; known: {', '.join(CONTEXTS)}")
         if self.rounds < 0:
             raise OptionError(f"rounds={self.rounds} must be at least 0")
         if self.time_limit <= 0:
