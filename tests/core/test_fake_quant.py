@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fxquant.core.fake_quant import FakeQuantize
 from fxquant.core.numerics import round_trip
@@ -42,3 +44,20 @@ def test_large_values_saturate_at_their_own_end() -> None:
     fake = FakeQuantize(activation_spec(8), torch.tensor(1e-3), torch.tensor(128))
     low, high = fake(torch.tensor([-1e6, 1e6])).tolist()
     assert low < 0 < high
+
+
+@given(
+    st.integers(2, 8),
+    st.floats(1e-6, 1e3),
+    st.integers(0, 255),
+    st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=30),
+)
+def test_without_gradient_the_same_to_the_bit(bits: int, scale: float, zero: int, values: list[float]) -> None:
+    spec = activation_spec(bits)
+    fake = FakeQuantize(spec, torch.tensor(scale), torch.tensor(zero % 2**bits))
+    x = torch.tensor(values)
+    expected = torch.fake_quantize_per_tensor_affine(x, fake.scale, fake.zero_point, spec.qmin, spec.qmax)
+    before = x.clone()
+    assert torch.equal(fake(x), expected)
+    assert torch.equal(x, before)
+    assert torch.equal(fake(x.requires_grad_()), expected)
