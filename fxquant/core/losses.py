@@ -110,7 +110,8 @@ def sample_cotangent(loss: str, answer: Tensor, reference: Tensor, generators: S
         shape and type of `answer`.
     """
     drawn = [torch.randint(0, 2, answer.shape[1:], generator=g, dtype=torch.float64) for g in generators]
-    signs = torch.stack(drawn) * 2 - 1
+    # Drawn on the CPU, so that a seed gives the same cotangents on every device.
+    signs = (torch.stack(drawn) * 2 - 1).to(answer.device)
     if loss == "mse":
         norm = reference.double().reshape(len(reference), -1).square().sum(dim=1).clamp(min=1e-12)
         scaled: Tensor = signs * torch.sqrt(2.0 / norm).reshape(-1, *[1] * (answer.dim() - 1))
@@ -133,7 +134,7 @@ def sample_label_cotangent(answer: Tensor, generators: Sequence[torch.Generator]
     """
     q = torch.softmax(answer.double(), dim=1)
     spots = (1, *answer.shape[2:])
-    uniform = torch.stack([torch.rand(spots, generator=g, dtype=torch.float64) for g in generators])
+    uniform = torch.stack([torch.rand(spots, generator=g, dtype=torch.float64) for g in generators]).to(q.device)
     # Inverse of the distribution function; round-off in its last step must not leave the range.
     label = (q.cumsum(dim=1) < uniform).sum(dim=1, keepdim=True).clamp(max=answer.shape[1] - 1)
     return (torch.zeros_like(q).scatter_(1, label, 1.0) - q).to(answer.dtype)

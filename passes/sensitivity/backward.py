@@ -127,7 +127,7 @@ def per_image(node: Node, value: Tensor, images: int) -> Tensor:
     if axis is None:
         return torch.zeros(images, dtype=torch.float64)
     # An axis of images times something (windows, heads) holds the images as its slow part.
-    return value.movedim(axis, 0).reshape(images, -1).sum(dim=1, dtype=torch.float64)
+    return value.movedim(axis, 0).reshape(images, -1).sum(dim=1, dtype=torch.float64).cpu()
 
 
 def _alias(x: Tensor) -> Tensor:

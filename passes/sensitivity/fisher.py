@@ -70,6 +70,6 @@ def _cell(scorer: Scorer, part: Part) -> Cell:
     # Round-off apart, the slope is 0 around the float network, and its backward pass is saved.
     sloped = bool(slope.abs().max() > 1e-6 * drawn[0].abs().max())
     gradients = [tape.gradients(each) for each in ([*drawn, slope] if sloped else drawn)]
-    found = tape.responses(gradients).numpy()
+    found = tape.responses(gradients).cpu().numpy()
     first = found[SAMPLES] if sloped else np.zeros(found.shape[1:])
     return {"responses": found[:SAMPLES], "first": first, "evaluations": scorer.take_spent(len(part.images))}

@@ -45,7 +45,7 @@ def _cell(scorer: Scorer, part: Part) -> Cell:
     tape = Tape(scorer, part)
     gradients = tape.gradients(label_cotangents(scorer, part, tape.reference))
     squares = torch.stack([_squares(tape, gradients, column) for column in scorer.columns])
-    return {"squares": squares.numpy(), "evaluations": scorer.take_spent(len(part.images))}
+    return {"squares": squares.cpu().numpy(), "evaluations": scorer.take_spent(len(part.images))}
 
 
 def _squares(tape: Tape, gradients: Gradients, column: Column) -> Tensor:

@@ -65,4 +65,4 @@ def _cell(scorer: Scorer, part: Part) -> Cell:
     true_labels = scorer.loss == "ce"
     cotangent = loss_gradient(scorer, part, tape) if true_labels else label_cotangents(scorer, part, tape.reference)
     responses = tape.responses([tape.gradients(cotangent)])[0]
-    return {"responses": responses.numpy(), "evaluations": scorer.take_spent(len(part.images))}
+    return {"responses": responses.cpu().numpy(), "evaluations": scorer.take_spent(len(part.images))}

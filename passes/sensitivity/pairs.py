@@ -105,6 +105,7 @@ def _row(scorer: Scorer, part: Part, row: int, columns: list[int]) -> Cell:
     base = scorer.base(part)
     _, below = scorer.run(base.environment, row, keep=True)
     losses = [
-        scorer.losses(base, scorer.run(below, column, on_top_of=row)[0], part.images).numpy() for column in columns
+        scorer.losses(base, scorer.run(below, column, on_top_of=row)[0], part.images).cpu().numpy()
+        for column in columns
     ]
     return {"losses": np.stack(losses), "evaluations": scorer.take_spent(len(part.images))}

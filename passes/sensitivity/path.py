@@ -137,7 +137,7 @@ def _cell(scorer: Scorer, part: Part, plan: list[int]) -> Cell:
         slope = _slope(scorer, part, tape.answer, reference)
         # From a point on the way, 1 - t of the step is left to go.
         found = tape.responses([tape.gradients(slope)])[0] / (1.0 - t)
-        steps += found.numpy() / len(POINTS)
+        steps += found.cpu().numpy() / len(POINTS)
     index = {name: k for k, name in enumerate(whole)}
     phi = np.stack([sum((steps[index[n]] / shared[n] for n in each), np.zeros(len(part.images))) for each in parts])
     with torch.no_grad():
@@ -145,8 +145,8 @@ def _cell(scorer: Scorer, part: Part, plan: list[int]) -> Cell:
     loss = LOSSES[scorer.loss]
     return {
         "phi": phi,
-        "losses": loss(reference, end, part.images.labels).numpy(),
-        "flat": loss(reference, torch.zeros_like(reference), part.images.labels).numpy(),
+        "losses": loss(reference, end, part.images.labels).cpu().numpy(),
+        "flat": loss(reference, torch.zeros_like(reference), part.images.labels).cpu().numpy(),
         "evaluations": scorer.take_spent(len(part.images)),
     }
 

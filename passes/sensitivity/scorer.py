@@ -278,7 +278,7 @@ class Scorer:
 
     def _context_cell(self) -> Cell:
         losses = torch.cat([self.base(part).losses for part in self.parts])
-        return {"losses": losses.numpy(), "evaluations": self.take_spent(len(self.images))}
+        return {"losses": losses.cpu().numpy(), "evaluations": self.take_spent(len(self.images))}
 
 
 def standard_error(samples: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -63,15 +63,15 @@ def _cell(scorer: Scorer, part: Part) -> Cell:
     losses, shifts, powers = [], [], []
     for column in range(len(scorer.columns)):
         answer, _ = scorer.run(base.environment, column)
-        losses.append(scorer.losses(base, answer, part.images).numpy())
+        losses.append(scorer.losses(base, answer, part.images).cpu().numpy())
         shifts.append(embed_shift(scorer.loss, base.answer.float(), (answer - base.answer).float()))
         powers.append(_power(answer - base.answer))
     embedded = torch.stack(shifts).transpose(0, 1)
     per_image = torch.matmul(embedded, embedded.transpose(1, 2)).double()
     return {
         "losses": np.stack(losses),
-        "gram_sum": per_image.sum(dim=0).numpy(),
-        "gram_square": per_image.square().sum(dim=0).numpy(),
+        "gram_sum": per_image.sum(dim=0).cpu().numpy(),
+        "gram_square": per_image.square().sum(dim=0).cpu().numpy(),
         "shift_power": np.stack(powers),
         "answer_power": _power(base.answer),
         "evaluations": scorer.take_spent(len(part.images)),
@@ -79,4 +79,4 @@ def _cell(scorer: Scorer, part: Part) -> Cell:
 
 
 def _power(values: Tensor) -> NDArray[np.float64]:
-    return np.asarray(values.double().reshape(len(values), -1).square().sum(dim=1).numpy(), dtype=np.float64)
+    return np.asarray(values.double().reshape(len(values), -1).square().sum(dim=1).cpu().numpy(), dtype=np.float64)
