@@ -204,3 +204,18 @@ def test_better_is_beyond_one_standard_error() -> None:
 def test_settings_out_of_range(change: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="must be at least 0 and patience"):
         VerifyAndRefine(IMAGES, simulate, **change)
+
+
+def test_an_acceptance_renews_the_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other plan is better: two rejections in a row never come, though there are many in all."""
+    calls: list[float] = []
+
+    def losses(choices: dict[str, Choice]) -> Tensor:
+        del choices
+        calls.append(10.0 - len(calls) if len(calls) % 2 == 0 else 100.0)
+        return torch.full((4,), calls[-1], dtype=torch.float64)
+
+    start = with_start(scored("plain"), Budget(average_bits=8), NARROW)
+    plan, _ = refined(monkeypatch, losses, start, patience=2, moves=9)
+    assert len(calls) == 10
+    assert plan.measured_loss == min(calls)
