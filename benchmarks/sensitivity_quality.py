@@ -46,7 +46,7 @@ NOISE = "noise"
 BASELINES = ("hawq", "mpqco", "fit", "fisher_out", "path", "sqnr", "weight_mse")
 SINGLES = ("gram", "diagonal", "fisher")
 PAIRS = ("pairs", "shrunk", "monotone", "coverage")
-ENGINE = ("shrunk", "monotone", "pairs", "hybrid", "gram", "diagonal", "fisher")
+ENGINE = ("shrunk", "monotone", "pairs", "hybrid", *SINGLES, "hawq", "fit", "fisher_out", "weight_mse")
 """Estimators whose plans the engine measures, those that were scored."""
 
 
@@ -137,15 +137,17 @@ def calibration_images(name: str, subset: str, case: Case) -> Tensor:
     return images
 
 
-def scored(program: Program, case: Case, scoring: CalibrationSet) -> tuple[Program, dict[str, float]]:
+def scored(program: Program, case: Case, scoring: CalibrationSet, folder: Path) -> tuple[Program, dict[str, float]]:
     """Return the program with every estimator's matrix, and estimator -> passes per image."""
-    program = pipeline.measure_sensitivity(program, scoring)
+    program = pipeline.measure_sensitivity(program, scoring, folder)
     matrices = dict(program[Surrogates].matrices)
     if case.paper:
         answers = model_outputs(program.module, scoring.inputs).argmax(dim=1)
         labelled = CalibrationSet(scoring.inputs, answers)
         published = program.with_facts(replace(program[Settings], loss="ce", estimators=("pairs",)))
-        matrices["paper"] = pipeline.measure_sensitivity(published, labelled)[Surrogates].matrices["pairs"]
+        matrices["paper"] = pipeline.measure_sensitivity(published, labelled, folder / "paper")[Surrogates].matrices[
+            "pairs"
+        ]
     passes = {name: matrix.evaluations / len(scoring) for name, matrix in matrices.items()}
     return program.with_facts(Surrogates(matrices)), passes
 
@@ -157,7 +159,7 @@ def measure(name: str, subset: str) -> None:
     scoring, held_out = calibration.split(case.held_out / len(calibration), SEED)
     settings = Settings(bits=case.bits, estimators=case.estimators, time_limit=5.0, seed=SEED, rounds=2)
     program = prepare(capture(network.factory(), calibration), settings)
-    program, passes = scored(pipeline.calibrate(program, scoring), case, scoring)
+    program, passes = scored(pipeline.calibrate(program, scoring), case, scoring, FOLDER / f"{name}-{subset}")
     evaluate = Evaluation(program, *network.evaluation(case.evaluation))
     rows: list[Row] = []
 

@@ -19,12 +19,12 @@ from fxquant.core.data import collect
 from fxquant.core.errors import CalibrationError
 from fxquant.core.program import Program
 from fxquant.core.progress import Reporter
-from fxquant.core.settings import Settings
+from fxquant.core.settings import Effort, Settings
 from fxquant.core.settings import effort as effort_preset
 from fxquant.core.shards import ALONE, Shards
 from fxquant.core.spec import Choice
 from fxquant.passes.allocation import SOLVERS
-from fxquant.passes.sensitivity import ESTIMATORS
+from fxquant.passes.sensitivity import ESTIMATORS, FLOAT_ONLY
 from fxquant.result import Result
 from fxquant.tracing import capture as capture_program
 from fxquant.tracing import input_names
@@ -113,7 +113,7 @@ def quantize(
         },
         observer=observer,
         loss=loss,
-        estimators=preset.estimators if estimators is None else tuple(estimators),
+        estimators=_estimators(preset, context) if estimators is None else tuple(estimators),
         context=context,
         solver=solver,
         time_limit=time_limit,
@@ -144,6 +144,11 @@ def quantize(
 
 def _choice(label: Choice | str) -> Choice:
     return Choice.parse(label) if isinstance(label, str) else label
+
+
+def _estimators(preset: Effort, context: str) -> tuple[str, ...]:
+    """Return a preset's estimators, without those that score around the float network only where another is asked."""
+    return tuple(name for name in preset.estimators if context == "float" or name not in FLOAT_ONLY)
 
 
 def _check_names(settings: Settings) -> None:

@@ -27,10 +27,13 @@ class Effort:
     rounds: int
 
 
+CHEAP = ("fit", "fisher_out", "weight_mse")
+"""Estimators of a few passes: worse models of the loss, but plans of another kind, and the measured loss decides."""
+
 EFFORTS: dict[str, Effort] = {
     "fast": Effort(("diagonal",), 96, 0, 0),
-    "default": Effort(("gram", "diagonal", "fisher"), 384, 16, 1),
-    "best": Effort(("shrunk", "monotone", "pairs", "gram", "diagonal", "fisher"), 1024, 48, 3),
+    "default": Effort(("gram", "diagonal", "fisher", *CHEAP), 384, 16, 1),
+    "best": Effort(("shrunk", "monotone", "pairs", "gram", "diagonal", "fisher", "hawq", *CHEAP), 1024, 48, 3),
 }
 """Preset name -> what it measures."""
 

@@ -19,10 +19,11 @@ from fxquant.passes.sensitivity import (
     sqnr,
     weight_mse,
 )
-from fxquant.passes.sensitivity.registry import ESTIMATORS, Estimator
+from fxquant.passes.sensitivity.registry import ESTIMATORS, FLOAT_ONLY, Estimator
 
 __all__ = [
     "ESTIMATORS",
+    "FLOAT_ONLY",
     "Estimator",
     "coverage",
     "diagonal",

@@ -3,7 +3,9 @@
 The single substitutions predict every pair (see `gram`). The pairs of largest predicted interaction, mostly two low
 widths, are measured exactly until the budget of evaluations is spent; of the others a random sample is measured too. It
 says how far the predictions are off, and its regression slope scales those that stay predictions: measured
-interactions are smaller than predicted ones where the loss saturates.
+interactions are smaller than predicted ones where the loss saturates. Measured and predicted terms together are scaled
+until the model never gains by giving up bits (see `monotone`): the negative ones among them would be credited twice,
+for their pairs were picked for their size.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 
 from fxquant.core.sensitivity import SensitivityMatrix
 from fxquant.passes.sensitivity.columns import Column
+from fxquant.passes.sensitivity.monotone import repaired
 from fxquant.passes.sensitivity.pairs import measure_pairs
 from fxquant.passes.sensitivity.registry import ESTIMATORS
 from fxquant.passes.sensitivity.scorer import Scorer, standard_error
@@ -30,8 +33,8 @@ def hybrid(scorer: Scorer) -> SensitivityMatrix:
     """Return measured pairs where the predicted interaction is largest, scaled predictions elsewhere.
 
     `notes`: `measured_pairs` and `all_pairs`; of the random sample `sample_error`, the root mean square of prediction
-    minus measurement after scaling, `sample_size_of_terms`, the root mean square of the measured interactions, and
-    `scale`, the slope that predictions were multiplied by.
+    minus measurement after scaling, `sample_size_of_terms`, the root mean square of the measured interactions,
+    `scale`, the slope that predictions were multiplied by, and `mean_share` of the pair terms that the repair keeps.
     """
     singles = measure_singles(scorer)
     predicted = np.where(scorer.between, (singles.gram + singles.gram.T) / 2, 0.0)
@@ -44,7 +47,7 @@ def hybrid(scorer: Scorer) -> SensitivityMatrix:
     interaction = np.where(found.measured, measured, scale * predicted)
     error = float(np.sqrt(np.mean((scale * predicted - measured)[sample] ** 2))) if sample.any() else 0.0
     off = np.where(found.measured, standard_error(found.interaction) / 2, error / 2)
-    values = interaction / 2 + np.diag(singles.losses.mean(axis=1))
+    values, shares = repaired(scorer, interaction / 2 + np.diag(singles.losses.mean(axis=1)), singles.losses)
     stderr = np.where(scorer.between, off, np.diag(standard_error(singles.losses)))
     notes = {
         "measured_pairs": float(found.measured.sum() / 2),
@@ -52,6 +55,7 @@ def hybrid(scorer: Scorer) -> SensitivityMatrix:
         "sample_error": error,
         "sample_size_of_terms": float(np.sqrt(np.mean(measured[sample] ** 2))) if sample.any() else 0.0,
         "scale": scale,
+        "mean_share": float(shares.mean()),
     }
     return scorer.matrix("hybrid", values, stderr, found.evaluations, notes)
 

@@ -29,16 +29,30 @@ def monotone(scorer: Scorer) -> SensitivityMatrix:
     found = measure_pairs(scorer, scorer.between)
     interaction, alone = found.interaction, found.singles.losses
     values = interaction.mean(axis=2) / 2 + np.diag(alone.mean(axis=1))
-    owners = scorer.owners
-    groups = [np.flatnonzero(np.array(owners) == owner) for owner in dict.fromkeys(owners)]
-    repaired, shares = repair(values, groups)
+    values, shares = repaired(scorer, values, alone)
+    stderr = standard_error(interaction) / 2 + np.diag(standard_error(alone))
+    return scorer.matrix("monotone", values, stderr, found.evaluations, {"mean_share": float(shares.mean())})
+
+
+def repaired(
+    scorer: Scorer, values: NDArray[np.float64], alone: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return a matrix over the scorer's columns made monotone, and the share of its pair terms each owner keeps.
+
+    Args:
+        scorer: what measured it.
+        values: shape (m, m), symmetric.
+        alone: shape (m, images): single losses.
+    """
+    owners = np.array(scorer.owners)
+    groups = [np.flatnonzero(owners == owner) for owner in dict.fromkeys(scorer.owners)]
+    found, shares = repair(values, groups)
     for group in groups:
         # What stands in the context anyway costs nothing there, whatever its neighbours in bits were averaged with.
         standing = [k for k in group if not alone[k].any()]
         if standing:
-            repaired[group, group] -= repaired[standing[0], standing[0]]
-    stderr = standard_error(interaction) / 2 + np.diag(standard_error(alone))
-    return scorer.matrix("monotone", repaired, stderr, found.evaluations, {"mean_share": float(shares.mean())})
+            found[group, group] -= found[standing[0], standing[0]]
+    return found, shares
 
 
 def repair(

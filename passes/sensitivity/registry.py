@@ -13,3 +13,6 @@ Estimator = Callable[[Scorer], SensitivityMatrix]
 
 ESTIMATORS: Registry[Estimator] = Registry("estimator")
 """Name -> estimator."""
+
+FLOAT_ONLY = frozenset({"fisher_out", "fit", "hawq", "mpqco", "path", "sqnr", "weight_mse"})
+"""Estimators that are defined around the float network only, and refuse a plan as context."""

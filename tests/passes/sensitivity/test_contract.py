@@ -16,7 +16,7 @@ from fxquant.core.oracle import GraphReplay
 from fxquant.core.score_store import ScoreStore
 from fxquant.core.sensitivity import SensitivityMatrix
 from fxquant.core.spec import Choice, Sites
-from fxquant.passes.sensitivity import ESTIMATORS
+from fxquant.passes.sensitivity import ESTIMATORS, FLOAT_ONLY
 from fxquant.passes.sensitivity.scorer import Scorer
 from tests.scoring import columns, full_forward_losses, inputs, scorer, simulated
 
@@ -33,9 +33,6 @@ SPREAD_OVER_PROBES = {"hawq"}
 
 OWN_UNIT = {"coverage", "path", "sqnr", "weight_mse"}
 """Estimators that are not in units of the loss."""
-
-FLOAT_ONLY = {"fisher_out", "fit", "hawq", "mpqco", "path", "sqnr", "weight_mse"}
-"""Estimators that refuse a plan as context."""
 
 WITHOUT_PAIRS = FLOAT_ONLY | {"diagonal"}
 """Estimators of diagonal matrices."""

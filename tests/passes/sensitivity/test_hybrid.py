@@ -4,26 +4,34 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from fxquant.core.data import CalibrationSet
 from fxquant.passes.sensitivity import hybrid as module
 from fxquant.passes.sensitivity.gram import gram
 from fxquant.passes.sensitivity.hybrid import choose_pairs, hybrid, slope, suffix_cost
+from fxquant.passes.sensitivity.monotone import monotone
 from fxquant.passes.sensitivity.pairs import pairs
-from fxquant.passes.sensitivity.scorer import Part
+from fxquant.passes.sensitivity.scorer import Part, Scorer
 from tests.scoring import inputs, scorer, simulated
 
+Array = NDArray[np.float64]
 IMAGES = CalibrationSet(inputs("plain", 6))
 
 
-def test_with_budget_for_all_it_is_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_it_is(_: Scorer, values: Array, alone: Array) -> tuple[Array, Array]:
+    return values, np.ones(len(alone))
+
+
+def test_with_budget_for_all_it_is_monotone_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PAIRS_PER_SINGLE", 100.0)
-    found, exact = (estimate(scorer(simulated("plain"), IMAGES)) for estimate in (hybrid, pairs))
+    found, exact = (estimate(scorer(simulated("plain"), IMAGES)) for estimate in (hybrid, monotone))
     np.testing.assert_allclose(found.values, exact.values, rtol=1e-6, atol=1e-12)
     assert found.notes["measured_pairs"] == found.notes["all_pairs"] == 54
 
 
 def test_without_budget_it_is_the_gram(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "repaired", as_it_is)
     monkeypatch.setattr(module, "PAIRS_PER_SINGLE", 0.0)
     found, modelled = (estimate(scorer(simulated("plain"), IMAGES)) for estimate in (hybrid, gram))
     np.testing.assert_allclose(found.values, modelled.values, rtol=1e-6, atol=1e-12)
@@ -31,6 +39,7 @@ def test_without_budget_it_is_the_gram(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_largest_predictions_are_measured_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "repaired", as_it_is)
     monkeypatch.setattr(module, "PAIRS_PER_SINGLE", 1.0)
     found, exact = (estimate(scorer(simulated("plain"), IMAGES)) for estimate in (hybrid, pairs))
     modelled = gram(scorer(simulated("plain"), IMAGES))
