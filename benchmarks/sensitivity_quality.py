@@ -84,7 +84,7 @@ CASES = {
         ("0", "1", "2", "3", "4", NOISE),
         64,
         64,
-        1017,
+        512,
         (*PAIRS, "hybrid", *SINGLES, *BASELINES),
         True,
         ("0", "1", "2", "3", "4"),
