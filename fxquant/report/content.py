@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.errors import OptionError
 from fxquant.core.limits import LIMIT_TABLES, fits, reachable, unit_of
+from fxquant.core.sensitivity import Surrogates
 from fxquant.core.settings import Settings
 from fxquant.core.spec import Sites
 from fxquant.passes.allocate_bits import uniform_plans
@@ -198,6 +199,10 @@ def _sensitivity(result: Result) -> dict[str, Any]:
         "evaluations": matrix.evaluations,
         "candidates": [{"site": c.site, "choice": c.choice.label} for c in matrix.candidates],
         "values": matrix.values.tolist(),
+        "scored": [
+            {"estimator": name, "evaluations": each.evaluations, "unit": each.unit, "notes": dict(each.notes)}
+            for name, each in result.program[Surrogates].matrices.items()
+        ],
     }
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from fxquant.core.errors import OptionError
 from fxquant.core.limits import usage
+from fxquant.core.sensitivity import Surrogates
 from fxquant.core.settings import Settings
 from fxquant.core.spec import FLOAT, Choice, Sites
 from fxquant.report.content import content, coverage
@@ -136,6 +137,9 @@ def test_settings_versions_and_passes_are_there() -> None:
 def test_matrix_is_the_matrix() -> None:
     data = report()["sensitivity"]
     assert np.array_equal(np.array(data["values"]), small_result().sensitivity.values)
+    matrices = small_result().program[Surrogates].matrices
+    assert [each["estimator"] for each in data["scored"]] == list(matrices)
+    assert [each["evaluations"] for each in data["scored"]] == [m.evaluations for m in matrices.values()]
     assert len(data["candidates"]) == len(data["values"])
 
 
