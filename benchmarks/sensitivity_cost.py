@@ -26,10 +26,10 @@ from fxquant.passes.sensitivity.hybrid import suffix_cost
 from fxquant.passes.sensitivity.scorer import Part, Scorer
 
 CASES: dict[str, tuple[tuple[int, ...], int, int | None]] = {
-    "resnet20": ((2, 4, 8), 32, None),
-    "mobilenet_v1": ((3, 4, 5, 6, 7, 8), 8, 24),
-    "mobilenet_v2": ((4, 6, 8), 8, 6),
-    "deit_tiny": ((4, 6, 8), 8, 6),
+    "resnet20": ((2, 4, 8), 16, None),
+    "mobilenet_v1": ((3, 4, 5, 6, 7, 8), 8, 16),
+    "mobilenet_v2": ((4, 6, 8), 4, 4),
+    "deit_tiny": ((4, 6, 8), 4, 4),
 }
 """Network -> weight bits, images, rows of the pair matrix that are run (None for all)."""
 
