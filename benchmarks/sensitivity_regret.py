@@ -1,8 +1,8 @@
 """How far from the best plan there is does each estimator's plan lie, where all plans can be enumerated?
 
 `python -m benchmarks.sensitivity_regret`: ResNet-8 on CIFAR-10, W{2,4,8} A8, both ends at 8 bits: every plan's KL is
-measured on labelled images (6561 plans). For eight budgets and three calibration subsets each estimator's plan is solved
-for and its regret taken: KL of the plan minus KL of the best plan within the budget. `model` is Spearman's rank
+measured on labelled images (6561 plans). For eight budgets and three calibration subsets each estimator's plan is
+solved for and its regret taken: KL of the plan minus KL of the best plan within the budget. `model` is Spearman's rank
 correlation between an estimator's modelled loss and the measured one, over all plans.
 """
 
