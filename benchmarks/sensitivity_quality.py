@@ -34,7 +34,7 @@ from fxquant.core.losses import kl
 from fxquant.core.oracle import model_outputs
 from fxquant.core.program import Program
 from fxquant.core.sensitivity import Surrogates
-from fxquant.core.settings import Settings
+from fxquant.core.settings import CHEAP, Settings
 from fxquant.core.spec import Choice, Sites
 from fxquant.core.store import read_json, write_json
 from fxquant.passes.allocate_bits import AllocateBits
@@ -103,7 +103,7 @@ CASES = {
         False,
     ),
     "mobilenet_v2": Case((4, 6, 8), (5.0, 5.5, 6.0), ("0",), 24, 32, 400, ("hybrid", *SINGLES, *BASELINES), False),
-    "deit_tiny": Case((3, 4, 8), (4.0, 4.5, 5.0), ("0",), 16, 32, 128, (*SINGLES, *BASELINES), False),
+    "deit_tiny": Case((3, 4, 8), (4.0, 4.5, 5.0), ("0",), 16, 32, 128, (*SINGLES, *CHEAP, "mpqco", "sqnr"), False),
 }
 """All pairs of the larger networks would take from half an hour to days on this machine: see `sensitivity_cost`."""
 

@@ -139,7 +139,7 @@ def quantize(
     program = pipeline.measure_sensitivity(program, scoring, folder, reporter, shards)
     if budget is None:
         return Result(pipeline.impose(program, pipeline.widest_plan(program)), held_out)
-    return Result(search.allocate(program, budget, held_out, reporter, scoring), held_out)
+    return Result(search.allocate(program, budget, held_out, reporter, scoring, folder), held_out)
 
 
 def _choice(label: Choice | str) -> Choice:
@@ -218,7 +218,13 @@ def measure_sensitivity(
     return pipeline.measure_sensitivity(program, images, folder, Reporter(progress))
 
 
-def allocate(program: Program, budget: Budget, calibration: object | None = None, progress: bool = True) -> Program:
+def allocate(
+    program: Program,
+    budget: Budget,
+    calibration: object | None = None,
+    progress: bool = True,
+    scoring: object | None = None,
+) -> Program:
     """Choose a precision for every layer.
 
     Args:
@@ -226,12 +232,14 @@ def allocate(program: Program, budget: Budget, calibration: object | None = None
         budget: the limits.
         calibration: images that scoring did not see, to measure the finalists on; None trusts the model of the loss.
         progress: show bars on a terminal.
+        scoring: images to score the plan anew around itself with, `Settings.rounds` times at most; None does not.
 
     Raises:
         InfeasibleBudgetError: no plan keeps the budget.
     """
-    held_out = None if calibration is None else collect(calibration, _placeholders(program))
-    return search.allocate(program, budget, held_out, Reporter(progress))
+    names = _placeholders(program)
+    held_out, around = (None if each is None else collect(each, names) for each in (calibration, scoring))
+    return search.allocate(program, budget, held_out, Reporter(progress), around)
 
 
 def convert(program: Program, plan: BitAllocation | str | Path | None = None) -> Program:

@@ -191,7 +191,7 @@ def measure_sensitivity(
     """
     loss, settings, device = loss_name(program, images), program[Settings], images.inputs[0].device
     with shards.group(device):
-        identity = _identity(program, images, loss) if folder is not None or shards.world_size > 1 else {}
+        identity = score_identity(program, images, loss) if folder is not None or shards.world_size > 1 else {}
         # Before any of them writes: a folder that all of them found empty is still empty until here.
         shards.agree(text_digest(f"{identity} {settings.estimators} {settings.seed}"), device)
         store = ScoreStore(folder, identity)
@@ -204,7 +204,8 @@ def measure_sensitivity(
     return replace(program.with_facts(scored[SensitivityMatrix], scored[Surrogates]), log=scored.log)
 
 
-def _identity(program: Program, images: CalibrationSet, loss: str) -> dict[str, str]:
+def score_identity(program: Program, images: CalibrationSet, loss: str) -> dict[str, str]:
+    """Return field -> digest of what scores depend on."""
     module = program.module
     columns = [f"{c.site}:{c.choice.label}" for c in program[Sites].candidates]
     tensors = {f"input {i}": tensor for i, tensor in enumerate(images.inputs)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from torch.fx import GraphModule
 
@@ -17,6 +18,7 @@ from fxquant.core.errors import CalibrationError, InfeasibleBudgetError, OptionE
 from fxquant.core.oracle import model_outputs
 from fxquant.core.program import Program
 from fxquant.core.progress import SILENT, Reporter
+from fxquant.core.score_store import ScoreStore
 from fxquant.core.sensitivity import Surrogates
 from fxquant.core.settings import Settings
 from fxquant.core.timing import time_interleaved
@@ -24,7 +26,7 @@ from fxquant.passes.allocate_bits import AllocateBits
 from fxquant.passes.allocation.trust_region import trust_region
 from fxquant.passes.measure_sensitivity import MeasureSensitivity
 from fxquant.passes.verify_and_refine import Meter, VerifyAndRefine, image_losses, is_better
-from fxquant.pipeline import loss_name, measure_latency, run, simulate, widest_plan
+from fxquant.pipeline import loss_name, measure_latency, run, score_identity, simulate, widest_plan
 
 LATENCY_ROUNDS = 4
 """Times a plan that takes longer than predicted is measured, and the limit tightened for the next."""
@@ -44,6 +46,7 @@ def allocate(
     held_out: CalibrationSet | None = None,
     reporter: Reporter = SILENT,
     scoring: CalibrationSet | None = None,
+    folder: Path | None = None,
 ) -> Program:
     """Choose the plan: solve the integer program of every surrogate, then let the measured loss decide.
 
@@ -53,6 +56,7 @@ def allocate(
         held_out: images not used for scoring; None trusts the preferred surrogate.
         reporter: shows progress.
         scoring: images to score the plan around itself with, `Settings.rounds` times at most; None does not.
+        folder: where those scores are kept, so that a killed run goes on; None keeps none.
 
     Raises:
         InfeasibleBudgetError: no plan keeps the limits.
@@ -62,7 +66,7 @@ def allocate(
         if held_out is None:
             raise CalibrationError("a latency budget needs one image to measure with; give calibration images")
         program = measure_latency(program, held_out, reporter)
-    solved = _solve(program, budget, held_out, reporter, scoring)
+    solved = _solve(program, budget, held_out, reporter, scoring, folder)
     if budget.needs_latency and held_out is not None:
         solved = _keep_measured_latency(program, solved, budget, held_out, reporter)
     if all(choice.is_float for choice in solved[BitAllocation].choices.values()):
@@ -76,6 +80,7 @@ def _solve(
     held_out: CalibrationSet | None,
     reporter: Reporter,
     scoring: CalibrationSet | None = None,
+    folder: Path | None = None,
 ) -> Program:
     settings = program[Settings]
     program = run(program, _allocator(settings, budget))
@@ -93,7 +98,7 @@ def _solve(
     solved = run(program, step)
     if scoring is None or not settings.rounds:
         return solved
-    return rescore_around(solved, budget, scoring, held_out, reporter)
+    return rescore_around(solved, budget, scoring, held_out, reporter, folder)
 
 
 def _allocator(settings: Settings, budget: Budget, near: tuple[BitAllocation, int] | None = None) -> AllocateBits:
@@ -103,7 +108,12 @@ def _allocator(settings: Settings, budget: Budget, near: tuple[BitAllocation, in
 
 
 def rescore_around(
-    program: Program, budget: Budget, scoring: CalibrationSet, held_out: CalibrationSet, reporter: Reporter = SILENT
+    program: Program,
+    budget: Budget,
+    scoring: CalibrationSet,
+    held_out: CalibrationSet,
+    reporter: Reporter = SILENT,
+    folder: Path | None = None,
 ) -> Program:
     """Score the plan's neighbours with everything else quantized as the plan says, and solve again near it.
 
@@ -116,6 +126,7 @@ def rescore_around(
         scoring: images to score with.
         held_out: images that decide; a plan is taken only if its loss there falls by more than the noise.
         reporter: shows progress.
+        folder: where finished scores are kept; None keeps none.
     """
     settings, loss = program[Settings], loss_name(program, held_out)
     reference = model_outputs(program.module, held_out.inputs, 32)
@@ -133,7 +144,7 @@ def rescore_around(
         return program
     best, steps = trust_region(
         start,
-        partial(_scored_around, program, scoring, reporter),
+        partial(_scored_around, program, scoring, reporter, folder),
         solve,
         meter.losses,
         is_better,
@@ -147,12 +158,13 @@ def rescore_around(
     return program.with_facts(replace(best, finalists={**start.finalists, **tried}))
 
 
-def _scored_around(program: Program, scoring: CalibrationSet, reporter: Reporter, plan: BitAllocation) -> Surrogates:
-    settings = program[Settings]
+def _scored_around(
+    program: Program, scoring: CalibrationSet, reporter: Reporter, folder: Path | None, plan: BitAllocation
+) -> Surrogates:
+    seed, loss = program[Settings].seed, loss_name(program, scoring)
+    store = ScoreStore(folder, score_identity(program, scoring, loss) if folder is not None else {})
     simulated = simulate(program, widest_plan(program), round_biases=False)
-    step = MeasureSensitivity(
-        scoring, AROUND, loss_name(program, scoring), reporter=reporter, seed=settings.seed, context=plan
-    )
+    step = MeasureSensitivity(scoring, AROUND, loss, store, reporter, seed, context=plan)
     return run(simulated, step)[Surrogates]
 
 

@@ -22,7 +22,9 @@ from fxquant.core.errors import CalibrationError, FileFormatError, InfeasibleBud
 from fxquant.core.oracle import model_outputs
 from fxquant.core.progress import Reporter
 from fxquant.core.score_store import ScoreStore
+from fxquant.core.settings import EFFORTS
 from fxquant.core.spec import FLOAT, Sites
+from fxquant.passes.sensitivity import ESTIMATORS, FLOAT_ONLY
 from fxquant.passes.sensitivity.scorer import Scorer
 from tests.models import MODELS, built
 from tests.scoring import inputs, plain_net
@@ -138,7 +140,7 @@ def test_the_stages_give_the_plan_of_the_one_call() -> None:
     program = fxquant.prepare(program, Settings(target="reference"))
     program = fxquant.calibrate(program, scoring, progress=False)
     program = fxquant.measure_sensitivity(program, scoring, progress=False)
-    program = fxquant.allocate(program, BUDGET, known, progress=False)
+    program = fxquant.allocate(program, BUDGET, known, progress=False, scoring=scoring)
     simulated = fxquant.convert(program)
     staged = Result(program, known)
     assert same(quantized(), staged)
@@ -176,12 +178,21 @@ def test_a_plan_edited_by_hand(tmp_path: Path) -> None:
         fxquant.convert(quantized().program, path)
 
 
-@pytest.mark.parametrize(("effort", "estimators"), [("fast", ["diagonal"]), ("best", ["pairs", "gram", "diagonal"])])
-def test_effort(effort: str, estimators: list[str]) -> None:
+@pytest.mark.parametrize("effort", sorted(EFFORTS))
+def test_effort(effort: str) -> None:
+    estimators = list(EFFORTS[effort].estimators)
     result = quantize(effort=effort)
     assert list(result.finalists)[: len(estimators)] == estimators
     assert result.sensitivity.estimator == estimators[0]
-    assert not any(name in result.finalists for name in {"pairs", "gram", "diagonal"} - set(estimators))
+    assert not any(name in result.finalists for name in set(ESTIMATORS) - set(estimators))
+
+
+def test_around_the_widest_integers_only_what_can_be_scored_there() -> None:
+    result = quantize(context="widest")
+    assert {"gram", "diagonal", "fisher"} <= set(result.finalists)
+    assert not FLOAT_ONLY & set(result.finalists)
+    with pytest.raises(OptionError, match="'fit' is defined around the float network only"):
+        quantize(context="widest", estimators=("fit",))
 
 
 def test_effort_limits_the_images() -> None:

@@ -16,6 +16,7 @@ from fxquant import Budget, Choice, FxquantError, Result
 from fxquant.core.errors import FileFormatError, OutputError
 from fxquant.core.oracle import model_outputs
 from fxquant.core.sensitivity import Surrogates
+from fxquant.core.settings import EFFORTS
 from fxquant.core.spec import Sites
 from tests.models import MODELS, built
 from tests.scoring import inputs, plain_net
@@ -28,8 +29,7 @@ FILES = [
     "plan.json",
     "ranges.npz",
     "result.json",
-    "sensitivity_diagonal.npz",
-    "sensitivity_gram.npz",
+    *sorted(f"sensitivity_{name}.npz" for name in EFFORTS["default"].estimators),
 ]
 
 

@@ -81,14 +81,14 @@ class Settings:
     forbid: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
     observer: str = "mse"
     loss: str | None = None
-    estimators: tuple[str, ...] = ("gram", "diagonal")
+    estimators: tuple[str, ...] = EFFORTS["default"].estimators
     context: str = "float"
     solver: str = "iqp"
     time_limit: float = 60.0
     held_out: float = 0.25
     requantization_cost: float = 0.0
-    refine_moves: int = 24
-    rounds: int = 1
+    refine_moves: int = EFFORTS["default"].refine_moves
+    rounds: int = EFFORTS["default"].rounds
     seed: int = 0
     threads: int | None = None
 
