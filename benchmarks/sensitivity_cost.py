@@ -59,7 +59,8 @@ def pair_rows(scorer: Scorer, part: Part, rows: list[int]) -> tuple[dict[str, fl
                 for k in deeper[row]:
                     both = {**scorer.off, **own, **scorer.columns[k].substitution}
                     with torch.no_grad():
-                        found.append(scorer.replay.forward(part.images.inputs, both)[0])
+                        # As a plain run does: each value is dropped after its last reader.
+                        found.append(scorer.replay.forward(part.images.inputs, both, kept=frozenset())[0])
             else:
                 _, below = scorer.run(base.environment, row, keep=True)
                 found = [scorer.run(below, k, on_top_of=row)[0] for k in deeper[row]]
