@@ -29,7 +29,7 @@ from fxquant.core.settings import Settings
 SEED = 0
 ESTIMATORS = ("gram", "diagonal", "fisher")
 JOINT: dict[str, tuple[tuple[float, ...], tuple[int, ...], int, int]] = {
-    "resnet20": ((0.0625, 0.047, 0.031, 0.023, 0.018), (2, 4, 8), 128, 512),
+    "resnet20": ((0.047, 0.031, 0.023), (2, 4, 8), 96, 512),
 }
 """Network -> limits of bit operations against float, weight bits, calibration images, test images."""
 LATENCY: dict[str, tuple[tuple[float, ...], int]] = {"resnet20": ((0.75, 0.9), 64), "mobilenet_v2": ((0.6, 0.75), 48)}
