@@ -28,7 +28,7 @@ from fxquant.core.budget import Budget
 from fxquant.core.cost import CostTables
 from fxquant.core.data import CalibrationSet
 from fxquant.core.losses import kl
-from fxquant.core.oracle import GraphReplay, model_outputs
+from fxquant.core.oracle import Environment, GraphReplay, model_outputs
 from fxquant.core.program import Program
 from fxquant.core.sensitivity import Surrogates
 from fxquant.core.settings import Settings
@@ -63,9 +63,9 @@ def every_plan(program: Program, images: Tensor) -> dict[Plan, float]:
     standing = {name: change for part in widest.values() for name, change in part.items()}
     _, base = replay.forward((images,), standing)
 
-    def walk(depth: int, below: dict[str, Choice], environment: object) -> Iterator[tuple[Plan, float]]:
+    def walk(depth: int, below: dict[str, Choice], environment: Environment) -> Iterator[tuple[Plan, float]]:
         if depth == len(order):
-            answer = replay.answer(environment)  # type: ignore[arg-type]
+            answer = replay.answer(environment)
             yield tuple(below[site.name].label for site in sites), float(kl(reference, answer, None).mean())
             return
         site = order[depth]
@@ -74,7 +74,7 @@ def every_plan(program: Program, images: Tensor) -> dict[Plan, float]:
             now = {**standing}
             for name, chosen in (below | {site.name: choice}).items():
                 now.update(quantizers.weight(name, chosen.weight_bits))
-            _, deeper = replay.replay(environment, now, changed=change, keep=True)  # type: ignore[arg-type]
+            _, deeper = replay.replay(environment, now, changed=change, keep=True)
             yield from walk(depth + 1, below | {site.name: choice}, deeper)
 
     with torch.no_grad():
