@@ -74,6 +74,11 @@ def _hint(size: int | torch.SymInt) -> int:
     return int(hint) if hint is not None else 1
 
 
+def images_axis(node: Node) -> int | None:
+    """Return the axis of a node's tensor that counts images, None where they do not show."""
+    return next((k for k, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)), None)
+
+
 def traced_images(graph: Graph) -> int:
     """Return the images the graph was traced with; an op in the middle may hold them on any axis."""
     shapes = [shape_of(node) for node in graph.nodes if node.op == "placeholder"]

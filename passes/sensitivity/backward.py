@@ -20,7 +20,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from fxquant.core.grids import FakeQuantNodes
-from fxquant.core.ops import rule_of
+from fxquant.core.ops import images_axis, rule_of
 from fxquant.core.spec import Sites
 from fxquant.passes.sensitivity.columns import Column
 from fxquant.passes.sensitivity.scorer import Part, Scorer
@@ -122,8 +122,7 @@ class Tape:
 
 def per_image(node: Node, value: Tensor, images: int) -> Tensor:
     """Return the sum of a node's values for each image, float64 of shape (images,); 0 where images do not show."""
-    shown = node.meta["val"].shape
-    axis = next((k for k, size in enumerate(shown) if not isinstance(size, int)), None)
+    axis = images_axis(node)
     if axis is None:
         return torch.zeros(images, dtype=torch.float64)
     # An axis of images times something (windows, heads) holds the images as its slow part.

@@ -15,12 +15,12 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from fxquant.core.losses import LOSSES, sample_cotangent
+from fxquant.core.losses import sample_cotangent
 from fxquant.core.sensitivity import SensitivityMatrix
 from fxquant.passes.sensitivity.backward import Tape
+from fxquant.passes.sensitivity.cotangents import image_generators, loss_gradient, stream_of
 from fxquant.passes.sensitivity.registry import ESTIMATORS
 from fxquant.passes.sensitivity.scorer import Cell, Part, Scorer, standard_error
 
@@ -45,28 +45,15 @@ def fisher(scorer: Scorer) -> SensitivityMatrix:
 
 def cotangents(scorer: Scorer, part: Part, answer: Tensor, reference: Tensor, sample: int) -> Tensor:
     """Return one sampled cotangent for each image of a batch, the same whatever the size of batches."""
-    start = part.index * scorer.batch
-    generators = [
-        torch.Generator().manual_seed((scorer.seed * 8191 + sample) * 1_000_003 + image)
-        for image in range(start, start + len(part.images))
-    ]
+    generators = image_generators(scorer, part, stream_of(scorer, sample))
     return sample_cotangent(scorer.loss, answer, reference, generators)
-
-
-def loss_gradient(scorer: Scorer, part: Part, tape: Tape) -> Tensor:
-    """Return the gradient of each image's loss in the answer; 0 where the answer is the float network's own."""
-    answer = tape.answer.detach().requires_grad_()
-    with torch.enable_grad():
-        losses = LOSSES[scorer.loss](tape.reference, answer, part.images.labels)
-        (gradient,) = torch.autograd.grad(losses.sum(), answer)
-    return gradient
 
 
 def _cell(scorer: Scorer, part: Part) -> Cell:
     tape = Tape(scorer, part)
     answer = tape.answer.detach()
     drawn = [cotangents(scorer, part, answer, tape.reference, sample) for sample in range(SAMPLES)]
-    slope = loss_gradient(scorer, part, tape)
+    slope = loss_gradient(scorer, part, answer, tape.reference)
     # Round-off apart, the slope is 0 around the float network, and its backward pass is saved.
     sloped = bool(slope.abs().max() > 1e-6 * drawn[0].abs().max())
     gradients = [tape.gradients(each) for each in ([*drawn, slope] if sloped else drawn)]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fxquant.core.losses import LOSSES
 from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.passes.sensitivity.cotangents import generator, image_generators, stream_of
 from fxquant.passes.sensitivity.float_only import refuse_context
 from fxquant.passes.sensitivity.leaves import Leaves, activation_noise, weight_noise
 from fxquant.passes.sensitivity.registry import ESTIMATORS
@@ -69,9 +70,8 @@ def _cell(scorer: Scorer, part: Part) -> Cell:
 
 def probe(scorer: Scorer, part: Part, leaves: Leaves, sample: int) -> list[Tensor]:
     """Return random signs for every leaf: one draw for weights, one per image for values, whatever the batch."""
-    start = part.index * scorer.batch
-    own = [_generator(scorer, sample, image) for image in range(start, start + len(part.images))]
-    common = _generator(scorer, sample, -1)
+    stream = stream_of(scorer, sample)
+    own, common = image_generators(scorer, part, stream, first=1), generator(stream, 0)
     signs = [_signs(weight.shape, common) for weight in leaves.weights.values()]
     for name, shift in leaves.shifts.items():
         axis = leaves.axes[name]
@@ -81,12 +81,8 @@ def probe(scorer: Scorer, part: Part, leaves: Leaves, sample: int) -> list[Tenso
         # An axis of images times something holds the images as its slow part.
         one = list(shift.shape)
         one[axis] //= len(own)
-        signs.append(torch.cat([_signs(one, generator) for generator in own], dim=axis))
+        signs.append(torch.cat([_signs(one, each) for each in own], dim=axis))
     return signs
-
-
-def _generator(scorer: Scorer, sample: int, image: int) -> torch.Generator:
-    return torch.Generator().manual_seed((scorer.seed * 8191 + sample) * 1_000_003 + image + 1)
 
 
 def _signs(shape: torch.Size | list[int], generator: torch.Generator) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from fxquant.core.data import CalibrationSet
 from fxquant.core.graphs import tensor_at
 from fxquant.core.grids import FakeQuantNodes
+from fxquant.core.ops import images_axis
 from fxquant.core.oracle import Environment
 from fxquant.core.spec import Sites
 from fxquant.passes.sensitivity.columns import Replacement
@@ -50,7 +51,7 @@ class Leaves:
         self.answer: Tensor = answer
         self.environment: Environment = environment
         #: axis of each quantized value that counts images, None where they do not show
-        self.axes = {name: _axis_of_images(by_name[name]) for name in self.shifts}
+        self.axes = {name: images_axis(by_name[name]) for name in self.shifts}
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -118,7 +119,3 @@ def activation_noise(scorer: Scorer, environment: Environment, images: int) -> N
                     x = environment[scorer.replay.by_name[name].all_input_nodes[0]].detach()
                     found[row, k] = images * float((column.substitution[name](x) - x).double().square().mean())
     return found
-
-
-def _axis_of_images(node: torch.fx.Node) -> int | None:
-    return next((k for k, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)), None)

@@ -11,13 +11,12 @@ from functools import partial
 from math import prod, sqrt
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fxquant.core.losses import sample_cotangent, sample_label_cotangent
 from fxquant.core.sensitivity import SensitivityMatrix
 from fxquant.passes.sensitivity.backward import Tape
-from fxquant.passes.sensitivity.fisher import loss_gradient
+from fxquant.passes.sensitivity.cotangents import image_generators, loss_gradient
 from fxquant.passes.sensitivity.float_only import refuse_context
 from fxquant.passes.sensitivity.registry import ESTIMATORS
 from fxquant.passes.sensitivity.scorer import Cell, Part, Scorer, standard_error
@@ -49,11 +48,7 @@ def label_cotangents(scorer: Scorer, part: Part, answer: Tensor) -> Tensor:
         part: the batch.
         answer: the float network's, shape (images, ...).
     """
-    start = part.index * scorer.batch
-    generators = [
-        torch.Generator().manual_seed(scorer.seed * 1_000_003 + image)
-        for image in range(start, start + len(part.images))
-    ]
+    generators = image_generators(scorer, part, scorer.seed)
     if scorer.loss == "mse":
         return sample_cotangent("mse", answer, answer, generators)
     # The loss is a mean over positions, of which each has a label of its own.
@@ -62,7 +57,9 @@ def label_cotangents(scorer: Scorer, part: Part, answer: Tensor) -> Tensor:
 
 def _cell(scorer: Scorer, part: Part) -> Cell:
     tape = Tape(scorer, part)
-    true_labels = scorer.loss == "ce"
-    cotangent = loss_gradient(scorer, part, tape) if true_labels else label_cotangents(scorer, part, tape.reference)
+    if scorer.loss == "ce":
+        cotangent = loss_gradient(scorer, part, tape.answer, tape.reference)
+    else:
+        cotangent = label_cotangents(scorer, part, tape.reference)
     responses = tape.responses([tape.gradients(cotangent)])[0]
     return {"responses": responses.cpu().numpy(), "evaluations": scorer.take_spent(len(part.images))}

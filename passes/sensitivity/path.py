@@ -24,6 +24,7 @@ from fxquant.core.losses import LOSSES
 from fxquant.core.sensitivity import SensitivityMatrix
 from fxquant.passes.sensitivity.backward import Tape
 from fxquant.passes.sensitivity.columns import Column, Constant, Replacement
+from fxquant.passes.sensitivity.cotangents import loss_gradient
 from fxquant.passes.sensitivity.float_only import refuse_context
 from fxquant.passes.sensitivity.registry import ESTIMATORS
 from fxquant.passes.sensitivity.scorer import Cell, Part, Scorer
@@ -134,7 +135,7 @@ def _cell(scorer: Scorer, part: Part, plan: list[int]) -> Cell:
     for t in POINTS if whole else ():
         walker.standing = {**scorer.off, **{name: _partway(replacement, t) for name, replacement in whole.items()}}
         tape = Tape(walker, part)
-        slope = _slope(scorer, part, tape.answer, reference)
+        slope = loss_gradient(scorer, part, tape.answer, reference)
         # From a point on the way, 1 - t of the step is left to go.
         found = tape.responses([tape.gradients(slope)])[0] / (1.0 - t)
         steps += found.cpu().numpy() / len(POINTS)
@@ -157,12 +158,3 @@ def _partway(replacement: Replacement, t: float) -> Replacement:
         return start + t * (replacement(start) - start)
 
     return partway
-
-
-def _slope(scorer: Scorer, part: Part, answer: Tensor, reference: Tensor) -> Tensor:
-    """Return the gradient of each image's loss in the answer."""
-    point = answer.detach().requires_grad_()
-    with torch.enable_grad():
-        losses = LOSSES[scorer.loss](reference, point, part.images.labels)
-        (gradient,) = torch.autograd.grad(losses.sum(), point)
-    return gradient

@@ -13,7 +13,8 @@ from torch.fx import Graph, Node
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxquant.core.graphs import resolve
-from fxquant.core.ops import OPS, REFUSED, OpRule, ScaleRule, activation_inputs, rule_of, shape_of
+from fxquant.core.ops import OPS, REFUSED, OpRule, ScaleRule, activation_inputs, images_axis, rule_of, shape_of
+from fxquant.tracing import capture
 from tests.models import MODELS
 from tests.programs import folded
 
@@ -219,3 +220,20 @@ def test_shapes_count_the_batch_as_traced() -> None:
     assert shape_of(conv) == (2, 8, 8, 8)
     assert shape_of(None) == ()
     assert MODELS["residual"].inputs(2)[0].shape == (2, 3, 8, 8)
+
+
+def test_the_axis_of_images_is_where_the_batch_went() -> None:
+    nodes = {node.name: node for node in folded("residual").module.graph.nodes if "val" in node.meta}
+    assert images_axis(nodes["x"]) == 0
+    weights = [node for node in nodes.values() if node.op == "get_attr"]
+    assert weights
+    assert all(images_axis(node) is None for node in weights)
+
+
+def test_images_that_moved_to_another_axis_are_found() -> None:
+    class Moved(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.transpose(0, 1).relu()
+
+    graph = capture(Moved(), (torch.zeros(2, 3),)).module.graph
+    assert [images_axis(node) for node in graph.nodes if node.op != "output"] == [0, 1, 1]

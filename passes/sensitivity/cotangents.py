@@ -1,0 +1,51 @@
+"""What a backward pass starts from: the loss's own gradient, and random draws that do not depend on the batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxquant.core.losses import LOSSES
+from fxquant.passes.sensitivity.scorer import Part, Scorer
+
+_APART = 1_000_003
+"""Seeds of two streams lie at least this far apart, more than there are images."""
+
+
+def loss_gradient(scorer: Scorer, part: Part, answer: Tensor, reference: Tensor) -> Tensor:
+    """Return the gradient of each image's loss in the answer; 0 where the answer is the reference.
+
+    Args:
+        scorer: says which loss.
+        part: the batch, for its labels.
+        answer: where to differentiate, shape (images, ...); its own history stays out of it.
+        reference: answer of the float network, the same shape.
+    """
+    point = answer.detach().requires_grad_()
+    with torch.enable_grad():
+        losses = LOSSES[scorer.loss](reference, point, part.images.labels)
+        (gradient,) = torch.autograd.grad(losses.sum(), point)
+    return gradient
+
+
+def stream_of(scorer: Scorer, sample: int) -> int:
+    """Return the stream of the n-th draw of a scorer."""
+    return scorer.seed * 8191 + sample
+
+
+def generator(stream: int, number: int) -> torch.Generator:
+    """Return generator `number` of a stream."""
+    return torch.Generator().manual_seed(stream * _APART + number)
+
+
+def image_generators(scorer: Scorer, part: Part, stream: int, first: int = 0) -> list[torch.Generator]:
+    """Return one generator for each image of a batch, the same whatever the size of batches.
+
+    Args:
+        scorer: says how the images are split.
+        part: the batch.
+        stream: which draw.
+        first: number of the first image's generator; those before it are left to the caller.
+    """
+    start = part.index * scorer.batch + first
+    return [generator(stream, number) for number in range(start, start + len(part.images))]
