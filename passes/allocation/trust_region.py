@@ -73,7 +73,10 @@ def trust_region(
             if accepted:
                 best, losses, radius = proposed, found, 2 * radius
                 break
-            radius = max(1, radius // 2)
+            if radius == 1:
+                # The next radius is the same again, and so would be the proposal.
+                break
+            radius //= 2
         # The same plan would be scored again, with the same answer.
         if not accepted:
             break

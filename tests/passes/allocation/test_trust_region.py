@@ -71,6 +71,18 @@ def test_shrinks_where_the_model_lies_and_stops_when_nothing_helps() -> None:
     assert not any(s.accepted for s in steps)
 
 
+def test_the_smallest_radius_is_tried_once() -> None:
+    tried: list[int] = []
+
+    def solve(model: Plan, plan: Plan, radius: int) -> Plan:
+        assert model == plan
+        tried.append(radius)
+        return (1,) * radius + (0,) * (2 - radius)
+
+    best, steps = trust_region(zeros(2), lambda p: p, solve, lambda p: measured(zeros(2), p), better, 3, radius=2)
+    assert (best, tried, len(steps)) == (zeros(2), [2, 1], 2)
+
+
 def test_a_plan_that_stays_ends_the_search() -> None:
     for answer in ((0,), None):
 
