@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ from pathlib import Path
 from torch.fx import GraphModule
 
 from fxquant.backends.base import backend
-from fxquant.core.allocation import BitAllocation
+from fxquant.core.allocation import BitAllocation, Finalists
 from fxquant.core.budget import Budget
 from fxquant.core.cost import CostTables
 from fxquant.core.data import CalibrationSet
@@ -124,7 +125,8 @@ def rescore_around(
         program: with a verified plan.
         budget: the limits.
         scoring: images to score with.
-        held_out: images that decide; a plan is taken only if its loss there falls by more than the noise.
+        held_out: images that decide; a plan is taken only if its loss there, the cost of its requantization included,
+            falls by more than the noise.
         reporter: shows progress.
         folder: where finished scores are kept; None keeps none.
     """
@@ -146,12 +148,13 @@ def rescore_around(
         start,
         partial(_scored_around, program, scoring, reporter, folder),
         solve,
-        meter.losses,
+        lambda plan: meter.losses(plan) + plan.border_cost,
         is_better,
         rounds=settings.rounds,
         radius=max(2, round(RADIUS_SHARE * len(start.choices))),
     )
-    tried = {f"round {s.round}, {s.radius} sites": float(s.losses.mean()) for s in steps}
+    # What is told of a plan is its loss alone, as of every other finalist.
+    tried = {f"round {s.round}, {s.radius} sites": float(meter.losses(s.plan).mean()) for s in steps}
     if best is not start:
         named = f"{best.estimator} around the plan"
         best = replace(best, measured_loss=float(meter.losses(best).mean()), estimator=named)
@@ -182,29 +185,66 @@ def _keep_measured_latency(
 ) -> Program:
     """Measure the plan whole, and solve again with a tighter limit while it takes longer than it may.
 
-    The table adds up layers and knows nothing of the borders between float and integers; the clock does.
+    The table adds up layers and knows nothing of the borders between float and integers; the clock does. Where no plan
+    keeps the tightened limit in the table, those that were compared on the way are clocked, the least loss first.
 
     Raises:
         InfeasibleBudgetError: no plan was found that keeps the limit on the clock.
     """
     limits = {name: limit for name, limit in budget.limits.items() if name.startswith("latency")}
+    clocked: list[Program] = []
+
+    def clock(candidate: Program) -> float:
+        """Return how many times the limit a plan takes, and keep it with what it really used."""
+        plan = candidate[BitAllocation]
+        measured = measured_latency(program, plan, images)
+        used = {**plan.used, **{name: measured[name] for name in limits}}
+        clocked.append(candidate.with_facts(replace(plan, used=used, limits=budget.limits)))
+        return excess_of(clocked[-1])
+
+    def excess_of(candidate: Program) -> float:
+        return max(candidate[BitAllocation].used[name] / limit for name, limit in limits.items())
+
+    known: list[Program] = []
     tightened = budget
-    for _ in range(LATENCY_ROUNDS):
-        measured = measured_latency(program, solved[BitAllocation], images)
-        excess = max(measured[name] / limit for name, limit in limits.items())
-        if excess <= LATENCY_TOLERANCE:
-            plan = solved[BitAllocation]
-            used = {name: measured.get(name, value) for name, value in plan.used.items()}
-            return solved.with_facts(replace(plan, used=used, limits=budget.limits))
-        tightened = replace(tightened, **{name: getattr(tightened, name) / excess for name in limits})
-        try:
-            solved = _solve(program, tightened, images, reporter)
-        except InfeasibleBudgetError:
-            break
-    taken = ", ".join(f"{name}={measured[name]:.4g}" for name in limits)
+    for attempt in range(LATENCY_ROUNDS):
+        if attempt:
+            tightened = replace(
+                tightened, **{name: getattr(tightened, name) / excess_of(clocked[-1]) for name in limits}
+            )
+            try:
+                solved = _solve(program, tightened, images, reporter)
+            except InfeasibleBudgetError:
+                break
+        known += _compared(solved)
+        if clock(solved) <= LATENCY_TOLERANCE:
+            return clocked[-1]
+    for candidate in sorted(known, key=_total_loss):
+        new = all(candidate[BitAllocation].choices != done[BitAllocation].choices for done in clocked)
+        if new and clock(candidate) <= LATENCY_TOLERANCE:
+            return clocked[-1]
+    fastest = min(clocked, key=excess_of)[BitAllocation]
+    taken = ", ".join(f"{name}={fastest.used[name]:.4g}" for name in limits)
     raise InfeasibleBudgetError(
-        f"no plan was found that keeps {budget} when measured; the last one took {taken}; raise the limit"
+        f"no plan was found that keeps {budget} when measured; the fastest of {len(clocked)} took {taken}; "
+        "raise the limit"
     )
+
+
+def _compared(solved: Program) -> list[Program]:
+    """Return the program with each of its finalists in the plan's place, those without a loss left out."""
+    losses = solved[BitAllocation].finalists
+    return [
+        solved.with_facts(replace(plan, measured_loss=losses[name], finalists=losses))
+        for name, plan in solved[Finalists].plans.items()
+        if name in losses and not math.isnan(losses[name])
+    ]
+
+
+def _total_loss(solved: Program) -> float:
+    plan = solved[BitAllocation]
+    assert plan.measured_loss is not None
+    return plan.measured_loss + plan.border_cost
 
 
 def simulator(program: Program) -> Callable[[BitAllocation], GraphModule]:

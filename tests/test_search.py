@@ -15,6 +15,7 @@ from fxquant.core.errors import CalibrationError, InfeasibleBudgetError, OptionE
 from fxquant.core.program import Program
 from fxquant.core.settings import Settings
 from fxquant.core.spec import FLOAT, Choice, Sites
+from fxquant.passes.allocation.trust_region import Step
 from fxquant.passes.verify_and_refine import VerifyAndRefine
 from tests.models import MODELS
 from tests.scoring import inputs, scored
@@ -44,8 +45,39 @@ def test_a_plan_slower_than_predicted_is_tightened_until_the_clock_agrees(monkey
 
 def test_a_latency_that_no_plan_keeps_on_the_clock_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "measured_latency", lambda *_: {"latency_ms": 30.0, "latency_ratio": 2.0})
-    with pytest.raises(InfeasibleBudgetError, match=r"latency_ms=10 when measured; the last one took latency_ms=30"):
+    with pytest.raises(
+        InfeasibleBudgetError, match=r"latency_ms=10 when measured; the fastest of \d+ took latency_ms=30"
+    ):
         search.allocate(with_latency(1e-3), Budget(latency_ms=10), IMAGES)
+
+
+@pytest.mark.parametrize("tightens", [True, False])
+def test_a_finalist_that_keeps_the_clock_is_taken_before_refusing(
+    monkeypatch: pytest.MonkeyPatch, tightens: bool
+) -> None:
+    """Whether the tightened limit is out of reach at once, or four rounds of it do not help."""
+    program = with_latency(1e-3 if tightens else 1.0)
+    limit = 10.0 if tightens else 4.0 * len(program[Sites].sites)
+    fast = {site.name: Choice(4, 8) for site in program[Sites].sites}
+    asked: list[BitAllocation] = []
+
+    def measured(program: Program, plan: BitAllocation, images: CalibrationSet) -> dict[str, float]:
+        del program, images
+        asked.append(plan)
+        return {"latency_ms": limit * (0.9 if plan.choices == fast else 1e6), "latency_ratio": 0.5}
+
+    monkeypatch.setattr(search, "measured_latency", measured)
+    done = search.allocate(program, Budget(latency_ms=limit, average_bits=5), IMAGES)[BitAllocation]
+    assert done.choices == fast
+    assert done.used["latency_ms"] == limit * 0.9
+    assert done.limits == {"latency_ms": limit, "average_bits": 5}
+    assert done.measured_loss == done.finalists[done.estimator]
+    # No plan is clocked twice once the finalists are gone through, the least loss first.
+    fallbacks = [plan for plan in asked if plan.choices != asked[0].choices]
+    keys = [str(plan.choices) for plan in fallbacks]
+    assert len(set(keys)) == len(keys)
+    losses = [plan.measured_loss or 0.0 for plan in fallbacks]
+    assert losses == sorted(losses)
 
 
 def test_a_plan_that_quantizes_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +152,27 @@ def test_a_better_plan_near_the_one_in_hand_is_found() -> None:
     assert done.finalists
     assert done.choices != bad
     assert done.measured_loss is not None
+
+
+def test_what_requantization_costs_counts_around_the_plan_and_is_not_told_as_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program, images = around(1), CalibrationSet(inputs("residual", 9))
+    start = BitAllocation({site.name: Choice(4, 8) for site in program[Sites].sites})
+    trial = BitAllocation({site.name: Choice(8, 8) for site in program[Sites].sites}, border_cost=2.0)
+    seen: list[float] = []
+
+    def region(plan: BitAllocation, score: Any, solve: Any, measure: Any, *others: Any, **options: Any) -> Any:
+        del score, solve, others, options
+        for each in (plan, trial, replace(trial, border_cost=0.0)):
+            seen.append(float(measure(each).mean()))
+        return trial, [Step(1, 3, trial, measure(trial), True)]
+
+    monkeypatch.setattr(search, "trust_region", region)
+    done = search.rescore_around(program.with_facts(start), Budget(average_bits=8), images, images)[BitAllocation]
+    assert seen[1] == pytest.approx(seen[2] + 2.0)
+    assert seen[2] < seen[0] < 2.0
+    assert done.measured_loss == done.finalists["round 1, 3 sites"] == seen[2]
 
 
 def test_without_scoring_images_nothing_is_scored_again() -> None:
