@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +13,11 @@ from fxquant.core.edges import EdgeGroups
 from fxquant.core.errors import OptionError
 from fxquant.core.fake_quant import FakeQuantize
 from fxquant.core.graphs import constant, erase_dead, insert_after, resolve, set_parameter, tensor_at
-from fxquant.core.grids import FakeQuantNodes, WeightGrids
+from fxquant.core.grids import FakeQuantNodes, WeightGrid, WeightGrids
 from fxquant.core.ops import rule_of
 from fxquant.core.program import Program
 from fxquant.core.ranges import Ranges
+from fxquant.core.rounding import Rounding
 from fxquant.core.spec import Choice, Site, Sites, activation_spec
 from fxquant.passes.base import Pass
 
@@ -46,11 +48,12 @@ class InsertFakeQuant(Pass):
     """Put `FakeQuantize` nodes on every quantized edge and every site's weight, at the plan's precision.
 
     Nodes are called `quantize_<producer>` and `quantize_<weight path>`. Sites that the plan leaves in float must have
-    been left out when the edges were found.
+    been left out when the edges were found. A `Rounding` made for this plan takes the place of nearest rounding.
 
     Args:
         fixed_bits: activation bits of groups that no site reads, for example the inputs of a residual add.
-        round_biases: round biases as the kernels do; False leaves the network with its quantizers off exactly float.
+        round_biases: put rounded weights and biases in, as the kernels have them; False leaves the network with its
+            quantizers off exactly float.
 
     Raises:
         OptionError: the plan lacks a site, or names a width without a grid.
@@ -68,17 +71,21 @@ class InsertFakeQuant(Pass):
         if missing:
             raise OptionError(f"the plan gives no integer precision to {', '.join(missing)}; name every site")
         bits = group_bits(groups, sites, choices, self.fixed_bits)
-        activations = {group: self._on_group(program, group, bits[group]) for group in groups.producers}
-        weights = {site.name: _on_weight(program, site, choices[site.name]) for site in sites.sites}
+        rounding = Rounding.of(program, choices)
         for site in sites.sites if self.round_biases else ():
-            _round_bias(program, site, choices[site.name])
+            _set_values(program, site, choices[site.name], rounding)
+        activations = {group: self._on_group(program, group, bits[group], rounding) for group in groups.producers}
+        weights = {site.name: _on_weight(program, site, choices[site.name], rounding) for site in sites.sites}
+        for site in sites.sites if self.round_biases else ():
+            _round_bias(program, site, choices[site.name], rounding)
         nodes = FakeQuantNodes(weights, activations, {site.name: _read_by(program, site) for site in sites.sites})
         count = sum(len(names) for names in (*activations.values(), *weights.values()))
         return program.with_facts(nodes), count
 
-    def _on_group(self, program: Program, group: str, bits: int) -> tuple[str, ...]:
+    def _on_group(self, program: Program, group: str, bits: int, rounding: Rounding) -> tuple[str, ...]:
         spec, groups, graph = activation_spec(bits), program[EdgeGroups], program.module.graph
-        scale, zero_point = program[Ranges].parameters(groups.producers[group], spec)
+        known = rounding.activations.get(group)
+        scale, zero_point = known or program[Ranges].parameters(groups.producers[group], spec)
         names = []
         for producer in groups.producers[group]:
             users = [resolve(graph, e.consumer) for e in groups.edges[group] if e.producer == producer]
@@ -88,18 +95,58 @@ class InsertFakeQuant(Pass):
         return tuple(names)
 
 
-def _on_weight(program: Program, site: Site, choice: Choice) -> tuple[str, ...]:
-    grid = program[WeightGrids].at(site.name, choice.weight_bits)
+def grid_of(program: Program, site: Site, choice: Choice, rounding: Rounding) -> WeightGrid:
+    """Return the grid of a site's weight: the rounding's own, or the plan's."""
+    known = rounding.grids.get(site.name)
+    return known if known is not None else program[WeightGrids].at(site.name, choice.weight_bits)
+
+
+def _set_values(program: Program, site: Site, choice: Choice, rounding: Rounding) -> None:
+    """Put the rounding's weight and biases in the place of the model's."""
+    module, graph = program.module, program.module.graph
+    weight = rounding.weights.get(site.name, grid_of(program, site, choice, rounding).rounded)
+    for node in (resolve(graph, name) for name in site.nodes):
+        rule = rule_of(node)
+        assert rule is not None
+        for position, value in ((rule.weight, weight), (rule.bias, rounding.biases.get(node.name))):
+            if position is None or value is None:
+                continue
+            old = node.args[position] if len(node.args) > position else None
+            path = str(old.target) if isinstance(old, Node) else f"{site.weight}_bias_{node.name}"
+            trainable = not isinstance(old, Node) or tensor_at(module, path).requires_grad
+            # What others read as well keeps its values for them.
+            if isinstance(old, Node) and not _read_only_by(
+                program, path, site.nodes if position == rule.weight else [node.name]
+            ):
+                path = f"{path}_{node.name}"
+            set_parameter(module, node, position, path, value.clone(), trainable)
+    erase_dead(module)
+
+
+def _read_only_by(program: Program, path: str, names: Iterable[str]) -> bool:
+    holders = [node for node in program.module.graph.nodes if node.op == "get_attr" and node.target == path]
+    return {user.name for holder in holders for user in holder.users} <= set(names)
+
+
+def _on_weight(program: Program, site: Site, choice: Choice, rounding: Rounding) -> tuple[str, ...]:
+    grid = grid_of(program, site, choice, rounding)
     inserted = FakeQuantize(grid.spec, grid.scale, grid.zero_point)
     graph, names = program.module.graph, []
     name = f"quantize_{site.weight.replace('.', '_')}"
-    for node in [n for n in graph.nodes if n.op == "get_attr" and n.target == site.weight]:
-        readers: list[Node] = [user for user in node.users if user.name in site.nodes]
-        names.append(insert_after(program.module, node, name, inserted, readers).name)
+    holders: dict[Node, list[Node]] = {}
+    for reader in (resolve(graph, name) for name in site.nodes):
+        rule = rule_of(reader)
+        assert rule is not None
+        assert rule.weight is not None
+        weight = reader.args[rule.weight]
+        assert isinstance(weight, Node)
+        holders.setdefault(weight, []).append(reader)
+    for holder, readers in holders.items():
+        names.append(insert_after(program.module, holder, name, inserted, readers).name)
     return tuple(names)
 
 
-def _round_bias(program: Program, site: Site, choice: Choice) -> None:
+def _round_bias(program: Program, site: Site, choice: Choice, rounding: Rounding) -> None:
     """Round the biases of a site's ops to `scale_x scale_w`, the step of the int32 accumulator they are added to.
 
     The error is far below a step of the output, but in a deep network it moves values across rounding edges, and the
@@ -115,12 +162,12 @@ def _round_bias(program: Program, site: Site, choice: Choice) -> None:
         value = constant(module, bias)
         if value is None or not isinstance(bias, Node) or not isinstance(quantizer, FakeQuantize):
             continue
-        step = quantizer.scale * program[WeightGrids].at(site.name, choice.weight_bits).scale
+        step = quantizer.scale * grid_of(program, site, choice, rounding).scale
         integers = torch.round(value / step)
         rounded = torch.where(integers.abs() < BIAS_LIMIT, integers * step, value)
         path = str(bias.target)
         # A bias that other nodes read as well keeps its values for them.
-        if sum(len(n.users) for n in graph.nodes if n.op == "get_attr" and n.target == path) > 1:
+        if not _read_only_by(program, path, (node.name,)):
             path = f"{path}_{node.name}"
         trainable = tensor_at(module, str(bias.target)).requires_grad
         set_parameter(module, node, rule.bias, path, rounded.to(value.dtype), trainable)

@@ -50,3 +50,28 @@ class FakeQuantize(nn.Module):
     def extra_repr(self) -> str:
         """Return the grid in one line."""
         return f"bits={self.spec.bits}, signed={self.spec.signed}, channel_axis={self.spec.channel_axis}"
+
+
+def round_learned(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Return x on the grid, differentiable in x and in scale (learned step size, arXiv 1902.08153, eq. 3).
+
+    `d/dx = 1` inside the grid and 0 outside; `d/dscale = (q - zero_point) - x / scale` inside and `q - zero_point`
+    outside, times `1 / sqrt(elements per scale x qmax)`, which keeps steps and weights learning at one pace.
+
+    Args:
+        x: float32.
+        scale: float32, shape `()` or `(channels,)`, above 0.
+        zero_point: int32 of the shape of scale.
+        spec: the grid.
+    """
+    pace = (x.numel() / max(1, scale.numel()) * max(1, spec.qmax)) ** -0.5
+    point = zero_point.to(scale.dtype)
+    if spec.channel_axis is None:
+        per_tensor: Tensor = torch._fake_quantize_learnable_per_tensor_affine(
+            x, scale.reshape(1), point.reshape(1), spec.qmin, spec.qmax, pace
+        )
+        return per_tensor
+    per_channel: Tensor = torch._fake_quantize_learnable_per_channel_affine(
+        x, scale, point, spec.channel_axis, spec.qmin, spec.qmax, pace
+    )
+    return per_channel

@@ -17,12 +17,14 @@ class WeightGrid:
     Args:
         spec: the grid.
         scale: float32, shape `(channels,)`.
-        zero_point: int32 zeros, shape `(channels,)`.
+        zero_point: int32, shape `(channels,)`; zeros on a symmetric grid.
+        rounded: the weight rounded to the grid better than to its nearest values; None where nearest is meant.
     """
 
     spec: QuantSpec
     scale: Tensor
     zero_point: Tensor
+    rounded: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class Quantizers:
         """Return the substitution that rounds a site's weight."""
         if (site, bits) not in self._weights:
             grid, path = self._program[WeightGrids].at(site, bits), self._program[Sites].by_name(site).weight
-            value = tensor_at(self._program.module, path).detach()
+            value = tensor_at(self._program.module, path).detach() if grid.rounded is None else grid.rounded
             with torch.no_grad():
                 rounded = FakeQuantize(grid.spec, grid.scale, grid.zero_point)(value)
             self._weights[site, bits] = Constant(rounded)

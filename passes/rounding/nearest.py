@@ -1,0 +1,13 @@
+"""Nearest rounding: every weight to the closest value of its grid, the rung all others are compared with."""
+
+from __future__ import annotations
+
+from fxquant.core.program import Program
+from fxquant.core.rounding import Rounding
+from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
+
+
+@ROUNDERS.register("nearest")
+def nearest(task: RoundingTask) -> Program:
+    """Forget what earlier algorithms chose: `q = clamp(round(w / scale), qmin, qmax)`."""
+    return task.program.with_facts(Rounding(task.choices, "nearest"))

@@ -1,0 +1,89 @@
+"""The table of rounding algorithms, and what each of them is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from torch import Tensor
+
+from fxquant.core.allocation import BitAllocation
+from fxquant.core.data import CalibrationSet
+from fxquant.core.oracle import model_outputs
+from fxquant.core.program import Program
+from fxquant.core.progress import SILENT, Reporter
+from fxquant.core.registry import Registry
+from fxquant.core.rounding import Rounding
+from fxquant.core.score_store import ScoreStore
+from fxquant.core.spec import Choice, Site, Sites
+
+Simulate = Callable[[Program, BitAllocation, bool], Program]
+"""(calibrated program, plan, whether rounded weights and biases are put in) -> the plan's simulated program."""
+
+
+@dataclass(frozen=True)
+class RoundingTask:
+    """One plan of one network, to be rounded better.
+
+    Args:
+        program: calibrated float program with the plan (`BitAllocation`), and the `Rounding` of an earlier algorithm.
+        images: calibration images to tune on.
+        held_out: images that decide whether what was tuned stays; None keeps everything.
+        simulate: makes the simulated program of a plan.
+        loss: name of the loss.
+        seed: seed of every random choice.
+        store: finished units; a killed run goes on from there.
+        reporter: shows progress.
+    """
+
+    program: Program
+    images: CalibrationSet = field(repr=False)
+    held_out: CalibrationSet | None = field(repr=False)
+    simulate: Simulate = field(repr=False)
+    loss: str = "kl"
+    seed: int = 0
+    store: ScoreStore = field(default_factory=lambda: ScoreStore(None, {}), repr=False)
+    reporter: Reporter = field(default=SILENT, repr=False)
+
+    @property
+    def choices(self) -> dict[str, Choice]:
+        """The plan's precision of every site."""
+        return self.program[BitAllocation].choices
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that the plan quantizes."""
+        return tuple(site for site in self.program[Sites].sites if not self.choices[site.name].is_float)
+
+    @property
+    def rounding(self) -> Rounding:
+        """What earlier algorithms chose for this plan; one that changes nothing where there was none."""
+        return Rounding.of(self.program, self.choices)
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """The float network's answers to the images, shape (images, ...)."""
+        return model_outputs(self.program.module, self.images.inputs, 32)
+
+    def simulated(self, rounding: Rounding | None = None) -> Program:
+        """Return the simulated program with a rounding in place, the task's own where none is given."""
+        chosen = self.rounding if rounding is None else rounding
+        return self.simulate(self.program.with_facts(chosen), self.program[BitAllocation], True)
+
+    def bare(self) -> Program:
+        """Return the simulated program without rounding: with its quantizers off it is exactly the float network."""
+        return self.simulate(self.program, self.program[BitAllocation], False)
+
+    def done(self, rounding: Rounding, method: str, program: Program | None = None) -> Program:
+        """Return the program with this rounding, its name added to those before it."""
+        names = [name for name in (self.rounding.method, method) if name != "nearest"]
+        named = replace(rounding, method="+".join(names) or "nearest")
+        return (self.program if program is None else program).with_facts(named)
+
+
+Rounder = Callable[[RoundingTask], Program]
+"""Returns the task's program with a new `Rounding`."""
+
+ROUNDERS: Registry[Rounder] = Registry("rounding")
+"""Name -> algorithm with its published settings."""
