@@ -12,6 +12,7 @@ from fxquant.api import (
     pareto,
     prepare,
     quantize,
+    reconstruct,
     resolve,
 )
 from fxquant.core.allocation import BitAllocation
@@ -41,5 +42,6 @@ __all__ = [
     "pareto",
     "prepare",
     "quantize",
+    "reconstruct",
     "resolve",
 ]

@@ -26,6 +26,7 @@ from fxquant.core.spec import Choice
 from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.sensitivity import ESTIMATORS, FLOAT_ONLY
 from fxquant.result import Result
+from fxquant.rounding import algorithms, round_plan, round_with_feedback
 from fxquant.tracing import capture as capture_program
 from fxquant.tracing import input_names
 
@@ -55,6 +56,8 @@ def quantize(
     requantization_cost: float = 0.0,
     refine_moves: int | None = None,
     rounds: int | None = None,
+    rounding: str = "nearest",
+    rounding_options: Mapping[str, object] | None = None,
     threads: int | None = None,
     distributed: bool = False,
 ) -> Result:
@@ -87,6 +90,9 @@ def quantize(
             their activations at unlike widths, or one of them in float.
         refine_moves: plans measured at most to improve the best one by swaps, overriding the effort's; 0 is none.
         rounds: times the plan is scored again around itself and solved near it, overriding the effort's; 0 is none.
+        rounding: how the plan's weights are rounded: "nearest", "gptq", "pdquant" or another algorithm, or several
+            joined by "+"; kept only where the held-out loss falls. `reconstruct` does it later.
+        rounding_options: settings of the reconstruction engine -> value, for example `{"iterations": 300}`.
         threads: threads of the target's runtime.
         distributed: share the scoring among the processes that `torchrun` started, each of which makes this call; all
             of them get the same scores, one of them writes the result.
@@ -120,6 +126,7 @@ def quantize(
         requantization_cost=requantization_cost,
         refine_moves=preset.refine_moves if refine_moves is None else refine_moves,
         rounds=preset.rounds if rounds is None else rounds,
+        rounding=rounding,
         seed=seed,
         threads=threads,
     )
@@ -139,7 +146,11 @@ def quantize(
     program = pipeline.measure_sensitivity(program, scoring, folder, reporter, shards)
     if budget is None:
         return Result(pipeline.impose(program, pipeline.widest_plan(program)), held_out)
-    return Result(search.allocate(program, budget, held_out, reporter, scoring, folder), held_out)
+    program = search.allocate(program, budget, held_out, reporter, scoring, folder)
+    if rounding != "nearest":
+        place = None if workdir is None else Path(workdir) / "rounding"
+        program = round_plan(program, rounding, scoring, held_out, place, reporter, rounding_options)
+    return Result(program, held_out)
 
 
 def _choice(label: Choice | str) -> Choice:
@@ -155,6 +166,7 @@ def _check_names(settings: Settings) -> None:
     """Fail on a misspelt name before any work is done."""
     _ = backend(settings.target)
     _ = SOLVERS[settings.solver]
+    _ = algorithms(settings.rounding)
     for name in settings.estimators:
         _ = ESTIMATORS[name]
 
@@ -280,6 +292,42 @@ def export_onnx(program: Program, path: str | Path) -> Path:
     return Path(path)
 
 
+def reconstruct(
+    result: Result | str | Path,
+    calibration: object,
+    rounding: str = "pdquant",
+    *,
+    options: Mapping[str, object] | None = None,
+    feedback: int = 0,
+    workdir: str | Path | None = None,
+    progress: bool = True,
+) -> Result:
+    """Round a result's plan better: scales and rounding tuned against unit outputs and the prediction difference.
+
+    Args:
+        result: a result, or the folder it was saved in.
+        calibration: the images that were given to `quantize`; the same quarter of them is held out and decides.
+        rounding: an algorithm, or several joined by "+", for example "equalize+pdquant".
+        options: settings of the reconstruction engine -> value, for example `{"iterations": 300}`.
+        feedback: times the plan is solved anew with what each unit really cost once rounded, and rounded again; the
+            plan with the lowest held-out loss stays.
+        workdir: folder that keeps finished units; the same call goes on where a killed one stopped.
+        progress: show bars on a terminal.
+
+    Raises:
+        OptionError: an unknown algorithm or setting.
+        CalibrationError: fewer images than a batch, or an algorithm needs what the network does not have.
+    """
+    known = result if isinstance(result, Result) else Result.load(result)
+    images, reporter = collect(calibration, _placeholders(known.program)), Reporter(progress)
+    if len(images) < 2:
+        raise CalibrationError("calibration holds one image; give at least two, so that one can be held out")
+    scoring, held_out = images.split(known.program[Settings].held_out, known.program[Settings].seed)
+    folder = None if workdir is None else Path(workdir) / "rounding"
+    program = round_with_feedback(known.program, rounding, scoring, held_out, feedback, folder, reporter, options)
+    return replace(known, program=program, held_out=held_out)
+
+
 def resolve(
     result: Result | str | Path, budget: Budget, calibration: object | None = None, progress: bool = True
 ) -> Result:
@@ -335,5 +383,6 @@ __all__ = [
     "pareto",
     "prepare",
     "quantize",
+    "reconstruct",
     "resolve",
 ]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
+from fxquant.core.batchnorm import NormStatistics, Statistics
 from fxquant.core.graphs import constant, erase_dead, set_parameter, tensor_at
 from fxquant.core.ops import rule_of, shape_of
 from fxquant.core.program import Program
@@ -22,27 +23,32 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class FoldBatchnorm(Pass):
-    """Fold every batch normalisation whose only input is a weighted op with constant weights used once."""
+    """Fold every batch normalisation whose only input is a weighted op with constant weights used once.
+
+    What each of them knew of its input is written as `NormStatistics`.
+    """
+
+    writes = (NormStatistics,)
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with foldable batch normalisation gone."""
         module = program.module
-        rewrites = 0
+        folded: dict[str, Statistics] = {}
         for node in list(module.graph.nodes):
             if node.target is aten._native_batch_norm_legit_no_training.default:
-                rewrites += _fold(module, node)
+                folded |= _fold(module, node)
         erase_dead(module)
-        return program, rewrites
+        return program.with_facts(NormStatistics(folded)), len(folded)
 
 
-def _fold(module: GraphModule, norm: Node) -> int:
+def _fold(module: GraphModule, norm: Node) -> dict[str, Statistics]:
     producer, *statistics = norm.args[:5]
     outputs = [user for user in norm.users if user.target is operator.getitem and user.args[1] == 0]
     if not isinstance(producer, Node) or len(norm.users) != 1 or len(outputs) != 1 or len(producer.users) != 1:
-        return 0
+        return {}
     rule = rule_of(producer)
     if rule is None or rule.weight is None or rule.bias is None:
-        return 0
+        return {}
     weight, bias = (producer.args[p] if len(producer.args) > p else None for p in (rule.weight, rule.bias))
     w, b = constant(module, weight), constant(module, bias)
     gamma, beta, mean, variance = (constant(module, s) for s in statistics)
@@ -53,13 +59,13 @@ def _fold(module: GraphModule, norm: Node) -> int:
         or variance is None
         or (bias is not None and b is None)
     ):
-        return 0
+        return {}
     # Batch norm scales axis 1; a linear layer over tokens counts its outputs on the last axis instead.
     if w.dim() != len(shape_of(producer)):
-        return 0
+        return {}
     # A weight that two layers share may be folded into neither: each would need its own.
     if sum(len(n.users) for n in module.graph.nodes if n.op == "get_attr" and n.target == weight.target) != 1:
-        return 0
+        return {}
     epsilon = norm.args[6]
     assert isinstance(epsilon, float)
     factor = torch.rsqrt(variance.double() + epsilon) * (1.0 if gamma is None else gamma.double())
@@ -71,7 +77,8 @@ def _fold(module: GraphModule, norm: Node) -> int:
     set_parameter(module, producer, rule.weight, path, scaled.to(w.dtype), trainable)
     set_parameter(module, producer, rule.bias, _bias_path(module, producer, path), shift.to(w.dtype), trainable)
     outputs[0].replace_all_uses_with(producer)
-    return 1
+    beta_or_zero = torch.zeros_like(mean) if beta is None else beta
+    return {producer.name: Statistics(factor.float(), beta_or_zero.float(), mean.float(), variance.float())}
 
 
 def _bias_path(module: GraphModule, producer: Node, weight: str) -> str:

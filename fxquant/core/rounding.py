@@ -35,6 +35,7 @@ class UnitRecord:
         kept: whether the result stayed.
         reason: why it did not, "" where it did.
         seconds: wall time.
+        sites: the sites whose weights it holds.
     """
 
     name: str
@@ -44,6 +45,7 @@ class UnitRecord:
     kept: bool
     reason: str = ""
     seconds: float = 0.0
+    sites: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Rounding:
         parameters: attribute path -> float parameter that took the place of the model's own, so that the float network
             computes the same with them (equalization).
         units: what became of each unit.
+        notes: what else a person should know, for example which step was left out and why.
 
     Raises:
         OptionError: no plan, or a tensor that is not finite.
@@ -73,6 +76,7 @@ class Rounding:
     activations: dict[str, Affine] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
     units: tuple[UnitRecord, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.choices:
@@ -103,6 +107,7 @@ class Rounding:
             "version": FORMAT_VERSION,
             "method": self.method,
             "choices": {site: choice.label for site, choice in self.choices.items()},
+            "notes": list(self.notes),
             "specs": {site: asdict(grid.spec) for site, grid in self.grids.items()},
             # JSON has no NaN; a unit that was not measured simply has no loss.
             "units": [{k: _plain(v) for k, v in asdict(unit).items()} for unit in self.units],
@@ -147,6 +152,7 @@ class Rounding:
                 {name: (step, points[name]) for name, step in steps.items()},
                 members.get("parameters", {}),
                 tuple(_record(unit) for unit in header["units"]),
+                tuple(str(note) for note in header["notes"]),
             )
         except (KeyError, ValueError, TypeError, AttributeError, OptionError) as error:
             raise FileFormatError(f"{path} is not an intact rounding ({error}); quantize again") from error
@@ -154,7 +160,7 @@ class Rounding:
 
 def _record(document: dict[str, Any]) -> UnitRecord:
     read: dict[str, Any] = {name: float("nan") if value is None else value for name, value in document.items()}
-    return UnitRecord(**read)
+    return UnitRecord(**{**read, "sites": tuple(read["sites"])})
 
 
 def _plain(value: object) -> object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,16 @@ class SensitivityMatrix:
         """Return the modelled loss of a plan given as site name -> choice."""
         x = np.array([choices.get(c.site) == c.choice for c in self.candidates], dtype=np.float64)
         return self.constant + float(x @ self.values @ x)
+
+    def rescaled(self, ratios: Mapping[str, float]) -> SensitivityMatrix:
+        """Return `diag(sqrt r) values diag(sqrt r)`: each site's own loss times its ratio, pairs in between.
+
+        Args:
+            ratios: site name -> ratio >= 0; a site that is not named keeps its loss.
+        """
+        root = np.sqrt([ratios.get(candidate.site, 1.0) for candidate in self.candidates])
+        scaled = np.outer(root, root)
+        return replace(self, values=self.values * scaled, stderr=self.stderr * scaled)
 
     def save(self, path: Path) -> None:
         """Write the matrix as npz.

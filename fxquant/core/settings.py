@@ -65,6 +65,7 @@ class Settings:
         requantization_cost: added to a plan's modelled loss for two neighbouring layers with unlike activation widths.
         refine_moves: plans measured at most to improve the best finalist; 0 leaves it as it is.
         rounds: times the plan is scored again around itself at most, and the program solved near it; 0 does not.
+        rounding: algorithms that round the plan's weights, joined by "+".
         seed: seed of every random choice.
         threads: threads of the target's runtime, None for its default.
 
@@ -89,6 +90,7 @@ class Settings:
     requantization_cost: float = 0.0
     refine_moves: int = EFFORTS["default"].refine_moves
     rounds: int = EFFORTS["default"].rounds
+    rounding: str = "nearest"
     seed: int = 0
     threads: int | None = None
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-
-from torch import Tensor
 
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.data import CalibrationSet
-from fxquant.core.oracle import model_outputs
 from fxquant.core.program import Program
 from fxquant.core.progress import SILENT, Reporter
 from fxquant.core.registry import Registry
@@ -34,6 +30,8 @@ class RoundingTask:
         loss: name of the loss.
         seed: seed of every random choice.
         store: finished units; a killed run goes on from there.
+        corrections: corrected inputs, which depend on the float network and the images alone: one for all plans.
+        overrides: settings of the reconstruction engine -> value, in the place of each algorithm's own.
         reporter: shows progress.
     """
 
@@ -44,6 +42,8 @@ class RoundingTask:
     loss: str = "kl"
     seed: int = 0
     store: ScoreStore = field(default_factory=lambda: ScoreStore(None, {}), repr=False)
+    corrections: ScoreStore = field(default_factory=lambda: ScoreStore(None, {}), repr=False)
+    overrides: Mapping[str, object] = field(default_factory=dict)
     reporter: Reporter = field(default=SILENT, repr=False)
 
     @property
@@ -60,11 +60,6 @@ class RoundingTask:
     def rounding(self) -> Rounding:
         """What earlier algorithms chose for this plan; one that changes nothing where there was none."""
         return Rounding.of(self.program, self.choices)
-
-    @cached_property
-    def reference(self) -> Tensor:
-        """The float network's answers to the images, shape (images, ...)."""
-        return model_outputs(self.program.module, self.images.inputs, 32)
 
     def simulated(self, rounding: Rounding | None = None) -> Program:
         """Return the simulated program with a rounding in place, the task's own where none is given."""
