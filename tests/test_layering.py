@@ -19,7 +19,7 @@ SOURCES = sorted(
 NAMES = [str(path.relative_to(ROOT)) for path in SOURCES]
 
 FRONT = (
-    *("pipeline", "search", "result", "bench", "report", "api"),
+    *("pipeline", "search", "result", "transfer", "bench", "report", "api", "compiling"),
     *("fxquant", "inputs", "outputs", "arguments", "demo", "cli"),
 )
 """Rooms above the passes and backends, each may import those before it."""
