@@ -17,6 +17,9 @@ from fxquant.passes.rounding.gram import GramAccumulator, Moments, geometry_of, 
 from fxquant.passes.rounding.prefix import Prefix
 from fxquant.passes.rounding.registry import RoundingTask
 
+Regrid = Callable[[Tensor, WeightGrid, Tensor, "RowRounder"], WeightGrid]
+"""(weight, grid, H, how it will be rounded) -> the grid to round it on."""
+
 RowRounder = Callable[[Tensor, Tensor, Tensor, WeightGrid], Tensor]
 """(weight rows float64 (groups, rows, K), scale and zero point of each row (groups, rows, 1), grid) -> integers, same
 shape."""
@@ -46,7 +49,9 @@ def nearest_rows(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: WeightGr
     return (torch.round(rows / scale) + zero_point).clamp(grid.spec.qmin, grid.spec.qmax)
 
 
-def round_layerwise(task: RoundingTask, prepare: Prepare, title: str, crossed: bool = False) -> Rounding:
+def round_layerwise(
+    task: RoundingTask, prepare: Prepare, title: str, crossed: bool = False, regrid: Regrid | None = None
+) -> Rounding:
     """Return the task's rounding with every weight rounded on the network that is quantized in front of it.
 
     Ops that share a weight are all run up to, with the weights in between rounded as they are, before it is rounded.
@@ -56,21 +61,26 @@ def round_layerwise(task: RoundingTask, prepare: Prepare, title: str, crossed: b
         prepare: the algorithm.
         title: shown with the progress.
         crossed: whether the algorithm also wants the float network's inputs.
+        regrid: chooses a grid for each weight; None leaves it on its own.
     """
     earlier = replace(task.rounding, weights={})
     simulated = task.simulated(earlier)
     quantized = Prefix(simulated.module, task.images)
     floating = Prefix(task.program.module, task.images) if crossed else None
     weights: dict[str, Tensor] = {}
+    grids = dict(earlier.grids)
     for site in task.reporter.track(task.sites, title, len(task.sites)):
         quantized.to(site.nodes[0])
         moments = moments_of(site, simulated.module, quantized, floating)
         weight = tensor_at(task.program.module, site.weight)
-        rounder, groups = prepare(moments), moments.gram.shape[0]
-        weights[site.name] = on_grid(weight, grid_of(task, site), groups, rounder).to(weight.device)
+        rounder, grid = prepare(moments), grid_of(task, site)
+        if regrid is not None:
+            grids[site.name] = grid = regrid(weight, grid, moments.gram, rounder)
+        weights[site.name] = on_grid(weight, grid, len(moments.gram), rounder).to(weight.device)
+        # It takes the quantizer's place in the walk, whatever grid the quantizer has.
         for name in simulated[FakeQuantNodes].weights[site.name]:
             quantized.settle(name, weights[site.name])
-    return replace(earlier, weights=weights)
+    return replace(earlier, weights=weights, grids=grids)
 
 
 def moments_of(site: Site, module: GraphModule, quantized: Prefix, floating: Prefix | None = None) -> Moments:
