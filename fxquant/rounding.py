@@ -15,9 +15,9 @@ from fxquant.core.errors import OptionError
 from fxquant.core.oracle import model_outputs
 from fxquant.core.program import Program
 from fxquant.core.progress import SILENT, Reporter
-from fxquant.core.rounding import Rounding
+from fxquant.core.rounding import Rounding, UnitRecord
 from fxquant.core.score_store import ScoreStore
-from fxquant.core.sensitivity import Surrogates
+from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
 from fxquant.core.settings import Settings
 from fxquant.core.store import text_digest
 from fxquant.passes.rounding import ROUNDERS, RoundingTask
@@ -126,7 +126,10 @@ def round_with_feedback(
         plan = best[BitAllocation]
         if not plan.limits:
             raise OptionError("feedback solves the plan's limits anew, and this plan has none; resolve it for a budget")
-        again = search.allocate(realised(best), Budget(**plan.limits), held_out, reporter)
+        # From the network as it was calibrated: what a chain did to the best one's, it will do again.
+        told = realised(best)
+        program = program.with_facts(told[Surrogates], told[SensitivityMatrix])
+        again = search.allocate(program, Budget(**plan.limits), held_out, reporter)
         if again[BitAllocation].choices == plan.choices:
             break
         tried = round_plan(again, chain, images, held_out, folder, reporter, overrides)
@@ -180,22 +183,36 @@ def realised(program: Program, lowest: float = 0.1, highest: float = 10.0) -> Pr
     Raises:
         OptionError: no unit was measured.
     """
-    rounding, plan = program[Rounding], program[BitAllocation]
-    units = [unit for unit in rounding.units if unit.sites and not math.isnan(unit.after)]
+    plan = program[BitAllocation]
+    units = _last_pass(program[Rounding])
     if not units:
         raise OptionError("no unit of this rounding was measured on held-out images; reconstruct with such images")
     matrices = {}
     for name, matrix in program[Surrogates].matrices.items():
         ratios: dict[str, float] = {}
-        prefix: set[str] = set()
-        predicted = spent = 0.0
+        predicted, spent = matrix.predict({}), 0.0
         for unit in units:
-            prefix |= set(unit.sites)
-            now = matrix.predict({site: plan.choices[site] for site in prefix})
-            expected, real = now - predicted, unit.after - spent
+            # A shared weight is decided, and counted, in the first unit that holds it.
+            new = [site for site in unit.sites if site not in ratios]
+            now = matrix.predict({site: plan.choices[site] for site in (*ratios, *new)})
+            expected, real = now - predicted, _realised_loss(unit) - spent
             ratio = min(highest, max(lowest, real / expected)) if expected > 0 else 1.0
-            ratios |= dict.fromkeys(unit.sites, ratio)
-            predicted, spent = now, unit.after
+            ratios |= dict.fromkeys(new, ratio)
+            predicted, spent = now, _realised_loss(unit)
         matrices[name] = matrix.rescaled(ratios)
     preferred = next(iter(matrices.values()))
     return program.with_facts(Surrogates(matrices), preferred)
+
+
+def _realised_loss(unit: UnitRecord) -> float:
+    return unit.after if unit.kept else unit.before
+
+
+def _last_pass(rounding: Rounding) -> list[UnitRecord]:
+    """Return the measured units of the last algorithm that went through the network unit by unit."""
+    passes: dict[str, list[UnitRecord]] = {}
+    for unit in rounding.units:
+        if unit.sites and math.isfinite(_realised_loss(unit)):
+            passes.setdefault(unit.method, []).append(unit)
+    # One unit that is the whole network tells nothing of its parts.
+    return max(reversed(passes.values()), key=lambda units: len(units) > 1, default=[])

@@ -88,9 +88,14 @@ class Rounding:
 
     @staticmethod
     def of(program: Program, choices: dict[str, Choice]) -> Rounding:
-        """Return the program's rounding if it was made for these choices, else one that changes nothing."""
+        """Return the program's rounding if it was made for these choices, else one that changes nothing.
+
+        Parameters that took the place of the model's own are in the program's graph whatever the plan, and stay.
+        """
         known: Rounding | None = program.facts.get(Rounding)
-        return known if known is not None and known.holds_for(choices) else Rounding(choices, "nearest")
+        if known is None or known.holds_for(choices):
+            return known or Rounding(choices, "nearest")
+        return Rounding(choices, "nearest", parameters=known.parameters)
 
     def holds_for(self, choices: dict[str, Choice]) -> bool:
         """Whether this was made for these choices."""

@@ -9,17 +9,25 @@ minimised over the unit's input x by Adam. It depends on the float network and t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from fxquant.core.batchnorm import Statistics
+from fxquant.core.ops import shape_of
 from fxquant.core.spans import Span
 from fxquant.passes.rounding.tune import channel_sums
 
 RATE, SMALLEST_RATE, PATIENCE, DECAY = 1e-3, 1e-5, 100, 0.1
 EPSILON = 1e-6
 """Under the square root, as in the authors' code."""
+
+
+def has_statistics(node: Node) -> bool:
+    """Whether one image's output of a folded op has a deviation: a linear layer's has one position only."""
+    return prod(shape_of(node)[2:]) > 1
 
 
 def corrected(
@@ -45,7 +53,7 @@ def corrected(
     images = len(next(iter(inputs.values())))
     parts: dict[str, list[Tensor]] = {name: [] for name in span.inputs}
     for start in track(range(0, images, batch)):
-        piece = {name: inputs[name][start : start + batch].float() for name in span.inputs}
+        piece = {name: inputs[name][start : start + batch] for name in span.inputs}
         for name, value in _correct(span, piece, statistics, steps, weight).items():
             parts[name].append(value)
     return {name: torch.cat(pieces) for name, pieces in parts.items()}
@@ -58,20 +66,27 @@ def _correct(
     steps: int,
     weight: float,
 ) -> dict[str, Tensor]:
-    inputs = {name: value.clone().requires_grad_(True) for name, value in originals.items()}
+    # Integers, such as token numbers, stay as they are.
+    floats = [name for name, value in originals.items() if value.is_floating_point()]
+    inputs = {name: originals[name].clone().requires_grad_(True) for name in floats}
+    if not inputs:
+        return originals
     optimizer = torch.optim.Adam(list(inputs.values()), lr=RATE, fused=True)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, factor=DECAY, patience=PATIENCE, min_lr=SMALLEST_RATE
     )
     for _ in range(steps):
-        loss = sum((_mismatch(value, statistics[name]) for name, value in span(inputs).items()), torch.zeros(()))
+        loss = sum(
+            (_mismatch(value, statistics[name]) for name, value in span({**originals, **inputs}).items()),
+            torch.zeros(()),
+        )
         held = sum((channel_sums(inputs[name] - originals[name]) for name in inputs), torch.zeros(()))
         loss = loss + weight * held
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         optimizer.step()
         plateau.step(float(loss.detach()))
-    return {name: value.detach() for name, value in inputs.items()}
+    return {**originals, **{name: value.detach() for name, value in inputs.items()}}
 
 
 def _mismatch(output: Tensor, known: Statistics) -> Tensor:

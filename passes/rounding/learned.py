@@ -182,11 +182,15 @@ def random_mask(like: Tensor, probability: float, generator: torch.Generator | N
 
     One random byte decides each element: an eighth of what PyTorch's own Bernoulli draws cost on a CPU.
     """
+    limit = round(probability * 256)
+    # A byte is compared with a byte: 256 would wrap to 0.
+    if limit >= 256:
+        return torch.ones_like(like)
     words = torch.empty(-(-like.numel() // 8), dtype=torch.int64, device=like.device).random_(
         -(2**63), 2**63 - 1, generator=generator
     )
     draws = words.view(torch.uint8)[: like.numel()].view(like.shape)
-    return (draws < round(probability * 256)).to(like.dtype) if probability < 1 else torch.ones_like(like)
+    return (draws < limit).to(like.dtype)
 
 
 def _broadcast(weight: Tensor, spec: QuantSpec) -> list[int]:

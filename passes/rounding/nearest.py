@@ -10,4 +10,5 @@ from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
 @ROUNDERS.register("nearest")
 def nearest(task: RoundingTask) -> Program:
     """Forget what earlier algorithms chose: `q = clamp(round(w / scale), qmin, qmax)`."""
-    return task.program.with_facts(Rounding(task.choices, "nearest"))
+    # Parameters that took the place of the model's own are in the graph, and would be missed by who reads a file.
+    return task.program.with_facts(Rounding(task.choices, "nearest", parameters=task.rounding.parameters))

@@ -87,11 +87,19 @@ class Quantizers:
         module: bare simulated graph.
         nodes: where its quantizers stand.
         sites: those it quantizes.
+        earlier: site name -> weight that an earlier algorithm chose; it takes the place of nearest rounding.
     """
 
-    def __init__(self, module: GraphModule, nodes: FakeQuantNodes, sites: tuple[Site, ...]) -> None:
+    def __init__(
+        self,
+        module: GraphModule,
+        nodes: FakeQuantNodes,
+        sites: tuple[Site, ...],
+        earlier: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.module, self.nodes = module, nodes
         self._weight_of = {site.name: tensor_at(module, site.weight).detach() for site in sites}
+        self._start_of = {**self._weight_of, **(earlier or {})}
         self._paths = {node.name: str(node.target) for node in module.graph.nodes if node.op == "call_module"}
         self._group_of = {name: group for group, names in nodes.activations.items() for name in names}
 
@@ -100,13 +108,18 @@ class Quantizers:
     ) -> dict[str, nn.Module]:
         """Return site or group name -> module that learns, for what no earlier unit has decided.
 
-        A scale that units share is learned by the first of them, and so is a weight.
+        A scale that units share is learned by the first of them, and so is a weight. Straight-through weights go on
+        from an earlier algorithm's; rounding directions start at the float weight, for on the grid none is left open.
         """
         made: dict[str, nn.Module] = {}
-        weight_kind = SoftRounding if options.learned == "rounding" else StraightThrough
         for site in unit.sites:
-            if site not in decided.weights:
-                made[site] = weight_kind(self._weight_of[site], self._quantizer(self.nodes.weights[site][0]))
+            if site in decided.weights:
+                continue
+            quantizer = self._quantizer(self.nodes.weights[site][0])
+            if options.learned == "rounding":
+                made[site] = SoftRounding(self._weight_of[site], quantizer)
+            else:
+                made[site] = StraightThrough(self._start_of[site], quantizer)
         for group in self._groups(unit):
             if group not in decided.steps:
                 quantizer = self._quantizer(self.nodes.activations[group][0])
@@ -128,7 +141,7 @@ class Quantizers:
         return outcome
 
     def as_calibrated(self, unit: Unit, decided: Outcome) -> Outcome:
-        """Return nearest rounding and calibrated steps for what no earlier unit has decided."""
+        """Return nearest rounding, or an earlier algorithm's, and calibrated steps for what no earlier unit decided."""
         weights = {s: self._nearest(s) for s in unit.sites if s not in decided.weights}
         groups = [group for group in self._groups(unit) if group not in decided.steps]
         return Outcome(weights, {}, {g: self._quantizer(self.nodes.activations[g][0]).scale for g in groups})
@@ -159,7 +172,7 @@ class Quantizers:
 
     def _nearest(self, site: str) -> Tensor:
         with torch.no_grad():
-            rounded: Tensor = self._quantizer(self.nodes.weights[site][0])(self._weight_of[site])
+            rounded: Tensor = self._quantizer(self.nodes.weights[site][0])(self._start_of[site])
         return rounded
 
     def _quantizer(self, name: str) -> FakeQuantize:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.core.batchnorm import NormStatistics
+from fxquant.core.batchnorm import NormStatistics, Statistics
 from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import CalibrationError
 from fxquant.core.grids import FakeQuantNodes, WeightGrid, WeightGrids
@@ -21,9 +21,9 @@ from fxquant.core.program import Program
 from fxquant.core.rounding import UnitRecord
 from fxquant.core.score_store import Arrays
 from fxquant.core.spans import Span, cut_span, is_tensor, varying_nodes
-from fxquant.core.store import text_digest
+from fxquant.core.store import tensor_digest, text_digest
 from fxquant.passes.rounding.asymmetric import with_asymmetric_weights
-from fxquant.passes.rounding.correction import corrected
+from fxquant.passes.rounding.correction import corrected, has_statistics
 from fxquant.passes.rounding.options import Reconstruction
 from fxquant.passes.rounding.outcome import Outcome, Quantizers
 from fxquant.passes.rounding.registry import RoundingTask
@@ -62,10 +62,10 @@ class _Reconstruction:
         self.grids: dict[str, WeightGrid] = {}
         if options.asymmetric:
             self.module, self.grids = with_asymmetric_weights(bare)
-        self.quantizers = Quantizers(self.module, nodes, task.sites)
+        self.quantizers = Quantizers(self.module, nodes, task.sites, {} if options.asymmetric else _earlier(task))
         self.units = find_units(self.module, task.sites, options.unit)
         self.answer = _answer(self.module)
-        self.feature = _feature(self.module, task)
+        self.feature = _feature(self.module, task) if options.feature else None
         self.device = task.images.inputs[0].device
         self.notes: list[str] = []
         copies = 2 + (options.correction > 0)
@@ -75,14 +75,16 @@ class _Reconstruction:
         task.reporter.say(
             f"{method}: {len(self.units)} units, {needed / 1e6:.0f} MB of values in float32, kept in {names[self.keep]}"
         )
+        self.statistics: dict[str, Statistics] = {}
         self.correct = self._may_correct()
 
     def _may_correct(self) -> bool:
         options, known = self.options, self.task.program.facts.get(NormStatistics)
         if not options.correction:
             return False
-        if known is None or not known.folded:
-            why = "distribution correction needs batch normalisation statistics, and the network has none"
+        self.statistics = {} if known is None else self._usable(known)
+        if not self.statistics:
+            why = "distribution correction needs batch normalisation behind convolutions, and the network has none left"
             if options.needs_correction:
                 raise CalibrationError(f"{why}; use correction=0 or a profile without it")
             self.notes.append(f"{why}: left out")
@@ -91,6 +93,13 @@ class _Reconstruction:
             self.notes.append("distribution correction left out: its inputs do not fit into memory_mb")
             return False
         return True
+
+    def _usable(self, known: NormStatistics) -> dict[str, Statistics]:
+        """Return what is known of values with a deviation, and was not made untrue by scaling channels since."""
+        scaled = self.task.rounding.parameters
+        nodes = [node for node in self.module.graph.nodes if node.name in known.folded and has_statistics(node)]
+        own = {node.name: [str(source.target) for source in _constants(node)] for node in nodes}
+        return {name: known.folded[name] for name, paths in own.items() if not scaled.keys() & set(paths)}
 
     def run(self) -> Program:
         """Tune unit after unit."""
@@ -127,10 +136,17 @@ class _Reconstruction:
         learned = self.quantizers.learned(cut.unit, decided, self.options, generator)
         nearest = cut.quantized(self.quantizers.in_place({}, decided.joined(calibrated)))
         before = self._held_out_loss(cut, nearest, held)
+        # What the answer does not depend on is tuned for its own outputs' sake.
+        options = self.options if cut.computes(self.answer) else replace(self.options, prediction=0.0, feature=0.0)
+        if not any(parameter.requires_grad for module in learned.values() for parameter in module.parameters()):
+            reason, seconds = "earlier units decided its weights and steps", time.perf_counter() - started
+            return calibrated, UnitRecord(
+                cut.unit.name, self.method, before, before, False, reason, seconds, cut.unit.sites
+            )
         pieces = Pieces(
             cut.quantized(self.quantizers.in_place(learned, decided)),
             nearest,
-            cut.suffix if self.options.wants_answers else None,
+            cut.suffix if options.wants_answers else None,
             self.answer,
             self.feature if cut.computes(self.feature) else None,
             softened_kl(self.options.temperature) if self.task.loss != "mse" else relative_error,
@@ -138,12 +154,12 @@ class _Reconstruction:
         )
         title = f"{self.method} {cut.index + 1}/{len(self.units)} {cut.unit.name}"
         track = partial(self.task.reporter.track, title=title, total=self.options.iterations)
-        trace = Tuner(pieces, self._material(cut, quantized, floats), self.options, seed, generator).run(track)
+        trace = Tuner(pieces, self._material(cut, quantized, floats, options), options, seed, generator).run(track)
         outcome = self.quantizers.decided(cut.unit, learned)
         after, reason = before, ""
         if trace.diverged or not outcome.finite:
             reason = f"diverged: error {trace.first:.3g} at first, {trace.last:.3g} at last"
-        elif held is not None:
+        elif not math.isnan(before):
             after = self._held_out_loss(cut, cut.quantized(self.quantizers.in_place({}, decided.joined(outcome))), held)
             if not after < before:
                 reason = f"held-out loss {before:.4g} became {after:.4g}"
@@ -152,8 +168,8 @@ class _Reconstruction:
         return calibrated if reason else outcome, record
 
     def _held_out_loss(self, cut: _Cut, span: Span, held: Source | None) -> float:
-        """Return the loss of the network quantized up to this unit, NaN without images to tell."""
-        if held is None:
+        """Return the loss of the network quantized up to this unit, NaN without images or an answer to tell."""
+        if held is None or not cut.computes(self.answer):
             return math.nan
         names = {*span.inputs, *(cut.suffix.inputs if cut.suffix is not None else ())} - set(span.outputs)
         losses = []
@@ -162,14 +178,14 @@ class _Reconstruction:
                 index = torch.arange(start, min(start + RUN, len(held)))
                 values = held.take(names, index)
                 values |= span(values)
-                answer = (values if cut.suffix is None else cut.suffix(values))[self.answer]
+                answer = {**values, **({} if cut.suffix is None else cut.suffix(values))}[self.answer]
                 assert self.task.held_out is not None
                 part = self.task.held_out.slice(start, start + RUN)
                 losses.append(LOSSES[self.task.loss](self._held_out_answers[start : start + RUN], answer, part.labels))
         return float(torch.cat(losses).mean())
 
-    def _material(self, cut: _Cut, quantized: Source, floats: Source) -> Material:
-        unit, suffix = cut.unit, cut.suffix if self.options.wants_answers else None
+    def _material(self, cut: _Cut, quantized: Source, floats: Source, options: Reconstruction) -> Material:
+        unit, suffix = cut.unit, cut.suffix if options.wants_answers else None
         reads = {*unit.inputs, *(suffix.inputs if suffix is not None else ())} - set(unit.outputs)
         fixed = self._corrected(cut, floats)
         source = floats if fixed is None else Source(fixed, self.keep)
@@ -193,11 +209,12 @@ class _Reconstruction:
     def _corrected(self, cut: _Cut, floats: Source) -> dict[str, Tensor] | None:
         """Return the unit's corrected float inputs, None where nothing is corrected."""
         options, task = self.options, self.task
-        known = task.program[NormStatistics].folded if self.correct else {}
+        known = self.statistics if self.correct else {}
         statistics = {name: known[name] for name in cut.unit.nodes if name in known}
         if not statistics:
             return None
-        key = text_digest(f"{cut.unit.nodes} {options.correction} {options.correction_weight}")
+        scaled = tensor_digest(task.rounding.parameters)
+        key = text_digest(f"{cut.unit.nodes} {options.correction} {options.correction_weight} {scaled}")
         cell = task.corrections.get(key)
         if cell is None:
             span = cut_span(self.module, cut.unit.nodes, statistics, quantized=False)
@@ -231,7 +248,7 @@ class _Reconstruction:
 
     def _done(self, decided: Outcome, records: tuple[UnitRecord, ...]) -> Program:
         known = self.task.rounding
-        grids = dict(self.grids)
+        grids = {**known.grids, **self.grids}
         for site, scale in decided.scales.items():
             grid = grids.get(site) or self.task.program[WeightGrids].at(site, self.task.choices[site].weight_bits)
             grids[site] = WeightGrid(grid.spec, scale, grid.zero_point)
@@ -255,21 +272,23 @@ class _Cut:
         self.unit, self.index, self._module = unit, index, whole.module
         self.floats = cut_span(whole.module, unit.nodes, unit.outputs, quantized=False)
         behind = [name for later in whole.units[index + 1 :] for name in later.nodes]
-        self._behind = set(behind)
-        outputs = [whole.answer, *([whole.feature] if whole.feature in self._behind else [])]
+        wanted = [name for name in (whole.answer, whole.feature) if name is not None]
+        outputs = dict.fromkeys(name for name in wanted if name in set(behind))
+        self._computed = {*behind, *unit.nodes}
+        self._returned = tuple(dict.fromkeys((*unit.outputs, *(name for name in wanted if name in unit.nodes))))
         self.suffix: Span | None = None
-        if behind:
-            self.suffix = cut_span(whole.module, behind, dict.fromkeys(outputs), quantized=False)
+        if outputs:
+            self.suffix = cut_span(whole.module, behind, outputs, quantized=False)
             if whole.options.compile_suffix:
                 self.suffix = self.suffix.compiled()
 
     def quantized(self, places: dict[str, nn.Module]) -> Span:
         """Return the unit with these modules in place of its quantizers."""
-        return cut_span(self._module, self.unit.nodes, self.unit.outputs, quantized=True, replacements=places)
+        return cut_span(self._module, self.unit.nodes, self._returned, quantized=True, replacements=places)
 
     def computes(self, name: str | None) -> bool:
-        """Whether the suffix computes a value."""
-        return name in self._behind
+        """Whether the unit or what is behind it computes a value."""
+        return name in self._computed
 
 
 def _answer(module: GraphModule) -> str:
@@ -283,6 +302,23 @@ def _feature(module: GraphModule, task: RoundingTask) -> str | None:
         return None
     source = next(node for node in module.graph.nodes if node.name == task.sites[-1].nodes[-1]).args[0]
     return source.name if isinstance(source, Node) else None
+
+
+def _earlier(task: RoundingTask) -> dict[str, Tensor]:
+    """Return site name -> weight that the task's program has in the place of nearest rounding."""
+    rounding, grids, found = task.rounding, task.program[WeightGrids], dict[str, Tensor]()
+    for site in task.sites:
+        grid = rounding.grids.get(site.name) or grids.at(site.name, task.choices[site.name].weight_bits)
+        weight = rounding.weights.get(site.name, grid.rounded)
+        if weight is not None:
+            found[site.name] = weight
+    return found
+
+
+def _constants(node: Node) -> list[Node]:
+    """Return the constants that an op reads, through their quantizers too."""
+    sources = [s.all_input_nodes[0] if s.op == "call_module" else s for s in node.all_input_nodes]
+    return [source for source in sources if source.op == "get_attr"]
 
 
 def _to_arrays(record: UnitRecord) -> Arrays:

@@ -53,9 +53,9 @@ class Source:
         return None if self._keep is None else self._run(span)
 
     def take(self, names: Iterable[str], index: Tensor) -> dict[str, Tensor]:
-        """Return values of some images in float32, name -> (len(index), ...)."""
+        """Return values of some images, name -> (len(index), ...), in float32 unless they are integers."""
         if self._keep is not None:
-            return {name: self._values[name][index].float() for name in names}
+            return {name: _restored(self._values[name][index]) for name in names}
         values: dict[str, Tensor] = {name: images[index] for name, images in self._images.items()}
         with torch.no_grad():
             for span in self._chain:
@@ -69,8 +69,12 @@ class Source:
             for start in range(0, len(self), RUN):
                 index = torch.arange(start, min(start + RUN, len(self)))
                 for name, answer in span(self.take(span.inputs, index)).items():
-                    parts[name].append(answer.to(self._keep))
+                    parts[name].append(answer.to(self._keep) if answer.is_floating_point() else answer)
         return {name: torch.cat(pieces) for name, pieces in parts.items()}
+
+
+def _restored(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value
 
 
 def kept_bytes(module: GraphModule, units: Iterable[Unit], images: int, copies: int) -> int:
@@ -80,12 +84,17 @@ def kept_bytes(module: GraphModule, units: Iterable[Unit], images: int, copies: 
         module: the graph the units are of.
         units: all of them.
         images: how many.
-        copies: of the inputs of each unit (float, quantized, corrected); its outputs are kept once besides.
+        copies: of the values that cross the cut in front of each unit (float, quantized, corrected), those that only
+            later units read included; its outputs are kept once besides.
     """
     size = {node.name: 4 * prod(sample_shape(node)) for node in module.graph.nodes}
-    most = 0
-    for unit in units:
-        most = max(most, copies * sum(size[name] for name in unit.inputs) + sum(size[name] for name in unit.outputs))
+    most, made, read = 0, set[str](), set[str]()
+    # From behind: what crosses a cut is read behind it and not made there.
+    for unit in reversed(tuple(units)):
+        made |= set(unit.nodes)
+        read |= set(unit.inputs)
+        crossing = sum(size[name] for name in read - made)
+        most = max(most, copies * crossing + sum(size[name] for name in unit.outputs))
     return most * images
 
 

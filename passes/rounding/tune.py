@@ -46,11 +46,12 @@ class Pieces:
     """The unit under way and what is behind it.
 
     Args:
-        unit: the unit with learned modules in place of its quantizers.
+        unit: the unit with learned modules in place of its quantizers; it returns the feature too where it holds it.
         nearest: the unit as calibrated, weights rounded to nearest.
         suffix: float network behind the unit; None where nothing is, or where nobody asks.
         answer: name of the network's answer.
-        feature: name of the values in front of the last weighted op, None where the suffix does not compute them.
+        feature: name of the values in front of the last weighted op, None where neither the
+            unit nor the suffix computes them.
         divergence: (float answer, answer) -> mean difference.
         learned: the modules in place.
     """
@@ -132,6 +133,8 @@ class Tuner:
         self._rates = {"rec": 1.0, "prediction": options.prediction, "feature": options.feature}
         if options.answer_by_prediction and pieces.holds_answer:
             self._rates["rec"] = 0.0 if options.prediction else 1.0
+        # A unit that has nothing but its answer to go by gets it at every step.
+        self._every = options.prediction_every if self._rates["rec"] else 1
         self._norms = self._at_nearest() if options.normalise else dict.fromkeys(self._rates, 1.0)
 
     def run(self, track: Callable[[range], Iterable[int]] = lambda steps: steps) -> Trace:
@@ -168,7 +171,7 @@ class Tuner:
     def errors(self, index: Tensor, iteration: int) -> dict[str, Tensor]:
         """Return the errors of one batch, each a scalar, prediction and feature only where their turn has come."""
         options, unit = self.options, self.pieces.unit
-        turn = options.wants_answers and iteration % options.prediction_every == 0
+        turn = options.wants_answers and iteration % self._every == 0
         quantized = self.material.quantized(index) if turn or options.inputs != "float" else {}
         inputs = self._inputs(quantized, index)
         if turn and options.inputs == "quantized":
@@ -183,7 +186,7 @@ class Tuner:
         errors: dict[str, Tensor] = {}
         if self._rates["rec"]:
             targets = self.material.targets(index)
-            errors["rec"] = sum((channel_sums(outputs[n] - targets[n]) for n in unit.outputs), torch.zeros(()))
+            errors["rec"] = sum((channel_sums(outputs[n] - targets[n]) for n in targets), torch.zeros(()))
         if turn:
             errors |= self._answer_errors({**quantized, **answered}, index)
         return errors
@@ -191,7 +194,7 @@ class Tuner:
     def _answer_errors(self, values: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
         pieces, options = self.pieces, self.options
         if pieces.suffix is not None:
-            values = pieces.suffix(values)
+            values = {**values, **pieces.suffix(values)}
         reference = self.material.answers(index)
         errors = {}
         if options.prediction:
@@ -199,7 +202,7 @@ class Tuner:
         if options.feature and pieces.feature is not None:
             errors["feature"] = channel_sums(values[pieces.feature] - reference[pieces.feature])
         # An unbiased share of the gradient, whatever the number of steps between.
-        return {name: error * options.prediction_every for name, error in errors.items()}
+        return {name: error * self._every for name, error in errors.items()}
 
     def _inputs(self, quantized: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
         names, options = self.pieces.unit.inputs, self.options
@@ -208,9 +211,12 @@ class Tuner:
         floats = self.material.floats(index)
         if options.inputs == "float":
             return {name: floats[name] for name in names}
+        # Integers, such as token numbers, are the same in both networks.
         return {
-            name: torch.lerp(floats[name], quantized[name], random_mask(quantized[name], options.mix, self.generator))
-            for name in names
+            name: torch.lerp(floats[name], value, random_mask(value, options.mix, self.generator))
+            if value.is_floating_point()
+            else value
+            for name, value in ((name, quantized[name]) for name in names)
         }
 
     def _batch(self) -> Tensor:
@@ -254,10 +260,10 @@ class Tuner:
                 index = torch.arange(k * self.options.batch, min((k + 1) * self.options.batch, self.material.images))
                 quantized, targets = self.material.quantized(index), self.material.targets(index)
                 outputs = pieces.nearest(quantized)
-                errors = {"rec": sum((channel_sums(outputs[n] - targets[n]) for n in outputs), torch.zeros(()))}
+                errors = {"rec": sum((channel_sums(outputs[n] - targets[n]) for n in targets), torch.zeros(()))}
                 if self.options.wants_answers:
                     found = self._answer_errors({**quantized, **outputs}, index)
-                    errors |= {n: e / self.options.prediction_every for n, e in found.items()}
+                    errors |= {n: e / self._every for n, e in found.items()}
                 for name, error in errors.items():
                     totals[name] += float(error) / count
         # A unit that nearest rounding leaves without error has nothing to be tuned for.
