@@ -58,7 +58,8 @@ def equalize(task: RoundingTask) -> Program:
         return recorded(task, earlier, record)
     parameters = equalized(task.program.module, chains)
     program = rescaled(task.program, chains, parameters, task.images)
-    rounding = replace(earlier, parameters={**earlier.parameters, **parameters})
+    notes = tuple(f"the output of {name!r} is not equalized: {why}" for name, why in refusals.items())
+    rounding = replace(earlier, parameters={**earlier.parameters, **parameters}, notes=(*earlier.notes, *notes))
     return judged(task, rounding, "equalize", time.perf_counter() - started, program)
 
 
