@@ -27,7 +27,7 @@ FAITHFUL = Reconstruction(
 """As the authors run it on ResNets: `lambda_r = 0.1`, `lambda_c = 0.02`, asymmetric weights that no kernel takes."""
 
 PDQUANT = Reconstruction(
-    unit="block", prediction=1.0, temperature=4.0, correction=500, answer_by_prediction=True, guard=True
+    unit="block", prediction=1.0, temperature=4.0, correction=100, answer_by_prediction=True, guard=True
 )
 """The default: symmetric weights that deploy, errors normalised, the classifier tuned by the prediction alone."""
 

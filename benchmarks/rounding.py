@@ -1,0 +1,232 @@
+"""What does each rung of the rounding ladder keep, on held-out images, and what does it take?
+
+`python -m benchmarks.rounding [case[:plan[:seed]] ...]`: every (plan, seed, algorithm) is measured and kept in
+`build/rounding/`, so that a killed run goes on and two can share the work; then all that is there makes the table.
+Accuracy and KL to the float network are of labelled images that nothing was tuned on, of the simulated graph, and of
+the lowered one where that is asked for; `calibration` columns are of the images that were tuned on, so that the
+distance between the two can be seen. A quarter of the calibration images decides what is kept.
+Plans: "W4A4" is uniform with first and last layer at 8 bits, "W3A8 all" without that exception; "3 bits" is the
+allocator's mixed plan of that many bits on average (W{2,4,8} A8).
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from benchmarks.report_table import write
+from benchmarks.zoo import NETWORKS
+from fxquant import pipeline, search
+from fxquant.api import capture, prepare
+from fxquant.backends.fx_int8 import FxInt8Backend
+from fxquant.core.allocation import BitAllocation
+from fxquant.core.budget import Budget
+from fxquant.core.data import CalibrationSet
+from fxquant.core.losses import LOSSES
+from fxquant.core.oracle import model_outputs
+from fxquant.core.program import Program
+from fxquant.core.rounding import Rounding
+from fxquant.core.score_store import ScoreStore
+from fxquant.core.settings import Settings
+from fxquant.core.spec import Choice, Sites
+from fxquant.core.store import read_json, write_json
+from fxquant.rounding import round_plan
+
+FOLDER = Path(__file__).resolve().parent.parent / "build" / "rounding"
+BATCH = 32
+ALL = " all"
+
+Row = dict[str, str | float | None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured on one network.
+
+    Args:
+        network: name in the zoo.
+        plans: "W4A4", or "3 bits" for a mixed plan of that average.
+        chains: algorithms.
+        seeds: of the rounding; one is enough where nothing is random.
+        calibration: images, a quarter of which is held out.
+        evaluation: labelled images.
+        options: settings of the reconstruction engine in the place of the profile's own.
+        bits: candidate weight bits of mixed plans.
+        lowered: measure the integer graph too.
+    """
+
+    network: str
+    plans: tuple[str, ...]
+    chains: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+    calibration: int = 1024
+    evaluation: int | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
+    bits: tuple[int, ...] = (2, 4, 8)
+    lowered: bool = True
+
+
+LADDER = ("nearest", "bias_correction", "gptq", "adaround", "brecq", "qdrop", "pdquant")
+DRAWN = ("adaround", "brecq", "qdrop", "pdquant", "fast", "lowbit", "vit")
+"""Algorithms that draw random numbers."""
+
+CASES: dict[str, Case] = {
+    "ladder": Case("resnet20", ("W4A4", "W3A3", "W2A4", "W2A2"), LADDER, (0, 1, 2), options={"iterations": 200}),
+    "mixed": Case("resnet20", ("3 bits", "2.5 bits", "W3A8 all"), ("nearest", "pdquant"), options={"iterations": 200}),
+    "mobilenet_v1": Case(
+        "mobilenet_v1",
+        ("W4A8", "4 bits"),
+        ("nearest", "fast", "pdquant"),
+        calibration=256,
+        bits=(3, 4, 6, 8),
+        options={"iterations": 200, "batch": 16},
+    ),
+    "deit_tiny": Case(
+        "deit_tiny",
+        ("W4A8", "W4A4"),
+        ("nearest", "fast", "vit"),
+        calibration=64,
+        evaluation=300,
+        options={"iterations": 60, "batch": 4},
+        lowered=False,
+    ),
+    "mobilenet_v2": Case(
+        "mobilenet_v2",
+        ("W4A8",),
+        ("nearest", "fast"),
+        calibration=64,
+        evaluation=400,
+        options={"iterations": 80, "batch": 8},
+        lowered=False,
+    ),
+}
+
+
+@cache
+def prepared(name: str, plan: str) -> tuple[Program, CalibrationSet, CalibrationSet]:
+    """Return a case's program with the plan, the images to tune on and those that decide."""
+    case = CASES[name]
+    network = NETWORKS[case.network]
+    images = CalibrationSet((network.calibration(case.calibration),))
+    tuning, held_out = images.split(0.25, 0)
+    widths = _widths(plan)
+    bits = case.bits if widths is None else tuple(sorted({widths[0], 4, 8}))
+    activations = (8,) if widths is None else tuple(sorted({widths[1], 8}))
+    # ONNX Runtime has no narrower activations than 8 bits; our own integer graph does.
+    target = "onnxruntime" if activations == (8,) else "fx_int8"
+    settings = Settings(bits=bits, activation_bits=activations, target=target, estimators=("diagonal", "fit"), rounds=0)
+    program = pipeline.calibrate(prepare(capture(network.factory(), images), settings), tuning.slice(0, 256))
+    return program.with_facts(_plan(program, plan, widths, tuning, held_out)), tuning, held_out
+
+
+def _widths(plan: str) -> tuple[int, int] | None:
+    choice = None if plan.endswith("bits") else Choice.parse(plan.removesuffix(ALL))
+    return None if choice is None else (choice.weight_bits, choice.activation_bits)
+
+
+def _plan(
+    program: Program, plan: str, widths: tuple[int, int] | None, tuning: CalibrationSet, held_out: CalibrationSet
+) -> BitAllocation:
+    sites = program[Sites].sites
+    if widths is not None:
+        choices = {site.name: Choice(*widths) for site in sites}
+        ends = {sites[0].name: Choice(8, 8), sites[-1].name: Choice(8, 8)}
+        return BitAllocation(choices if plan.endswith(ALL) else {**choices, **ends})
+    scored = pipeline.measure_sensitivity(program, tuning.slice(0, 64))
+    found = search.allocate(scored, Budget(average_bits=float(plan.split()[0])), held_out.slice(0, 64))
+    return found[BitAllocation]
+
+
+def scores(run: GraphModule | Program, images: Tensor, labels: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Return accuracy (%) and KL to the float answers."""
+    module = run.module if isinstance(run, Program) else run
+    answer = model_outputs(module, (images,), BATCH)
+    right = 100 * float((answer.argmax(dim=1) == labels).double().mean())
+    return right, float(LOSSES["kl"](reference, answer, None).mean())
+
+
+def measure(name: str, plan: str, chain: str, seed: int, path: Path) -> None:
+    """Measure one algorithm and keep its row."""
+    case = CASES[name]
+    program, tuning, held_out = prepared(name, plan)
+    program = program.with_facts(replace(program[Settings], seed=seed))
+    images, labels = NETWORKS[case.network].evaluation(case.evaluation)
+    reference = model_outputs(program.module, (images,), BATCH)
+    corrections = ScoreStore(FOLDER / f"corrections-{case.network}", {"images": str(case.calibration)})
+    started = time.perf_counter()
+    rounded = program
+    if chain != "nearest":
+        options = case.options if chain in DRAWN else {}
+        rounded = round_plan(program, chain, tuning, held_out, overrides=options, corrections=corrections)
+    seconds = time.perf_counter() - started
+    simulated = pipeline.simulate(rounded, program[BitAllocation])
+    accuracy, loss = scores(simulated, images, labels, reference)
+    answers = model_outputs(program.module, tuning.inputs, BATCH)
+    agreement, tuned = scores(simulated, tuning.inputs[0], answers.argmax(dim=1), answers)
+    same, _ = scores(simulated, images, reference.argmax(dim=1), reference)
+    row: Row = {"accuracy %": accuracy, "KL": loss, "agreement %": same}
+    row |= {"calibration agreement %": agreement, "calibration KL": tuned}
+    row |= {"float %": 100 * float((reference.argmax(dim=1) == labels).double().mean()), "seconds": seconds}
+    if case.lowered:
+        row["lowered %"], _ = scores(FxInt8Backend().lower(simulated.module), images, labels, reference)
+    units = rounded[Rounding].units if Rounding in rounded else ()
+    row |= {"units": float(len(units)), "units kept": float(sum(unit.kept for unit in units))}
+    notes = list(rounded[Rounding].notes) if Rounding in rounded else []
+    write_json(
+        path, "benchmark part", 1, {"row": row, "notes": notes, "plan": program[BitAllocation].to_json()["choices"]}
+    )
+    print(f"{name} {plan} {chain} {seed}: {accuracy:.2f} %, KL {loss:.4f}, {seconds:.0f} s", flush=True)
+
+
+def table() -> list[Row]:
+    """Return the mean of each row over its seeds, and the spread of the accuracy."""
+    rows: list[Row] = []
+    for name, case in CASES.items():
+        for plan in case.plans:
+            for chain in case.chains:
+                found: defaultdict[str, list[float]] = defaultdict(list)
+                for path in sorted(FOLDER.glob(f"{name}-{plan}-{chain}-*.json".replace(" ", "_"))):
+                    for key, value in read_json(path, "benchmark part", 1)["row"].items():
+                        found[key].append(float(value))
+                if found:
+                    means: Row = {key: statistics.mean(values) for key, values in found.items()}
+                    right = found["accuracy %"]
+                    means["accuracy spread"] = statistics.stdev(right) if len(right) > 1 else 0.0
+                    rows.append(
+                        {"network": case.network, "plan": plan, "rounding": chain, "seeds": float(len(right))} | means
+                    )
+    return rows
+
+
+def main() -> None:
+    """Measure what is missing, print the table, write the JSON."""
+    torch.set_num_threads(1)
+    for asked in sys.argv[1:] or CASES:
+        name, _, rest = asked.partition(":")
+        only, _, seed = rest.partition(":")
+        case = CASES[name]
+        for number in (int(seed),) if seed else case.seeds:
+            for plan in (only,) if only else case.plans:
+                for chain in case.chains:
+                    path = FOLDER / f"{name}-{plan}-{chain}-{number}.json".replace(" ", "_")
+                    if not path.exists() and (number == case.seeds[0] or chain in DRAWN):
+                        measure(name, plan, chain, number, path)
+    settings = {
+        name: {"options": dict(case.options), "calibration": case.calibration, "evaluation": case.evaluation}
+        for name, case in CASES.items()
+    }
+    write("rounding", table(), {"cases": settings, "held out": 0.25})
+
+
+if __name__ == "__main__":
+    main()
