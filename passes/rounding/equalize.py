@@ -31,6 +31,9 @@ SWEEPS = 100
 CONVERGED = 1e-4
 """Largest `|log s|` of a sweep that counts as none."""
 
+REASONS = 3
+"""Reasons that are listed where no layer can be scaled."""
+
 
 @ROUNDERS.register("equalize")
 def equalize(task: RoundingTask) -> Program:
@@ -51,7 +54,9 @@ def equalize(task: RoundingTask) -> Program:
     started = time.perf_counter()
     chains, refusals = scale_chains(task.program, task.images)
     if not chains:
-        reason = "no two layers can be equalized: " + ("; ".join(refusals.values()) or "there is only one")
+        # A deep network says the same of every layer.
+        said = [*list(refusals.values())[:REASONS], *(["..."] if len(refusals) > REASONS else [])]
+        reason = "no two layers can be equalized: " + "; ".join(said)
         nan = float("nan")
         seconds = time.perf_counter() - started
         record = UnitRecord(first_site(task), "equalize", nan, nan, False, reason, seconds)
