@@ -76,10 +76,8 @@ def _correct(
         optimizer, factor=DECAY, patience=PATIENCE, min_lr=SMALLEST_RATE
     )
     for _ in range(steps):
-        loss = sum(
-            (_mismatch(value, statistics[name]) for name, value in span({**originals, **inputs}).items()),
-            torch.zeros(()),
-        )
+        made = span({**originals, **inputs})
+        loss = sum((_mismatch(value, statistics[name]) for name, value in made.items()), torch.zeros(()))
         held = sum((channel_sums(inputs[name] - originals[name]) for name in inputs), torch.zeros(()))
         loss = loss + weight * held
         optimizer.zero_grad(set_to_none=True)
