@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import OptionError
@@ -98,17 +98,17 @@ def _layer(module: GraphModule, name: str) -> _Layer:
     node = resolve(module.graph, name)
     rule = rule_of(node)
     assert rule is not None
-    weight, bias = (
-        str(getattr(node.args[position], "target", None))
-        if position is not None and len(node.args) > position
-        else None
-        for position in (rule.weight, rule.bias)
-    )
-    bias = None if bias == "None" else bias
+    paths = [_path(node, rule.weight), _path(node, rule.bias)]
+    weight, bias = (None if path is None else tensor_at(module, path).detach().double() for path in paths)
+    assert paths[0] is not None
     assert weight is not None
-    values = [None if path is None else tensor_at(module, path).detach().double().clone() for path in (weight, bias)]
-    assert values[0] is not None
-    return _Layer(weight, bias, values[0], values[1])
+    return _Layer(paths[0], paths[1], weight, bias)
+
+
+def _path(node: Node, position: int | None) -> str | None:
+    """Return the attribute path of a weight or bias, None where the op has none."""
+    source = node.args[position] if position is not None and len(node.args) > position else None
+    return str(source.target) if isinstance(source, Node) else None
 
 
 def _balance(first: _Layer, second: _Layer, channels: Tensor) -> float:
@@ -146,9 +146,8 @@ def rescaled(
         rule = rule_of(node)
         assert rule is not None
         for position in (rule.weight, rule.bias):
-            source = node.args[position] if position is not None and len(node.args) > position else None
-            path = str(getattr(source, "target", None))
-            if position is not None and path in parameters:
+            path = _path(node, position)
+            if position is not None and path is not None:
                 trainable = tensor_at(program.module, path).requires_grad
                 set_parameter(module, node, position, path, parameters[path].clone(), trainable)
     erase_dead(module)
