@@ -18,10 +18,12 @@ from fxquant.backends.onnx_qdq import write_onnx
 from fxquant.core.allocation import BitAllocation, Finalists
 from fxquant.core.cost import CostTable, CostTables
 from fxquant.core.data import CalibrationSet
-from fxquant.core.errors import CalibrationError, FileFormatError, OptionError, OutputError
+from fxquant.core.errors import CalibrationError, FileFormatError, OptionError, OutputError, PipelineError
 from fxquant.core.limits import usage
+from fxquant.core.oracle import model_outputs
 from fxquant.core.program import Program
 from fxquant.core.ranges import Ranges
+from fxquant.core.rounding import Rounding
 from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
 from fxquant.core.settings import Settings
 from fxquant.core.spec import Candidate, Choice, Sites
@@ -34,7 +36,9 @@ from fxquant.core.store import (
     write_tensors,
 )
 from fxquant.passes.scale_weights import ScaleWeights
+from fxquant.passes.verify_and_refine import measured_loss
 from fxquant.tracing import capture
+from fxquant.trained import METHOD, TrainedValues, gather, trainable, with_values
 
 if TYPE_CHECKING:
     from fxquant.backends.onnx_export import ExportReport
@@ -79,7 +83,10 @@ class Result:
     @cached_property
     def simulated_program(self) -> Program:
         """The simulated graph with its facts."""
-        return pipeline.simulate(self.program, self.allocation)
+        simulated = pipeline.simulate(self.program, self.allocation)
+        trained = self.program.facts.get(TrainedValues)
+        holds = trained is not None and trained.choices == self.allocation.choices
+        return with_values(simulated, trained.values) if trained is not None and holds else simulated
 
     @property
     def simulated(self) -> GraphModule:
@@ -127,6 +134,40 @@ class Result:
         # A width without a grid or an unknown site shows when the graph is made.
         _ = made.simulated_program
         return made
+
+    def trainable(self, learn_steps: bool = True) -> GraphModule:
+        """Return a copy of `simulated` to train with any optimizer and loop: weights, biases and steps are parameters.
+
+        Rounding lets gradients through (straight-through); steps follow learned step size quantization (arXiv
+        1902.08153). Nothing is shared with this result or the model. The graph has one mode: batch norms were folded,
+        those that could not be keep their statistics until `training.reestimate`. `fxquant.training` has parameter
+        groups and a distillation step; `with_trained` takes the copy back.
+
+        Args:
+            learn_steps: train the quantizers' steps too, else the weights and biases alone.
+        """
+        return trainable(self.simulated_program, learn_steps)
+
+    def with_trained(self, module: GraphModule) -> Result:
+        """Return this result with what was trained in a copy of its graph: weights, biases, steps and all else.
+
+        Its `simulated` answers as the copy does, but that biases are rounded as kernels have them; it lowers, exports
+        and saves like any other, and can be trained on. The held-out loss is measured anew. The float model, other
+        plans and `resolve` know nothing of the training.
+
+        Args:
+            module: from `trainable`, after training; it is not changed.
+
+        Raises:
+            OptionError: a copy of another result or plan, a value that is not finite, or a step not above 0.
+        """
+        made = replace(self, program=self.program.with_facts(*gather(self.simulated_program, module)))
+        if self.held_out is None:
+            return made
+        loss = pipeline.loss_name(self.program, self.held_out)
+        reference = model_outputs(self.program.module, self.held_out.inputs)
+        measured = measured_loss(made.simulated, self.held_out, reference, loss)
+        return replace(made, program=made.program.with_facts(replace(self.allocation, measured_loss=measured)))
 
     def to_onnx(self, path: str | Path) -> ExportReport:
         """Write the model as ONNX with quantize and dequantize nodes, weights packed, batch dynamic.
@@ -180,6 +221,8 @@ class Result:
             "finalists": {name: plan.to_json() for name, plan in self.finalists.items()},
             "plan": _plan_digest(self.allocation),
             "held_out": bool(held_out),
+            "rounding": Rounding in program,
+            "trained": TrainedValues in program,
             "graph": text_digest(str(program.module.graph)),
             "torch": torch.__version__,
         }
@@ -192,6 +235,12 @@ class Result:
             torch.export.save(_without_examples(program[ExportedProgram]), temporary)
         if held_out:
             write_tensors(folder / "held_out.safetensors", held_out)
+        if Rounding in program:
+            program[Rounding].save(folder / "rounding.npz")
+        if TrainedValues in program:
+            # The same file format serves: other values than a rounding's are parameters by their path.
+            values = program[TrainedValues]
+            Rounding(values.choices, METHOD, parameters=values.values).save(folder / "trained.npz")
         # Written last: a folder with it is whole.
         write_json(folder / "result.json", "result", FORMAT_VERSION, document)
         return folder
@@ -221,6 +270,8 @@ class Result:
             finalists = {name: BitAllocation.from_json(plan) for name, plan in document["finalists"].items()}
             digest = str(document["plan"])
             tables = {name: CostTable.from_json(table, candidates) for name, table in document["costs"].items()}
+            # Files from before there were such have none.
+            rounded, trained = (bool(document.get(name, False)) for name in ("rounding", "trained"))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, OptionError) as error:
             raise FileFormatError(f"{folder}/result.json is not an intact result ({error}); quantize again") from error
         program = program.with_facts(
@@ -230,9 +281,14 @@ class Result:
             CostTables(tables),
             Finalists(finalists),
         )
+        if rounded:
+            program = _with_rounding(program, folder / "rounding.npz")
         program = pipeline.run(program, ScaleWeights())
         plan = BitAllocation.from_json(folder / "plan.json")
         held_out = _load_held_out(folder / "held_out.safetensors") if with_images else None
+        if trained:
+            known = Rounding.load(folder / "trained.npz")
+            program = program.with_facts(TrainedValues(known.choices, known.parameters))
         result = Result(pipeline.impose(program, plan), held_out)
         # A person may edit plan.json; what the solver proved does not hold for another plan.
         return result if _plan_digest(plan) == digest else result.with_plan(plan)
@@ -268,7 +324,7 @@ def _without_examples(exported: ExportedProgram) -> ExportedProgram:
 def _forget(folder: Path) -> None:
     """Remove what an earlier result left in the folder and this one might not write over."""
     try:
-        for name in ("result.json", "held_out.safetensors"):
+        for name in ("result.json", "held_out.safetensors", "rounding.npz", "trained.npz"):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror or error}; choose a writable folder") from error
@@ -279,6 +335,15 @@ def _load_matrix(path: Path, candidates: tuple[Candidate, ...]) -> SensitivityMa
     if matrix.candidates != candidates:
         raise FileFormatError(f"{path} belongs to another model or other settings; restore it or quantize again")
     return matrix
+
+
+def _with_rounding(program: Program, path: Path) -> Program:
+    """Put back what a rounding changed in the float graph, before weights get their scales, and the rounding itself."""
+    rounding = Rounding.load(path)
+    try:
+        return with_values(program, rounding.parameters).with_facts(rounding)
+    except (OptionError, PipelineError) as error:
+        raise FileFormatError(f"{path} belongs to another model ({error}); restore it or quantize again") from error
 
 
 def _kept_images(held_out: CalibrationSet | None) -> dict[str, torch.Tensor]:

@@ -258,3 +258,30 @@ def test_views_of_one_result_agree() -> None:
         == result.finalists[min(result.allocation.finalists, key=result.allocation.finalists.__getitem__)].choices
     )
     assert set(result.costs.tables) == {"size", "bops", "average_bits", "activation"}
+
+
+@pytest.fixture(scope="module")
+def saved_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    module = quantized().trainable()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1.05)
+    return quantized().with_trained(module).save(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.mark.parametrize("harm", [remove, halve, empty, garbage])
+@pytest.mark.parametrize("name", ["rounding.npz", "trained.npz"])
+def test_a_damaged_file_of_a_trained_result_is_named(
+    saved_trained: Path, tmp_path: Path, name: str, harm: Callable[[Path], None]
+) -> None:
+    assert not torch.equal(answers(fxquant.load(saved_trained)), answers(quantized()))
+    folder = Path(shutil.copytree(saved_trained, tmp_path / "result"))
+    harm(folder / name)
+    with pytest.raises(FileFormatError, match=name):
+        fxquant.load(folder)
+
+
+def test_nothing_of_a_trained_result_stays(saved_trained: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved_trained, tmp_path / "result"))
+    assert sorted(path.name for path in quantized().save(folder).iterdir()) == FILES
+    assert torch.equal(answers(fxquant.load(folder)), answers(quantized()))
