@@ -19,7 +19,8 @@ SOURCES = sorted(
 NAMES = [str(path.relative_to(ROOT)) for path in SOURCES]
 
 FRONT = (
-    *("pipeline", "search", "result", "transfer", "bench", "report", "api", "compiling"),
+    *("pipeline", "search", "rounding", "trained", "training", "result", "transfer"),
+    *("bench", "report", "api", "compiling"),
     *("fxquant", "inputs", "outputs", "arguments", "demo", "cli"),
 )
 """Rooms above the passes and backends, each may import those before it."""
