@@ -192,6 +192,7 @@ def test_values_outside_of_layers_survive_a_second_training() -> None:
     assert reestimate(module, [batch]) == 1
     once = result.with_trained(module)
     assert set(once.program[TrainedValues].values) == {"norm.running_mean", "norm.running_var"}
+    assert not torch.equal(model_outputs(once.simulated, batch), model_outputs(result.simulated, batch))
     twice = once.with_trained(once.trainable())
     assert torch.equal(model_outputs(twice.simulated, batch), model_outputs(once.simulated, batch))
 
