@@ -78,6 +78,7 @@ def _correct(
     for _ in range(steps):
         made = span({**originals, **inputs})
         made = span({**originals, **inputs})
+        made = span({**originals, **inputs})
         loss = sum((_mismatch(value, statistics[name]) for name, value in made.items()), torch.zeros(()))
         held = sum((channel_sums(inputs[name] - originals[name]) for name in inputs), torch.zeros(()))
         loss = loss + weight * held

@@ -40,7 +40,7 @@ def test_what_was_not_folded_is_not_told(name: str) -> None:
 
 def test_statistics_are_those_of_the_model() -> None:
     program = captured("residual")
-    state = {path: tensor for path, tensor in program.module.state_dict().items()}
+    state: dict[str, torch.Tensor] = program.module.state_dict()
     told = list(folded("residual")[NormStatistics].folded.values())
     for number, each in enumerate(told, 1):
         mean, variance = (state[f"bn{number}.running_{kind}"] for kind in ("mean", "var"))
