@@ -42,6 +42,7 @@ class Backend(Protocol):
 
 BACKENDS = {
     "reference": "fxquant.backends.reference:ReferenceBackend",
+    "simulation": "fxquant.backends.reference:SimulationBackend",
     "onnxruntime": "fxquant.backends.onnx_qdq:OnnxRuntimeBackend",
     "fx_int8": "fxquant.backends.fx_int8:FxInt8Backend",
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
@@ -24,6 +26,15 @@ REFERENCE_TARGET = Target(
     storage_bits={2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8},
     refuse_joins={"matmul": "runtimes compute products of two activations at float speed"},
 )
+
+SIMULATION_TARGET = replace(
+    REFERENCE_TARGET,
+    name="simulation",
+    kernels={**REFERENCE_TARGET.kernels, "matmul": "float product of grid values"},
+    refuse_joins={},
+    products=frozenset({"matmul"}),
+)
+"""With the products inside attention on integer operands as well, which no runtime here computes faster than float."""
 
 
 def to_qdq(module: GraphModule) -> GraphModule:
@@ -181,3 +192,9 @@ class ReferenceBackend:
                 return first_tensor(qdq(*tensors)).float()
 
         return run
+
+
+class SimulationBackend(ReferenceBackend):
+    """The same with the products of two activations on grids, softmax outputs among them."""
+
+    target = SIMULATION_TARGET

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
@@ -13,6 +14,7 @@ from fxquant.core.errors import OptionError
 from fxquant.core.settings import CONTEXTS, EFFORTS
 from fxquant.core.spec import Choice
 from fxquant.inputs import ImageOptions
+from fxquant.passes.rounding import ROUNDERS
 from fxquant.passes.sensitivity import ESTIMATORS
 
 Refuse = Callable[[str], NoReturn]
@@ -21,6 +23,7 @@ HELP = {
     "demo": "quantize the shipped digits network and compare it with float and uniform plans",
     "quantize": "choose bits within a budget; write plan, model and report",
     "analyze": "only score the layers, under torchrun in several processes; `allocate` chooses from the scores later",
+    "reconstruct": "round a saved result's plan better: scales and rounding against the prediction difference",
     "allocate": "choose bits for another budget from saved scores",
     "pareto": "choose bits for several budgets from saved scores, one plan each",
     "export": "write a saved result as ONNX, on request with an edited plan",
@@ -125,6 +128,15 @@ def _scoring(parser: argparse.ArgumentParser) -> None:
 def _quantize(parser: argparse.ArgumentParser) -> None:
     _budget(parser, required=True)
     _scoring(parser)
+    _rounding(parser, "nearest")
+
+
+def _rounding(parser: argparse.ArgumentParser, default: str) -> None:
+    names = f"{', '.join(ROUNDERS)}, or several joined by +; default {default}"
+    parser.add_argument("--rounding", default=default, metavar="NAME+NAME", help=names)
+    parser.add_argument(
+        "--rounding-option", action="append", default=[], metavar="NAME=VALUE", help="for example iterations=300"
+    )
 
 
 def _folder(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +147,20 @@ def _allocate(parser: argparse.ArgumentParser) -> None:
     _folder(parser)
     _budget(parser, required=True)
     parser.add_argument("--output", type=Path, metavar="DIR", help="where results go; without it they replace DIR's")
+
+
+def _reconstruct(parser: argparse.ArgumentParser) -> None:
+    _folder(parser)
+    add = parser.add_argument
+    add("--calibration", required=True, metavar="SPEC", help="the images that were given to quantize")
+    add("--image-size", type=_size, metavar="N|HxW", help="size of the images of a folder")
+    add("--mean", type=_numbers, default=(0.0, 0.0, 0.0), metavar="M,M,M", help="subtracted from values 0..1")
+    add("--std", type=_numbers, default=(1.0, 1.0, 1.0), metavar="S,S,S", help="values are divided by it")
+    _rounding(parser, "pdquant")
+    add(
+        "--feedback", type=int, default=0, metavar="N", help="times the plan is solved anew with what units really cost"
+    )
+    add("--output", type=Path, metavar="DIR", help="where results go; without it they replace DIR's")
 
 
 def _pareto(parser: argparse.ArgumentParser) -> None:
@@ -176,6 +202,7 @@ _ADDERS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "quantize": _quantize,
     "analyze": _scoring,
     "allocate": _allocate,
+    "reconstruct": _reconstruct,
     "pareto": _pareto,
     "export": _export,
     "bench": _bench,
@@ -209,6 +236,26 @@ def forbidden(texts: Iterable[str]) -> dict[str, tuple[Choice, ...]]:
     """
     found = _by_glob("forbid", texts, "GLOB=W2A8,W2A4")
     return {pattern: tuple(map(Choice.parse, labels.split(","))) for pattern, labels in found.items()}
+
+
+def rounding_options(texts: Iterable[str]) -> dict[str, object]:
+    """Read settings of the reconstruction engine written as `iterations=300`.
+
+    Raises:
+        OptionError: not of that form.
+    """
+    found: dict[str, object] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name:
+            raise OptionError(f"rounding option {text!r} is not understood; write NAME=VALUE")
+        try:
+            read = json.loads(value)
+        except ValueError:
+            # A word such as block needs no quotation marks.
+            read = value
+        found[name] = tuple(read) if isinstance(read, list) else read
+    return found
 
 
 def _by_glob(option: str, texts: Iterable[str], form: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fxquant import api
-from fxquant.arguments import build_parser, forbidden, image_options, pins
+from fxquant.arguments import build_parser, forbidden, image_options, pins, rounding_options
 from fxquant.bench import bench
 from fxquant.core.budget import Budget
 from fxquant.core.errors import FxquantError, OptionError
@@ -36,6 +36,8 @@ from fxquant.outputs import (
 from fxquant.result import Result
 
 INTERRUPTED = 130
+ROUNDING_IMAGES = 1024
+"""Images of a calibration set that `reconstruct` takes at most."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,6 +111,8 @@ def _scored(args: argparse.Namespace, budget: Budget | None) -> None:
             estimators=args.estimators,
             context=args.context,
             time_limit=args.time_limit,
+            rounding=getattr(args, "rounding", "nearest"),
+            rounding_options=rounding_options(getattr(args, "rounding_option", ())),
             threads=args.threads,
             distributed=True,
         )
@@ -150,6 +154,23 @@ def _allocate(args: argparse.Namespace) -> None:
     known = Result.load(args.folder)
     with output_folder(args.output or args.folder, resume=args.output is None) as folder:
         result = api.resolve(known, budget, progress=not args.quiet)
+        _tell(args, result, write_outputs(result, folder))
+
+
+def _reconstruct(args: argparse.Namespace) -> None:
+    known = Result.load(args.folder)
+    with output_folder(args.output or args.folder, resume=args.output is None) as folder:
+        images = load_calibration(args.calibration, image_options(args), ROUNDING_IMAGES)
+        options = rounding_options(args.rounding_option)
+        result = api.reconstruct(
+            known,
+            images,
+            args.rounding,
+            options=options,
+            feedback=args.feedback,
+            workdir=folder,
+            progress=not args.quiet,
+        )
         _tell(args, result, write_outputs(result, folder))
 
 
@@ -211,6 +232,7 @@ COMMANDS = {
     "quantize": _quantize,
     "analyze": _analyze,
     "allocate": _allocate,
+    "reconstruct": _reconstruct,
     "pareto": _pareto,
     "export": _export,
     "bench": _bench,

@@ -5,7 +5,8 @@
    the clipping activation it absorbs.
 3. An op without weights that has an integer kernel (a join: add, concat, pooling) runs in integers if its output is
    wanted quantized and all its inputs are quantized anyway; the joins are the largest set for which that holds.
-4. Values pass through ops that keep the grid (reshape, max pool, zero padding), so the quantizer stands before them.
+4. An op on two activations that the target wants on grids (products inside attention) has both of them quantized.
+5. Values pass through ops that keep the grid (reshape, max pool, zero padding), so the quantizer stands before them.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class _EdgeSearch:
         self.target = target
         self.reasons: dict[str, str] = {}
         self.weighted = [node for node in self.nodes if self._is_integer_weighted(node, keep_float)]
-        self.joins = {node for node in self.nodes if self._may_join(node)}
+        self.products = [node for node in self.nodes if self._is_product(node)]
+        self.joins = {node for node in self.nodes if node not in self.products and self._may_join(node)}
 
     def _is_integer_weighted(self, node: Node, keep_float: dict[str, str]) -> bool:
         rule = rule_of(node)
@@ -83,6 +85,14 @@ class _EdgeSearch:
         else:
             return True
         return False
+
+    def _is_product(self, node: Node) -> bool:
+        """Whether a node multiplies two activations that the target takes on grids of their own."""
+        rule = rule_of(node)
+        if rule is None or rule.kind not in self.target.products or rule.weight is not None:
+            return False
+        inputs = activation_inputs(node)
+        return bool(inputs) and not any(is_constant(source) for source in inputs)
 
     def _may_join(self, node: Node) -> bool:
         rule = rule_of(node)
@@ -123,7 +133,7 @@ class _EdgeSearch:
             for join in unfit:
                 self.reasons[join.name] = "its inputs or its output are in float anyway"
         edges = self._edges()
-        integer = {node.name for node in self.weighted} | {node.name for node in self.joins}
+        integer = {node.name for node in (*self.weighted, *self.products, *self.joins)}
         reasons = {name: why for name, why in self.reasons.items() if name not in integer}
         return QuantizedEdges(tuple(edges), frozenset(integer), reasons)
 
@@ -135,7 +145,7 @@ class _EdgeSearch:
         """Whether some reader computes on integers, straight or through ops that keep the grid."""
         for user in consumers(value):
             rule = rule_of(user)
-            if user in self.joins or (user in self.weighted and value is user.args[0]):
+            if user in self.joins or user in self.products or (user in self.weighted and value is user.args[0]):
                 return True
             if rule is not None and rule.scale in PASS_THROUGH and self._wanted(user):
                 return True
@@ -163,6 +173,9 @@ class _EdgeSearch:
             rule = rule_of(node)
             if rule is not None and rule.kind in self.target.output_quantized:
                 self._quantize_output(self._tail(node), found)
+        for product in self.products:
+            for source in activation_inputs(product):
+                self._quantize_input(source, product, found)
         for join in self.joins:
             for source in activation_inputs(join) if join_inputs else ():
                 self._quantize_input(source, join, found)

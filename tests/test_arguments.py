@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import pytest
 
-from fxquant.arguments import HELP, build_parser, forbidden, image_options, pins
+from fxquant.arguments import HELP, build_parser, forbidden, image_options, pins, rounding_options
 from fxquant.core.errors import OptionError
 from fxquant.core.spec import FLOAT, Choice
 from fxquant.inputs import ImageOptions
@@ -34,8 +34,18 @@ def test_texts_become_values() -> None:
 
 def test_analyze_takes_what_quantize_takes_but_no_budget() -> None:
     assert vars(parsed("analyze", *SPECS)).keys() == vars(parsed("quantize", *SPECS, "--budget", "a=1")).keys() - {
-        "budget"
+        "budget",
+        "rounding",
+        "rounding_option",
     }
+
+
+def test_rounding_options_are_numbers_words_and_lists() -> None:
+    told = ["iterations=300", "unit=block", "guard=false", "beta=[20, 2]", "drop=0.5"]
+    asked = rounding_options(told)
+    assert asked == {"iterations": 300, "unit": "block", "guard": False, "beta": (20, 2), "drop": 0.5}
+    with pytest.raises(OptionError, match="NAME=VALUE"):
+        rounding_options(["iterations"])
 
 
 def test_debug_before_or_after_the_command() -> None:

@@ -22,6 +22,7 @@ class Target:
         storage_bits: weight width -> width it is stored in; a width without a type takes the next one.
         output_quantized: kinds whose kernel can only write integers, so that their output carries a quantizer.
         refuse_joins: kind -> why it stays in float although it could be quantized.
+        products: kinds of ops on two activations whose inputs are quantized for their own sake.
         activation_storage_bits: activation width -> width it is stored in; a width that is not named takes 8.
 
     Raises:
@@ -37,6 +38,7 @@ class Target:
     output_quantized: frozenset[str] = frozenset()
     refuse_joins: Mapping[str, str] = field(default_factory=dict)
     activation_storage_bits: Mapping[int, int] = field(default_factory=dict)
+    products: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for bits in self.weight_bits:

@@ -15,6 +15,7 @@ from fxquant.core.settings import Settings
 from fxquant.core.spec import Sites
 from fxquant.passes.allocate_bits import uniform_plans
 from fxquant.report.layers import finite, layer_rows, model_bytes
+from fxquant.report.rounding import rounding
 
 if TYPE_CHECKING:
     from fxquant.result import Result
@@ -64,6 +65,7 @@ def content(result: Result, extras: Mapping[str, Any] | None = None) -> dict[str
         "plans": _plans(result),
         "layers": layers,
         "sensitivity": _sensitivity(result),
+        "rounding": rounding(result),
         "passes": [{"name": p.name, "rewrites": p.rewrites, "seconds": p.seconds} for p in result.program.log],
         "versions": versions(),
         "measured": measured,

@@ -168,3 +168,16 @@ def test_edges_come_in_graph_order_every_time() -> None:
     keys = [(order[e.producer], order[e.consumer], e.slot) for e in first]
     assert keys == sorted(keys)
     assert first == edges_of("attention").edges
+
+
+def test_products_of_two_activations_take_grids_where_the_target_wants_them() -> None:
+    target = replace(TARGET, products=frozenset({"matmul"}))
+    with_products, without = edges_of("attention", target), edges_of("attention")
+    products = {name for name in with_products.integer_nodes if name.startswith("matmul")}
+    assert products
+    assert not products & without.integer_nodes
+    read = {edge.producer for edge in with_products.edges if edge.consumer in products}
+    assert any(name.startswith("softmax") for name in read)
+    for name in products:
+        assert sum(edge.consumer == name for edge in with_products.edges) == 2
+        assert name not in with_products.float_reasons
