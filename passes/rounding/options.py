@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fxquant.core.errors import OptionError
+from fxquant.passes.rounding.units import check_granularity
 
 LEARNED = ("rounding", "straight_through")
 """What is learned of a weight: whether each value goes up or down, or the value and its scale."""
@@ -91,14 +92,16 @@ class Reconstruction:
         for name, known in (("learned", LEARNED), ("inputs", INPUTS)):
             if getattr(self, name) not in known:
                 raise OptionError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
-        for name in COUNTS:
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name}={getattr(self, name)} must be at least 1")
+        check_granularity(self.unit)
+        for name in (*COUNTS, "correction"):
+            lowest = int(name in COUNTS)
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < lowest:
+                raise OptionError(f"{name}={getattr(self, name)!r} must be a whole number of at least {lowest}")
         for name in PROBABILITIES:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise OptionError(f"{name}={getattr(self, name)} must lie in 0..1")
         rates = [f.name for f in fields(self) if f.type == "float" and f.name not in PROBABILITIES]
-        for name in (*rates, "correction"):
+        for name in rates:
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise OptionError(f"{name}={getattr(self, name)} must be a finite number of at least 0")
         if self.temperature == 0:
@@ -119,9 +122,11 @@ class Reconstruction:
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 raise OptionError(f"unknown rounding option {name!r}{hint}; known: {', '.join(known)}")
         values: dict[str, Any] = dict(overrides)
+        if isinstance(values.get("unit"), int):
+            values["unit"] = str(values["unit"])
         try:
             return replace(self, **values)
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             raise OptionError(f"rounding options {values} hold a value of the wrong type ({error})") from error
 
     @property

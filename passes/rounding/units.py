@@ -44,6 +44,16 @@ class Unit:
     sites: tuple[str, ...]
 
 
+def check_granularity(granularity: str) -> None:
+    """Fail on a granularity that `find_units` does not know.
+
+    Raises:
+        OptionError: it is unknown.
+    """
+    if granularity not in GRANULARITIES and not (granularity.isdecimal() and int(granularity) > 0):
+        raise OptionError(f"unit={granularity!r} is unknown; known: {', '.join(GRANULARITIES)}, or a number of blocks")
+
+
 def find_units(module: GraphModule, sites: tuple[Site, ...], granularity: str = "block") -> tuple[Unit, ...]:
     """Return the units of a simulated graph in order; each varying node belongs to exactly one.
 
@@ -56,8 +66,7 @@ def find_units(module: GraphModule, sites: tuple[Site, ...], granularity: str = 
     Raises:
         OptionError: the granularity is unknown.
     """
-    if granularity not in GRANULARITIES and not (granularity.isdigit() and int(granularity) > 0):
-        raise OptionError(f"unit={granularity!r} is unknown; known: {', '.join(GRANULARITIES)}, or a number of blocks")
+    check_granularity(granularity)
     cutter = _Cutter(module, sites)
     if granularity == "network":
         return cutter.units([0])
