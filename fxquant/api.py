@@ -16,7 +16,7 @@ from fxquant.backends.onnx_qdq import write_onnx
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.budget import Budget
 from fxquant.core.data import collect
-from fxquant.core.errors import CalibrationError
+from fxquant.core.errors import CalibrationError, OptionError
 from fxquant.core.program import Program
 from fxquant.core.progress import Reporter
 from fxquant.core.settings import Effort, Settings
@@ -24,6 +24,7 @@ from fxquant.core.settings import effort as effort_preset
 from fxquant.core.shards import ALONE, Shards
 from fxquant.core.spec import Choice
 from fxquant.passes.allocation import SOLVERS
+from fxquant.passes.rounding.bank import METHODS as BANK_METHODS
 from fxquant.passes.sensitivity import ESTIMATORS, FLOAT_ONLY
 from fxquant.result import Result
 from fxquant.rounding import algorithms, round_plan, round_with_feedback
@@ -56,6 +57,7 @@ def quantize(
     requantization_cost: float = 0.0,
     refine_moves: int | None = None,
     rounds: int | None = None,
+    scoring_rounding: str = "nearest",
     rounding: str = "nearest",
     rounding_options: Mapping[str, object] | None = None,
     threads: int | None = None,
@@ -90,6 +92,8 @@ def quantize(
             their activations at unlike widths, or one of them in float.
         refine_moves: plans measured at most to improve the best one by swaps, overriding the effort's; 0 is none.
         rounds: times the plan is scored again around itself and solved near it, overriding the effort's; 0 is none.
+        scoring_rounding: "nearest", or "gptq" or "gpfq": layers are scored with weights rounded well, so that low
+            widths are not thought worse than they will be.
         rounding: how the plan's weights are rounded: "nearest", "gptq", "pdquant" or another algorithm, or several
             joined by "+"; kept only where the held-out loss falls. `reconstruct` does it later.
         rounding_options: settings of the reconstruction engine -> value, for example `{"iterations": 300}`.
@@ -126,6 +130,7 @@ def quantize(
         requantization_cost=requantization_cost,
         refine_moves=preset.refine_moves if refine_moves is None else refine_moves,
         rounds=preset.rounds if rounds is None else rounds,
+        scoring_rounding=scoring_rounding,
         rounding=rounding,
         seed=seed,
         threads=threads,
@@ -167,6 +172,9 @@ def _check_names(settings: Settings) -> None:
     _ = backend(settings.target)
     _ = SOLVERS[settings.solver]
     _ = algorithms(settings.rounding)
+    if settings.scoring_rounding not in ("nearest", *BANK_METHODS):
+        known = ", ".join(("nearest", *BANK_METHODS))
+        raise OptionError(f"unknown scoring_rounding {settings.scoring_rounding!r}; known: {known}")
     for name in settings.estimators:
         _ = ESTIMATORS[name]
 

@@ -13,6 +13,7 @@ from fxquant.core.budget import Budget
 from fxquant.core.cost import CostTables
 from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import InfeasibleBudgetError, OptionError, PipelineError
+from fxquant.core.grids import WeightGrids
 from fxquant.core.limits import LIMIT_TABLES, fits, infeasible_message, reachable, unit_of, usage
 from fxquant.core.losses import LOSSES, default_loss
 from fxquant.core.oracle import model_outputs
@@ -37,6 +38,7 @@ from fxquant.passes.insert_fake_quant import InsertFakeQuant
 from fxquant.passes.insert_observers import CollectRanges, InsertObservers
 from fxquant.passes.measure_latency import MeasureLatency
 from fxquant.passes.measure_sensitivity import MeasureSensitivity
+from fxquant.passes.rounding.bank import RoundWeights
 from fxquant.passes.scale_weights import ScaleWeights
 from fxquant.passes.tie_edges import TieEdges
 
@@ -119,9 +121,16 @@ def prepare(program: Program, settings: Settings) -> Program:
 
 def calibrate(program: Program, images: CalibrationSet | None, reporter: Reporter = SILENT) -> Program:
     """Run images through the observers (None: they have run already), take them out, and fix all grids and costs."""
-    target = backend(program[Settings].target).target
+    settings = program[Settings]
     feed = () if images is None else (Calibrate(images, reporter=reporter),)
-    return run(program, *feed, CollectRanges(), ScaleWeights(), EstimateCost(target))
+    program = run(program, *feed, CollectRanges(), ScaleWeights(), EstimateCost(backend(settings.target).target))
+    if settings.scoring_rounding == "nearest":
+        return program
+    if images is None:
+        raise OptionError(
+            f"scoring_rounding={settings.scoring_rounding!r} needs calibration images; give them, or use 'nearest'"
+        )
+    return run(program, RoundWeights(images, settings.scoring_rounding, reporter))
 
 
 def simulate(program: Program, plan: BitAllocation, round_biases: bool = True) -> Program:
@@ -221,7 +230,9 @@ def score_identity(program: Program, images: CalibrationSet, loss: str) -> dict[
         "calibration": text_digest(f"{seen} {program[Ranges].clip}"),
         "model": tensor_digest(weights) + text_digest(str(module.graph)),
         "data": tensor_digest(tensors),
-        "settings": text_digest(f"{columns} {loss} {settings.observer} {settings.target}"),
+        "settings": text_digest(
+            f"{columns} {loss} {settings.observer} {settings.target} {program[WeightGrids].digest()}"
+        ),
     }
 
 

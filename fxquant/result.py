@@ -19,6 +19,7 @@ from fxquant.core.allocation import BitAllocation, Finalists
 from fxquant.core.cost import CostTable, CostTables
 from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import CalibrationError, FileFormatError, OptionError, OutputError, PipelineError
+from fxquant.core.grids import WeightGrids
 from fxquant.core.limits import usage
 from fxquant.core.oracle import model_outputs
 from fxquant.core.program import Program
@@ -235,6 +236,8 @@ class Result:
             torch.export.save(_without_examples(program[ExportedProgram]), temporary)
         if held_out:
             write_tensors(folder / "held_out.safetensors", held_out)
+        if settings.scoring_rounding != "nearest":
+            program[WeightGrids].save_rounded(folder / "rounded_weights.npz")
         if Rounding in program:
             program[Rounding].save(folder / "rounding.npz")
         if TrainedValues in program:
@@ -284,6 +287,8 @@ class Result:
         if rounded:
             program = _with_rounding(program, folder / "rounding.npz")
         program = pipeline.run(program, ScaleWeights())
+        if settings.scoring_rounding != "nearest":
+            program = program.with_facts(program[WeightGrids].with_rounded(folder / "rounded_weights.npz"))
         plan = BitAllocation.from_json(folder / "plan.json")
         held_out = _load_held_out(folder / "held_out.safetensors") if with_images else None
         if trained:

@@ -65,6 +65,8 @@ class Settings:
         requantization_cost: added to a plan's modelled loss for two neighbouring layers with unlike activation widths.
         refine_moves: plans measured at most to improve the best finalist; 0 leaves it as it is.
         rounds: times the plan is scored again around itself at most, and the program solved near it; 0 does not.
+        scoring_rounding: how weights are rounded when layers are scored, and until a plan is rounded: "nearest", or
+            "gptq" or "gpfq" layer by layer at every width.
         rounding: algorithms that round the plan's weights, joined by "+".
         seed: seed of every random choice.
         threads: threads of the target's runtime, None for its default.
@@ -90,6 +92,7 @@ class Settings:
     requantization_cost: float = 0.0
     refine_moves: int = EFFORTS["default"].refine_moves
     rounds: int = EFFORTS["default"].rounds
+    scoring_rounding: str = "nearest"
     rounding: str = "nearest"
     seed: int = 0
     threads: int | None = None
