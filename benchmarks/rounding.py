@@ -26,6 +26,7 @@ from torch.fx import GraphModule
 
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
+from benchmarks.zoo.imdn import set5_psnr
 from fxquant import pipeline, search
 from fxquant.api import capture, prepare
 from fxquant.backends.fx_int8 import FxInt8Backend
@@ -44,6 +45,8 @@ from fxquant.rounding import round_plan
 
 FOLDER = Path(__file__).resolve().parent.parent / "build" / "rounding"
 BATCH = 32
+CROP = 112
+"""Side of the pictures that super-resolution is measured on: graphs have one shape."""
 ALL = " all"
 
 Row = dict[str, str | float | None]
@@ -63,6 +66,7 @@ class Case:
         options: settings of the reconstruction engine in the place of the profile's own.
         bits: candidate weight bits of mixed plans.
         lowered: measure the integer graph too.
+        pictures: the network restores pictures: PSNR on Set5 in the place of accuracy.
         target: runtime whose edges are quantized; None for ONNX Runtime, or ours where activations are narrower.
     """
 
@@ -75,38 +79,53 @@ class Case:
     options: Mapping[str, object] = field(default_factory=dict)
     bits: tuple[int, ...] = (2, 4, 8)
     lowered: bool = True
+    pictures: bool = False
     target: str | None = None
 
 
-LADDER = ("nearest", "bias_correction", "gptq", "adaround", "brecq", "qdrop", "pdquant")
-DRAWN = ("adaround", "brecq", "qdrop", "pdquant", "fast", "lowbit", "vit")
-"""Algorithms that draw random numbers."""
+LADDER = ("nearest", "bias_correction", "gptq", "gpfq", "adaround", "brecq", "qdrop", "pdquant")
+DRAWN = ("adaround", "brecq", "qdrop", "pdquant", "fast", "fast+bias_correction", "lowbit", "vit")
+"""Chains that draw random numbers."""
+
+SHORT: Mapping[str, object] = {"iterations": 200, "correction": 0}
+"""A hundredth of the published iterations; what correcting the inputs adds is measured apart, on fewer images."""
 
 CASES: dict[str, Case] = {
-    "ladder": Case("resnet20", ("W4A4", "W3A3", "W2A4", "W2A2"), LADDER, (0, 1, 2), options={"iterations": 200}),
-    "mixed": Case("resnet20", ("3 bits", "2.5 bits", "W3A8 all"), ("nearest", "pdquant"), options={"iterations": 200}),
+    "ladder": Case("resnet20", ("W4A4", "W3A3", "W2A4", "W2A2"), LADDER, (0, 1, 2), options=SHORT),
+    "mixed": Case("resnet20", ("3 bits", "2.5 bits", "W3A8 all"), ("nearest", "gptq", "pdquant"), options=SHORT),
+    "corrected": Case("resnet20", ("W2A4",), ("qdrop", "pdquant"), calibration=256, options={"iterations": 200}),
+    "uncorrected": Case("resnet20", ("W2A4",), ("qdrop", "pdquant"), calibration=256, options=SHORT),
     "mobilenet_v1": Case(
         "mobilenet_v1",
         ("W4A8", "4 bits"),
-        ("nearest", "fast", "pdquant"),
+        ("nearest", "bias_correction", "gptq", "gptq+bias_correction", "fast", "fast+bias_correction", "pdquant"),
         calibration=256,
         bits=(3, 4, 6, 8),
-        options={"iterations": 200, "batch": 16},
+        options={"iterations": 100, "batch": 16, "prediction_every": 4},
     ),
     "deit_tiny": Case(
         "deit_tiny",
         ("W4A8", "W4A4"),
-        ("nearest", "fast", "vit"),
+        ("nearest", "gptq", "fast", "vit"),
         calibration=64,
         evaluation=300,
         options={"iterations": 60, "batch": 4},
         lowered=False,
         target="simulation",
     ),
+    "imdn": Case(
+        "imdn",
+        ("W4A8",),
+        ("nearest", "gptq", "fast"),
+        calibration=24,
+        options={"iterations": 40, "batch": 4},
+        lowered=False,
+        pictures=True,
+    ),
     "mobilenet_v2": Case(
         "mobilenet_v2",
         ("W4A8",),
-        ("nearest", "fast"),
+        ("nearest", "gptq", "gptq+bias_correction", "fast"),
         calibration=64,
         evaluation=400,
         options={"iterations": 80, "batch": 8},
@@ -150,12 +169,31 @@ def _plan(
     return found[BitAllocation]
 
 
-def scores(run: GraphModule | Program, images: Tensor, labels: Tensor, reference: Tensor) -> tuple[float, float]:
+def scores(module: GraphModule, images: Tensor, labels: Tensor, reference: Tensor) -> tuple[float, float]:
     """Return accuracy (%) and KL to the float answers."""
-    module = run.module if isinstance(run, Program) else run
     answer = model_outputs(module, (images,), BATCH)
     right = 100 * float((answer.argmax(dim=1) == labels).double().mean())
     return right, float(LOSSES["kl"](reference, answer, None).mean())
+
+
+def classified(case: Case, model: GraphModule, simulated: GraphModule, tuning: CalibrationSet) -> Row:
+    """Return what a classifier keeps of its accuracy and of its answers."""
+    images, labels = NETWORKS[case.network].evaluation(case.evaluation)
+    reference, answers = model_outputs(model, (images,), BATCH), model_outputs(model, tuning.inputs, BATCH)
+    row: Row = {"float %": 100 * float((reference.argmax(dim=1) == labels).double().mean())}
+    row["accuracy %"], row["KL"] = scores(simulated, images, labels, reference)
+    row["agreement %"], _ = scores(simulated, images, reference.argmax(dim=1), reference)
+    tuned = scores(simulated, tuning.inputs[0], answers.argmax(dim=1), answers)
+    row["calibration agreement %"], row["calibration KL"] = tuned
+    if case.lowered:
+        row["lowered %"], _ = scores(FxInt8Backend().lower(simulated), images, labels, reference)
+    return row
+
+
+def restored(model: GraphModule, simulated: GraphModule) -> Row:
+    """Return what a super-resolution network keeps, in dB on Set5."""
+    before, after = (set5_psnr(module, crop=CROP) for module in (model, simulated))
+    return {"float dB": before, "PSNR dB": after}
 
 
 def measure(name: str, plan: str, chain: str, seed: int, path: Path) -> None:
@@ -163,8 +201,6 @@ def measure(name: str, plan: str, chain: str, seed: int, path: Path) -> None:
     case = CASES[name]
     program, tuning, held_out = prepared(name, plan)
     program = program.with_facts(replace(program[Settings], seed=seed))
-    images, labels = NETWORKS[case.network].evaluation(case.evaluation)
-    reference = model_outputs(program.module, (images,), BATCH)
     corrections = ScoreStore(FOLDER / f"corrections-{case.network}", {"images": str(case.calibration)})
     started = time.perf_counter()
     rounded = program
@@ -172,23 +208,16 @@ def measure(name: str, plan: str, chain: str, seed: int, path: Path) -> None:
         options = case.options if chain in DRAWN else {}
         rounded = round_plan(program, chain, tuning, held_out, overrides=options, corrections=corrections)
     seconds = time.perf_counter() - started
-    simulated = pipeline.simulate(rounded, program[BitAllocation])
-    accuracy, loss = scores(simulated, images, labels, reference)
-    answers = model_outputs(program.module, tuning.inputs, BATCH)
-    agreement, tuned = scores(simulated, tuning.inputs[0], answers.argmax(dim=1), answers)
-    same, _ = scores(simulated, images, reference.argmax(dim=1), reference)
-    row: Row = {"accuracy %": accuracy, "KL": loss, "agreement %": same}
-    row |= {"calibration agreement %": agreement, "calibration KL": tuned}
-    row |= {"float %": 100 * float((reference.argmax(dim=1) == labels).double().mean()), "seconds": seconds}
-    if case.lowered:
-        row["lowered %"], _ = scores(FxInt8Backend().lower(simulated.module), images, labels, reference)
+    simulated = pipeline.simulate(rounded, program[BitAllocation]).module
+    row = restored(program.module, simulated) if case.pictures else classified(case, program.module, simulated, tuning)
+    row["seconds"] = seconds
     units = rounded[Rounding].units if Rounding in rounded else ()
     row |= {"units": float(len(units)), "units kept": float(sum(unit.kept for unit in units))}
     notes = list(rounded[Rounding].notes) if Rounding in rounded else []
     write_json(
         path, "benchmark part", 1, {"row": row, "notes": notes, "plan": program[BitAllocation].to_json()["choices"]}
     )
-    print(f"{name} {plan} {chain} {seed}: {accuracy:.2f} %, KL {loss:.4f}, {seconds:.0f} s", flush=True)
+    print(f"{name} {plan} {chain} {seed}: {row}", flush=True)
 
 
 def table() -> list[Row]:
@@ -203,8 +232,8 @@ def table() -> list[Row]:
                         found[key].append(float(value))
                 if found:
                     means: Row = {key: statistics.mean(values) for key, values in found.items()}
-                    right = found["accuracy %"]
-                    means["accuracy spread"] = statistics.stdev(right) if len(right) > 1 else 0.0
+                    right = found["accuracy %"] or found["PSNR dB"]
+                    means["spread"] = statistics.stdev(right) if len(right) > 1 else 0.0
                     named: Row = {"network": case.network, "plan": plan, "rounding": chain, "seeds": float(len(right))}
                     rows.append({**named, **means})
     return rows

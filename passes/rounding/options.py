@@ -54,7 +54,8 @@ class Reconstruction:
         asymmetric: weights on asymmetric grids, which no integer backend takes: for simulation only.
         guard: keep a unit's result only if the held-out loss of the network up to it falls.
         memory_mb: megabytes that cached values may take; beyond it they are kept in bfloat16, then run again.
-        compile_suffix: run the suffix through torch.compile.
+        compile_suffix: run the suffix through torch.compile; pays after some ten thousand iterations of a unit.
+        half_suffix: run the suffix in bfloat16; pays where the processor multiplies such numbers (GPU, AMX).
 
     Raises:
         OptionError: a value out of range.
@@ -87,6 +88,7 @@ class Reconstruction:
     guard: bool = True
     memory_mb: int = 2048
     compile_suffix: bool = False
+    half_suffix: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("learned", LEARNED), ("inputs", INPUTS)):

@@ -194,7 +194,11 @@ class Tuner:
     def _answer_errors(self, values: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
         pieces, options = self.pieces, self.options
         if pieces.suffix is not None:
-            values = {**values, **pieces.suffix(values)}
+            kind = next(iter(values.values())).device.type
+            with torch.autocast(kind, dtype=torch.bfloat16, enabled=options.half_suffix):
+                found = pieces.suffix(values)
+            # Differences of answers are small beside the answers: they are taken in float32.
+            values = {**values, **{name: value.float() for name, value in found.items()}}
         reference = self.material.answers(index)
         errors = {}
         if options.prediction:
