@@ -136,6 +136,7 @@ def quantize(
         threads=threads,
     )
     _check_names(settings)
+    _ = algorithms(rounding, rounding_options)
     shards = Shards.from_environment() if distributed else ALONE
     reporter = Reporter(progress and shards.is_first)
     images = collect(calibration, input_names(model), preset.images)
@@ -171,7 +172,6 @@ def _check_names(settings: Settings) -> None:
     """Fail on a misspelt name before any work is done."""
     _ = backend(settings.target)
     _ = SOLVERS[settings.solver]
-    _ = algorithms(settings.rounding)
     if settings.scoring_rounding not in ("nearest", *BANK_METHODS):
         known = ", ".join(("nearest", *BANK_METHODS))
         raise OptionError(f"unknown scoring_rounding {settings.scoring_rounding!r}; known: {known}")

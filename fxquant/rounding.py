@@ -21,6 +21,7 @@ from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
 from fxquant.core.settings import Settings
 from fxquant.core.store import text_digest
 from fxquant.passes.rounding import ROUNDERS, RoundingTask
+from fxquant.passes.rounding.options import Reconstruction
 from fxquant.passes.verify_and_refine import measured_loss
 from fxquant.pipeline import loss_name, score_identity, simulate
 
@@ -30,12 +31,17 @@ ROUNDED = "rounded, "
 """In front of a chain's name among a plan's finalists."""
 
 
-def algorithms(chain: str) -> tuple[str, ...]:
+def algorithms(chain: str, overrides: Mapping[str, object] | None = None) -> tuple[str, ...]:
     """Return the names in a chain such as "equalize+pdquant".
 
+    Args:
+        chain: names joined by "+".
+        overrides: settings of the reconstruction engine, which are checked along.
+
     Raises:
-        OptionError: one of them is unknown.
+        OptionError: one of them is unknown, or a setting is, or has a value out of range.
     """
+    _ = Reconstruction().changed(overrides or {})
     names = tuple(name.strip() for name in chain.split(JOIN))
     for name in names:
         _ = ROUNDERS[name]
@@ -68,7 +74,7 @@ def round_plan(
         OptionError: an unknown algorithm or setting.
         CalibrationError: the images are too few, or an algorithm needs what the network does not have.
     """
-    names, settings, plan = algorithms(chain), program[Settings], program[BitAllocation]
+    names, settings, plan = algorithms(chain, overrides), program[Settings], program[BitAllocation]
     loss = loss_name(program, images)
     known = score_identity(program, images, loss) if folder is not None else {}
     if corrections is None:
