@@ -76,7 +76,7 @@ def quantize(
         target: name of the runtime that will run the model.
         seed: same seed, same answer.
         effort: "fast", "default" or "best".
-        progress: show bars on a terminal.
+        progress: bars on a terminal, elsewhere a line on stderr for each stage.
         workdir: folder that keeps finished scores; the same call goes on where a killed one stopped.
         pins: glob over layer names -> precision (`Choice` or "W8A8").
         pin_ends: pin first and last layer to 8 bits.
@@ -212,7 +212,7 @@ def calibrate(program: Program, calibration: object = (), progress: bool = True)
     Args:
         program: from `prepare`.
         calibration: batches to run through the observers; empty if you ran your own through `program.module`.
-        progress: show bars on a terminal.
+        progress: bars on a terminal, elsewhere a line on stderr for each stage.
 
     Raises:
         CalibrationError: an observer saw nothing, or a value is not finite.
@@ -231,7 +231,7 @@ def measure_sensitivity(
         program: from `calibrate`.
         calibration: batches to score on.
         workdir: folder that keeps finished scores.
-        progress: show bars on a terminal.
+        progress: bars on a terminal, elsewhere a line on stderr for each stage.
     """
     folder = None if workdir is None else Path(workdir) / "scores"
     images = collect(calibration, _placeholders(program))
@@ -251,7 +251,7 @@ def allocate(
         program: from `measure_sensitivity`.
         budget: the limits.
         calibration: images that scoring did not see, to measure the finalists on; None trusts the model of the loss.
-        progress: show bars on a terminal.
+        progress: bars on a terminal, elsewhere a line on stderr for each stage.
         scoring: images to score the plan anew around itself with, `Settings.rounds` times at most; None does not.
 
     Raises:
@@ -320,7 +320,7 @@ def reconstruct(
         feedback: times the plan is solved anew with what each unit really cost once rounded, and rounded again; the
             plan with the lowest held-out loss stays.
         workdir: folder that keeps finished units; the same call goes on where a killed one stopped.
-        progress: show bars on a terminal.
+        progress: bars on a terminal, elsewhere a line on stderr for each stage.
 
     Raises:
         OptionError: an unknown algorithm or setting.
@@ -345,7 +345,7 @@ def resolve(
         result: a result, or the folder it was saved in.
         budget: the new limits.
         calibration: images to verify with; None takes the held-out images that came with the result.
-        progress: show bars on a terminal.
+        progress: bars on a terminal, elsewhere a line on stderr for each stage.
 
     Raises:
         InfeasibleBudgetError: no plan keeps the budget.

@@ -11,8 +11,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -88,7 +87,7 @@ def _scored(args: argparse.Namespace, budget: Budget | None) -> None:
         # How torchrun stops the others when one process dies: said as a stop by hand is.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     quiet = args.quiet or not shards.is_first
-    with output_folder(args.output, args.resume) as folder, _news(quiet or budget is not None):
+    with output_folder(args.output, args.resume) as folder:
         check_packages(args.target)
         images = load_calibration(args.calibration, image_options(args), effort(args.effort).images)
         result = api.quantize(
@@ -118,21 +117,6 @@ def _scored(args: argparse.Namespace, budget: Budget | None) -> None:
         )
         if shards.is_first:
             _tell(args, result, write_outputs(result, folder))
-
-
-@contextmanager
-def _news(quiet: bool) -> Iterator[None]:
-    """Print what an analysis is about to do, where no progress bars show it."""
-    handler, log = logging.StreamHandler(sys.stdout), logging.getLogger("fxquant")
-    before = log.level
-    if not quiet:
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(before)
 
 
 def _tell(args: argparse.Namespace, result: Result, written: list[Path]) -> None:

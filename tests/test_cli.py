@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -47,13 +48,14 @@ def files(place: Path) -> list[str]:
 
 
 def failure(arguments: list[str], code: int, capsys: Captured) -> str:
-    """Run a command that must fail and return its one line on stderr."""
+    """Run a command that must fail and return its one line on stderr, behind those of the stages it came through."""
     assert main(arguments) == code
     told = capsys.readouterr()
     assert told.out == ""
-    assert told.err.startswith("fxquant: error: ")
-    assert told.err.count("\n") == 1
-    return told.err
+    *stages, last = told.err.splitlines()
+    assert last.startswith("fxquant: error: ")
+    assert all(re.search(r": \d+ of \d+ in |cells, |candidates, ", line) for line in stages), stages
+    return last
 
 
 def test_quantize_writes_everything_and_prints_the_summary(tmp_path: Path, capsys: Captured) -> None:
@@ -63,7 +65,8 @@ def test_quantize_writes_everything_and_prints_the_summary(tmp_path: Path, capsy
     told = capsys.readouterr()
     assert "3 of 3 layers quantized" in told.out
     assert str(out / "model.onnx") in told.out
-    assert told.err == ""
+    # No terminal watches: a line for each stage.
+    assert re.search(r"^calibrate: \d+ of \d+ in [\d.]+ s$", told.err, re.MULTILINE)
     assert {"plan.json", "model.onnx", "report.html", "report.json", "result.json", "scores"} <= set(files(out))
     result = fxquant.load(out)
     assert result.allocation.choices["stem"] == Choice(8, 8)
@@ -73,7 +76,7 @@ def test_quantize_writes_everything_and_prints_the_summary(tmp_path: Path, capsy
     # An earlier result is not overwritten unasked; --resume takes its scores.
     assert "give --resume" in failure(arguments, 2, capsys)
     assert main([*arguments, "--resume", "--quiet"]) == 0
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
 
 
 def test_analyze_then_allocate(tmp_path: Path, capsys: Captured) -> None:

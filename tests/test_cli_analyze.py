@@ -20,18 +20,19 @@ def test_it_says_what_it_is_about_to_do_and_goes_on(tmp_path: Path, capsys: Capt
     out, work = tmp_path / "out", tmp_path / "work"
     arguments = ["analyze", *MODEL, "--output", str(out), "--workdir", str(work), "--estimators", "pairs, gram"]
     assert main(arguments) == 0
-    told = capsys.readouterr().out
+    summary, told = capsys.readouterr()
+    assert "layers quantized" in summary
     start = told.index("9 candidates, 9 perturbations to measure on 18 images with pairs, gram; batch size 18; memory:")
     assert start < told.index("score single choices: 1 cells, 0 already finished")
-    assert told.index("score pairs of choices: 6 cells, 0 already finished") < told.index("layers quantized")
+    assert told.index("score pairs of choices: 6 cells, 0 already finished") < told.index("choices: 6 of 6 in ")
     assert re.search(r"memory: \d+\.\d MB of kept activations \(twice for pairs\), \d+\.\d MB at work", told)
     assert list(fxquant.load(out).program[Surrogates].matrices) == ["pairs", "gram"]
     assert not (out / "scores").exists()
     assert len(list((work / "scores").glob("*.npz"))) == 7
     assert main([*arguments, "--resume"]) == 0
-    assert "score pairs of choices: 6 cells, 6 already finished" in capsys.readouterr().out
+    assert "score pairs of choices: 6 cells, 6 already finished" in capsys.readouterr().err
     assert main([*arguments, "--resume", "--quiet"]) == 0
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def run_demo(output: Path, budget: Budget | None = None, progress: bool = True) 
     Args:
         output: folder to write to; results of an earlier demo there are replaced.
         budget: None for four bits on average.
-        progress: show bars on a terminal.
+        progress: bars on a terminal, elsewhere a line on stderr for each stage.
 
     Raises:
         InfeasibleBudgetError: no plan keeps the budget.
