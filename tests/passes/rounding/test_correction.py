@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from fxquant.core.program import Program
 from fxquant.core.spans import Span, cut_span, varying_nodes
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.fold_batchnorm import FoldBatchnorm
-from fxquant.passes.rounding.correction import corrected, has_statistics
+from fxquant.passes.rounding.correction import _mismatch, corrected, has_statistics
 from fxquant.tracing import capture
 from tests.models import MODELS
 from tests.programs import captured, folded
@@ -63,6 +64,12 @@ def test_a_large_batch_equals_small_ones() -> None:
 def test_the_published_objective_falls_for_every_image() -> None:
     before, after = objective(images()["x"], 50.0), objective(result(8), 50.0)
     assert bool((after < before).all())
+
+
+def test_mismatches_are_those_of_the_network_before_folding() -> None:
+    span, known = unit(folded("residual"))
+    found = sum(float(_mismatch(value, known[name])) for name, value in span(images()).items())
+    assert found == pytest.approx(float(objective(images()["x"], 0.0).mean()), rel=1e-4)
 
 
 def test_the_first_step_goes_down_the_published_gradient() -> None:
