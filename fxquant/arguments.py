@@ -29,6 +29,7 @@ HELP = {
     "export": "write a saved result as ONNX, on request with an edited plan",
     "bench": "time the float and the quantized model of a saved result, interleaved",
     "report": "write the report of a saved result again",
+    "inspect": "show what an ONNX file holds, whoever made it: precision of operators and weights, what runs in float",
 }
 
 
@@ -192,6 +193,12 @@ def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the report goes; default DIR")
 
 
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="an ONNX model")
+    parser.add_argument("--json", action="store_true", help="everything, as JSON")
+    parser.add_argument("--no-runtime", action="store_true", help="only read; do not ask ONNX Runtime for its kernels")
+
+
 def _demo(parser: argparse.ArgumentParser) -> None:
     _budget(parser, required=False)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR", help="where results go")
@@ -207,6 +214,7 @@ _ADDERS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "export": _export,
     "bench": _bench,
     "report": _report,
+    "inspect": _inspect,
 }
 
 

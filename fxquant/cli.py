@@ -23,6 +23,7 @@ from fxquant.core.errors import FxquantError, OptionError
 from fxquant.core.settings import effort
 from fxquant.core.shards import Shards
 from fxquant.inputs import load_calibration, load_model
+from fxquant.inspect_onnx import as_json, as_text, inspect
 from fxquant.outputs import (
     SCORES,
     check_packages,
@@ -32,6 +33,7 @@ from fxquant.outputs import (
     write_outputs,
     write_reports,
 )
+from fxquant.report.text import safe
 from fxquant.result import Result
 
 INTERRUPTED = 130
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _failed(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"fxquant: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"fxquant: error: {safe(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 
@@ -201,6 +203,11 @@ def _report(args: argparse.Namespace) -> None:
         print(f"wrote {folder / 'report.html'}, {folder / 'report.json'}")
 
 
+def _inspect(args: argparse.Namespace) -> None:
+    found = inspect(args.file, runtime=not args.no_runtime)
+    print(as_json(found) if args.json else as_text(found))
+
+
 def _demo(args: argparse.Namespace) -> None:
     # Imported here because only the demo needs scikit-learn's digits.
     from fxquant.demo.run import run_demo
@@ -221,6 +228,7 @@ COMMANDS = {
     "export": _export,
     "bench": _bench,
     "report": _report,
+    "inspect": _inspect,
 }
 """Command -> what runs it."""
 
