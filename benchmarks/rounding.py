@@ -87,13 +87,17 @@ LADDER = ("nearest", "bias_correction", "gptq", "gpfq", "adaround", "brecq", "qd
 DRAWN = ("adaround", "brecq", "qdrop", "pdquant", "fast", "fast+bias_correction", "lowbit", "vit")
 """Chains that draw random numbers."""
 
-SHORT: Mapping[str, object] = {"iterations": 200, "correction": 0}
-"""A hundredth of the published iterations; what correcting the inputs adds is measured apart, on fewer images."""
+SHORT: Mapping[str, object] = {"iterations": 200, "correction": 0, "prediction_every": 4}
+"""A hundredth of the published iterations, the prediction at every fourth; corrected inputs are measured apart."""
+
+CORRECTED: Mapping[str, object] = {**SHORT, "correction": 100}
 
 CASES: dict[str, Case] = {
     "ladder": Case("resnet20", ("W4A4", "W3A3", "W2A4", "W2A2"), LADDER, (0, 1, 2), options=SHORT),
     "mixed": Case("resnet20", ("3 bits", "2.5 bits", "W3A8 all"), ("nearest", "gptq", "pdquant"), options=SHORT),
-    "corrected": Case("resnet20", ("W2A4",), ("qdrop", "pdquant"), calibration=256, options={"iterations": 200}),
+    "corrected": Case(
+        "resnet20", ("W2A4",), ("qdrop", "pdquant"), calibration=256, options={**SHORT, "correction": 100}
+    ),
     "uncorrected": Case("resnet20", ("W2A4",), ("qdrop", "pdquant"), calibration=256, options=SHORT),
     "mobilenet_v1": Case(
         "mobilenet_v1",
@@ -109,7 +113,7 @@ CASES: dict[str, Case] = {
         ("nearest", "gptq", "fast", "vit"),
         calibration=64,
         evaluation=300,
-        options={"iterations": 60, "batch": 4},
+        options={"iterations": 40, "batch": 4},
         lowered=False,
         target="simulation",
     ),
@@ -118,7 +122,7 @@ CASES: dict[str, Case] = {
         ("W4A8",),
         ("nearest", "gptq", "fast"),
         calibration=24,
-        options={"iterations": 40, "batch": 4},
+        options={"iterations": 30, "batch": 4},
         lowered=False,
         pictures=True,
     ),
@@ -128,7 +132,7 @@ CASES: dict[str, Case] = {
         ("nearest", "gptq", "gptq+bias_correction", "fast"),
         calibration=64,
         evaluation=400,
-        options={"iterations": 80, "batch": 8},
+        options={"iterations": 60, "batch": 8},
         lowered=False,
     ),
 }

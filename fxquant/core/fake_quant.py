@@ -88,28 +88,43 @@ class _LearnedRound(torch.autograd.Function):
     """One scale for all of x; PyTorch's own op takes thrice the time, half of that of training ResNet-20."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, pace: float) -> Tensor:
-        ctx.save_for_backward(x, scale, zero_point)
-        ctx.ends, ctx.pace = (qmin, qmax), pace
-        return _rounded(x, scale, zero_point, qmin, qmax)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        rounded: Tensor | None,
+        ends: tuple[int, int],
+        pace: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point, rounded)
+        ctx.ends, ctx.pace = ends, pace
+        y = _rounded(x, scale, zero_point, *ends)
+        return y if rounded is None else torch.lerp(x, y, rounded)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        (gradient,), (x, scale, zero_point) = gradients, ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None, None, None]:
+        (gradient,), (x, scale, zero_point, rounded) = gradients, ctx.saved_tensors
         # Made again from x, which the op in front keeps anyway, so that training needs no more memory.
         exact = x * scale.reciprocal()
         level = exact.round().add_(zero_point)
         ended = level.clamp(*ctx.ends)
         # A mask of floats: products with booleans take ten times as long.
         inside = level.eq_(ended)
-        slope = ended.sub_(zero_point).sub_(exact.mul_(inside)).mul_(gradient).sum()
-        return gradient * inside, (slope * ctx.pace).reshape(scale.shape), None, None, None, None
+        slope = ended.sub_(zero_point).sub_(exact.mul_(inside)).mul_(gradient)
+        if rounded is not None:
+            slope.mul_(rounded)
+            inside.sub_(1).mul_(rounded).add_(1)
+        to_x = inside.mul_(gradient) if ctx.needs_input_grad[0] else None
+        return to_x, (slope.sum() * ctx.pace).reshape(scale.shape), None, None, None, None
 
 
-_learned_round: Callable[[Tensor, Tensor, Tensor, int, int, float], Tensor] = _LearnedRound.apply
+_learned_round: Callable[[Tensor, Tensor, Tensor, Tensor | None, tuple[int, int], float], Tensor] = _LearnedRound.apply
 
 
-def round_learned(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+def round_learned(
+    x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, rounded: Tensor | None = None
+) -> Tensor:
     """Return x on the grid, differentiable in x and in scale (learned step size, arXiv 1902.08153, eq. 3).
 
     `d/dx = 1` inside the grid and 0 outside; `d/dscale = (q - zero_point) - x / scale` inside and `q - zero_point`
@@ -120,10 +135,12 @@ def round_learned(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec)
         scale: float32, shape `()` or `(channels,)`, above 0.
         zero_point: int32 of the shape of scale.
         spec: the grid.
+        rounded: ones where x is rounded, zeros where it passes as it is (QDrop), of the shape and type of x; None
+            rounds everywhere. Only for one scale.
     """
     pace = (x.numel() / max(1, scale.numel()) * max(1, spec.qmax)) ** -0.5
     if spec.channel_axis is None:
-        per_tensor: Tensor = _learned_round(x, scale, zero_point, spec.qmin, spec.qmax, pace)
+        per_tensor: Tensor = _learned_round(x, scale, zero_point, rounded, (spec.qmin, spec.qmax), pace)
         return per_tensor
     per_channel: Tensor = torch._fake_quantize_learnable_per_channel_affine(
         x, scale, zero_point.to(scale.dtype), spec.channel_axis, spec.qmin, spec.qmax, pace

@@ -158,7 +158,10 @@ def _needs_clip_at_zero(node: Node) -> str | None:
 
 
 _KEEP = OpRule("reshape", ScaleRule.KEEP, shares=True)
-_FLOAT = OpRule("pointwise", ScaleRule.FLOAT)
+POINTWISE = "pointwise"
+"""Kind of the activation functions that are computed in float, element by element."""
+
+_FLOAT = OpRule(POINTWISE, ScaleRule.FLOAT)
 _CONV = OpRule("conv", ScaleRule.OWN, (0,), weight=1, bias=2, macs=_conv_macs)
 _MATMUL = OpRule("matmul", ScaleRule.OWN, (0, 1), macs=_matmul_macs)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -107,41 +104,6 @@ class StraightThrough(nn.Module):
             return self.forward(self.base)
 
 
-class _DroppedRound(torch.autograd.Function):
-    """Round to a grid with a learned step, some elements passing as they are.
-
-    Masks are floats and all arithmetic is in place: on a CPU passes over memory are what this costs, and boolean masks
-    take ten times as long as multiplications.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, rounded: Tensor | None, low: int, high: int) -> Tensor:
-        ratio = x * scale.reciprocal()
-        integers = ratio.round()
-        clipped = integers.clamp(low, high)
-        inside = integers.eq_(clipped)
-        y = clipped * scale
-        # d/dscale: the rounding error where the value is inside, the end of the grid where it is not.
-        slope = clipped.addcmul_(ratio, inside, value=-1)
-        if rounded is not None:
-            y = torch.lerp(x, y, rounded)
-            slope.mul_(rounded)
-            inside.sub_(1).mul_(rounded).add_(1)
-        ctx.save_for_backward(inside, slope)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        inside, slope = ctx.saved_tensors
-        (gradient,) = gradients
-        to_x = gradient * inside if ctx.needs_input_grad[0] else None
-        to_scale = torch.dot(gradient.flatten(), slope.flatten()) if ctx.needs_input_grad[1] else None
-        return to_x, to_scale, None, None, None
-
-
-_dropped_round: Callable[[Tensor, Tensor, Tensor | None, int, int], Tensor] = _DroppedRound.apply
-
-
 class LearnedActivation(nn.Module):
     """An activation quantizer with a learned step, some elements passing unrounded (QDrop, arXiv 2203.05740).
 
@@ -163,8 +125,6 @@ class LearnedActivation(nn.Module):
         self.register_buffer("zero_point", quantizer.zero_point.clone())
         # Learned as a share of the step, so that one rate fits all.
         self.factor = nn.Parameter(torch.ones_like(quantizer.scale), requires_grad=learn)
-        point = int(quantizer.zero_point)
-        self._low, self._high = self.spec.qmin - point, self.spec.qmax - point
         self._generator = generator
 
     def steps(self) -> Tensor:
@@ -174,7 +134,7 @@ class LearnedActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x on the grid, or some of it."""
         rounded = random_mask(x, 1 - self.drop, self._generator) if self.drop and self.training else None
-        return _dropped_round(x, self.steps(), rounded, self._low, self._high)
+        return round_learned(x, self.steps(), self.zero_point, self.spec, rounded)
 
 
 def random_mask(like: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:

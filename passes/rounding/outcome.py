@@ -126,6 +126,11 @@ class Quantizers:
                 made[_key(group)] = LearnedActivation(quantizer, options.step_lr > 0, options.drop, generator)
         return made
 
+    def has_open(self, unit: Unit, decided: Outcome, options: Reconstruction) -> bool:
+        """Whether anything of a unit is left to learn."""
+        weights = any(site not in decided.weights for site in unit.sites)
+        return weights or (options.step_lr > 0 and any(group not in decided.steps for group in self._groups(unit)))
+
     def decided(self, unit: Unit, learned: Mapping[str, nn.Module]) -> Outcome:
         """Return what the learned modules have come to; groups whose step was not learned stay as they are."""
         outcome = Outcome()

@@ -27,9 +27,13 @@ FAITHFUL = Reconstruction(
 """As the authors run it on ResNets: `lambda_r = 0.1`, `lambda_c = 0.02`, asymmetric weights that no kernel takes."""
 
 PDQUANT = Reconstruction(
-    unit="block", prediction=1.0, temperature=4.0, correction=100, answer_by_prediction=True, guard=True
+    unit="block", prediction=0.1, temperature=4.0, correction=100, answer_by_prediction=True, guard=True
 )
-"""The default: symmetric weights that deploy, errors normalised, the classifier tuned by the prediction alone."""
+"""The default: symmetric weights that deploy, errors normalised, the classifier tuned by the prediction alone.
+
+A tenth is what the prediction makes of the authors' loss in early blocks. With equal shares it learns the calibration
+images by heart: ResNet-20 at W2A4 had KL 0.19 on them and 0.59 on others, against 0.24 and 0.47 with a tenth.
+"""
 
 FAST = Reconstruction(
     unit="block", iterations=3000, learned="straight_through", drop=0.0, prediction=1.0, prediction_every=4

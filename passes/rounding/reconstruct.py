@@ -9,8 +9,8 @@ from functools import cached_property, partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch import Tensor
+from torch.fx import Node
 
 from fxquant.core.batchnorm import NormStatistics, Statistics
 from fxquant.core.data import CalibrationSet
@@ -20,10 +20,11 @@ from fxquant.core.losses import LOSSES
 from fxquant.core.program import Program
 from fxquant.core.rounding import UnitRecord
 from fxquant.core.score_store import Arrays
-from fxquant.core.spans import Span, cut_span, is_tensor, varying_nodes
+from fxquant.core.spans import Span, cut_span, varying_nodes
 from fxquant.core.store import tensor_digest, text_digest
 from fxquant.passes.rounding.asymmetric import with_asymmetric_weights
 from fxquant.passes.rounding.correction import corrected, has_statistics
+from fxquant.passes.rounding.cut import Cut, answer_of, feature_of
 from fxquant.passes.rounding.options import Reconstruction
 from fxquant.passes.rounding.outcome import Outcome, Quantizers
 from fxquant.passes.rounding.registry import RoundingTask
@@ -46,10 +47,21 @@ def reconstruct(task: RoundingTask, options: Reconstruction, method: str) -> Pro
     Raises:
         CalibrationError: fewer images than a batch, or distribution correction without batch normalisation.
     """
-    return _Reconstruction(task, options.changed(task.overrides), method).run()
+    return Reconstructor(task, options.changed(task.overrides), method).run()
 
 
-class _Reconstruction:
+class Reconstructor:
+    """One run of the engine.
+
+    Args:
+        task: the plan, the images and where finished units are kept.
+        options: how each unit is tuned.
+        method: name for the records, and of the cells in the store.
+
+    Raises:
+        CalibrationError: see `reconstruct`.
+    """
+
     def __init__(self, task: RoundingTask, options: Reconstruction, method: str) -> None:
         self.task, self.options, self.method = task, options, method
         if len(task.images) < options.batch:
@@ -64,8 +76,8 @@ class _Reconstruction:
             self.module, self.grids = with_asymmetric_weights(bare)
         self.quantizers = Quantizers(self.module, nodes, task.sites, {} if options.asymmetric else _earlier(task))
         self.units = find_units(self.module, task.sites, options.unit)
-        self.answer = _answer(self.module)
-        self.feature = _feature(self.module, task) if options.feature else None
+        self.answer = answer_of(self.module)
+        self.feature = feature_of(self.module, task.sites) if options.feature else None
         self.device = task.images.inputs[0].device
         self.notes: list[str] = []
         copies = 2 + (options.correction > 0)
@@ -108,7 +120,7 @@ class _Reconstruction:
         held = None if held_out is None or not self.options.guard else Source(self._named(held_out), self.keep)
         decided, records = Outcome(), list[UnitRecord]()
         for index, unit in enumerate(self.units):
-            cut = _Cut(self, unit, index)
+            cut = self.cut(index)
             key = f"{self.method}-{index:03d}"
             cell = self.task.store.get(key)
             if cell is None:
@@ -124,50 +136,75 @@ class _Reconstruction:
                 held.advance(final, needed)
         return self._done(decided, tuple(records))
 
-    def _tuned(
-        self, cut: _Cut, decided: Outcome, quantized: Source, floats: Source, held: Source | None
-    ) -> tuple[Outcome, UnitRecord]:
-        """Tune one unit, and take what came of it only if it helps."""
-        started = time.perf_counter()
-        # Each unit draws numbers of its own, so that a resumed run is the same as one in a piece.
-        seed = int(text_digest(f"{self.task.seed} {self.method} {cut.index}"), 16) % 2**62
-        generator = torch.Generator(self.device).manual_seed(seed)
-        calibrated = self.quantizers.as_calibrated(cut.unit, decided)
-        learned = self.quantizers.learned(cut.unit, decided, self.options, generator)
-        nearest = cut.quantized(self.quantizers.in_place({}, decided.joined(calibrated)))
-        before = self._held_out_loss(cut, nearest, held)
+    def cut(self, index: int) -> Cut:
+        """Return the graph cut around the unit at this position."""
+        wanted = tuple(name for name in (self.answer, self.feature) if name is not None)
+        return Cut(self.module, self.units, index, wanted, self.options.compile_suffix)
+
+    def seed(self, index: int) -> int:
+        """Return the seed of a unit: its own, so that a resumed run is the same as one in a piece."""
+        return int(text_digest(f"{self.task.seed} {self.method} {index}"), 16) % 2**62
+
+    def tuner(self, cut: Cut, decided: Outcome, quantized: Source, floats: Source) -> Tuner:
+        """Return what tunes a unit.
+
+        Args:
+            cut: around the unit.
+            decided: of earlier units.
+            quantized: values in front of the unit, of the quantized network.
+            floats: the same of the float network.
+        """
         # What the answer does not depend on is tuned for its own outputs' sake.
         options = self.options if cut.computes(self.answer) else replace(self.options, prediction=0.0, feature=0.0)
-        if not any(parameter.requires_grad for module in learned.values() for parameter in module.parameters()):
-            reason, seconds = "earlier units decided its weights and steps", time.perf_counter() - started
-            return calibrated, UnitRecord(
-                cut.unit.name, self.method, before, before, False, reason, seconds, cut.unit.sites
-            )
+        generator = torch.Generator(self.device).manual_seed(self.seed(cut.index))
+        learned = self.quantizers.learned(cut.unit, decided, options, generator)
         pieces = Pieces(
             cut.quantized(self.quantizers.in_place(learned, decided)),
-            nearest,
+            self.nearest(cut, decided),
             cut.suffix if options.wants_answers else None,
             self.answer,
             self.feature if cut.computes(self.feature) else None,
-            softened_kl(self.options.temperature) if self.task.loss != "mse" else relative_error,
+            softened_kl(options.temperature) if self.task.loss != "mse" else relative_error,
             learned,
         )
-        title = f"{self.method} {cut.index + 1}/{len(self.units)} {cut.unit.name}"
-        track = partial(self.task.reporter.track, title=title, total=self.options.iterations)
-        trace = Tuner(pieces, self._material(cut, quantized, floats, options), options, seed, generator).run(track)
-        outcome = self.quantizers.decided(cut.unit, learned)
-        after, reason = before, ""
-        if trace.diverged or not outcome.finite:
-            reason = f"diverged: error {trace.first:.3g} at first, {trace.last:.3g} at last"
-        elif not math.isnan(before):
+        material = self._material(cut, quantized, floats, options)
+        return Tuner(pieces, material, options, self.seed(cut.index), generator)
+
+    def nearest(self, cut: Cut, decided: Outcome) -> Span:
+        """Return a unit as it is without tuning."""
+        calibrated = self.quantizers.as_calibrated(cut.unit, decided)
+        return cut.quantized(self.quantizers.in_place({}, decided.joined(calibrated)))
+
+    def _tuned(
+        self, cut: Cut, decided: Outcome, quantized: Source, floats: Source, held: Source | None
+    ) -> tuple[Outcome, UnitRecord]:
+        """Tune one unit, and take what came of it only if it helps."""
+        started = time.perf_counter()
+        before = after = self._held_out_loss(cut, self.nearest(cut, decided), held)
+        outcome, reason = self._learned(cut, decided, quantized, floats)
+        if not reason and not math.isnan(before):
             after = self._held_out_loss(cut, cut.quantized(self.quantizers.in_place({}, decided.joined(outcome))), held)
             if not after < before:
                 reason = f"held-out loss {before:.4g} became {after:.4g}"
+        if reason:
+            outcome = self.quantizers.as_calibrated(cut.unit, decided)
         seconds = time.perf_counter() - started
-        record = UnitRecord(cut.unit.name, self.method, before, after, not reason, reason, seconds, cut.unit.sites)
-        return calibrated if reason else outcome, record
+        unit = cut.unit
+        return outcome, UnitRecord(unit.name, self.method, before, after, not reason, reason, seconds, unit.sites)
 
-    def _held_out_loss(self, cut: _Cut, span: Span, held: Source | None) -> float:
+    def _learned(self, cut: Cut, decided: Outcome, quantized: Source, floats: Source) -> tuple[Outcome, str]:
+        """Return what the loop comes to, and why it cannot be used, "" if it can."""
+        if not self.quantizers.has_open(cut.unit, decided, self.options):
+            return Outcome(), "earlier units decided its weights and steps"
+        tuner = self.tuner(cut, decided, quantized, floats)
+        title = f"{self.method} {cut.index + 1}/{len(self.units)} {cut.unit.name}"
+        trace = tuner.run(partial(self.task.reporter.track, title=title, total=self.options.iterations))
+        outcome = self.quantizers.decided(cut.unit, tuner.pieces.learned)
+        if trace.diverged or not outcome.finite:
+            return outcome, f"diverged: error {trace.first:.3g} at first, {trace.last:.3g} at last"
+        return outcome, ""
+
+    def _held_out_loss(self, cut: Cut, span: Span, held: Source | None) -> float:
         """Return the loss of the network quantized up to this unit, NaN without images or an answer to tell."""
         if held is None or not cut.computes(self.answer):
             return math.nan
@@ -184,7 +221,7 @@ class _Reconstruction:
                 losses.append(LOSSES[self.task.loss](self._held_out_answers[start : start + RUN], answer, part.labels))
         return float(torch.cat(losses).mean())
 
-    def _material(self, cut: _Cut, quantized: Source, floats: Source, options: Reconstruction) -> Material:
+    def _material(self, cut: Cut, quantized: Source, floats: Source, options: Reconstruction) -> Material:
         unit, suffix = cut.unit, cut.suffix if options.wants_answers else None
         reads = {*unit.inputs, *(suffix.inputs if suffix is not None else ())} - set(unit.outputs)
         fixed = self._corrected(cut, floats)
@@ -206,7 +243,7 @@ class _Reconstruction:
             lambda index: {name: value[index] for name, value in answers.items()},
         )
 
-    def _corrected(self, cut: _Cut, floats: Source) -> dict[str, Tensor] | None:
+    def _corrected(self, cut: Cut, floats: Source) -> dict[str, Tensor] | None:
         """Return the unit's corrected float inputs, None where nothing is corrected."""
         options, task = self.options, self.task
         known = self.statistics if self.correct else {}
@@ -263,45 +300,6 @@ class _Reconstruction:
             notes=(*known.notes, *self.notes),
         )
         return self.task.done(rounding, self.method)
-
-
-class _Cut:
-    """The graph cut around one unit: the unit in float, the unit quantized one way or another, the float suffix."""
-
-    def __init__(self, whole: _Reconstruction, unit: Unit, index: int) -> None:
-        self.unit, self.index, self._module = unit, index, whole.module
-        self.floats = cut_span(whole.module, unit.nodes, unit.outputs, quantized=False)
-        behind = [name for later in whole.units[index + 1 :] for name in later.nodes]
-        wanted = [name for name in (whole.answer, whole.feature) if name is not None]
-        outputs = dict.fromkeys(name for name in wanted if name in set(behind))
-        self._computed = {*behind, *unit.nodes}
-        self._returned = tuple(dict.fromkeys((*unit.outputs, *(name for name in wanted if name in unit.nodes))))
-        self.suffix: Span | None = None
-        if outputs:
-            self.suffix = cut_span(whole.module, behind, outputs, quantized=False)
-            if whole.options.compile_suffix:
-                self.suffix = self.suffix.compiled()
-
-    def quantized(self, places: dict[str, nn.Module]) -> Span:
-        """Return the unit with these modules in place of its quantizers."""
-        return cut_span(self._module, self.unit.nodes, self._returned, quantized=True, replacements=places)
-
-    def computes(self, name: str | None) -> bool:
-        """Whether the unit or what is behind it computes a value."""
-        return name in self._computed
-
-
-def _answer(module: GraphModule) -> str:
-    """Return the name of the node whose value losses compare: the first tensor of the output."""
-    return next(source.name for source in module.graph.output_node().all_input_nodes if is_tensor(source))
-
-
-def _feature(module: GraphModule, task: RoundingTask) -> str | None:
-    """Return the name of the values that the last weighted op reads, None where it is the only one."""
-    if len(task.sites) < 2:
-        return None
-    source = next(node for node in module.graph.nodes if node.name == task.sites[-1].nodes[-1]).args[0]
-    return source.name if isinstance(source, Node) else None
 
 
 def _earlier(task: RoundingTask) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from fxquant.core.errors import OptionError
-from fxquant.core.ops import ScaleRule, rule_of, shape_of, traced_images
+from fxquant.core.ops import POINTWISE, ScaleRule, rule_of, shape_of, traced_images
 from fxquant.core.spans import is_quantizer, is_size, is_tensor, varying_nodes
 from fxquant.core.spec import Site
 
@@ -134,9 +134,10 @@ class _Cutter:
     def _may_cut(self, boundary: int) -> bool:
         node = self.nodes[boundary]
         rule = rule_of(node)
-        # A value belongs together with the clip that its kernel absorbs and with its quantizer.
-        absorbed = rule is not None and rule.scale is ScaleRule.ABSORB
-        return not absorbed and not is_quantizer(self.module, node) and self._cacheable(boundary)
+        # A value belongs together with its activation function, absorbed by the kernel or not, and with its quantizer.
+        alone = all(len(source.users) == 1 for source in node.all_input_nodes)
+        function = rule is not None and (rule.scale is ScaleRule.ABSORB or (rule.kind == POINTWISE and alone))
+        return not function and not is_quantizer(self.module, node) and self._cacheable(boundary)
 
     def _cacheable(self, boundary: int) -> bool:
         images = traced_images(self.module.graph)
