@@ -189,6 +189,16 @@ class Result:
         values = [node.meta["val"] for node in self.program.module.graph.nodes if node.op == "placeholder"]
         return tuple(torch.zeros(2, *(int(s) for s in v.shape[1:]), dtype=v.dtype) for v in values)
 
+    def __repr__(self) -> str:
+        from fxquant.report.notebook import one_line
+
+        return one_line(self)
+
+    def _repr_html_(self) -> str:
+        from fxquant.report.notebook import page
+
+        return page(self)
+
     def summary(self) -> str:
         """Return the plan as a table for the terminal."""
         from fxquant.report.summary import summary

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fxquant.core.errors import FileFormatError, OptionError
+from fxquant.core.markup import card, printable, table, tiles
 from fxquant.core.spec import Choice
 from fxquant.core.store import read_json, write_json
 
@@ -59,6 +61,23 @@ class BitAllocation:
     def slack(self) -> dict[str, float]:
         """Limit name -> what the plan leaves unused."""
         return {name: limit - self.used[name] for name, limit in self.limits.items() if name in self.used}
+
+    def __repr__(self) -> str:
+        counts = Counter(choice.label for choice in self.choices.values())
+        held = ", ".join(f"{count} x {label}" for label, count in sorted(counts.items()))
+        return printable(f"BitAllocation({len(self.choices)} layers: {held}; {self.summary()})")
+
+    def _repr_html_(self) -> str:
+        numbers = [
+            ("Plan", self.status, self.estimator),
+            ("Modelled loss", _shown(self.objective), f"proven bound {_shown(self.bound)}"),
+        ]
+        if self.measured_loss is not None:
+            numbers.append(("Held-out loss", _shown(self.measured_loss), "0 is the float model"))
+        for name, limit in self.limits.items():
+            numbers.append((name, _shown(self.used.get(name, math.nan)), f"of {_shown(limit)}"))
+        rows = [(site, choice.label) for site, choice in self.choices.items()]
+        return card("fxquant plan", tiles(numbers), table(("layer", "precision"), rows))
 
     def summary(self) -> str:
         """Return status, losses and what is used of each limit in one line."""
@@ -114,6 +133,10 @@ class BitAllocation:
             )
         except (KeyError, TypeError, ValueError, AttributeError, OptionError) as error:
             raise FileFormatError(f"{origin} is not an intact plan ({type(error).__name__}: {error})") from error
+
+
+def _shown(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "–"
 
 
 def _plain(value: float | None) -> float | None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxquant.core.errors import FileFormatError, OptionError
+from fxquant.core.markup import card, printable, table, tiles
 from fxquant.core.spec import Candidate, Choice
 from fxquant.core.store import checked_document, read_arrays, write_arrays
 
@@ -62,6 +63,23 @@ class SensitivityMatrix:
             )
         if not np.array_equal(self.values, self.values.T):
             raise OptionError(f"sensitivity of estimator {self.estimator!r} is not symmetric")
+
+    def __repr__(self) -> str:
+        size = f"{len(self.candidates)} candidates of {len(self.sites)} layers"
+        return printable(f"SensitivityMatrix({self.estimator}: {size}, {self.unit}, {self.evaluations:.4g} passes)")
+
+    def _repr_html_(self) -> str:
+        """Return each layer's loss alone by precision; pairs are in the report."""
+        labels = sorted({c.choice for c in self.candidates})
+        alone = {(c.site, c.choice): f"{self.values[k, k]:.3g}" for k, c in enumerate(self.candidates)}
+        rows = [(site, *(alone.get((site, label), "") for label in labels)) for site in self.sites]
+        numbers = [
+            ("Estimator", self.estimator, self.unit),
+            ("Candidates", str(len(self.candidates)), f"of {len(self.sites)} layers"),
+            ("Spent", f"{self.evaluations:.4g}", "passes of one image"),
+        ]
+        columns = ("loss alone", *(choice.label for choice in labels))
+        return card("fxquant sensitivity", tiles(numbers), table(columns, rows))
 
     @property
     def sites(self) -> tuple[str, ...]:
