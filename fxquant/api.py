@@ -58,7 +58,7 @@ def quantize(
     refine_moves: int | None = None,
     rounds: int | None = None,
     scoring_rounding: str = "nearest",
-    rounding: str = "nearest",
+    rounding: str | None = None,
     rounding_options: Mapping[str, object] | None = None,
     threads: int | None = None,
     distributed: bool = False,
@@ -95,7 +95,7 @@ def quantize(
         scoring_rounding: "nearest", or "gptq" or "gpfq": layers are scored with weights rounded well, so that low
             widths are not thought worse than they will be.
         rounding: how the plan's weights are rounded: "nearest", "gptq", "pdquant" or another algorithm, or several
-            joined by "+"; kept only where the held-out loss falls. `reconstruct` does it later.
+            joined by "+"; None by effort. Kept only where the held-out loss falls; `reconstruct` does it later.
         rounding_options: settings of the reconstruction engine -> value, for example `{"iterations": 300}`.
         threads: threads of the target's runtime.
         distributed: share the scoring among the processes that `torchrun` started, each of which makes this call; all
@@ -131,12 +131,12 @@ def quantize(
         refine_moves=preset.refine_moves if refine_moves is None else refine_moves,
         rounds=preset.rounds if rounds is None else rounds,
         scoring_rounding=scoring_rounding,
-        rounding=rounding,
+        rounding=preset.rounding if rounding is None else rounding,
         seed=seed,
         threads=threads,
     )
     _check_names(settings)
-    _ = algorithms(rounding, rounding_options)
+    _ = algorithms(settings.rounding, rounding_options)
     shards = Shards.from_environment() if distributed else ALONE
     reporter = Reporter(progress and shards.is_first)
     images = collect(calibration, input_names(model), preset.images)
@@ -153,9 +153,9 @@ def quantize(
     if budget is None:
         return Result(pipeline.impose(program, pipeline.widest_plan(program)), held_out)
     program = search.allocate(program, budget, held_out, reporter, scoring, folder)
-    if rounding != "nearest":
+    if settings.rounding != "nearest":
         place = None if workdir is None else Path(workdir) / "rounding"
-        program = round_plan(program, rounding, scoring, held_out, place, reporter, rounding_options)
+        program = round_plan(program, settings.rounding, scoring, held_out, place, reporter, rounding_options)
     return Result(program, held_out)
 
 

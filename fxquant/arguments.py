@@ -129,11 +129,11 @@ def _scoring(parser: argparse.ArgumentParser) -> None:
 def _quantize(parser: argparse.ArgumentParser) -> None:
     _budget(parser, required=True)
     _scoring(parser)
-    _rounding(parser, "nearest")
+    _rounding(parser, None)
 
 
-def _rounding(parser: argparse.ArgumentParser, default: str) -> None:
-    names = f"{', '.join(ROUNDERS)}, or several joined by +; default {default}"
+def _rounding(parser: argparse.ArgumentParser, default: str | None) -> None:
+    names = f"{', '.join(ROUNDERS)}, or several joined by +; default {default or 'by effort'}"
     parser.add_argument("--rounding", default=default, metavar="NAME+NAME", help=names)
     parser.add_argument(
         "--rounding-option", action="append", default=[], metavar="NAME=VALUE", help="for example iterations=300"

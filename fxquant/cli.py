@@ -112,7 +112,7 @@ def _scored(args: argparse.Namespace, budget: Budget | None) -> None:
             estimators=args.estimators,
             context=args.context,
             time_limit=args.time_limit,
-            rounding=getattr(args, "rounding", "nearest"),
+            rounding=getattr(args, "rounding", None),
             rounding_options=rounding_options(getattr(args, "rounding_option", ())),
             threads=args.threads,
             distributed=True,

@@ -19,21 +19,25 @@ class Effort:
         images: calibration images used at most, scoring and verification together.
         refine_moves: plans measured at most to improve the best finalist.
         rounds: times the plan is scored again around itself at most.
+        rounding: algorithms that round the plan's weights.
     """
 
     estimators: tuple[str, ...]
     images: int
     refine_moves: int
     rounds: int
+    rounding: str
 
 
 CHEAP = ("fit", "fisher_out", "weight_mse")
 """Estimators of a few passes: worse models of the loss, but plans of another kind, and the measured loss decides."""
 
 EFFORTS: dict[str, Effort] = {
-    "fast": Effort(("diagonal",), 96, 0, 0),
-    "default": Effort(("gram", "diagonal", "fisher", *CHEAP), 384, 16, 1),
-    "best": Effort(("shrunk", "monotone", "pairs", "gram", "diagonal", "fisher", "hawq", *CHEAP), 1024, 48, 3),
+    "fast": Effort(("diagonal",), 96, 0, 0, "nearest"),
+    "default": Effort(("gram", "diagonal", "fisher", *CHEAP), 384, 16, 1, "gptq"),
+    "best": Effort(
+        ("shrunk", "monotone", "pairs", "gram", "diagonal", "fisher", "hawq", *CHEAP), 1024, 48, 3, "gptq_rescaled"
+    ),
 }
 """Preset name -> what it measures."""
 

@@ -19,7 +19,7 @@ from fxquant.core.spec import Sites
 from fxquant.passes.base import Pass
 from fxquant.passes.rounding import gpfq, gptq
 from fxquant.passes.rounding.layerwise import Prepare, moments_of, on_grid
-from fxquant.passes.rounding.prefix import Prefix
+from fxquant.passes.rounding.prefix import Prefix, fitting
 
 METHODS: dict[str, Prepare] = {"gptq": gptq.prepare, "gpfq": gpfq.prepare}
 """Name -> moments of a site's input to a rounding of its weight on any grid."""
@@ -51,7 +51,7 @@ class RoundWeights(Pass):
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with rounded weights beside its grids; the graph stays as it is."""
         sites, grids = program[Sites].sites, dict(program[WeightGrids].grids)
-        walk = Prefix(program.module, self.images)
+        walk = Prefix(program.module, fitting(program.module, self.images))
         for site in self.reporter.track(sites, f"{self.method} at every width", len(sites)):
             walk.to(site.nodes[0])
             moments = moments_of(site, program.module, walk)

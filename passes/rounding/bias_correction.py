@@ -15,7 +15,7 @@ from fxquant.core.ops import rule_of
 from fxquant.core.program import Program
 from fxquant.core.rounding import Rounding
 from fxquant.passes.rounding.gram import channel_axis
-from fxquant.passes.rounding.prefix import Prefix
+from fxquant.passes.rounding.prefix import Prefix, fitting
 from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
 from fxquant.passes.rounding.verdict import judged
 
@@ -36,8 +36,8 @@ def bias_correction(task: RoundingTask) -> Program:
 def corrected(task: RoundingTask) -> Rounding:
     """Return the task's rounding with corrected biases."""
     simulated = task.simulated()
-    quantized = Prefix(simulated.module, task.images)
-    floating = Prefix(task.program.module, task.images)
+    images = fitting(simulated.module, task.images)
+    quantized, floating = Prefix(simulated.module, images), Prefix(task.program.module, images)
     names = {name for site in task.sites for name in site.nodes}
     ops = [node.name for node in simulated.module.graph.nodes if node.name in names]
     biases: dict[str, Tensor] = {}

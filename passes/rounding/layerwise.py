@@ -14,7 +14,7 @@ from fxquant.core.grids import FakeQuantNodes, WeightGrid, WeightGrids
 from fxquant.core.rounding import Rounding
 from fxquant.core.spec import Site
 from fxquant.passes.rounding.gram import GramAccumulator, Moments, geometry_of, to_rows
-from fxquant.passes.rounding.prefix import Prefix
+from fxquant.passes.rounding.prefix import Prefix, fitting
 from fxquant.passes.rounding.registry import RoundingTask
 
 Regrid = Callable[[Tensor, WeightGrid, Tensor, "RowRounder"], WeightGrid]
@@ -65,8 +65,9 @@ def round_layerwise(
     """
     earlier = replace(task.rounding, weights={})
     simulated = task.simulated(earlier)
-    quantized = Prefix(simulated.module, task.images)
-    floating = Prefix(task.program.module, task.images) if crossed else None
+    images = fitting(simulated.module, task.images)
+    quantized = Prefix(simulated.module, images)
+    floating = Prefix(task.program.module, images) if crossed else None
     weights: dict[str, Tensor] = {}
     grids = dict(earlier.grids)
     for site in task.reporter.track(task.sites, title, len(task.sites)):
@@ -80,7 +81,8 @@ def round_layerwise(
         # It takes the quantizer's place in the walk, whatever grid the quantizer has.
         for name in simulated[FakeQuantNodes].weights[site.name]:
             quantized.settle(name, weights[site.name])
-    return replace(earlier, weights=weights, grids=grids)
+    notes = () if len(images) == len(task.images) else (f"{title} saw {len(images)} of {len(task.images)} images",)
+    return replace(earlier, weights=weights, grids=grids, notes=(*earlier.notes, *notes))
 
 
 def moments_of(site: Site, module: GraphModule, quantized: Prefix, floating: Prefix | None = None) -> Moments:

@@ -15,8 +15,25 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxquant.core.data import CalibrationSet
 from fxquant.core.graphs import resolve
+from fxquant.core.oracle import GraphReplay
 
 BATCH = 32
+LIMIT = 10**9
+"""Bytes that the values of one walk may take."""
+FEWEST = 8
+"""Images that are walked with in any case."""
+
+
+def fitting(module: GraphModule, images: CalibrationSet, limit: int = LIMIT) -> CalibrationSet:
+    """Return the first of the images, as many as keep a walk's values within `limit` bytes, at least 8.
+
+    Args:
+        module: the graph that is walked.
+        images: all there are.
+        limit: bytes.
+    """
+    for_one = GraphReplay(module).footprint(images.slice(0, 1).inputs).working
+    return images.slice(0, max(FEWEST, limit // max(1, for_one)))
 
 
 class Prefix:

@@ -9,7 +9,7 @@ from fxquant.core.grids import FakeQuantNodes
 from fxquant.core.ops import images_axis
 from fxquant.core.oracle import GraphReplay
 from fxquant.core.spec import Sites
-from fxquant.passes.rounding.prefix import Prefix
+from fxquant.passes.rounding.prefix import FEWEST, Prefix, fitting
 from tests.passes.rounding.tasks import images, task_of
 
 
@@ -74,3 +74,11 @@ def test_changed_values_are_read_by_what_comes_behind() -> None:
     for step in (walk, other):
         step.to(last)
     assert not torch.equal(walk.source(last)[0], other.source(last)[0])
+
+
+def test_images_are_left_out_until_the_values_fit() -> None:
+    module, given = task_of("plain", 4).program.module, images("plain", 20)
+    for_one = GraphReplay(module).footprint(given.slice(0, 1).inputs).working
+    assert len(fitting(module, given)) == 20
+    assert len(fitting(module, given, 12 * for_one)) == 12
+    assert len(fitting(module, given, 1)) == FEWEST
