@@ -32,8 +32,8 @@ from fxquant.passes.rounding.sources import RUN, Source, kept_bytes, kept_type
 from fxquant.passes.rounding.tune import Material, Pieces, Tuner, relative_error, softened_kl
 from fxquant.passes.rounding.units import Unit, find_units
 
-CORRECTION_BATCH = 128
-"""Images corrected at a time."""
+CORRECTION_BATCH = {"cpu": 32}
+"""Device -> images corrected at a time: on a CPU as many as its cache holds, elsewhere all of them."""
 
 
 def reconstruct(task: RoundingTask, options: Reconstruction, method: str) -> Program:
@@ -256,11 +256,10 @@ class Reconstructor:
         if cell is None:
             span = cut_span(self.module, cut.unit.nodes, statistics, quantized=False)
             every = floats.take(cut.unit.inputs, torch.arange(len(floats)))
-            total = -(-len(floats) // CORRECTION_BATCH)
+            batch = CORRECTION_BATCH.get(self.device.type, len(floats))
+            total = -(-len(floats) // batch)
             track = partial(task.reporter.track, title=f"correct inputs of {cut.unit.name}", total=total)
-            found = corrected(
-                span, every, statistics, options.correction, options.correction_weight, CORRECTION_BATCH, track
-            )
+            found = corrected(span, every, statistics, options.correction, options.correction_weight, batch, track)
             # What the unit reads besides stays as it is.
             cell = task.corrections.put(key, {name: value.cpu().numpy() for name, value in {**every, **found}.items()})
         return {name: torch.from_numpy(cell[name]).to(self.device) for name in cut.unit.inputs}

@@ -150,9 +150,7 @@ class Tuner:
             module.train()
         for iteration in track(range(options.iterations)):
             errors = self.errors(self._batch(), iteration)
-            loss = sum(
-                (self._rates[name] / self._norms[name] * error for name, error in errors.items()), torch.zeros(())
-            )
+            loss = self.total(errors)
             penalty = self._penalty(iteration)
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss if penalty is None else loss + penalty)
@@ -167,6 +165,10 @@ class Tuner:
             module.eval()
         ends = max(1, len(losses) // 20)
         return Trace(sum(losses[:ends]) / ends, sum(losses[-ends:]) / ends, False, tuple(losses))
+
+    def total(self, errors: Mapping[str, Tensor]) -> Tensor:
+        """Return the errors weighted and normalised, without the regulariser."""
+        return sum((self._rates[name] / self._norms[name] * error for name, error in errors.items()), torch.zeros(()))
 
     def errors(self, index: Tensor, iteration: int) -> dict[str, Tensor]:
         """Return the errors of one batch, each a scalar, prediction and feature only where their turn has come."""
