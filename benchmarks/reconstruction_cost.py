@@ -27,6 +27,7 @@ from benchmarks.rounding import prepared
 from fxquant.core.batchnorm import Statistics
 from fxquant.core.spans import Span, cut_span
 from fxquant.passes.rounding.correction import EPSILON, corrected
+from fxquant.passes.rounding.cut import Cut
 from fxquant.passes.rounding.learned import LearnedActivation, SoftRounding
 from fxquant.passes.rounding.options import Reconstruction
 from fxquant.passes.rounding.outcome import Outcome
@@ -187,8 +188,8 @@ class Bench:
         names = [node.name for node in self.engine.module.graph.nodes if node.op == "placeholder"]
         self._images = dict(zip(names, images.inputs, strict=True))
 
-    def at(self, index: int) -> tuple[Tuner, Plain]:
-        """Return both sides for one unit, from the same start."""
+    def ours(self, index: int) -> tuple[Tuner, Cut]:
+        """Return the engine's side of one unit, and the cut around it."""
         engine = self.engine
         quantized, floats = Source(self._images, torch.float32), Source(self._images, torch.float32)
         for earlier in range(index):
@@ -197,7 +198,11 @@ class Bench:
             quantized.advance(engine.nearest(cut, Outcome()), needed)
             floats.advance(cut.floats, needed)
         cut = engine.cut(index)
-        tuner = engine.tuner(cut, Outcome(), quantized, floats)
+        return engine.tuner(cut, Outcome(), quantized, floats), cut
+
+    def at(self, index: int) -> tuple[Tuner, Plain]:
+        """Return both sides of one unit, from the same start."""
+        engine, (tuner, cut) = self.engine, self.ours(index)
         return tuner, Plain(tuner, lambda made: cut.quantized(engine.quantizers.in_place(made, Outcome())))
 
     def batches(self, index: int) -> Callable[[], Tensor]:
@@ -248,7 +253,7 @@ def iteration_seconds(index: int) -> tuple[float, float]:
 def fast_seconds(index: int) -> float:
     """Return the seconds of one iteration of the profile `fast`, the mean over those with and without prediction."""
     count = 2 * FAST.prediction_every
-    tuner, _ = Bench(replace(FAST, iterations=count)).at(index)
+    tuner, _ = Bench(replace(FAST, iterations=count)).ours(index)
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
