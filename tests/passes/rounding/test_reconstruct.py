@@ -308,3 +308,32 @@ def test_integer_backends_compute_what_was_simulated(profile: str, target: str) 
     expected = model_outputs(module, inputs)
     answer = backend(target).compile(module, inputs)(inputs)
     assert float((answer - expected).abs().max()) < 0.02 * float(expected.abs().max())
+
+
+def test_a_suffix_in_half_precision_changes_little_and_not_nothing() -> None:
+    _, whole = unguarded("plain")
+    half = rounded(task("plain", 2, 4, guard=False, half_suffix=True))
+    pairs = [(whole.activations[group][0], half.activations[group][0]) for group in whole.activations]
+    assert any(not torch.equal(one, other) for one, other in pairs)
+    assert all(torch.allclose(one, other, rtol=0.05) for one, other in pairs)
+
+
+def test_a_compiled_suffix_is_compiled_once_for_each_unit_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counted(module: torch.nn.Module) -> Any:
+        number = len(calls)
+        calls.append(0)
+
+        def run(*inputs: Any) -> Any:
+            calls[number] += 1
+            return module(*inputs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", counted)
+    _, plain = unguarded("plain")
+    found = rounded(task("plain", 2, 4, guard=False, compile_suffix=True))
+    assert len(calls) == len(found.units) - 1
+    assert min(calls) >= 12
+    assert same(found, plain)
