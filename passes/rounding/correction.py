@@ -77,8 +77,6 @@ def _correct(
     )
     for _ in range(steps):
         made = span({**originals, **inputs})
-        made = span({**originals, **inputs})
-        made = span({**originals, **inputs})
         loss = sum((_mismatch(value, statistics[name]) for name, value in made.items()), torch.zeros(()))
         held = sum((channel_sums(inputs[name] - originals[name]) for name in inputs), torch.zeros(()))
         loss = loss + weight * held
@@ -98,8 +96,9 @@ def _mismatch(output: Tensor, known: Statistics) -> Tensor:
     # A channel whose factor is 0 says nothing of what went in.
     alive = known.factor.abs() > 1e-12
     factor = torch.where(alive, known.factor, torch.ones_like(known.factor))
-    off = (flat.mean(dim=2) - known.shift) / factor
-    variance = flat.var(dim=2) / factor.square()
+    deviation, mean = torch.var_mean(flat, dim=2)
+    off = (mean - known.shift) / factor
+    variance = deviation / factor.square()
     spread = torch.sqrt(known.variance + EPSILON) - torch.sqrt(variance + EPSILON)
     per_channel = off.square() + spread.square()
     return (per_channel * alive).sum(dim=1).mean()
