@@ -289,9 +289,11 @@ def _precision(node: onnx.NodeProto, origins: Origins, layer: Layer | None) -> s
     if node.op_type in INTEGER or node.op_type.startswith("QLinear"):
         return "integer"
     if layer is not None:
-        weight = WIDTHS.get(layer.weight, 32) if "INT" in layer.weight else 32
+        if "INT" not in layer.weight:
+            # With float weights it multiplies floats, whatever its input was rounded to.
+            return "float"
         read = 32 if layer.activation is None else WIDTHS.get(layer.activation, 8)
-        return "float" if weight == read == 32 else f"W{weight}A{read}"
+        return f"W{WIDTHS.get(layer.weight, 32)}A{read}"
     if node.op_type in CONVERSIONS:
         return "conversion"
     inputs = [origins.of(name) for name in node.input if name]

@@ -81,6 +81,16 @@ def test_why_a_quantized_layer_runs_in_float(
     assert read.reason == layer.reason
 
 
+def test_float_weights_between_quantizers_are_float(tmp_path: Path) -> None:
+    made = quantized_net()
+    conv = next(node for node in made.graph.node if node.op_type == "Conv")
+    conv.input[1] = "plain"
+    made.graph.initializer.append(stored("plain", [[[[1.0]], [[1.0]]]] * 2))
+    found = inspected(made, tmp_path, runtime=False)
+    assert found.operators["Conv"] == {"float": 1}
+    assert [(layer.activation, layer.reason) for layer in found.layers] == [("UINT8", "its weights are FLOAT")]
+
+
 def test_what_only_the_runtime_knows(tmp_path: Path) -> None:
     # A grid that reaches below zero cannot do the clip's work, so the clip stays between convolution and quantizer.
     made = quantized_net(zero_point=3)
