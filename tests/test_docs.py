@@ -20,6 +20,7 @@ from fxquant.arguments import build_parser
 from fxquant.backends.base import BACKENDS
 from fxquant.cli import COMMANDS
 from fxquant.core.ops import OPS
+from fxquant.core.settings import EFFORTS
 from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.rounding import ROUNDERS
 from fxquant.passes.rounding.options import Reconstruction
@@ -141,6 +142,8 @@ def test_every_algorithm_is_described() -> None:
     assert set(algorithms) == set(ROUNDERS)
     assert set(names) - set(algorithms) <= options
     assert len(set(names) & options) > 8
+    for effort, preset in EFFORTS.items():
+        assert re.search(rf'"{effort}" (takes )?`{preset.rounding}`', TEXTS["rounding.md"]), effort
     for chain in re.findall(r"`([\w-]+(?:\+[\w-]+)+)`|--rounding ([\w+-]+)", TEXTS["rounding.md"]):
         assert set("".join(chain).split("+")) <= set(ROUNDERS), chain
 
