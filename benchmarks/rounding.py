@@ -84,7 +84,7 @@ class Case:
 
 
 LADDER = ("nearest", "bias_correction", "gptq", "gpfq", "adaround", "brecq", "qdrop", "pdquant")
-DRAWN = ("adaround", "brecq", "qdrop", "pdquant", "fast", "lowbit", "vit")
+DRAWN = ("adaround", "brecq", "qdrop", "pdquant", "fast", "gptq+fast+bias_correction", "lowbit", "vit")
 """Chains that draw random numbers."""
 
 SHORT: Mapping[str, object] = {"iterations": 200, "correction": 0, "prediction_every": 4}
@@ -102,7 +102,7 @@ CASES: dict[str, Case] = {
     "mobilenet_v1": Case(
         "mobilenet_v1",
         ("W4A8", "4 bits"),
-        ("nearest", "bias_correction", "gptq", "gptq+bias_correction", "fast", "pdquant"),
+        ("nearest", "bias_correction", "gptq", "gptq+bias_correction", "fast", "gptq+fast+bias_correction", "pdquant"),
         calibration=256,
         bits=(3, 4, 6, 8),
         options={"iterations": 100, "batch": 16, "prediction_every": 4},
