@@ -7,6 +7,7 @@ writes that quantizer's integers itself, a clipping activation in between includ
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -134,6 +135,8 @@ class _Lowering:
                 self.floats[node] = self.graph.node_copy(node)
             elif node.op != "get_attr" and not self._in_integers(node):
                 self._copy(node)
+        # Called as the source is, and answering as it does: a tensor, a tuple or a dictionary.
+        self.graph.set_codegen(copy.copy(self.source.graph._codegen))
         lowered = GraphModule(self.attributes, self.graph, "IntegerGraph")
         erase_dead(lowered)
         return finish(lowered).eval()

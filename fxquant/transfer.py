@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.fx.graph import CodeGen
 
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.errors import OptionError
@@ -48,6 +49,8 @@ def graph_of(result: Result, module: GraphModule) -> GraphModule:
     """
     check_same_model(result, module)
     inputs, lowered = input_nodes(module), fork(result.lowered)
+    # Called by position, answering with a flat tuple, as graphs of Dynamo's are.
+    lowered.graph.set_codegen(CodeGen())
     there = input_nodes(lowered)
     if set(there) == set(inputs):
         first = next(iter(lowered.graph.nodes))
@@ -57,7 +60,7 @@ def graph_of(result: Result, module: GraphModule) -> GraphModule:
                 first = first.next
             else:
                 first.prepend(there[name])
-        lowered.recompile()
+    lowered.recompile()
     return lowered
 
 

@@ -28,6 +28,7 @@ FILES = [
     "model.pt2",
     "plan.json",
     "ranges.npz",
+    "rounding.npz",
     "result.json",
     *sorted(f"sensitivity_{name}.npz" for name in EFFORTS["default"].estimators),
 ]

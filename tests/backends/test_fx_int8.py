@@ -43,6 +43,7 @@ from fxquant.passes.insert_observers import CollectRanges, InsertObservers
 from fxquant.passes.scale_weights import ScaleWeights
 from fxquant.passes.tie_edges import TieEdges
 from fxquant.tracing import capture
+from tests.backends.lowered import example, simulated
 from tests.models import MODELS
 from tests.programs import folded
 
@@ -340,3 +341,11 @@ def test_padding_of_integers_is_the_zero_point() -> None:
     assert quantize.grid.zero_point > 0
     assert pads[0].args[2] == quantize.grid.zero_point
     assert F.pad(torch.zeros(1, dtype=torch.uint8), (1, 0), value=pads[0].args[2])[0] == quantize.grid.zero_point
+
+
+def test_it_is_called_and_answers_as_the_simulation_does() -> None:
+    module, inputs = simulated("two_inputs", (8,)), example("two_inputs", 3)
+    found, meant = FxInt8Backend().lower(module)(*inputs), module(*inputs)
+    assert isinstance(found, dict)
+    assert found.keys() == meant.keys()
+    assert {name: value.shape for name, value in found.items()} == {name: v.shape for name, v in meant.items()}
