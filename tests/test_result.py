@@ -28,8 +28,8 @@ FILES = [
     "model.pt2",
     "plan.json",
     "ranges.npz",
-    "rounding.npz",
     "result.json",
+    "rounding.npz",
     *sorted(f"sensitivity_{name}.npz" for name in EFFORTS["default"].estimators),
 ]
 
