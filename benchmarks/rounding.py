@@ -84,7 +84,7 @@ class Case:
 
 
 LADDER = ("nearest", "bias_correction", "gptq", "gpfq", "adaround", "brecq", "qdrop", "pdquant")
-DRAWN = ("adaround", "brecq", "qdrop", "pdquant", "fast", "gptq+fast+bias_correction", "lowbit", "vit")
+DRAWN = ("adaround", "brecq", "qdrop", "pdquant", "fast", "lowbit", "vit")
 """Chains that draw random numbers."""
 
 SHORT: Mapping[str, object] = {"iterations": 200, "correction": 0, "prediction_every": 4}
@@ -102,10 +102,18 @@ CASES: dict[str, Case] = {
     "mobilenet_v1": Case(
         "mobilenet_v1",
         ("W4A8", "4 bits"),
-        ("nearest", "bias_correction", "gptq", "gptq+bias_correction", "fast", "gptq+fast+bias_correction", "pdquant"),
+        ("nearest", "bias_correction", "gptq", "gptq+bias_correction", "fast"),
         calibration=256,
         bits=(3, 4, 6, 8),
         options={"iterations": 100, "batch": 16, "prediction_every": 4},
+    ),
+    "mobilenet_v1_default": Case(
+        "mobilenet_v1",
+        ("4 bits",),
+        ("pdquant",),
+        calibration=256,
+        bits=(3, 4, 6, 8),
+        options={"iterations": 60, "batch": 16, "prediction_every": 4},
     ),
     "deit_tiny": Case(
         "deit_tiny",
