@@ -341,6 +341,8 @@ def resolve(
 ) -> Result:
     """Solve another budget from the saved scores: no new forward passes but those of verification.
 
+    A new plan's weights are rounded to nearest, or as they were scored; `reconstruct` rounds them better.
+
     Args:
         result: a result, or the folder it was saved in.
         budget: the new limits.

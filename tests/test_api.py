@@ -142,9 +142,9 @@ def test_the_stages_give_the_plan_of_the_one_call() -> None:
     program = fxquant.measure_sensitivity(program, scoring, progress=False)
     program = fxquant.allocate(program, BUDGET, known, progress=False, scoring=scoring)
     simulated = fxquant.convert(program)
-    staged = Result(program, known)
-    assert same(quantized(), staged)
-    assert torch.equal(simulated.module(IMAGES), quantized().simulated(IMAGES))
+    staged, at_once = Result(program, known), quantize(rounding="nearest")
+    assert same(at_once, staged)
+    assert torch.equal(simulated.module(IMAGES), at_once.simulated(IMAGES))
 
 
 def test_own_data_through_the_prepared_graph() -> None:
@@ -236,7 +236,7 @@ def test_a_budget_out_of_reach() -> None:
 
 def test_options_that_make_no_sense() -> None:
     for change, message in (
-        ({"target": "onnxrt"}, "unknown target 'onnxrt'; known: reference, onnxruntime"),
+        ({"target": "onnxrt"}, "unknown target 'onnxrt'; known: reference, simulation, onnxruntime"),
         ({"solver": "iqq"}, "iqp"),
         ({"estimators": ("grm",)}, "gram"),
         ({"effort": "max"}, "unknown effort"),
@@ -301,7 +301,7 @@ def test_activation_bits_are_searched_too() -> None:
 
 def test_scores_first_and_a_budget_later() -> None:
     later = fxquant.resolve(quantize(budget=None), BUDGET)
-    assert same(quantized(), later)
+    assert same(quantize(rounding="nearest"), later)
 
 
 def test_pareto_is_resolve_for_each_budget() -> None:

@@ -24,9 +24,7 @@ COLUMN_GAP = 3
 def summary(result: Result) -> str:
     """Return the plan as text of at most 100 columns, without colour codes."""
     data = content(result)
-    lines = [*_headline(data), data["coverage"]["sentence"]]
-    if data["rounding"]["units"]:
-        lines.append(data["rounding"]["sentence"])
+    lines = [*_headline(data), data["coverage"]["sentence"], data["rounding"]["sentence"]]
     return "\n\n".join([as_text(*map(Text, map(safe, lines))), _layers(data), _plans(data)])
 
 

@@ -145,6 +145,8 @@ class TestLearnedActivation:
         rounded = (ratio + (ratio.round() - ratio).detach()).clamp(0 - 5, 15 - 5) * scale
         made = mask * rounded + (1 - mask) * plain
         expected_x, expected_factor = torch.autograd.grad(made, [plain, factor], upstream.double())
+        # Steps learn at the pace of LSQ; Adam does not see a constant factor.
+        expected_factor = expected_factor * (plain.numel() * 15) ** -0.5
         assert torch.allclose(to_x.double(), expected_x, atol=1e-6)
         assert torch.allclose(to_factor.double(), expected_factor, rtol=1e-4)
         assert float(to_x.eq(0).float().mean()) > 0.01, "no element lies outside the grid"
