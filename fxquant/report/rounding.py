@@ -10,26 +10,32 @@ from fxquant.report.layers import finite
 if TYPE_CHECKING:
     from fxquant.result import Result
 
+WHOLE = "whole network"
+"""In the place of a unit's name where an algorithm is judged as a whole."""
+
 
 def rounding(result: Result) -> dict[str, Any]:
     """Return the method in place, what became of each unit, and one sentence on both.
 
-    Losses are of held-out images, of the network quantized up to the end of the unit and float behind it.
+    Losses are of held-out images: of the network quantized up to the end of the unit and float behind it, or of the
+    whole network quantized.
     """
     known = Rounding.of(result.program, result.allocation.choices)
-    kept = sum(unit.kept for unit in known.units)
+    # Closed-form algorithms are judged as a whole and name no sites.
+    units = [unit for unit in known.units if unit.sites]
+    kept = sum(unit.kept for unit in units)
     sentence = f"Weights rounded by {known.method}"
-    if known.units:
-        sentence += f", {kept} of {len(known.units)} units kept"
-        undone = len(known.units) - kept
-        sentence += f"; {undone} stayed at nearest rounding because nothing better was found" if undone else ""
+    if units:
+        sentence += f", {kept} of {len(units)} units kept"
+        undone = len(units) - kept
+        sentence += f"; {undone} stayed as they were because nothing better was found" if undone else ""
     return {
         "method": known.method,
         "sentence": sentence,
         "notes": list(known.notes),
         "units": [
             {
-                "name": unit.name,
+                "name": unit.name if unit.sites else WHOLE,
                 "sites": list(unit.sites),
                 "method": unit.method,
                 "before": finite(unit.before),

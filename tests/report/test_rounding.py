@@ -30,7 +30,7 @@ def test_nearest_says_so() -> None:
 
 def test_units_kept_and_left_are_counted_and_explained() -> None:
     told = rounding(rounded())
-    assert told["sentence"].startswith("Weights rounded by pdquant, 1 of 2 units kept; 1 stayed at nearest")
+    assert told["sentence"].startswith("Weights rounded by pdquant, 1 of 2 units kept; 1 stayed as they were")
     assert told["units"][0] == {
         "name": "stem",
         "sites": ["stem"],
@@ -42,6 +42,15 @@ def test_units_kept_and_left_are_counted_and_explained() -> None:
         "seconds": 1.5,
     }
     assert told["units"][1]["after"] is None
+
+
+def test_an_algorithm_judged_as_a_whole_has_no_units_to_count() -> None:
+    result = small_result()
+    record = UnitRecord("stem", "gptq", 0.5, 0.25, True)
+    made = Rounding(result.allocation.choices, "gptq", units=(record,))
+    told = rounding(replace(result, program=result.program.with_facts(made)))
+    assert told["sentence"] == "Weights rounded by gptq"
+    assert told["units"][0]["name"] == "whole network"
 
 
 def test_the_terminal_and_the_page_show_it() -> None:
