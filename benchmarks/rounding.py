@@ -67,6 +67,7 @@ class Case:
         bits: candidate weight bits of mixed plans.
         lowered: measure the integer graph too.
         pictures: the network restores pictures: PSNR on Set5 in the place of accuracy.
+        scoring: how weights are rounded while layers are scored for mixed plans.
         target: runtime whose edges are quantized; None for ONNX Runtime, or ours where activations are narrower.
     """
 
@@ -80,6 +81,7 @@ class Case:
     bits: tuple[int, ...] = (2, 4, 8)
     lowered: bool = True
     pictures: bool = False
+    scoring: str = "nearest"
     target: str | None = None
 
 
@@ -95,6 +97,14 @@ CORRECTED: Mapping[str, object] = {**SHORT, "correction": 100}
 CASES: dict[str, Case] = {
     "ladder": Case("resnet20", ("W4A4", "W3A3", "W2A4", "W2A2"), LADDER, (0, 1, 2), options=SHORT),
     "mixed": Case("resnet20", ("3 bits", "2.5 bits", "W3A8 all"), ("nearest", "gptq", "pdquant"), options=SHORT),
+    "mixed_by_gptq": Case(
+        "resnet20",
+        ("3 bits", "2.5 bits"),
+        ("gptq", "pdquant"),
+        options=SHORT,
+        bits=(2, 3, 4, 8),
+        scoring="gptq",
+    ),
     "corrected": Case(
         "resnet20", ("W2A4",), ("qdrop", "pdquant"), calibration=256, options={**SHORT, "correction": 100}
     ),
@@ -158,7 +168,14 @@ def prepared(name: str, plan: str) -> tuple[Program, CalibrationSet, Calibration
     activations = (8,) if widths is None else tuple(sorted({widths[1], 8}))
     # ONNX Runtime has no narrower activations than 8 bits; our own integer graph does.
     target = case.target or ("onnxruntime" if activations == (8,) else "fx_int8")
-    settings = Settings(bits=bits, activation_bits=activations, target=target, estimators=("diagonal", "fit"), rounds=0)
+    settings = Settings(
+        bits=bits,
+        activation_bits=activations,
+        target=target,
+        estimators=("diagonal", "fit"),
+        rounds=0,
+        scoring_rounding=case.scoring,
+    )
     program = pipeline.calibrate(prepare(capture(network.factory(), images), settings), tuning.slice(0, 256))
     return program.with_facts(_plan(program, plan, widths, tuning, held_out)), tuning, held_out
 
