@@ -138,7 +138,7 @@ CASES: dict[str, Case] = {
     "imdn": Case(
         "imdn",
         ("W4A8",),
-        ("nearest", "gptq", "fast"),
+        ("nearest", "gptq", "gptq+bias_correction", "fast"),
         calibration=24,
         options={"iterations": 30, "batch": 4},
         lowered=False,
