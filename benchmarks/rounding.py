@@ -105,6 +105,7 @@ CASES: dict[str, Case] = {
         bits=(2, 3, 4, 8),
         scoring="gptq",
     ),
+    "mixed_248_by_gptq": Case("resnet20", ("3 bits", "2.5 bits"), ("gptq",), scoring="gptq"),
     "corrected": Case(
         "resnet20", ("W2A4",), ("qdrop", "pdquant"), calibration=256, options={**SHORT, "correction": 100}
     ),
@@ -263,7 +264,13 @@ def table() -> list[Row]:
                     means: Row = {key: statistics.mean(values) for key, values in found.items()}
                     right = found["accuracy %"] or found["PSNR dB"]
                     means["spread"] = statistics.stdev(right) if len(right) > 1 else 0.0
-                    named: Row = {"network": case.network, "plan": plan, "rounding": chain, "seeds": float(len(right))}
+                    named: Row = {
+                        "case": name,
+                        "network": case.network,
+                        "plan": plan,
+                        "rounding": chain,
+                        "seeds": float(len(right)),
+                    }
                     rows.append({**named, **means})
     return rows
 
