@@ -80,15 +80,10 @@ def fast(task: RoundingTask) -> Program:
 @ROUNDERS.register("lowbit")
 def lowbit(task: RoundingTask) -> Program:
     """Run `pdquant`, then tune the whole network at once: for two and three bits."""
-    return reconstruct(replace_program(task, pdquant(task)), SECOND_STAGE, "network")
+    return reconstruct(replace(task, program=pdquant(task)), SECOND_STAGE, "network")
 
 
 @ROUNDERS.register("vit")
 def vit(task: RoundingTask) -> Program:
     """Learn values, scales and steps of a transformer against features and prediction."""
     return reconstruct(task, VIT, "vit")
-
-
-def replace_program(task: RoundingTask, program: Program) -> RoundingTask:
-    """Return the task with what an earlier stage made of its program."""
-    return replace(task, program=program)

@@ -129,7 +129,6 @@ class Tuner:
         # Drawn on the CPU, so that a seed picks the same images on every device.
         self._batches = torch.Generator().manual_seed(seed)
         self._soft = [m for m in pieces.learned.values() if isinstance(m, SoftRounding)]
-        self._names = {*pieces.unit.inputs, *(pieces.suffix.inputs if pieces.suffix is not None else ())}
         self._rates = {"rec": 1.0, "prediction": options.prediction, "feature": options.feature}
         if options.answer_by_prediction and pieces.holds_answer:
             self._rates["rec"] = 0.0 if options.prediction else 1.0
