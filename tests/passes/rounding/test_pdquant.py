@@ -9,7 +9,7 @@ import pytest
 from fxquant.core.errors import CalibrationError
 from fxquant.core.rounding import Rounding
 from fxquant.passes.rounding import ROUNDERS
-from fxquant.passes.rounding.pdquant import SECOND_STAGE, replace_program
+from fxquant.passes.rounding.pdquant import SECOND_STAGE
 from tests.passes.rounding.tasks import images, task_of
 
 SHORT: dict[str, object] = {"iterations": 4, "batch": 4}
@@ -45,9 +45,3 @@ def test_the_faithful_profile_is_asymmetric_and_refuses_networks_without_normali
     assert set(found.grids) == set(found.weights)
     with pytest.raises(CalibrationError, match="batch normalisation"):
         ROUNDERS["pdquant-faithful"](replace(task_of("plain", 4), overrides=short))
-
-
-def test_a_later_stage_sees_the_earlier_ones_program() -> None:
-    task = task_of("plain", 4)
-    program = task.program.with_facts(replace(task.rounding, method="gptq"))
-    assert replace_program(task, program).rounding.method == "gptq"
