@@ -231,7 +231,7 @@ def measure(name: str, plan: str, chain: str, seed: int, path: Path) -> None:
     case = CASES[name]
     program, tuning, held_out = prepared(name, plan)
     program = program.with_facts(replace(program[Settings], seed=seed))
-    corrections = ScoreStore(FOLDER / f"corrections-{case.network}", {"images": str(case.calibration)})
+    corrections = ScoreStore(FOLDER / f"corrections-{case.network}-{case.calibration}", {})
     started = time.perf_counter()
     rounded = program
     if chain != "nearest":
