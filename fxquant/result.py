@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from fxquant.backends.onnx_export import ExportReport
 
 FORMAT_VERSION = 1
+ROUNDED = ("rounded_weights.npz", "rounding.npz", "trained.npz")
+"""Files that only some results have."""
 HELD_OUT_LIMIT = 64 * 10**6
 """Bytes of held-out images that a saved result carries at most, so that it can verify new plans."""
 
@@ -339,7 +341,7 @@ def _without_examples(exported: ExportedProgram) -> ExportedProgram:
 def _forget(folder: Path) -> None:
     """Remove what an earlier result left in the folder and this one might not write over."""
     try:
-        for name in ("result.json", "held_out.safetensors", "rounding.npz", "trained.npz"):
+        for name in ("result.json", "held_out.safetensors", *ROUNDED):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror or error}; choose a writable folder") from error

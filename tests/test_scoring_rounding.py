@@ -41,8 +41,8 @@ def test_a_saved_result_keeps_them(tmp_path: Path) -> None:
     again = fxquant.load(result.save(tmp_path / "r"))
     assert again.program[WeightGrids].digest() == result.program[WeightGrids].digest()
     assert torch.equal(model_outputs(again.simulated, (images(),)), model_outputs(result.simulated, (images(),)))
-    # One of another network is refused by name.
-    quantized("gptq", (4, 8)).program[WeightGrids].save_rounded(tmp_path / "other.npz")
+    assert not (quantized("nearest").save(tmp_path / "r") / "rounded_weights.npz").exists()
+    _ = result.save(tmp_path / "r")
     (tmp_path / "r" / "rounded_weights.npz").write_bytes(b"no archive")
     with pytest.raises(FileFormatError, match=r"rounded_weights\.npz"):
         fxquant.load(tmp_path / "r")
