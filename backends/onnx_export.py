@@ -20,6 +20,7 @@ from fxquant.backends.onnx_lowering import Lowering, dims
 from fxquant.backends.onnx_rewrites import prepare
 from fxquant.backends.onnx_shape_ops import EMITTERS
 from fxquant.backends.onnx_splice import Piece, insert, pieces, result_count
+from fxquant.backends.onnx_stem import fold_stems
 from fxquant.backends.qdq_ops import dequantize_channels
 from fxquant.backends.reference import REFERENCE_TARGET, to_qdq
 from fxquant.core.errors import LoweringError, OptionError
@@ -67,7 +68,7 @@ def to_onnx(
     Raises:
         LoweringError: an op has no ONNX form.
     """
-    qdq = prepare(to_qdq(module))
+    qdq = fold_stems(prepare(to_qdq(module)))
     known: dict[Node, Piece] = {}
     model, missing = _attempt(qdq, dict(storage_bits), known)
     if missing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,22 @@ LAYER_OPS = frozenset({"Conv", "Gemm", "MatMul", "ConvTranspose"})
 INTEGER_LAYERS = frozenset({"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger"})
 """Operators that multiply integers; the fused forms of MatMulInteger (ToFloat) count as well."""
 FLOAT_LAYERS = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose"})
+INTEGER_PREFIXES = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "QAttention")
+"""How the names of operators that compute on integers begin."""
+MOVES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Expand", "Identity", "Clip", "Pad"})
+MOVES |= {
+    "Slice",
+    "Split",
+    "Gather",
+    "Concat",
+    "Tile",
+    "SpaceToDepth",
+    "DepthToSpace",
+    "MaxPool",
+    "NhwcMaxPool",
+    "Resize",
+}
+"""Operators that hand integers on without computing new ones."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,7 @@ class KernelReport:
         kernels: layer with constant weights, by module path -> the operator that runs it, `float` where none of the
             integer operators does.
         operators: operator -> number of nodes in the optimized graph.
+        stray: QuantizeLinear and DequantizeLinear that no border needs, see `stray_conversions`.
 
     Raises:
         OptionError: the graph is empty.
@@ -40,6 +57,7 @@ class KernelReport:
 
     kernels: dict[str, str]
     operators: dict[str, int]
+    stray: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.operators:
@@ -139,7 +157,52 @@ def kernel_report(model: Path | bytes) -> KernelReport:
     ran = {_layer(node.name): str(node.op_type) for node in optimized.graph.node if _is_integer(node.op_type)}
     layers = [node.name for node in original.graph.node if node.name and node.op_type in LAYER_OPS]
     operators = Counter(str(node.op_type) for node in optimized.graph.node)
-    return KernelReport({name: ran.get(name, "float") for name in layers}, dict(operators))
+    kernels = {name: ran.get(name, "float") for name in layers}
+    return KernelReport(kernels, dict(operators), stray_conversions(optimized.graph))
+
+
+def stray_conversions(graph: onnx.GraphProto) -> tuple[str, ...]:
+    """Return the outputs of QuantizeLinear and DequantizeLinear nodes that are no border between integers and float.
+
+    A border is a QuantizeLinear whose integers reach an integer operator or an output of the graph, and whose floats do
+    not come from a DequantizeLinear; or a DequantizeLinear whose integers come from an integer operator or an input of
+    the graph. Operators that only move values are looked through.
+    """
+    makers = {name: node for node in graph.node for name in node.output}
+    readers = defaultdict[str, list[onnx.NodeProto]](list)
+    for node in graph.node:
+        for name in node.input:
+            readers[name].append(node)
+    ends, starts = {entry.name for entry in graph.output}, {entry.name for entry in graph.input}
+
+    def sources(name: str) -> set[str]:
+        node = makers.get(name)
+        if node is None:
+            return {"input"} if name in starts else {"constant"}
+        return sources(node.input[0]) if node.op_type in MOVES else {str(node.op_type)}
+
+    def targets(name: str) -> set[str]:
+        found = {"output"} if name in ends else set[str]()
+        for node in readers[name]:
+            deeper = (targets(output) for output in node.output) if node.op_type in MOVES else [{str(node.op_type)}]
+            found = found.union(*deeper)
+        return found
+
+    found = []
+    for node in graph.node:
+        before, behind = sources(node.input[0]) if node.input else set[str](), targets(node.output[0])
+        if node.op_type == "QuantizeLinear":
+            border = any(_computes_on_integers(o) or o == "output" for o in behind) and "DequantizeLinear" not in before
+        elif node.op_type == "DequantizeLinear":
+            border = any(_computes_on_integers(o) or o == "input" for o in before)
+        else:
+            continue
+        found += [] if border else [str(node.output[0])]
+    return tuple(found)
+
+
+def _computes_on_integers(operator: str) -> bool:
+    return operator.startswith(INTEGER_PREFIXES)
 
 
 def _is_integer(operator: str) -> bool:

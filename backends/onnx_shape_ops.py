@@ -11,6 +11,7 @@ from torch.fx import Node
 from fxquant.backends.onnx_lowering import Lowering, dims, static_shape
 from fxquant.backends.onnx_ops import EMITTERS, arguments, emits
 from fxquant.backends.onnx_rewrites import spread
+from fxquant.backends.onnx_stem import BLOCK, space_to_depth
 
 aten = torch.ops.aten
 
@@ -62,6 +63,11 @@ def _mean(lowering: Lowering, node: Node) -> str | None:
     if rank == 4 and axes == [2, 3] and given["keepdim"]:
         return lowering.write(node, "GlobalAveragePool", [x])
     return lowering.write(node, "ReduceMean", [x, lowering.integers(axes)], keepdims=int(given["keepdim"]))
+
+
+@emits(space_to_depth)
+def _space_to_depth(lowering: Lowering, node: Node) -> str | None:
+    return lowering.write(node, "SpaceToDepth", [lowering.value(node.args[0])], blocksize=BLOCK)
 
 
 @emits(aten.pad.default, aten.constant_pad_nd.default)
