@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +14,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from fxquant.backends.onnx_blocks import block_linear, to_blocks
 from fxquant.backends.onnx_builder import OPSET, PACKED, GraphBuilder
+from fxquant.backends.onnx_file import write_model
 from fxquant.backends.onnx_lowering import Lowering, dims
+from fxquant.backends.onnx_options import OnnxOptions
 from fxquant.backends.onnx_rewrites import prepare
 from fxquant.backends.onnx_shape_ops import EMITTERS
 from fxquant.backends.onnx_splice import Piece, insert, pieces, result_count
@@ -24,7 +26,6 @@ from fxquant.backends.onnx_stem import fold_stems
 from fxquant.backends.qdq_ops import dequantize_channels
 from fxquant.backends.reference import REFERENCE_TARGET, to_qdq
 from fxquant.core.errors import LoweringError, OptionError
-from fxquant.core.store import atomic_path
 
 LAZY = (dequantize_channels, torch.ops.aten.sym_size.int)
 
@@ -35,9 +36,10 @@ class ExportReport:
 
     Args:
         path: the file.
-        bytes: its size on disk.
+        bytes: its size on disk, that of its external weights included.
         opset: operator set of the file.
         nodes: ONNX op -> number of nodes.
+        weight_only: layers with one weight scale per block, which multiply floats.
 
     Raises:
         OptionError: an empty file.
@@ -47,6 +49,7 @@ class ExportReport:
     bytes: int
     opset: int
     nodes: dict[str, int]
+    weight_only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.bytes <= 0 or not self.nodes:
@@ -57,6 +60,7 @@ def to_onnx(
     module: GraphModule,
     metadata: Mapping[str, str] | None = None,
     storage_bits: Mapping[int, int] = REFERENCE_TARGET.storage_bits,
+    options: OnnxOptions | None = None,
 ) -> onnx.ModelProto:
     """Return the ONNX model of a simulated or float graph.
 
@@ -64,19 +68,30 @@ def to_onnx(
         module: ATen graph with traced shapes, FakeQuantize modules where it is quantized; it is not changed.
         metadata: texts kept in the file, for example the plan.
         storage_bits: bits of a weight's grid -> bits it is stored in: 2, 4 or 8.
+        options: None for the defaults.
 
     Raises:
         LoweringError: an op has no ONNX form.
+        OptionError: `options.weight_only` names a layer that cannot have it.
     """
-    qdq = fold_stems(prepare(to_qdq(module)))
+    return _model(module, metadata or {}, dict(storage_bits), options or OnnxOptions())[0]
+
+
+def _model(
+    module: GraphModule, metadata: Mapping[str, str], storage: dict[int, int], options: OnnxOptions
+) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """Return the model, and the layers on blocks."""
+    blocks, weight_only = to_blocks(module, options.weight_only, options.block_size)
+    qdq = prepare(to_qdq(blocks))
+    qdq = fold_stems(qdq) if options.runtime == "onnxruntime" else qdq
     known: dict[Node, Piece] = {}
-    model, missing = _attempt(qdq, dict(storage_bits), known)
+    model, missing = _attempt(qdq, storage, known)
     if missing:
         known = pieces(qdq, missing, int(model.opset_import[0].version))
-        model, _ = _attempt(qdq, dict(storage_bits), known)
-    for key, text in (metadata or {}).items():
+        model, _ = _attempt(qdq, storage, known)
+    for key, text in metadata.items():
         model.metadata_props.add(key=key, value=text)
-    return model
+    return model, weight_only
 
 
 def _attempt(qdq: GraphModule, storage: dict[int, int], known: dict[Node, Piece]) -> tuple[onnx.ModelProto, list[Node]]:
@@ -122,6 +137,7 @@ def _write(lowering: Lowering, node: Node, known: dict[Node, Piece]) -> str | tu
 def _opset(module: GraphModule, storage: Mapping[int, int]) -> int:
     """Return the lowest operator set that has all types in use."""
     widths = {storage.get(int(str(n.args[3])), 8) for n in module.graph.nodes if n.target is dequantize_channels}
+    widths |= {storage.get(int(str(n.args[5])), 8) for n in module.graph.nodes if n.target is block_linear}
     return max([OPSET, *(PACKED[width][1] for width in widths if width in PACKED)])
 
 
@@ -145,27 +161,23 @@ def export_onnx(
     module: GraphModule,
     path: Path,
     metadata: Mapping[str, str] | None = None,
+    options: OnnxOptions | None = None,
 ) -> ExportReport:
-    """Write a simulated or float graph as one ONNX file; nothing is left behind on failure.
+    """Write a simulated or float graph as ONNX; nothing is left behind on failure.
 
     Args:
         module: ATen graph with traced shapes; it is not changed.
         path: the file to write.
         metadata: texts kept in the file's `metadata_props`.
+        options: None for the defaults.
 
     Raises:
         LoweringError: an op has no ONNX form, or the checker of onnx refuses the model.
+        OptionError: `options.weight_only` names a layer that cannot have it.
         OutputError: the folder cannot be written.
     """
-    model = to_onnx(module, metadata)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise LoweringError(f"the ONNX model is not valid: {error}") from error
-    data = model.SerializeToString()
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(data)
+    given = options or OnnxOptions()
+    model, weight_only = _model(module, metadata or {}, dict(REFERENCE_TARGET.storage_bits), given)
     counts = Counter(str(node.op_type) for node in model.graph.node)
-    return ExportReport(path, len(data), int(model.opset_import[0].version), dict(counts))
+    size = write_model(model, path, given)
+    return ExportReport(path, size, int(model.opset_import[0].version), dict(counts), weight_only)

@@ -87,6 +87,10 @@ class Lowering:
         """Return the name of a constant."""
         return self.builder.constant(array, name)
 
+    def constant_of(self, node: Any, name: str, bits: int = 8) -> str:
+        """Return the name of a constant node's values; int8 weights on a grid of `bits` are packed accordingly."""
+        return self.builder.constant(self._array(node), name, self.storage_bits.get(bits, 8))
+
     def number(self, value: float) -> str:
         """Return a float32 scalar."""
         return self.constant(np.array(value, np.float32), f"f{value:g}")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
+from fxquant.backends.onnx_blocks import block_linear
 from fxquant.backends.onnx_lowering import Lowering, dims, static_shape
 from fxquant.backends.onnx_rewrites import barrier, pad_integers, padded_conv, spread
 from fxquant.backends.qdq_ops import dequantize, quantize
@@ -163,6 +164,25 @@ def _linear(lowering: Lowering, node: Node) -> str | None:
     # A transposed weight in the graph would stand between its DequantizeLinear and the product and stop the fusion.
     product = lowering.write(node, "MatMul", [lowering.value(x), lowering.transposed(weight)], name=name)
     return lowering.write(node, "Add", [product, *bias]) if bias else product
+
+
+@emits(block_linear)
+def _block_linear(lowering: Lowering, node: Node) -> str | None:
+    x, q, scale, bias, block, bits = node.args
+    name = str(node.meta["layer"])
+    inputs = [
+        lowering.constant_of(q, f"{name}.weight", int(str(bits))),
+        lowering.constant_of(scale, f"{name}.weight_scale"),
+    ]
+    weight = lowering.builder.node("DequantizeLinear", inputs, f"{name}.weight_dq", axis=0, block_size=block)
+    # Between two DequantizeLinear the product would be taken for one of integers, for which there is no kernel.
+    rows = (
+        lowering.write(node, "Sum", [lowering.value(x)])
+        if getattr(x, "target", None) is dequantize
+        else lowering.value(x)
+    )
+    product = lowering.write(node, "MatMul", [rows, weight], name=name)
+    return product if bias is None else lowering.write(node, "Add", [product, lowering.value(bias)])
 
 
 @emits(aten.matmul.default, aten.bmm.default)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.backends.base import Executable
+from fxquant.backends.onnx_options import OnnxOptions
 from fxquant.core.errors import MissingDependencyError
 from fxquant.core.target import Target
 
@@ -49,15 +50,18 @@ def onnx_module(name: str) -> ModuleType:
         ) from error
 
 
-def write_onnx(module: GraphModule, path: Path, metadata: Mapping[str, str] | None = None) -> ExportReport:
-    """Write a simulated or float graph as one ONNX file; see `onnx_export.export_onnx`.
+def write_onnx(
+    module: GraphModule, path: Path, metadata: Mapping[str, str] | None = None, options: OnnxOptions | None = None
+) -> ExportReport:
+    """Write a simulated or float graph as ONNX; see `onnx_export.export_onnx`.
 
     Raises:
         MissingDependencyError: the ONNX packages are not installed.
         LoweringError: an op has no ONNX form.
+        OptionError: `options.weight_only` names a layer that cannot have it.
         OutputError: the folder cannot be written.
     """
-    report: ExportReport = onnx_module("onnx_export").export_onnx(module, path, metadata)
+    report: ExportReport = onnx_module("onnx_export").export_onnx(module, path, metadata, options)
     return report
 
 

@@ -20,7 +20,7 @@ from fxquant.core.errors import FileFormatError, LoweringError, OptionError
 QUIET = 4
 """Log level of ONNX Runtime that leaves only fatal messages; failures are raised anyway."""
 LAYER_OPS = frozenset({"Conv", "Gemm", "MatMul", "ConvTranspose"})
-INTEGER_LAYERS = frozenset({"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger"})
+INTEGER_LAYERS = frozenset({"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulNBits"})
 """Operators that multiply integers; the fused forms of MatMulInteger (ToFloat) count as well."""
 FLOAT_LAYERS = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose"})
 INTEGER_PREFIXES = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "QAttention")
@@ -103,20 +103,21 @@ def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
     return options
 
 
-def open_session(model: bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    """Load a model on the CPU.
+def open_session(model: Path | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """Load a model on the CPU; one with external weights only from its path.
 
     Raises:
         LoweringError: ONNX Runtime refuses it.
     """
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        source = model if isinstance(model, bytes) else str(model)
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         # The runtime raises a dozen classes without a common base of their own.
         raise LoweringError(f"ONNX Runtime cannot load the model: {str(error)[:300]}") from error
 
 
-def executable(model: bytes, threads: int | None = None) -> Callable[[tuple[Tensor, ...]], Tensor]:
+def executable(model: Path | bytes, threads: int | None = None) -> Callable[[tuple[Tensor, ...]], Tensor]:
     """Return a function that runs a model and gives its first output as float32.
 
     Raises:
@@ -152,8 +153,8 @@ def kernel_report(model: Path | bytes) -> KernelReport:
         target = Path(folder) / "optimized.onnx"
         options = session_options(1)
         options.optimized_model_filepath = str(target)
-        open_session(data, options)
-        optimized = onnx.load_model(target)
+        open_session(model, options)
+        optimized = onnx.load_model(target, load_external_data=False)
     ran = {_layer(node.name): str(node.op_type) for node in optimized.graph.node if _is_integer(node.op_type)}
     layers = [node.name for node in original.graph.node if node.name and node.op_type in LAYER_OPS]
     operators = Counter(str(node.op_type) for node in optimized.graph.node)
@@ -211,4 +212,4 @@ def _is_integer(operator: str) -> bool:
 
 def _layer(name: str) -> str:
     """Return the original name of a node that the runtime renamed by appending to it."""
-    return re.sub(r"(_token_\d+|_MatMulAddFusion|_nchwc|_quant|_nhwc)*$", "", name)
+    return re.sub(r"(_token_\d+|[_/]MatMulAddFusion|_nchwc|_quant|_nhwc)*$", "", name)

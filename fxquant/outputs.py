@@ -19,7 +19,7 @@ from fxquant.report.html import render
 from fxquant.result import Result
 
 OWN_FILES: tuple[str, ...] = ("result.json", "plan.json", "ranges.npz", "model.pt2", "held_out.safetensors")
-OWN_FILES += ("model.onnx", "report.html", "report.json")
+OWN_FILES += ("model.onnx", "model.onnx.data", "report.html", "report.json")
 """Files of a result, besides one `sensitivity_<estimator>.npz` for each estimator; the first says that it is whole."""
 
 SCORES = "scores"

@@ -43,6 +43,7 @@ from fxquant.trained import METHOD, TrainedValues, gather, trainable, with_value
 
 if TYPE_CHECKING:
     from fxquant.backends.onnx_export import ExportReport
+    from fxquant.backends.onnx_options import OnnxOptions
 
 FORMAT_VERSION = 1
 ROUNDED = ("rounded_weights.npz", "rounding.npz", "trained.npz")
@@ -172,16 +173,17 @@ class Result:
         measured = measured_loss(made.simulated, self.held_out, reference, loss)
         return replace(made, program=made.program.with_facts(replace(self.allocation, measured_loss=measured)))
 
-    def to_onnx(self, path: str | Path) -> ExportReport:
+    def to_onnx(self, path: str | Path, options: OnnxOptions | None = None) -> ExportReport:
         """Write the model as ONNX with quantize and dequantize nodes, weights packed, batch dynamic.
 
         Raises:
+            OptionError: the options name a layer that cannot have what they ask for.
             OutputError: the path cannot be written.
             LoweringError: an op has no ONNX form.
             MissingDependencyError: the onnx extra is not installed.
         """
         plan = json.dumps(self.allocation.to_json()["choices"], separators=(",", ":"))
-        return write_onnx(self.simulated, Path(path), {"fxquant_plan": plan})
+        return write_onnx(self.simulated, Path(path), {"fxquant_plan": plan}, options)
 
     @property
     def example(self) -> tuple[torch.Tensor, ...]:
