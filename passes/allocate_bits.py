@@ -13,7 +13,7 @@ from fxquant.core.budget import Budget
 from fxquant.core.cost import CostTables
 from fxquant.core.edges import QuantizedEdges
 from fxquant.core.errors import InfeasibleBudgetError, OptionError, SolverError
-from fxquant.core.limits import agrees, fits, infeasible_message, limit_rows, tie_rows, usage
+from fxquant.core.limits import agrees, fits, infeasible_message, limit_products, limit_rows, tie_rows, usage
 from fxquant.core.program import Program
 from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
 from fxquant.core.spec import Choice, Site, Sites
@@ -86,6 +86,8 @@ class AllocateBits(Pass):
         limits = self.budget.limits
         (costs, bounds), (ties, sides) = limit_rows(limits, tables, sites), tie_rows(sites)
         around, room = self._near_row(sites)
+        before = len(ties) + len(around)
+        products = {before + row: each for row, each in limit_products(limits, tables, sites).items()}
         solution = SOLVERS[self.solver](
             matrix.values + borders,
             matrix.groups,
@@ -93,6 +95,7 @@ class AllocateBits(Pass):
             np.concatenate([sides, room, bounds]),
             time_limit=self.time_limit,
             seed=self.seed,
+            products=products,
         )
         if solution.status == "infeasible":
             raise InfeasibleBudgetError(infeasible_message(self.budget, sites, tables))
@@ -139,6 +142,7 @@ class AllocateBits(Pass):
             *tie_rows(sites),
             np.array(widths, dtype=np.float64),
             one_hot(matrix.candidates, plan.choices),
+            limit_products(plan.limits, tables, sites),
         )
         choices = {c.site: c.choice for c, chosen in zip(matrix.candidates, wider, strict=True) if chosen}
         return BitAllocation(

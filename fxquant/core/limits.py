@@ -80,6 +80,25 @@ def limit_rows(
     return _stacked(rows, sites), np.array(bounds, dtype=np.float64)
 
 
+def limit_products(limits: Mapping[str, float], tables: CostTables, sites: Sites) -> dict[int, NDArray[np.float64]]:
+    """Return what rows of `limit_rows` have besides their sums: row -> P, so that it reads `costs x + x' P x <= bound`.
+
+    Args:
+        limits: as for `limit_rows`.
+        tables: as for `limit_rows`.
+        sites: as for `limit_rows`.
+    """
+    found: dict[int, NDArray[np.float64]] = {}
+    row = 0
+    for name, limit in limits.items():
+        table = tables[LIMIT_TABLES[name][0]]
+        if table.products is not None:
+            room = limit * unit_of(name, tables) - table.constant
+            found[row] = table.products / max(abs(room), 1e-9)
+        row += len(limit_rows({name: limit}, tables, sites)[1])
+    return found
+
+
 def _stacked(rows: list[NDArray[np.float64]], sites: Sites) -> NDArray[np.float64]:
     return np.array(rows, dtype=np.float64).reshape(-1, len(sites.candidates))
 
@@ -140,7 +159,7 @@ def infeasible_message(budget: Budget, sites: Sites, tables: CostTables) -> str:
 
 
 def reachable(table: CostTable, sites: Sites) -> tuple[float, float]:
-    """Return the least and the most any plan can cost; ties are not looked at.
+    """Return the least and the most any plan can cost; ties and products, which only add, are not looked at.
 
     For the largest of several sums the least is that of the sum that can fall least, which one plan reaches in all of
     them where the cheapest choice of a site is the same in each.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -32,6 +32,7 @@ def solve_exhaustive(
     *,
     time_limit: float = 60.0,
     seed: int = 0,
+    products: Mapping[int, ArrayLike] | None = None,
 ) -> Solution:
     """Minimise x' values x over one-hot x with costs x <= limits by trying every plan.
 
@@ -42,13 +43,14 @@ def solve_exhaustive(
         limits: (k,).
         time_limit: wall-clock seconds; when they end, the best plan so far without a bound.
         seed: unused, kept for the common signature.
+        products: row -> (n, n), at least 0; the row then reads costs x + x' products x <= limit.
 
     Raises:
         OptionError: unusable arrays, or the time ended before any feasible plan was met.
     """
     del seed
     clock = Clock(time_limit)
-    problem = Problem.checked(values, groups, costs, limits)
+    problem = Problem.checked(values, groups, costs, limits, products)
     choice, complete = best_plan(problem, problem.limits + LIMIT_TOLERANCE * problem.slack_unit, clock)
     if choice is None and not complete:
         raise OptionError(f"{count_plans(problem)} plans are too many to try in {time_limit} s; use solve_iqp")
@@ -70,7 +72,10 @@ def best_plan(problem: Problem, room: FloatArray, clock: Clock) -> tuple[BoolArr
         if start and not clock.left:
             return best, False
         plans = _plans(problem.groups, start, min(start + CHUNK, total))
-        used = sum(problem.costs[:, plans[:, group]] for group in range(plans.shape[1]))
+        used = np.array(sum(problem.costs[:, plans[:, group]] for group in range(plans.shape[1])))
+        for row, matrix in problem.products.items():
+            for group in range(plans.shape[1]):
+                used[row] += matrix[plans[:, group][:, None], plans].sum(axis=1)
         plans = plans[(used <= room[:, None]).all(axis=0)] if len(problem.costs) else plans
         if not len(plans):
             continue

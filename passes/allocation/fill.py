@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,6 +18,7 @@ def fill(
     sides: FloatArray,
     widths: FloatArray,
     choice: BoolArray,
+    products: Mapping[int, FloatArray] | None = None,
 ) -> BoolArray:
     """Widen a plan greedily and return it; the same plan where nothing fits.
 
@@ -34,18 +35,19 @@ def fill(
         sides: (t,), their right sides.
         widths: (n, w); a choice is wider than another if none of its widths is smaller and one is larger.
         choice: (n,) bool, a plan that keeps all rows.
+        products: row of `costs` -> (n, n), what two choices cost together there, at least 0.
 
     Raises:
         OptionError: unusable arrays.
     """
     rows, bounds = np.concatenate([costs, ties]), np.concatenate([limits, sides])
-    problem = Problem.checked(np.diag(diagonal), groups, rows, bounds)
+    problem = Problem.checked(np.diag(diagonal), groups, rows, bounds, products)
     room = problem.limits + LIMIT_TOLERANCE * problem.slack_unit
     plan = choice.copy()
     while True:
-        current = np.array([group[plan[group]][0] for group in problem.groups], dtype=np.intp)[problem.group_of]
-        added = problem.costs - problem.costs[:, current]
-        keeps = (problem.costs[:, plan].sum(axis=1)[:, None] + added <= room[:, None]).all(axis=0)
+        picked = np.array([group[plan[group]][0] for group in problem.groups], dtype=np.intp)
+        current, added = picked[problem.group_of], problem.row_changes(picked)
+        keeps = (problem.row_sums(picked)[:, None] + added <= room[:, None]).all(axis=0)
         grown = widths - widths[current]
         wider = (grown >= 0).all(axis=1) & (grown > 0).any(axis=1)
         falls = diagonal[current] - diagonal

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,6 +22,7 @@ def solve_greedy(
     *,
     time_limit: float = 60.0,
     seed: int = 0,
+    products: Mapping[int, ArrayLike] | None = None,
 ) -> Solution:
     """Approximately minimise x' values x over one-hot x with costs x <= limits, in numpy alone.
 
@@ -37,13 +38,14 @@ def solve_greedy(
         limits: (k,).
         time_limit: wall-clock seconds.
         seed: of the random starts.
+        products: row -> (n, n), at least 0; the row then reads costs x + x' products x <= limit.
 
     Raises:
         OptionError: unusable arrays.
         SolverError: no feasible plan was found; that is no proof that there is none.
     """
     clock = Clock(time_limit)
-    problem = Problem.checked(values, groups, costs, limits)
+    problem = Problem.checked(values, groups, costs, limits, products)
     reduced = reduce(problem)
     if reduced is None:
         return answer(problem, None, np.inf, clock)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -31,6 +31,7 @@ def solve_iqp(
     *,
     time_limit: float = 60.0,
     seed: int = 0,
+    products: Mapping[int, ArrayLike] | None = None,
 ) -> Solution:
     """Minimise x' values x over one-hot x with costs x <= limits, with a proven bound at any time.
 
@@ -46,6 +47,8 @@ def solve_iqp(
         costs: (k, n), one row per limit, negative entries allowed; k may be 0. An equality, for example
             a tie between two groups, is two opposite rows.
         limits: (k,).
+        products: row -> (n, n), at least 0, for rows that read costs x + x' products x <= limit: what two choices
+            cost together. The relaxation leaves it out until one of the two is fixed; the search and CBC do not.
         time_limit: wall-clock seconds.
         seed: of the local search; equal seeds and enough time give equal plans.
 
@@ -58,7 +61,7 @@ def solve_iqp(
         SolverError: the time ended before any plan was found or all were excluded.
     """
     clock = Clock(time_limit)
-    problem = Problem.checked(values, groups, costs, limits)
+    problem = Problem.checked(values, groups, costs, limits, products)
     reduced = reduce(problem)
     if reduced is None:
         return answer(problem, None, np.inf, clock)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 import pulp
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike
 from fxquant.core.errors import OptionError, SolverError
 from fxquant.passes.allocation import cbc
 from fxquant.passes.allocation.presolve import reduce
-from fxquant.passes.allocation.solution import BoolArray, Clock, FloatArray, Problem, Solution, answer
+from fxquant.passes.allocation.solution import BoolArray, Clock, FloatArray, IndexArray, Problem, Solution, answer
 
 # Rows are brought to this size, so that CBC's absolute tolerance of 1e-7 means 1e-10 of a row.
 ROW_SIZE = 1e3
@@ -25,6 +26,7 @@ def solve_linear(
     *,
     time_limit: float = 60.0,
     seed: int = 0,
+    products: Mapping[int, ArrayLike] | None = None,
 ) -> Solution:
     """Minimise sum_i values_ii x_i over one-hot x with costs x <= limits, exactly, as one program for CBC.
 
@@ -37,6 +39,7 @@ def solve_linear(
         limits: (k,).
         time_limit: wall-clock seconds.
         seed: unused, the method is deterministic; kept for the common signature.
+        products: row -> (n, n), at least 0; the row then reads costs x + x' products x <= limit.
 
     Raises:
         OptionError: unusable arrays, or pair terms between groups, which this solver would ignore.
@@ -44,7 +47,7 @@ def solve_linear(
     """
     del seed
     clock = Clock(time_limit)
-    problem = Problem.checked(values, groups, costs, limits)
+    problem = Problem.checked(values, groups, costs, limits, products)
     if np.count_nonzero(problem.values - np.diag(np.diag(problem.values))):
         raise OptionError("values has pair terms between groups; use solve_iqp, or pass their diagonal only")
     reduced = reduce(problem)
@@ -66,7 +69,7 @@ def solve_diagonal(problem: Problem, scores: FloatArray, clock: Clock) -> tuple[
         result = model.solve(clock.left)
         if result.status == "infeasible" or result.values is None:
             return None, result.bound
-        choice = result.values > 0.5
+        choice = result.values[: len(variables)] > 0.5
         if problem.feasible(choice):
             bound = result.bound
             # CBC's proof is exact up to its tolerance, which `cbc` took off the bound again.
@@ -77,15 +80,53 @@ def solve_diagonal(problem: Problem, scores: FloatArray, clock: Clock) -> tuple[
 
 
 def add_choices(model: cbc.Model, problem: Problem, scores: FloatArray) -> list[pulp.LpVariable]:
-    """Add binary x with sum_{i in group} x_i = 1 and costs x <= limits, rows scaled for CBC."""
+    """Add binary x with sum_{i in group} x_i = 1 and costs x <= limits, rows scaled for CBC.
+
+    A row with products gets z_ij = x_i x_j for every two groups that they join, as `linearise` has it.
+    """
     variables = [model.add_variable(f"x{index}", float(score), binary=True) for index, score in enumerate(scores)]
     for group in problem.groups:
         model.add_constraint([(variables[index], 1.0) for index in group], "==", 1.0)
-    for row, limit in zip(problem.costs, problem.limits, strict=True):
-        if not row.any():
+    for number, (row, limit) in enumerate(zip(problem.costs, problem.limits, strict=True)):
+        matrix = problem.products.get(number)
+        if not row.any() and matrix is None:
             # Only fixed choices were charged here, and the remainder exists because they fit.
             continue
-        scale = ROW_SIZE / np.abs(row).max()
+        scale = ROW_SIZE / max(float(np.abs(row).max()), 0.0 if matrix is None else float(matrix.max()))
         terms = [(variables[index], float(row[index] * scale)) for index in np.flatnonzero(row)]
+        if matrix is not None:
+            for first, second in interacting(problem.groups, matrix):
+                together = add_pairs(model, variables, first, second, {}, f"z{number}")
+                terms += [(z, 2 * float(matrix[i, j]) * scale) for (i, j), z in together.items() if matrix[i, j]]
         model.add_constraint(terms, "<=", float(limit * scale))
     return variables
+
+
+def interacting(groups: Sequence[IndexArray], matrix: FloatArray) -> list[tuple[list[int], list[int]]]:
+    """Return the pairs of groups between which a matrix has entries."""
+    return [
+        (first.tolist(), second.tolist())
+        for first, second in combinations(groups, 2)
+        if matrix[np.ix_(first, second)].any()
+    ]
+
+
+def add_pairs(
+    model: cbc.Model,
+    singles: Sequence[pulp.LpVariable],
+    first: Sequence[int],
+    second: Sequence[int],
+    scores: Mapping[tuple[int, int], float],
+    name: str,
+) -> dict[tuple[int, int], pulp.LpVariable]:
+    """Add y_ij = x_i x_j for i, j of two groups, each with its score: sum_j y_ij = x_i, sum_i y_ij = x_j."""
+    pairs = {
+        (i, j): model.add_variable(f"{name}{i}_{j}", scores.get((i, j), 0.0), binary=False)
+        for i in first
+        for j in second
+    }
+    for i in first:
+        model.add_constraint([*((pairs[i, j], 1.0) for j in second), (singles[i], -1.0)], "==", 0.0)
+    for j in second:
+        model.add_constraint([*((pairs[i, j], 1.0) for i in first), (singles[j], -1.0)], "==", 0.0)
+    return pairs

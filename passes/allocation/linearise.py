@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 
 from fxquant.passes.allocation import cbc
-from fxquant.passes.allocation.linear import add_choices
+from fxquant.passes.allocation.linear import add_choices, add_pairs, interacting
 from fxquant.passes.allocation.solution import BoolArray, Clock, Problem
 
 
 def pair_count(problem: Problem) -> int:
     """How many pair variables the linear model needs: pairs of choices of two groups that interact."""
-    return sum(len(first) * len(second) for first, second in _interacting(problem))
+    return sum(len(first) * len(second) for first, second in interacting(problem.groups, problem.values))
 
 
 def solve_linearised(problem: Problem, clock: Clock) -> tuple[BoolArray | None, float]:
@@ -26,27 +24,12 @@ def solve_linearised(problem: Problem, clock: Clock) -> tuple[BoolArray | None, 
     count = len(problem.values)
     model = cbc.Model()
     singles = add_choices(model, problem, np.diag(problem.values))
-    for first, second in _interacting(problem):
-        pairs = {
-            (i, j): model.add_variable(f"y{i}_{j}", 2 * float(problem.values[i, j]), binary=False)
-            for i in first
-            for j in second
-        }
-        for i in first:
-            model.add_constraint([*((pairs[i, j], 1.0) for j in second), (singles[i], -1.0)], "==", 0.0)
-        for j in second:
-            model.add_constraint([*((pairs[i, j], 1.0) for i in first), (singles[j], -1.0)], "==", 0.0)
+    for first, second in interacting(problem.groups, problem.values):
+        scores = {(i, j): 2 * float(problem.values[i, j]) for i in first for j in second}
+        add_pairs(model, singles, first, second, scores, "y")
     result = model.solve(clock.left)
     if result.values is None:
         return None, result.bound
     choice = result.values[:count] > 0.5
     # A plan over a limit by less than CBC's tolerance is no plan of ours; its bound stays valid.
     return (choice if problem.feasible(choice) else None), result.bound
-
-
-def _interacting(problem: Problem) -> list[tuple[list[int], list[int]]]:
-    return [
-        (first.tolist(), second.tolist())
-        for first, second in itertools.combinations(problem.groups, 2)
-        if problem.values[np.ix_(first, second)].any()
-    ]

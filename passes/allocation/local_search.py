@@ -150,8 +150,7 @@ class LocalSearch:
         # Entries inside a group are zero, so `reach` of a current choice holds its own diagonal, others none.
         alone = 2 * reach + diagonal
         alone[plan] -= 2 * diagonal[plan]
-        costs = self.problem.costs
-        return alone - alone[current], costs - costs[:, current], current
+        return alone - alone[current], self.problem.row_changes(plan), current
 
     def _best_pair(self, plan: IndexArray, target: float, frozen: int | None) -> IndexArray | None:
         """The best plan within two exchanges that beats `target`, the frozen group left alone."""
@@ -161,9 +160,9 @@ class LocalSearch:
         from_current = values[current]
         change = single[:, None] + single[None, :]
         change += 2 * (values - from_current - from_current.T + from_current[:, current])
-        free = self._room - self.problem.costs[:, plan].sum(axis=1)
-        for row, room in zip(cost, free, strict=True):
-            change[row[:, None] + row[None, :] > room] = np.inf
+        free = self._room - self.problem.row_sums(plan)
+        for number, (row, room) in enumerate(zip(cost, free, strict=True)):
+            change[row[:, None] + row[None, :] + self._together(number, current) > room] = np.inf
         change[self._same & ~np.eye(len(values), dtype=bool)] = np.inf
         np.fill_diagonal(change, np.where((cost <= free[:, None]).all(axis=0), single, np.inf))
         if frozen is not None:
@@ -181,14 +180,22 @@ class LocalSearch:
         moved[self.problem.group_of[second]] = second
         return moved
 
+    def _together(self, row: int, current: IndexArray) -> FloatArray | float:
+        """What two exchanges at once add to a row beyond their sum, (n, n); 0 for a row without products."""
+        matrix = self.problem.products.get(row)
+        if matrix is None:
+            return 0.0
+        from_current = matrix[current]
+        return np.asarray(2 * (matrix - from_current - from_current.T + from_current[:, current]))
+
     def _repair(self, plan: IndexArray) -> IndexArray | None:
         """Exchanges of one or two groups that reduce the total violation most, least objective first."""
         if not len(self._room):
             return plan
         values = self.problem.values
         while True:
-            single, cost, _ = self._single(plan)
-            excess = self.problem.costs[:, plan].sum(axis=1) - self._room
+            single, cost, current = self._single(plan)
+            excess = self.problem.row_sums(plan) - self._room
             if (excess <= 0).all():
                 return plan
             now = float((np.maximum(excess, 0) / self._unit).sum())
@@ -201,8 +208,9 @@ class LocalSearch:
                 plan[self.problem.group_of[index]] = index
                 continue
             both = np.zeros_like(values)
-            for row, over, unit in zip(cost, excess, self._unit, strict=True):
-                both += np.maximum(over + row[:, None] + row[None, :], 0) / unit
+            for number, (row, over, unit) in enumerate(zip(cost, excess, self._unit, strict=True)):
+                added = row[:, None] + row[None, :] + self._together(number, current)
+                both += np.maximum(over + added, 0) / unit
             both[self._same] = np.inf
             first, second = np.unravel_index(int(both.argmin()), both.shape)
             if not both[first, second] < now * (1 - 1e-12):

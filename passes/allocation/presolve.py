@@ -49,7 +49,7 @@ def reduce(problem: Problem) -> Reduced | None:
 def _opposite_pairs(problem: Problem) -> list[tuple[int, int]]:
     """Pairs of rows that say r x <= c and -r x <= -c, that is r x = c."""
     pairs = []
-    free = set(range(len(problem.costs)))
+    free = set(range(len(problem.costs))) - set(problem.products)
     for first in range(len(problem.costs)):
         for second in range(first + 1, len(problem.costs)):
             if first in free and second in free and _are_opposite(problem, first, second):
@@ -120,7 +120,9 @@ def _merge(problem: Problem, links: dict[tuple[int, int], BoolArray]) -> tuple[P
     for bundle_list in bundles.values():
         groups.append(np.arange(start, start + len(bundle_list), dtype=np.intp))
         start += len(bundle_list)
-    reduced = Problem(gather.T @ problem.values @ gather, tuple(groups), problem.costs @ gather, problem.limits)
+    products = {row: gather.T @ matrix @ gather for row, matrix in problem.products.items()}
+    values = gather.T @ problem.values @ gather
+    reduced = Problem(values, tuple(groups), problem.costs @ gather, problem.limits, products)
     return reduced, members
 
 
@@ -156,6 +158,9 @@ def _select(problem: Problem, members: list[IndexArray], allowed: BoolArray, ful
     keep = np.concatenate(order)
     costs = problem.costs[:, keep]
     most = -least_sums(-costs, tuple(groups)).sum(axis=1)
-    binding = most > problem.limits
-    smaller = Problem(problem.values[np.ix_(keep, keep)], tuple(groups), costs[binding], problem.limits[binding])
+    joint = np.isin(np.arange(len(most)), list(problem.products))
+    binding = np.flatnonzero((most > problem.limits) | joint)
+    square = np.ix_(keep, keep)
+    products = {new: problem.products[old][square] for new, old in enumerate(binding.tolist()) if joint[old]}
+    smaller = Problem(problem.values[square], tuple(groups), costs[binding], problem.limits[binding], products)
     return Reduced(smaller, tuple(members[index] for index in keep), full_count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -58,7 +58,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class Problem:
-    """min x' values x over one-hot x with costs x <= limits.
+    """min x' values x over one-hot x with costs x <= limits, in some rows costs x + x' products x <= limits.
 
     `values` is stored with the entries between two choices of one group (off the diagonal) set to zero:
     x_i x_j = 0 there for every one-hot x, so they never count.
@@ -68,6 +68,8 @@ class Problem:
         groups: one index array per one-hot group; together a partition of 0..n-1.
         costs: (k, n), one row per limit, each row in its own unit; k may be 0.
         limits: (k,), same units.
+        products: row -> (n, n) symmetric, at least 0, same unit: what two choices cost together; the diagonal is
+            stored with `costs`. Without it, a row is a lower bound of itself, so whatever is proved without it holds.
 
     Raises:
         OptionError: a wrong shape, a non-finite or unsymmetric entry, or groups that are no partition.
@@ -77,6 +79,7 @@ class Problem:
     groups: tuple[IndexArray, ...]
     costs: FloatArray
     limits: FloatArray
+    products: Mapping[int, FloatArray] = field(default_factory=dict)
     group_of: IndexArray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -102,9 +105,31 @@ class Problem:
         masked[(group_of[:, None] == group_of[None, :]) & ~np.eye(count, dtype=bool)] = 0.0
         object.__setattr__(self, "group_of", group_of)
         object.__setattr__(self, "values", masked)
+        self._split_products()
+
+    def _split_products(self) -> None:
+        """Bring the products' diagonals into the costs, and leave out what two choices of one group never cost."""
+        costs, kept = self.costs.copy(), dict[int, FloatArray]()
+        inside = self.group_of[:, None] == self.group_of[None, :]
+        for row, matrix in self.products.items():
+            if matrix.shape != self.values.shape or not 0 <= row < len(costs):
+                raise OptionError(f"products of row {row} have shape {matrix.shape}; {len(costs)} rows are there")
+            if not np.isfinite(matrix).all() or (matrix < 0).any() or not np.allclose(matrix, matrix.T, rtol=1e-9):
+                raise OptionError(f"products of row {row} must be symmetric numbers of at least 0")
+            costs[row] += np.diag(matrix)
+            kept[row] = np.where(inside, 0.0, matrix)
+        object.__setattr__(self, "costs", costs)
+        object.__setattr__(self, "products", {row: matrix for row, matrix in kept.items() if matrix.any()})
 
     @classmethod
-    def checked(cls, values: ArrayLike, groups: Sequence[ArrayLike], costs: ArrayLike, limits: ArrayLike) -> Problem:
+    def checked(
+        cls,
+        values: ArrayLike,
+        groups: Sequence[ArrayLike],
+        costs: ArrayLike,
+        limits: ArrayLike,
+        products: Mapping[int, ArrayLike] | None = None,
+    ) -> Problem:
         """Convert plain arrays and check them.
 
         Raises:
@@ -120,6 +145,7 @@ class Problem:
                 # An empty list has no second axis; it means: no limits.
                 costs=cost_rows if cost_rows.size or cost_rows.ndim == 2 else np.zeros((0, len(matrix))),
                 limits=np.asarray(limits, dtype=np.float64).reshape(-1),
+                products={row: np.asarray(each, dtype=np.float64) for row, each in (products or {}).items()},
             )
         except (TypeError, ValueError) as error:
             raise OptionError(f"values, groups, costs and limits must be arrays of numbers: {error}") from error
@@ -132,6 +158,22 @@ class Problem:
             reach += np.abs(self.costs[:, group]).max(axis=1)
         return np.maximum(np.maximum(reach, np.abs(self.limits)), 1e-300)
 
+    def row_sums(self, plan: IndexArray) -> FloatArray:
+        """The left side of each limit, (k,), for one chosen index per group, (groups,)."""
+        sums = self.costs[:, plan].sum(axis=1)
+        for row, matrix in self.products.items():
+            sums[row] += matrix[np.ix_(plan, plan)].sum()
+        return np.asarray(sums)
+
+    def row_changes(self, plan: IndexArray) -> FloatArray:
+        """What moving a group to each index adds to each row, (k, n), from a plan of one index per group, sorted."""
+        current = plan[self.group_of]
+        changes = self.costs - self.costs[:, current]
+        for row, matrix in self.products.items():
+            reach = matrix[:, plan].sum(axis=1)
+            changes[row] += 2 * (reach - reach[current])
+        return np.asarray(changes)
+
     def objective(self, choice: BoolArray) -> float:
         """x' values x of one plan, (n,) bool."""
         picked = np.flatnonzero(choice)
@@ -140,7 +182,7 @@ class Problem:
     def feasible(self, choice: BoolArray) -> bool:
         """Whether the plan is one-hot and keeps every limit up to `LIMIT_TOLERANCE`."""
         one_hot = (np.bincount(self.group_of[choice], minlength=len(self.groups)) == 1).all()
-        excess = self.costs[:, choice].sum(axis=1) - self.limits
+        excess = self.row_sums(np.flatnonzero(choice)) - self.limits
         return bool(one_hot and (excess <= LIMIT_TOLERANCE * self.slack_unit).all())
 
 
@@ -156,8 +198,9 @@ class Solver(Protocol):
         *,
         time_limit: float = 60.0,
         seed: int = 0,
+        products: Mapping[int, ArrayLike] | None = None,
     ) -> Solution:
-        """Minimise x' values x over one-hot x with costs x <= limits."""
+        """Minimise x' values x over one-hot x with costs x + x' products x <= limits, products >= 0 by row."""
         ...
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -24,6 +25,8 @@ class Subproblem:
         limits: (k,), tolerance included, so that every plan counted feasible keeps them exactly.
         names: (m,) which variable of the full problem each one is.
         chosen: variables of the full problem that are fixed to one.
+        products: row -> (m, m), what two free choices cost together, at least 0; with one of them fixed it is in
+            `costs`.
     """
 
     matrix: FloatArray
@@ -32,6 +35,7 @@ class Subproblem:
     limits: FloatArray
     names: IndexArray
     chosen: IndexArray
+    products: Mapping[int, FloatArray] = field(default_factory=dict)
 
     @classmethod
     def whole(cls, problem: Problem) -> Subproblem:
@@ -42,7 +46,8 @@ class Subproblem:
         starts = np.array([group[0] for group in problem.groups], dtype=np.intp)
         limits = problem.limits + LIMIT_TOLERANCE * problem.slack_unit
         nothing = np.empty(0, dtype=np.intp)
-        return cls(matrix, starts, problem.costs, limits, np.arange(count, dtype=np.intp), nothing)
+        names = np.arange(count, dtype=np.intp)
+        return cls(matrix, starts, problem.costs, limits, names, nothing, problem.products)
 
     @cached_property
     def sizes(self) -> IndexArray:
@@ -95,15 +100,17 @@ class Subproblem:
             fold[1 + np.flatnonzero(folded), 0] = 1.0
             fold[1 + np.flatnonzero(kept), 1 + np.arange(fold.shape[1] - 1)] = 1.0
             group_sizes = counts[counts > 1]
+            costs, limits, products = smaller._folded_rows(kept, folded)
             following = Subproblem(
                 matrix=fold.T @ smaller.matrix @ fold,
                 starts=np.concatenate([[0], np.cumsum(group_sizes)[:-1]]).astype(np.intp)
                 if len(group_sizes)
                 else np.empty(0, dtype=np.intp),
-                costs=smaller.costs[:, kept],
-                limits=smaller.limits - smaller.costs[:, folded].sum(axis=1),
+                costs=costs,
+                limits=limits,
                 names=smaller.names[kept],
                 chosen=np.concatenate([smaller.chosen, smaller.names[folded]]),
+                products=products,
             )
             columns = columns[kept]
             if (following.units < 0).any():
@@ -111,6 +118,17 @@ class Subproblem:
             smaller, keep = following, following.fits()
             if keep.all():
                 return smaller, self._transfer(smaller, columns)
+
+    def _folded_rows(self, kept: BoolArray, folded: BoolArray) -> tuple[FloatArray, FloatArray, dict[int, FloatArray]]:
+        """Costs, limits and products of what is kept, once the folded choices are fixed."""
+        costs, limits = self.costs[:, kept], self.limits - self.costs[:, folded].sum(axis=1)
+        products: dict[int, FloatArray] = {}
+        for row, matrix in self.products.items():
+            costs[row] += 2 * matrix[np.ix_(kept, folded)].sum(axis=1)
+            limits[row] -= matrix[np.ix_(folded, folded)].sum()
+            if (rest := matrix[np.ix_(kept, kept)]).any():
+                products[row] = rest
+        return costs, limits, products
 
     def _transfer(self, smaller: Subproblem, columns: IndexArray) -> FloatArray:
         """The matrix P of `restrict`; `columns` says which old variable each new one is."""
@@ -128,7 +146,7 @@ class Subproblem:
         values = self.matrix[1:, 1:] + 2 * np.diag(self.matrix[0, 1:])
         ends = np.append(self.starts[1:], len(self.names))
         groups = tuple(np.arange(start, end) for start, end in zip(self.starts, ends, strict=True))
-        return Problem(values, groups, self.costs, self.limits)
+        return Problem(values, groups, self.costs, self.limits, self.products)
 
     @property
     def constant(self) -> float:

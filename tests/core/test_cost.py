@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from fxquant.core.cost import CostTable, CostTables
 from fxquant.core.errors import OptionError
-from fxquant.core.spec import Candidate, Choice
+from fxquant.core.spec import FLOAT, Candidate, Choice
 
 CANDIDATES = tuple(Candidate(site, Choice(bits, 8)) for site in ("a", "b") for bits in (4, 8))
 TABLE = CostTable(CANDIDATES, np.array([1.0, 2.0, 10.0, 20.0]), constant=100.0, float_cost=400.0, unit="bytes")
@@ -78,3 +79,19 @@ def test_costs_that_were_not_estimated() -> None:
     assert tables["size"] is TABLE
     with pytest.raises(OptionError, match="cost 'latency' was not estimated; available: size"):
         tables["latency"]
+
+
+def test_a_cost_of_two_choices_is_paid_where_both_are_chosen() -> None:
+    candidates = tuple(Candidate(site, choice) for site in ("a", "b") for choice in (Choice(8, 8), FLOAT))
+    products = np.zeros((4, 4))
+    products[0, 3] = products[3, 0] = 0.25
+    table = CostTable(candidates, np.array([1.0, 2.0, 1.0, 2.0]), 0.5, 4.5, "milliseconds", products=products)
+    assert table.of({"a": Choice(8, 8), "b": FLOAT}) == 4.0
+    assert table.of({"a": FLOAT, "b": Choice(8, 8)}) == 3.5
+    again = CostTable.from_json(json.loads(json.dumps(table.to_json())), candidates)
+    assert again.products is not None
+    assert (again.products == products).all()
+    assert again.of({"a": Choice(8, 8), "b": FLOAT}) == 4.0
+    for wrong in (-products, np.triu(products), np.zeros((2, 2)), products * np.nan):
+        with pytest.raises(OptionError, match="cost products in milliseconds"):
+            replace(table, products=wrong)

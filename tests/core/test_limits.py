@@ -7,7 +7,7 @@ import pytest
 
 from fxquant.core.budget import Budget
 from fxquant.core.cost import CostTable, CostTables
-from fxquant.core.limits import agrees, fits, infeasible_message, limit_rows, reachable, tie_rows, usage
+from fxquant.core.limits import agrees, fits, infeasible_message, limit_products, limit_rows, reachable, tie_rows, usage
 from fxquant.core.spec import FLOAT, Choice, Site, Sites
 
 A4, A8 = Choice(8, 4), Choice(8, 8)
@@ -69,3 +69,19 @@ def test_ties() -> None:
         picked = np.array([plan[c.site] == c.choice for c in SITES.candidates])
         assert bool((costs[:, picked].sum(axis=1) <= bounds).all()) == agrees(SITES.sites, plan)
     assert not agrees(SITES.sites, {"left": A8, "right": A4, "last": A8})
+
+
+def test_products_go_with_the_row_of_their_limit() -> None:
+    products = np.zeros((7, 7))
+    products[1, 6] = products[6, 1] = 2.0
+    latency = CostTable(SITES.candidates, np.ones(7), 1.0, 10.0, "milliseconds", products=products)
+    tables = CostTables({**TABLES.tables, "latency": latency})
+    limits = {"activation_mb": 8.0, "latency_ms": 6.0}
+    costs, bounds = limit_rows(limits, tables, SITES)
+    ((row, matrix),) = limit_products(limits, tables, SITES).items()
+    assert row == len(costs) - 1
+    for plan in PLANS:
+        x = np.array([plan[c.site] == c.choice for c in SITES.candidates], dtype=float)
+        keeps = bool(costs[row] @ x + x @ matrix @ x <= bounds[row] + 1e-12)
+        assert keeps == fits(plan, {"latency_ms": 6.0}, tables)
+    assert not limit_products({"size_mb": 8.0}, tables, SITES)

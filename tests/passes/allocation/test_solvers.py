@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from fxquant.core.errors import OptionError
+from fxquant.core.errors import OptionError, SolverError
 from fxquant.passes.allocation import SOLVERS, Solution, solve_iqp
+from fxquant.passes.allocation.exhaustive import solve_exhaustive
 from fxquant.passes.allocation.solution import Problem
 from tests.passes.allocation.instances import (
     Instance,
@@ -172,3 +174,54 @@ def test_a_time_limit_that_is_no_time_is_refused(time_limit: float) -> None:
 def test_linear_refuses_pair_terms() -> None:
     with pytest.raises(OptionError, match="pair terms"):
         SOLVERS["linear"](*TINY.arguments)
+
+
+def with_borders(seed: int, diagonal: bool) -> tuple[Problem, dict[int, np.ndarray[Any, np.dtype[np.float64]]]]:
+    """A chain of three to six groups in which one limit also counts what neighbouring choices cost together."""
+    random = np.random.default_rng(seed)
+    sizes = random.integers(1, 4, random.integers(3, 7))
+    ends = np.cumsum(sizes)
+    groups = tuple(np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True))
+    count = int(ends[-1])
+    cross = random.normal(size=(count, count)) * (0.0 if diagonal else 0.3)
+    values = cross + cross.T + np.diag(random.random(count) * 3)
+    products = np.zeros((count, count))
+    for first, second in itertools.pairwise(groups):
+        products[np.ix_(first, second)] = random.random((len(first), len(second))) * (random.random() < 0.8)
+    products += products.T
+    costs = random.random((2, count))
+    limits = np.array([random.uniform(0.3, 1.2) * len(sizes), 0.7 * len(sizes)])
+    return Problem(values, groups, costs, limits), {0: products}
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize("seed", range(12))
+def test_costs_of_two_choices_are_honoured_by_every_solver(seed: int, diagonal: bool) -> None:
+    problem, products = with_borders(seed, diagonal)
+    arguments = (problem.values, problem.groups, problem.costs, problem.limits)
+    best = solve_exhaustive(*arguments, products=products)
+    whole = Problem(*arguments, products)
+    for name, solve in SOLVERS.items():
+        if name == "linear" and not diagonal:
+            continue
+        try:
+            found = solve(*arguments, products=products)
+        except SolverError:
+            assert name == "greedy"
+            continue
+        if found.status == "infeasible":
+            assert best.status == "infeasible"
+            continue
+        assert whole.feasible(found.choice)
+        assert found.objective >= best.objective - 1e-9
+        assert found.bound <= best.objective + 1e-6
+        if name != "greedy":
+            assert found.objective == pytest.approx(best.objective)
+
+
+def test_products_that_are_no_cost_are_refused() -> None:
+    problem, products = with_borders(0, diagonal=True)
+    arguments = (problem.values, problem.groups, problem.costs, problem.limits)
+    for wrong in ({0: -products[0]}, {0: np.triu(products[0])}, {5: products[0]}, {0: np.zeros((1, 1))}):
+        with pytest.raises(OptionError, match="products of row"):
+            Problem(*arguments, wrong)
