@@ -25,6 +25,7 @@ from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import InfeasibleBudgetError
 from fxquant.core.program import Program
 from fxquant.core.settings import Settings
+from fxquant.latency import measure_latency
 
 SEED = 0
 ESTIMATORS = ("gram", "diagonal", "fisher")
@@ -78,7 +79,7 @@ def latency(name: str) -> list[Row]:
     limits, count = LATENCY[name]
     settings = Settings(bits=(4, 8, 32), estimators=ESTIMATORS, seed=SEED, threads=1, time_limit=10.0, rounds=0)
     program, _, held_out = prepared(name, settings, count)
-    program = pipeline.measure_latency(program, held_out)
+    program = measure_latency(program, held_out)
     evaluate = Evaluation(program, *NETWORKS[name].evaluation(400))
     rows: list[Row] = []
 

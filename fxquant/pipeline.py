@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from fxquant.backends.base import backend
@@ -36,7 +35,6 @@ from fxquant.passes.find_sites import FindSites, matching
 from fxquant.passes.fold_batchnorm import FoldBatchnorm
 from fxquant.passes.insert_fake_quant import InsertFakeQuant
 from fxquant.passes.insert_observers import CollectRanges, InsertObservers
-from fxquant.passes.measure_latency import MeasureLatency
 from fxquant.passes.measure_sensitivity import MeasureSensitivity
 from fxquant.passes.rounding.bank import RoundWeights
 from fxquant.passes.scale_weights import ScaleWeights
@@ -234,15 +232,6 @@ def score_identity(program: Program, images: CalibrationSet, loss: str) -> dict[
             f"{columns} {loss} {settings.observer} {settings.target} {program[WeightGrids].digest()}"
         ),
     }
-
-
-def measure_latency(program: Program, images: CalibrationSet, reporter: Reporter = SILENT) -> Program:
-    """Add measured milliseconds per site and precision to the costs."""
-    settings = program[Settings]
-    compile_graph = partial(backend(settings.target).compile, threads=settings.threads)
-    simulated = simulate(program, widest_plan(program)).module
-    one = images.slice(0, 1).inputs
-    return run(program, MeasureLatency(simulated, one, compile_graph, reporter))
 
 
 def check_budget(program: Program, budget: Budget) -> None:

@@ -22,12 +22,13 @@ from fxquant.core.progress import SILENT, Reporter
 from fxquant.core.score_store import ScoreStore
 from fxquant.core.sensitivity import Surrogates
 from fxquant.core.settings import Settings
-from fxquant.core.timing import time_interleaved
+from fxquant.core.timing import time_runs, warn_if_busy
+from fxquant.latency import measure_latency
 from fxquant.passes.allocate_bits import AllocateBits
 from fxquant.passes.allocation.trust_region import trust_region
 from fxquant.passes.measure_sensitivity import MeasureSensitivity
 from fxquant.passes.verify_and_refine import Meter, VerifyAndRefine, image_losses, is_better
-from fxquant.pipeline import loss_name, measure_latency, run, score_identity, simulate, widest_plan
+from fxquant.pipeline import loss_name, run, score_identity, simulate, widest_plan
 
 LATENCY_ROUNDS = 4
 """Times a plan that takes longer than predicted is measured, and the limit tightened for the next."""
@@ -176,7 +177,9 @@ def measured_latency(program: Program, plan: BitAllocation, images: CalibrationS
     settings, one = program[Settings], images.slice(0, 1).inputs
     graphs = (program.module, simulate(program, plan).module)
     runs = [backend(settings.target).compile(graph, one, threads=settings.threads) for graph in graphs]
-    float_ms, plan_ms = time_interleaved([partial(run_graph, one) for run_graph in runs])
+    timings = time_runs([partial(run_graph, one) for run_graph in runs], settings.threads)
+    warn_if_busy(timings)
+    float_ms, plan_ms = (timing.milliseconds for timing in timings)
     return {"latency_ms": plan_ms, "latency_ratio": plan_ms / float_ms}
 
 
@@ -185,8 +188,8 @@ def _keep_measured_latency(
 ) -> Program:
     """Measure the plan whole, and solve again with a tighter limit while it takes longer than it may.
 
-    The table adds up layers and knows nothing of the borders between float and integers; the clock does. Where no plan
-    keeps the tightened limit in the table, those that were compared on the way are clocked, the least loss first.
+    The table is a model of layers and of the borders between float and integers; the clock has the last word. Where no
+    plan keeps the tightened limit in the table, those that were compared on the way are clocked, the least loss first.
 
     Raises:
         InfeasibleBudgetError: no plan was found that keeps the limit on the clock.

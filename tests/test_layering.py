@@ -19,8 +19,8 @@ SOURCES = sorted(
 NAMES = [str(path.relative_to(ROOT)) for path in SOURCES]
 
 FRONT = (
-    *("pipeline", "search", "rounding", "trained", "training", "result", "transfer"),
-    *("bench", "report", "api", "compiling", "inspect_onnx"),
+    *("pipeline", "latency", "search", "rounding", "trained", "training", "result", "transfer"),
+    *("bench", "report", "check", "api", "compiling", "inspect_onnx"),
     *("fxquant", "inputs", "outputs", "arguments", "demo", "cli"),
 )
 """Rooms above the passes and backends, each may import those before it."""
