@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+EDGE = "edge"
+"""Key of a node's meta under which the name of the simulated quantizer stands whose integers it makes."""
+
 INT32_LIMIT = 2**30
 """Largest quantized bias: half the range of int32, the other half is left to the products."""
 

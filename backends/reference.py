@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.backends.base import Executable
-from fxquant.backends.qdq_ops import INT32_LIMIT, dequantize, dequantize_channels, quantize
+from fxquant.backends.qdq_ops import EDGE, INT32_LIMIT, dequantize, dequantize_channels, quantize
 from fxquant.core.errors import LoweringError
 from fxquant.core.fake_quant import FakeQuantize
 from fxquant.core.graphs import erase_dead, finish, fork, is_constant, tensor_at
@@ -41,7 +41,8 @@ def to_qdq(module: GraphModule) -> GraphModule:
     """Turn a simulated graph into an explicit integer graph with the same answers up to the rounding of biases.
 
     Weights become int8 buffers `<path>_q` with `<path>_scale`; biases behind a quantized input become int32 with
-    scale `input scale x weight scale`; every activation quantizer becomes `quantize` followed by `dequantize`.
+    scale `input scale x weight scale`; every activation quantizer becomes `quantize`, with the quantizer's name in
+    `meta[EDGE]`, followed by `dequantize`.
 
     Args:
         module: a simulated graph, or a float one, which is returned as a copy; it is not changed.
@@ -80,7 +81,7 @@ def _lower_activation(module: GraphModule, node: Node, quantizer: FakeQuantize) 
         )
         x = graph.create_node("call_function", dequantize, (q, scale, zero_point), name=f"{base}_dq")
     value = node.meta["val"]
-    q.meta, x.meta = {**node.meta, "val": value.to(torch.uint8)}, dict(node.meta)
+    q.meta, x.meta = {**node.meta, "val": value.to(torch.uint8), EDGE: node.name}, dict(node.meta)
     node.replace_all_uses_with(x)
     graph.erase_node(node)
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from fxquant.backends.base import BACKENDS
 from fxquant.bench import ROUNDS
+from fxquant.check import RUNTIMES
 from fxquant.core.errors import OptionError
 from fxquant.core.settings import CONTEXTS, EFFORTS
 from fxquant.core.spec import Choice
@@ -28,6 +29,7 @@ HELP = {
     "pareto": "choose bits for several budgets from saved scores, one plan each",
     "export": "write a saved result as ONNX, on request with an edited plan",
     "bench": "time the float and the quantized model of a saved result, interleaved",
+    "check": "compare simulation, exact reference and runtimes of a saved result, edge by edge",
     "report": "write the report of a saved result again",
     "inspect": "show what an ONNX file holds, whoever made it: precision of operators and weights, what runs in float",
 }
@@ -99,6 +101,13 @@ def _budget(parser: argparse.ArgumentParser, required: bool) -> None:
     )
 
 
+def _image_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--image-size", type=_size, metavar="N|HxW", help="size of the images of a folder")
+    add("--mean", type=_numbers, default=(0.0, 0.0, 0.0), metavar="M,M,M", help="subtracted from values 0..1")
+    add("--std", type=_numbers, default=(1.0, 1.0, 1.0), metavar="S,S,S", help="values are divided by it")
+
+
 def _scoring(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="SPEC", help="pkg.module:factory, or a .pt2 file")
@@ -106,9 +115,7 @@ def _scoring(parser: argparse.ArgumentParser) -> None:
     add("--output", required=True, type=Path, metavar="DIR", help="where results go")
     add("--workdir", type=Path, metavar="DIR", help="where finished scores are kept; default the output folder")
     add("--resume", action="store_true", help="go on with the scores in DIR, replace its results")
-    add("--image-size", type=_size, metavar="N|HxW", help="size of the images of a folder")
-    add("--mean", type=_numbers, default=(0.0, 0.0, 0.0), metavar="M,M,M", help="subtracted from values 0..1")
-    add("--std", type=_numbers, default=(1.0, 1.0, 1.0), metavar="S,S,S", help="values are divided by it")
+    _image_options(parser)
     add("--bits", type=_widths, default=(2, 4, 8), metavar="B,B", help="candidate weight bits; 32 is float")
     add("--activation-bits", type=_widths, default=(8,), metavar="B,B", help="candidate activation bits")
     add("--target", choices=tuple(BACKENDS), default="onnxruntime", help="runtime that will run the model")
@@ -154,9 +161,7 @@ def _reconstruct(parser: argparse.ArgumentParser) -> None:
     _folder(parser)
     add = parser.add_argument
     add("--calibration", required=True, metavar="SPEC", help="the images that were given to quantize")
-    add("--image-size", type=_size, metavar="N|HxW", help="size of the images of a folder")
-    add("--mean", type=_numbers, default=(0.0, 0.0, 0.0), metavar="M,M,M", help="subtracted from values 0..1")
-    add("--std", type=_numbers, default=(1.0, 1.0, 1.0), metavar="S,S,S", help="values are divided by it")
+    _image_options(parser)
     _rounding(parser, "pdquant")
     add(
         "--feedback", type=int, default=0, metavar="N", help="times the plan is solved anew with what units really cost"
@@ -188,6 +193,18 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="threads of the runtime")
 
 
+def _check(parser: argparse.ArgumentParser) -> None:
+    _folder(parser)
+    add = parser.add_argument
+    add("--data", metavar="SPEC", help=".npz, .npy, image folder, or pkg.module:loader, labelled or not; default DIR's")
+    add("--images", type=int, default=64, metavar="N", help="images to compare on at most")
+    _image_options(parser)
+    add("--against", type=_names, default=("onnxruntime", "fx_int8"), metavar="NAME,NAME", help=", ".join(RUNTIMES))
+    add("--onnx", type=Path, metavar="FILE", help="the file to check; default DIR/model.onnx, else exported anew")
+    add("--threads", type=int, help="threads of ONNX Runtime")
+    add("--json", action="store_true", help="everything, as JSON")
+
+
 def _report(parser: argparse.ArgumentParser) -> None:
     _folder(parser)
     parser.add_argument("--output", type=Path, metavar="DIR", help="where the report goes; default DIR")
@@ -213,6 +230,7 @@ _ADDERS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "pareto": _pareto,
     "export": _export,
     "bench": _bench,
+    "check": _check,
     "report": _report,
     "inspect": _inspect,
 }

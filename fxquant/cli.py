@@ -1,6 +1,7 @@
 """`fxquant`: arguments in, the API called, results printed. Nothing is computed here.
 
-Exit codes: 0 done, 1 the work failed, 2 bad input, 3 no plan keeps the budget, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 the work failed, 2 bad input, 3 no plan keeps the budget, 4 a runtime does not
+compute what the plan says, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import NoReturn
 from fxquant import api
 from fxquant.arguments import build_parser, forbidden, image_options, pins, rounding_options
 from fxquant.bench import bench
+from fxquant.check import as_json as parity_json
+from fxquant.check import check
 from fxquant.core.budget import Budget
 from fxquant.core.errors import FxquantError, OptionError
 from fxquant.core.settings import effort
@@ -194,6 +197,21 @@ def _bench(args: argparse.Namespace) -> None:
     print(speed_table(extras["comparison"]))
 
 
+def _check(args: argparse.Namespace) -> None:
+    result = Result.load(args.folder)
+    given = None
+    if args.data is not None:
+        given = load_calibration(args.data, image_options(args), args.images, "--data")
+    model = args.onnx or args.folder / "model.onnx"
+    known = model if args.onnx is not None or model.is_file() else None
+    parity = check(result, given, args.against, known, args.threads, args.images)
+    if args.json:
+        print(parity_json(parity))
+    elif not args.quiet:
+        print(parity.summary())
+    parity.require()
+
+
 def _report(args: argparse.Namespace) -> None:
     result = Result.load(args.folder)
     folder = args.output or args.folder
@@ -227,6 +245,7 @@ COMMANDS = {
     "pareto": _pareto,
     "export": _export,
     "bench": _bench,
+    "check": _check,
     "report": _report,
     "inspect": _inspect,
 }

@@ -68,13 +68,14 @@ def load_model(spec: str) -> nn.Module | ExportedProgram:
     return found
 
 
-def load_calibration(spec: str, options: ImageOptions, limit: int) -> object:
+def load_calibration(spec: str, options: ImageOptions, limit: int, option: str = "--calibration") -> object:
     """Return an iterable of batches.
 
     Args:
         spec: `.npz`, `.npy`, a folder of images, or `pkg.module:loader`.
         options: how images of a folder are read.
         limit: images wanted; a larger folder is sampled evenly in sorted order.
+        option: what the spec was given with, for messages.
 
     Raises:
         CalibrationError: a file cannot be read, or the folder holds no images.
@@ -87,12 +88,10 @@ def load_calibration(spec: str, options: ImageOptions, limit: int) -> object:
     if path.suffix == ".npy":
         return [_floats(_read_npy(path))]
     if path.is_dir():
-        return _from_folder(path, options, limit)
+        return _from_folder(path, options, limit, option)
     if ":" not in spec:
-        raise OptionError(
-            f"--calibration {spec} is neither .npz, .npy, an existing folder of images nor pkg.module:loader"
-        )
-    found = _object(spec, "--calibration")
+        raise OptionError(f"{option} {spec} is neither .npz, .npy, an existing folder of images nor pkg.module:loader")
+    found = _object(spec, option)
     if callable(found) and not hasattr(found, "__iter__"):
         found = _called(found, spec)
     return found if isinstance(found, Tensor | np.ndarray | Mapping) else _guarded(found, spec)
@@ -168,9 +167,9 @@ def _from_npz(path: Path) -> object:
     return [arrays[inputs[0]] if label is None else (arrays[inputs[0]], label)]
 
 
-def _from_folder(folder: Path, options: ImageOptions, limit: int) -> Iterator[Tensor]:
+def _from_folder(folder: Path, options: ImageOptions, limit: int, option: str) -> Iterator[Tensor]:
     if options.size is None:
-        raise OptionError(f"--calibration {folder} is a folder of images; say --image-size, for example 224")
+        raise OptionError(f"{option} {folder} is a folder of images; say --image-size, for example 224")
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not found:
         raise CalibrationError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")

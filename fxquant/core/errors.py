@@ -7,6 +7,7 @@
     │   ├── OptionError          an option has an unknown name or a value out of range
     │   └── FileFormatError      a file is missing, truncated, of another version or not what it claims to be
     ├── InfeasibleBudgetError (3) no plan satisfies the limits; names the reachable range
+    ├── ParityError       (4)    a runtime does not compute what the plan says; names the edge
     └── FailureError      (1)    the work itself failed
         ├── PipelineError        a pass was run before the facts it reads exist
         ├── LoweringError        a backend cannot express the graph
@@ -55,6 +56,12 @@ class InfeasibleBudgetError(FxquantError):
     """No plan satisfies the limits."""
 
     exit_code: ClassVar[int] = 3
+
+
+class ParityError(FxquantError):
+    """A runtime does not compute what the plan says."""
+
+    exit_code: ClassVar[int] = 4
 
 
 class FailureError(FxquantError):
