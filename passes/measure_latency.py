@@ -1,8 +1,9 @@
 """Measure milliseconds on this machine in the target's runtime, and add the `latency` table to the costs.
 
 Each distinct layer is timed alone, in float and in integers; then whole networks: the float one, the one in integers,
-and some in which stretches of sites are float. `passes.cost.latency` makes a model of them. What was measured before on
-this machine, with these versions, is read back from disk.
+and some in which stretches of sites are float. `passes.cost.latency` makes a model of them. Whoever picks the best
+plan of a model picks its errors along, so some more networks are measured that the model itself thinks fast, and it is
+fitted anew. What was measured before on this machine, with these versions, is read back from disk.
 """
 
 from __future__ import annotations
@@ -13,32 +14,36 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.core.cost import CostTables, Noise
-from fxquant.core.errors import OptionError
+from fxquant.core.errors import OptionError, SolverError
 from fxquant.core.extract import cut_out
 from fxquant.core.graphs import consumers, resolve
 from fxquant.core.ops import rule_of, shape_of
 from fxquant.core.program import Program
 from fxquant.core.progress import SILENT, Reporter
-from fxquant.core.spec import Site, Sites
+from fxquant.core.spec import FLOAT, Candidate, Choice, Site, Sites
 from fxquant.core.store import text_digest
 from fxquant.core.timing import Timing, time_runs, warn_if_busy
 from fxquant.core.timing_cache import TimingCache
+from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.base import Pass
 from fxquant.passes.cost.hand_overs import hand_overs
-from fxquant.passes.cost.latency import Observation, fit
+from fxquant.passes.cost.latency import LatencyModel, Observation, fit
 
 Compile = Callable[[GraphModule, tuple[Tensor, ...]], Callable[[tuple[Tensor, ...]], Tensor]]
 """Makes a float or simulated graph run in the runtime that is measured."""
 Simulate = Callable[[frozenset[str]], GraphModule]
 """Makes the network with these sites in float and all others at their widest integer precision."""
 
-PLANS = 16
-"""Whole networks that mix float and integers; with eight, plans of MobileNetV2 were predicted within 4 %."""
+PLANS, CHOSEN = 12, 8
+"""Whole networks that mix float and integers: drawn, and chosen by a first model as the program would choose them."""
+CHOSEN_RATIOS = (0.3, 0.95)
+"""Between which shares of the way from all integers to all float the chosen ones lie."""
 SHARES = (0.1, 0.3, 0.5, 0.8)
 """Shares of sites that are float in the networks where each site is drawn alone."""
 TOGETHER = 0.5e9
@@ -57,6 +62,7 @@ class MeasureLatency(Pass):
         cache: what has been measured before.
         reporter: shows progress.
         plans: networks that mix float and integers, at least 0; none are measured where no site may be float.
+        chosen: further ones that a model of the former finds fast for what they keep in float, at least 0.
         seed: of the choice of those.
 
     Raises:
@@ -70,13 +76,14 @@ class MeasureLatency(Pass):
     cache: TimingCache = field(default_factory=lambda: TimingCache(None), repr=False)
     reporter: Reporter = field(default=SILENT, repr=False)
     plans: int = PLANS
+    chosen: int = CHOSEN
     seed: int = 0
     reads = (Sites, CostTables)
     writes = (CostTables,)
 
     def __post_init__(self) -> None:
-        if self.plans < 0:
-            raise OptionError(f"plans={self.plans} must be at least 0")
+        if self.plans < 0 or self.chosen < 0:
+            raise OptionError(f"plans={self.plans} and chosen={self.chosen} must be at least 0")
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with its latencies."""
@@ -94,10 +101,19 @@ class MeasureLatency(Pass):
         every = frozenset(site.name for site in sites)
         plans = [every, frozenset[str](), *mixed_plans(mixed, self.plans if mixed else 0, self.seed)]
         graphs = text_digest(f"{module.graph} {integer.graph}")
-        key = f"networks {graphs} {self._shapes} {[sorted(plan) for plan in plans]}"
-        wholes = self._timed(key, len(plans), partial(self._time_wholes, module, plans))
-        seen = [Observation(floats, timing.milliseconds) for floats, timing in zip(plans, wholes, strict=True)]
-        model = fit(alone, hand_overs(module.graph, sites), seen)
+
+        def observed(plans: Sequence[frozenset[str]]) -> list[Timing]:
+            key = f"networks {graphs} {self._shapes} {[sorted(plan) for plan in plans]}"
+            return self._timed(key, len(plans), partial(self._time_wholes, module, plans))
+
+        places, wholes = hand_overs(module.graph, sites), observed(plans)
+        model = fit(alone, places, _observations(plans, wholes))
+        further = [plan for plan in chosen_plans(model, mixed, self.chosen, self.seed) if plan not in plans]
+        if further:
+            plans += further
+            wholes += _rescaled(observed([*plans[:2], *further]), wholes)
+            model = fit(alone, places, _observations(plans, wholes))
+        seen = _observations(plans, wholes)
         misses = [abs(model.predict(o.floats) / o.milliseconds - 1.0) for o in seen]
         noise = Noise.of([*wholes, *(t for pair in known.values() for t in pair)], sum(misses) / len(misses))
         table = replace(model.table(candidates), noise=noise)
@@ -140,6 +156,10 @@ class MeasureLatency(Pass):
         return timings
 
 
+def _observations(plans: Sequence[frozenset[str]], timings: Sequence[Timing]) -> list[Observation]:
+    return [Observation(floats, timing.milliseconds) for floats, timing in zip(plans, timings, strict=True)]
+
+
 def _rescaled(found: Sequence[Timing], first: Sequence[Timing]) -> list[Timing]:
     """Return the timings behind the first two, in the time of the first batch: machines change pace between batches."""
     ratio = math.sqrt(math.prod(first[k].milliseconds / found[k].milliseconds for k in range(2)))
@@ -162,6 +182,45 @@ def mixed_plans(names: Sequence[str], count: int, seed: int) -> list[frozenset[s
             break
         plan = _stretches(names, draw) if attempt % 2 else _drawn(names, draw)
         if 0 < len(plan) < len(names):
+            found[plan] = None
+    return list(found)
+
+
+def chosen_plans(model: LatencyModel, names: Sequence[str], count: int, seed: int) -> list[frozenset[str]]:
+    """Return sets of sites in float as the program would choose them: worth much, and fast by the model.
+
+    Args:
+        model: says what a plan takes.
+        names: sites that may be float; all others run in integers.
+        count: plans at most, each for gains and a limit drawn at random.
+        seed: of the draws.
+    """
+    if len(names) < 2:
+        return []
+    draw, found = np.random.default_rng(seed), dict[frozenset[str], None]()
+    pair = (Choice(8, 8), FLOAT)
+    candidates = tuple(Candidate(name, choice) for name in model.floats for choice in pair)
+    table = model.table(candidates)
+    ends = [table.of(dict.fromkeys(model.floats, choice)) for choice in pair]
+    fixed = np.array([c.choice.is_float and c.site not in names for c in candidates], dtype=np.float64)
+    for share in np.linspace(*CHOSEN_RATIOS, count):
+        gains = draw.lognormal(size=len(model.floats)) * np.array(list(model.floats.values()))
+        losses = np.array([[gain, 0.0] for gain in gains]).ravel()
+        room = ends[0] + share * (ends[1] - ends[0]) - table.constant
+        if room <= 0.0:
+            continue
+        groups = [np.array([2 * k, 2 * k + 1]) for k in range(len(gains))]
+        products = {} if table.products is None else {0: table.products / room}
+        costs = np.stack([table.values / room, fixed])
+        try:
+            solution = SOLVERS["greedy"](np.diag(losses), groups, costs, [1.0, 0.0], seed=seed, products=products)
+        except SolverError:
+            # Where float is as fast as integers there may be nothing to choose.
+            continue
+        plan = frozenset(
+            c.site for c, taken in zip(candidates, solution.choice, strict=True) if taken and c.choice.is_float
+        )
+        if 0 < len(plan) < len(model.floats):
             found[plan] = None
     return list(found)
 

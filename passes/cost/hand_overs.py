@@ -24,7 +24,8 @@ class HandOver:
     Args:
         one: the writer; the earlier writer where both values go into one join.
         other: the reader; the later writer of a join.
-        elements: values handed over for one sample, above 0.
+        elements: values that arrive, for one sample, above 0.
+        pooled: values that were written and do not arrive: a quantizer stands before a pool, not behind it.
         joined: whether the two are writers of one join (an add, a concatenation) instead of writer and reader.
 
     Raises:
@@ -35,6 +36,7 @@ class HandOver:
     other: str
     elements: int
     joined: bool = False
+    pooled: int = 0
 
     def __post_init__(self) -> None:
         if self.one == self.other or self.elements <= 0:
@@ -52,33 +54,39 @@ def hand_overs(graph: Graph, sites: Iterable[Site]) -> tuple[HandOver, ...]:
         sites: places whose precision is decided.
     """
     site_of = {node: site.name for site in sites for node in site.nodes}
-    straight: dict[Node, tuple[str, ...]] = {}
-    behind: dict[Node, tuple[str, ...]] = {}
-    found: dict[tuple[str, str, bool], int] = {}
+    # Writer -> values it wrote, for what comes straight from it and for what comes through one join.
+    straight: dict[Node, dict[str, int]] = {}
+    behind: dict[Node, dict[str, int]] = {}
+    found: dict[tuple[str, str, bool], tuple[int, int]] = {}
 
-    def add(one: str, other: str, value: Node, *, joined: bool) -> None:
+    def add(one: str, other: str, arriving: int, written: int, *, joined: bool) -> None:
         if one != other:
-            found[one, other, joined] = found.get((one, other, joined), 0) + max(1, prod(sample_shape(value)))
+            elements, pooled = found.get((one, other, joined), (0, 0))
+            found[one, other, joined] = elements + arriving, pooled + max(0, written - arriving)
 
     for node in graph.nodes:
-        rule, inputs = rule_of(node), activation_inputs(node)
+        rule, inputs, size = rule_of(node), activation_inputs(node), _elements(node)
         if node.name in site_of:
             for source in inputs:
-                for writer in (*straight.get(source, ()), *behind.get(source, ())):
-                    add(writer, site_of[node.name], source, joined=False)
-            straight[node] = (site_of[node.name],)
+                for writer, written in (behind.get(source, {}) | straight.get(source, {})).items():
+                    add(writer, site_of[node.name], _elements(source), written, joined=False)
+            straight[node] = {site_of[node.name]: size}
         elif rule is None or rule.weight is not None or rule.scale is ScaleRule.FLOAT:
             continue
-        elif rule.scale in CARRIES or len(inputs) == 1:
-            straight[node] = _union(straight, inputs)
-            behind[node] = _union(behind, inputs)
         else:
             writers = _union(straight, inputs)
-            behind[node] = writers
-            for one, other in combinations(writers, 2):
-                add(one, other, node, joined=True)
-    return tuple(HandOver(one, other, count, joined) for (one, other, joined), count in found.items())
+            if len(inputs) > 1:
+                for one, other in combinations(writers, 2):
+                    add(one, other, size, size, joined=True)
+            carries = rule.scale in CARRIES or len(inputs) == 1
+            straight[node] = writers if carries else {}
+            behind[node] = _union(behind, inputs) if carries else dict.fromkeys(writers, size)
+    return tuple(HandOver(one, other, n, joined, pooled) for (one, other, joined), (n, pooled) in found.items())
 
 
-def _union(known: dict[Node, tuple[str, ...]], nodes: Iterable[Node]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for node in nodes for name in known.get(node, ())))
+def _union(known: dict[Node, dict[str, int]], nodes: Iterable[Node]) -> dict[str, int]:
+    return {name: written for node in nodes for name, written in known.get(node, {}).items()}
+
+
+def _elements(node: Node) -> int:
+    return max(1, prod(sample_shape(node)))

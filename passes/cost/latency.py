@@ -7,7 +7,7 @@ most runtimes laid out anew. An op timed alone pays for conversions that a netwo
 network adds, so times alone are only the prior. What decides are whole networks: the float one, the one in integers,
 and a few in which stretches of sites are float. The fit has two steps, both nonnegative least squares on relative
 errors: first a few common factors (float sites cost `a` times their time alone, integer ones `b` times theirs plus `c`
-times the float one, a border so much and so much per element and direction), then every single term moves from there as
+times the float one, a border so much and so much per element, by direction), then every single term moves from there as
 far as the measurements ask for and a prior width allows. It is the maximum a posteriori of a linear Gaussian model.
 """
 
@@ -26,9 +26,9 @@ from fxquant.passes.cost.hand_overs import HandOver
 
 FloatArray = NDArray[np.float64]
 
-WIDTHS = {"site": 0.3, "border": 0.6}
+WIDTHS = {"site": 0.2, "border": 2.0}
 """Prior standard deviation of a term against its first estimate: layers differ less than borders do."""
-FLOOR = 0.002
+FLOOR = 0.02
 """The least prior standard deviation of a border, as a share of the network: a border may cost what no other does."""
 NOISE = 0.02
 """Relative standard deviation of a measured network."""
@@ -169,14 +169,14 @@ def _terms(names: Sequence[str], places: Sequence[HandOver], observations: Seque
 def _common(alone: FloatArray, places: Sequence[HandOver]) -> FloatArray:
     """Return the first guess of each term as a combination of common factors, (terms, factors)."""
     count = len(alone)
-    guess = np.zeros((2 * count + 2 * len(places) + 1, 10))
+    guess = np.zeros((2 * count + 2 * len(places) + 1, 13))
     guess[:count, 0] = alone[:, 0]
     guess[count : 2 * count, 1], guess[count : 2 * count, 2] = alone[:, 1], alone[:, 0]
     for index, place in enumerate(places):
         for direction in range(2):
-            factor = 3 + 2 * (2 if place.joined else direction)
-            guess[2 * count + 2 * index + direction, factor : factor + 2] = 1.0, place.elements
-    guess[-1, 9] = 1.0
+            factor = 3 + 3 * (2 if place.joined else direction)
+            guess[2 * count + 2 * index + direction, factor : factor + 3] = 1.0, place.elements, place.pooled
+    guess[-1, 12] = 1.0
     return guess
 
 

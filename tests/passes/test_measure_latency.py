@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from fxquant.core.spec import FLOAT, Choice, Sites
 from fxquant.core.timing import Timing
 from fxquant.core.timing_cache import TimingCache
 from fxquant.passes import measure_latency
-from fxquant.passes.measure_latency import MeasureLatency, mixed_plans
+from fxquant.passes.cost.hand_overs import HandOver
+from fxquant.passes.cost.latency import LatencyModel
+from fxquant.passes.measure_latency import CHOSEN_RATIOS, MeasureLatency, chosen_plans, mixed_plans
 from tests.programs import check_pass
 from tests.scoring import calibrated, inputs
 
@@ -64,7 +67,9 @@ def milliseconds(module: GraphModule) -> float:
     return len(work) - 0.75 * len(integer) + whole + border
 
 
-def step(name: str, runtime: Runtime, cache: TimingCache | None = None, plans: int = 8) -> MeasureLatency:
+def step(
+    name: str, runtime: Runtime, cache: TimingCache | None = None, plans: int = 8, chosen: int = 0
+) -> MeasureLatency:
     program = calibrated(name, BITS, ACTIVATIONS)
     widest = pipeline.widest_plan(program).choices
 
@@ -72,7 +77,8 @@ def step(name: str, runtime: Runtime, cache: TimingCache | None = None, plans: i
         choices = {site: FLOAT if site in floats else choice for site, choice in widest.items()}
         return pipeline.simulate(program, BitAllocation(choices)).module
 
-    return MeasureLatency(simulate, inputs(name, 1), runtime.compile, 1, cache or TimingCache(None), plans=plans)
+    cache = cache or TimingCache(None)
+    return MeasureLatency(simulate, inputs(name, 1), runtime.compile, 1, cache, plans=plans, chosen=chosen)
 
 
 def measured(runtime: Runtime, name: str = "plain", cache: TimingCache | None = None) -> CostTable:
@@ -181,5 +187,32 @@ def test_mixed_plans_mix_are_distinct_and_repeat_by_seed() -> None:
 
 
 def test_a_negative_number_of_plans_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OptionError, match="plans=-1"):
-        step("plain", Runtime(monkeypatch), plans=-1)
+    for plans, chosen in ((-1, 0), (0, -1)):
+        with pytest.raises(OptionError, match=f"plans={plans} and chosen={chosen}"):
+            step("plain", Runtime(monkeypatch), plans=plans, chosen=chosen)
+
+
+def test_plans_that_the_model_finds_fast_are_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(monkeypatch)
+    program = calibrated("residual", BITS, ACTIVATIONS)
+    table = step("residual", runtime, plans=2, chosen=4)(program)[CostTables]["latency"]
+    first, second = runtime.rounds[-2:]
+    assert first == 2 + 2
+    assert 2 < second <= 2 + 4
+    assert table.noise is not None
+    assert table.noise.error < 0.05
+
+
+def test_chosen_plans_are_worth_their_time_and_leave_others_alone() -> None:
+    names = tuple(f"layer{k}" for k in range(8))
+    places = {HandOver(one, other, 10): (0.5, 0.5) for one, other in itertools.pairwise(names)}
+    model = LatencyModel(dict.fromkeys(names, 2.0), dict.fromkeys(names, 1.0), places, 0.5)
+    plans = chosen_plans(model, names[:6], 8, seed=0)
+    assert len(plans) > 3
+    assert all(plan and plan <= set(names[:6]) for plan in plans)
+    assert all(model.predict(plan) <= 0.5 + 8 + CHOSEN_RATIOS[1] * 8 for plan in plans)
+    # Borders cost half of what a layer does: few islands, not scattered layers.
+    islands = [sum(a not in plan and b in plan for a, b in itertools.pairwise(("", *names))) for plan in plans]
+    assert max(islands) <= 3
+    assert plans == chosen_plans(model, names[:6], 8, seed=0)
+    assert chosen_plans(model, names[:1], 8, seed=0) == []

@@ -53,3 +53,26 @@ def test_values_are_followed_through_clips_and_one_join() -> None:
 def test_what_is_no_hand_over(one: str, other: str, elements: int) -> None:
     with pytest.raises(OptionError, match="is no border"):
         HandOver(one, other, elements)
+
+
+class Fire(nn.Module):
+    """Two branches behind a max pool, put together again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 1)
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.nn.functional.max_pool2d(torch.relu(self.stem(x)), 2)
+        answer: Tensor = self.last(torch.cat([self.left(x), self.right(x)], 1))
+        return answer
+
+
+def test_pools_and_concatenations() -> None:
+    program = find_sites(capture(Fire().eval(), (torch.rand(1, 3, 6, 6),)), Settings(bits=(8, 32)))
+    found = {(p.one, p.other): p for p in hand_overs(program.module.graph, program[Sites].sites)}
+    # The quantizer stands before the pool: 144 values are written, 36 arrive.
+    assert (found["stem", "left"].elements, found["stem", "left"].pooled) == (36, 108)
+    assert found["left", "right"].joined
+    assert (found["left", "last"].elements, found["left", "last"].pooled) == (36, 0)
