@@ -76,13 +76,15 @@ def to_blocks(module: GraphModule, patterns: Sequence[str], block: int) -> tuple
         block: inputs per scale.
 
     Raises:
-        OptionError: a pattern fits no linear layer of at most 4 bits that has more inputs than a block.
+        OptionError: a pattern fits no linear layer of at most 4 bits whose inputs fill two blocks or more.
     """
     made, names, used = fork(module), list[str](), set[str]()
     fitting = dict[str, Node]()
     for node in made.graph.nodes:
         grid = _grid(made, node)
-        if grid is not None and grid[0].meta["val"].shape[1] > block and grid[1].spec.bits <= WIDEST:
+        # The standard allows a last block that is not full; OpenVINO refuses it. One block alone is not fused.
+        inputs = grid[0].meta["val"].shape[1] if grid is not None else 0
+        if grid is not None and inputs > block and inputs % block == 0 and grid[1].spec.bits <= WIDEST:
             fitting[site_name(str(grid[0].target))] = node
     for name, node in fitting.items():
         hits = {pattern for pattern in patterns if fnmatchcase(name, pattern)}
@@ -93,8 +95,8 @@ def to_blocks(module: GraphModule, patterns: Sequence[str], block: int) -> tuple
     for pattern in patterns:
         if pattern not in used:
             raise OptionError(
-                f"weight_only={pattern!r} names no linear layer of at most {WIDEST} bits and more than {block} inputs; "
-                f"there are: {', '.join(sorted(fitting)) or 'none'}"
+                f"weight_only={pattern!r} names no linear layer of at most {WIDEST} bits with several times {block} "
+                f"inputs; there are: {', '.join(sorted(fitting)) or 'none'}"
             )
     erase_dead(made)
     return finish(made), tuple(names)

@@ -18,6 +18,7 @@ from fxquant.backends.onnx_blocks import block_linear, to_blocks
 from fxquant.backends.onnx_builder import OPSET, PACKED, GraphBuilder
 from fxquant.backends.onnx_file import write_model
 from fxquant.backends.onnx_lowering import Lowering, dims
+from fxquant.backends.onnx_openvino import add_biases, readable_storage
 from fxquant.backends.onnx_options import OnnxOptions
 from fxquant.backends.onnx_rewrites import prepare
 from fxquant.backends.onnx_shape_ops import EMITTERS
@@ -83,7 +84,10 @@ def _model(
     """Return the model, and the layers on blocks."""
     blocks, weight_only = to_blocks(module, options.weight_only, options.block_size)
     qdq = prepare(to_qdq(blocks))
-    qdq = fold_stems(qdq) if options.runtime == "onnxruntime" else qdq
+    if options.runtime == "openvino":
+        qdq, storage = add_biases(qdq), readable_storage(storage)
+    else:
+        qdq = fold_stems(qdq)
     known: dict[Node, Piece] = {}
     model, missing = _attempt(qdq, storage, known)
     if missing:

@@ -18,8 +18,9 @@ class OnnxOptions:
     """Choices of an export.
 
     Args:
-        runtime: whom the graph is laid out for; both read either file and give the same answers. For "onnxruntime"
-            stem convolutions run over blocks of pixels, which "openvino" would only slow down.
+        runtime: whom the graph is laid out for. For "onnxruntime" stem convolutions run over blocks of pixels, which
+            OpenVINO would only be slowed down by. For "openvino" biases are nodes of their own, without which it may
+            answer wrongly, and weights of 2 bits take 4; ONNX Runtime answers alike, but slower.
         weight_only: shell patterns of layer names, for example `("head", "classifier.*")`: linear layers of at most 4
             bits whose weights get one scale per block of inputs and which multiply floats (MatMulNBits). Faster than
             integers for a single row, slower from a few rows on; see docs/deployment.md.
