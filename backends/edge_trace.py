@@ -154,10 +154,14 @@ def lowered_tracer(module: GraphModule, lowered: GraphModule, inductor: bool = F
 
     Args:
         module: the simulated graph it was made of.
-        lowered: from `FxInt8Backend.lower`.
+        lowered: from `FxInt8Backend.lower`; its kernels no longer reuse the memory of their operands.
         inductor: run it through torch.compile.
     """
     watched = fork(lowered)
+    for part in watched.modules():
+        if "may_overwrite" in vars(part):
+            # Edges are read when all is done: no kernel may write over its operand.
+            vars(part)["may_overwrite"] = False
     graph: Graph = watched.graph
     by_name = {node.name: node for node in graph.nodes}
     edges = lowered_edges(module, lowered)

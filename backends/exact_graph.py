@@ -53,6 +53,7 @@ class ExactLayer(nn.Module):
         bias: int32 `(channels,)`, or None.
         grid: of the input.
         out: of the output, None for float32.
+        addend: of a second operand that is added, None for none.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class ExactLayer(nn.Module):
         bias: Tensor | None,
         grid: Grid,
         out: Grid | None,
+        addend: Grid | None = None,
     ) -> None:
         super().__init__()
-        self.rule, self.op, self.linear, self.grid, self.out = rule, op, linear, grid, out
+        self.rule, self.op, self.linear, self.grid, self.out, self.addend = rule, op, linear, grid, out, addend
         rows = weight.flatten(1).double()
         largest = rows.abs().sum(dim=1) * UINT8_MAX + (0 if bias is None else bias.double().abs())
         # Most layers stay below; others take float64, exact up to 2^53 and slower.
@@ -77,11 +79,16 @@ class ExactLayer(nn.Module):
         self.bias = None if bias is None else bias.to(kind).view(channels)
         self.shift = (grid.zero_point * rows.sum(dim=1)).to(kind).view(channels)
 
-    def forward(self, q: Tensor) -> Tensor:
-        """Return the layer's answer."""
+    def forward(self, q: Tensor, addend: Tensor | None = None) -> Tensor:
+        """Return the layer's answer, the addend added before it is rounded."""
         centred = q.to(self.weight.dtype) - self.grid.zero_point
         sums = self.op(centred, self.weight)
         found = Sums(sums, self.grid.scale, self.scales, self.bias, self.shift)
+        if addend is not None:
+            assert self.rule.conv_add is not None
+            assert self.addend is not None
+            assert self.out is not None
+            return _clamped(self.rule.conv_add(found, addend, self.addend, self.out), self.out)
         if self.out is None:
             return (self.rule.linear_real if self.linear else self.rule.conv_real)(found)
         return _clamped((self.rule.linear if self.linear else self.rule.conv)(found, self.out), self.out)
@@ -148,9 +155,12 @@ def _replace_quantize(exact: GraphModule, node: Node, rule: Requantization) -> N
     made = None
     if base is not None:
         layer = _layer(exact, base, rule, clipped)
+        fused = _fused_sum(exact, base, rule, clipped)
         join = _join(exact, base, rule, clipped) if layer is None else None
         if layer is not None:
             made = _call(exact, node, layer, (_integers(base.args[0]),))
+        elif fused is not None:
+            made = _call(exact, node, *fused)
         elif join is not None:
             made = _call(exact, node, join, tuple(_integers(source) for source in _operands(base)))
     if made is None:
@@ -225,6 +235,24 @@ def _layer(exact: GraphModule, node: Node, rule: Requantization, out: Grid | Non
     assert callable(node.target)
     op = partial(_weighted, node.target, tuple(rest[1:]))
     return ExactLayer(rule, op, row.kind == "linear", integers, scales, offsets, _grid(exact, source), out)
+
+
+def _fused_sum(
+    exact: GraphModule, node: Node, rule: Requantization, out: Grid
+) -> tuple[ExactLayer, tuple[Node, Node]] | None:
+    """Return a convolution that adds a uint8 operand, and what both read, for a sum of that form; None otherwise."""
+    row, operands = rule_of(node), _operands(node)
+    if rule.conv_add is None or row is None or row.kind != "add" or row.scale is not ScaleRule.OWN:
+        return None
+    for conv, other in (operands, operands[::-1]) if len(operands) == 2 else ():
+        kind = rule_of(conv)
+        if kind is None or kind.kind != "conv" or len(conv.users) > 1 or not _is(other, dequantize):
+            continue
+        layer = _layer(exact, conv, rule, out)
+        if layer is not None:
+            layer.addend = _grid(exact, other)
+            return layer, (_integers(conv.args[0]), _integers(other))
+    return None
 
 
 def _weighted(target: Callable[..., Tensor], rest: tuple[object, ...], x: Tensor, weight: Tensor) -> Tensor:

@@ -59,6 +59,8 @@ class Requantization:
         conv_real: a convolution's sums as float32 real values.
         linear: a linear layer's sums and the output grid.
         linear_real: a linear layer's sums as float32 real values.
+        conv_add: a convolution's sums, a uint8 operand that its kernel adds before the only rounding, the operand's
+            grid and the output grid; None where no kernel does so.
         add: two operands and the output grid.
         mul: two operands and the output grid.
         mean: totals over images as float32 integers without zero-point, pixels per image, input and output grid.
@@ -70,6 +72,7 @@ class Requantization:
     conv_real: Callable[[Sums], Tensor]
     linear: Callable[[Sums, Grid], Tensor]
     linear_real: Callable[[Sums], Tensor]
+    conv_add: Callable[[Sums, Tensor, Grid, Grid], Tensor] | None
     add: Callable[[Operands, Grid], Tensor]
     mul: Callable[[Operands, Grid], Tensor]
     mean: Callable[[Tensor, int, Grid, Grid], Tensor]
@@ -155,6 +158,10 @@ def _onednn_real(found: Sums) -> Tensor:
 
 def _onednn_conv(found: Sums, out: Grid) -> Tensor:
     return _onednn_levels(_onednn_real(found), out)
+
+
+def _onednn_conv_add(found: Sums, q: Tensor, grid: Grid, out: Grid) -> Tensor:
+    return _onednn_levels(_onednn_real(found) + _centred(q, grid) * _f32(grid.scale), out)
 
 
 def _product(found: Sums, step: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -246,6 +253,7 @@ _EAGER = Requantization(
     conv_real=_onednn_real,
     linear=_torch_linear,
     linear_real=_torch_linear_real,
+    conv_add=_onednn_conv_add,
     add=_torch_add,
     mul=_torch_mul,
     mean=_torch_mean,
@@ -259,6 +267,7 @@ REQUANTIZATIONS: dict[str, Requantization] = {
         conv_real=_ort_real,
         linear=_ort_weighted,
         linear_real=_ort_real,
+        conv_add=None,
         add=_ort_add,
         mul=_ort_mul,
         mean=_ort_mean,
