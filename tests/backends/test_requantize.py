@@ -14,8 +14,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from fxquant.backends import int8_modules
-from fxquant.backends.int8_grid import Grid
-from fxquant.backends.int8_kernels import ConvGeometry
+from fxquant.backends.int8_kernels import ConvGeometry, Grid
 from fxquant.backends.onnx_session import open_session, session_options
 from fxquant.backends.requantize import REQUANTIZATIONS, Sums, requantization
 from fxquant.core.errors import OptionError
