@@ -150,6 +150,10 @@ def _onednn_levels(real: Tensor, out: Grid) -> Tensor:
     return torch.round(real * (1.0 / _f32(out.scale)) + out.zero_point)
 
 
+def _onednn_sum(real: Tensor, q: Tensor, grid: Grid, out: Grid) -> Tensor:
+    return _onednn_levels(_fma(_centred(q, grid), _f32(grid.scale), real), out)
+
+
 def _onednn_real(found: Sums) -> Tensor:
     real = found.sums.float() * _f32(found.x_scale) * found.scales
     return real if found.bias is None else real + found.real_bias()
@@ -160,7 +164,7 @@ def _onednn_conv(found: Sums, out: Grid) -> Tensor:
 
 
 def _onednn_conv_add(found: Sums, q: Tensor, grid: Grid, out: Grid) -> Tensor:
-    return _onednn_levels(_onednn_real(found) + _centred(q, grid) * _f32(grid.scale), out)
+    return _onednn_sum(_onednn_real(found), q, grid, out)
 
 
 def _product(found: Sums, step: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,8 +190,7 @@ def _torch_add(operands: Operands, out: Grid) -> Tensor:
     a, left, b, right = operands
     if a.numel() > ONE_PASS_FROM and a.shape == b.shape and a.dim() == 4:
         # Large sums are a oneDNN call.
-        total = _centred(a, left) * _f32(left.scale) + _centred(b, right) * _f32(right.scale)
-        return _onednn_levels(total, out)
+        return _onednn_sum(_centred(a, left) * _f32(left.scale), b, right, out)
     ratio = right.scale / left.scale
     shifted = a.float() - _f32(left.zero_point + right.zero_point * ratio)
     return _pass(_fma(b.float(), _f32(ratio), shifted), left.scale / out.scale, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -146,10 +147,20 @@ def pairs() -> tuple[Tensor, Tensor]:
     return values.repeat(256), values.repeat_interleave(256)
 
 
+def next_to_ties(seed: int) -> list[Grid]:
+    """Return grids of two operands and a result in small whole ratios, to a few last bits."""
+    random, (left, right, out) = np.random.default_rng(seed), grids(seed, 3)
+    ratios = (1.0, random.integers(1, 4), 2 * random.integers(1, 5))
+    jitter = 1 + random.integers(-3, 4, 3) * 3e-8
+    scales = [float(np.float32(left.scale * ratio * more)) for ratio, more in zip(ratios, jitter, strict=True)]
+    return [Grid(s, g.zero_point, 0, 255) for s, g in zip(scales, (left, right, out), strict=True)]
+
+
 @pytest.mark.parametrize("seed", range(6))
-def test_sums_and_products_of_every_pair(seed: int) -> None:
+@pytest.mark.parametrize("of", [lambda seed: grids(seed, 3), next_to_ties])
+def test_sums_and_products_of_every_pair(of: Callable[[int], list[Grid]], seed: int) -> None:
     a, b = pairs()
-    left, right, out = grids(seed, 3)
+    left, right, out = of(seed)
     constants = parameters(left, "a") | parameters(right, "b") | parameters(out, "y")
     for op, formula in (("QLinearAdd", ORT.add), ("QLinearMul", ORT.mul)):
         answer = run(op, constants, {"a": a, "b": b}, order="a sa za b sb zb sy zy")
