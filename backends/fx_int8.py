@@ -8,7 +8,7 @@ writes that quantizer's integers itself, a clipping activation in between includ
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,27 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from fxquant.backends.base import Executable
-from fxquant.backends.int8_kernels import Grid
-from fxquant.backends.int8_modules import Dequantize, IntegerConv, IntegerLinear, Quantize
-from fxquant.backends.int8_rules import COMPUTED, Maker, clip_bounds, max_pool_module, weighted_maker
+from fxquant.backends.int8_attention import STANDS_FOR, fuse_attention
+from fxquant.backends.int8_conv import IntegerConv
+from fxquant.backends.int8_grid import Grid
+from fxquant.backends.int8_linear import IntegerLinear
+from fxquant.backends.int8_modules import Dequantize, IntegerAdd, Quantize
+from fxquant.backends.int8_rules import (
+    ACTIVATED,
+    COMPUTED,
+    SUMS,
+    Ending,
+    Maker,
+    activation_name,
+    clip_bounds,
+    max_pool_module,
+    pad_module,
+    weighted_maker,
+)
 from fxquant.core.errors import LoweringError
 from fxquant.core.fake_quant import FakeQuantize
 from fxquant.core.graphs import erase_dead, finish, tensor_at
-from fxquant.core.ops import REFUSED, ScaleRule, activation_inputs, rule_of
+from fxquant.core.ops import REFUSED, ScaleRule, activation_inputs, rule_of, shape_of
 from fxquant.core.oracle import first_tensor
 from fxquant.core.target import Target
 
@@ -37,6 +51,7 @@ TARGET = Target(
     # PyTorch has no arithmetic on packed integers for this CPU: narrower weights are kept as int8.
     storage_bits=dict.fromkeys((2, 3, 4, 5, 6, 7, 8), 8),
     output_quantized=frozenset({"conv"}),
+    fused_sums=SUMS,
     refuse_joins={"matmul": "a product of two activations runs at float speed, and quantizing both costs extra"},
 )
 
@@ -101,16 +116,44 @@ def kernel_report(lowered: GraphModule) -> dict[str, str]:
             if isinstance(module, IntegerConv | IntegerLinear):
                 report[node.name] = module.kernel
         elif _REASON in node.meta:
-            report[node.name] = f"float: {node.meta[_REASON]}"
+            for name in node.meta.get(STANDS_FOR, (node.name,)):
+                report[name] = f"float: {node.meta[_REASON]}"
     return report
+
+
+def reuse_memory(lowered: GraphModule) -> None:
+    """Let a convolution add into its second operand's memory wherever nobody reads that operand afterwards."""
+    order = {node: index for index, node in enumerate(lowered.graph.nodes)}
+    for node in order:
+        module = lowered.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(module, IntegerConv) or len(node.args) != 2:
+            continue
+        other = node.args[1]
+        assert isinstance(other, Node)
+        made = lowered.get_submodule(str(other.target)) if other.op == "call_module" else None
+        # Anything but a module's own call may be a view of the operand, and live on.
+        read_as_it_is = all(user.op == "call_module" for user in other.users)
+        last = max(order[user] for user in other.users) == order[node] and other is not node.args[0]
+        module.may_overwrite = isinstance(made, IntegerConv | IntegerAdd) and read_as_it_is and last
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """An op that its quantizer, still ahead, will write: how to make it, and the clip between the two."""
+    """An op that waits for what is behind it: its quantizer, or the sum that its kernel computes as well.
+
+    Args:
+        base: the op whose kernel will run.
+        inputs: lowered operands of that kernel.
+        maker: makes it.
+        ending: what is known of its end so far.
+        low: lower bound of a clip on the way, in real units.
+        high: upper bound.
+    """
 
     base: Node
+    inputs: tuple[Node, ...]
     maker: Maker
+    ending: Ending = field(default_factory=Ending)
     low: float = -torch.inf
     high: float = torch.inf
 
@@ -139,12 +182,17 @@ class _Lowering:
         self.graph.set_codegen(copy.copy(self.source.graph._codegen))
         lowered = GraphModule(self.attributes, self.graph, "IntegerGraph")
         erase_dead(lowered)
+        fuse_attention(lowered)
+        reuse_memory(lowered)
         return finish(lowered).eval()
 
     def as_float(self, node: Node) -> Node:
         """Return the lowered node with the real value of a source node, made now if need be."""
         if node not in self.floats:
-            if node in self.integers:
+            if node in self.pending:
+                waiting = self.pending[node]
+                self.floats[node] = self._call(node.name, waiting.maker(waiting.ending), waiting.inputs, node)
+            elif node in self.integers:
                 value, grid = self.integers[node]
                 self.floats[node] = self._call(f"dequantize_{node.name}", Dequantize(grid), (value,), node)
             else:
@@ -164,15 +212,57 @@ class _Lowering:
             return self._rearrange(node)
         if rule.scale is ScaleRule.ABSORB:
             return self._clip(node)
+        if self._joins_pending(node):
+            return True
         maker = self._maker(node)
         if isinstance(maker, str):
             return False
-        if self._ends_in_quantizer(node):
-            self.pending[node] = _Pending(node, maker)
+        waiting = _Pending(node, self._inputs(node), maker)
+        if self._ends_in_quantizer(node) or self._is_summand(node) or self._is_activated(node):
+            self.pending[node] = waiting
             return True
         if rule.weight is None:
             return False
-        self.floats[node] = self._call(node.name, maker(None), self._inputs(node), node)
+        self.floats[node] = self._call(node.name, maker(waiting.ending), waiting.inputs, node)
+        return True
+
+    def _is_summand(self, node: Node) -> bool:
+        """Whether the only reader is a sum behind which the kernel itself can round."""
+        rule = rule_of(node)
+        if rule is None or rule.kind not in SUMS or len(node.users) != 1:
+            return False
+        reader = next(iter(node.users))
+        joined = rule_of(reader)
+        if joined is None or joined.kind != "add":
+            return False
+        same = [shape_of(source) == shape_of(reader) for source in activation_inputs(reader)]
+        return same == [True, True] and not reader.kwargs and self._ends_in_quantizer(reader)
+
+    def _is_activated(self, node: Node) -> bool:
+        """Whether the only reader is an activation that the kernel computes, with a quantizer behind it."""
+        rule = rule_of(node)
+        if rule is None or rule.kind not in ACTIVATED or len(node.users) != 1:
+            return False
+        reader = next(iter(node.users))
+        return activation_name(reader) is not None and self._ends_in_quantizer(reader)
+
+    def _joins_pending(self, node: Node) -> bool:
+        """Take a sum or an activation into the kernel that waits in front of it."""
+        sources = activation_inputs(node)
+        waiting = next((self.pending[source] for source in reversed(sources) if source in self.pending), None)
+        if waiting is None:
+            return False
+        activation = activation_name(node)
+        if activation is not None and self._is_activated(waiting.base):
+            self.pending[node] = replace(waiting, ending=Ending(activation=activation))
+            return True
+        if len(sources) != 2 or not self._is_summand(waiting.base):
+            return False
+        other = sources[0] if self.pending.get(sources[1]) is waiting else sources[1]
+        if other not in self.integers:
+            return False
+        value, grid = self.integers[other]
+        self.pending[node] = replace(waiting, inputs=(*waiting.inputs, value), ending=Ending(addend=grid))
         return True
 
     def _quantizer(self, node: Node) -> FakeQuantize | None:
@@ -190,8 +280,8 @@ class _Lowering:
             self.integers[node] = self.integers[source]
         elif source in self.pending:
             waiting = self.pending[source]
-            made = waiting.maker(grid.clipped(waiting.low, waiting.high))
-            self.integers[node] = self._call(waiting.base.name, made, self._inputs(waiting.base), waiting.base), grid
+            made = waiting.maker(replace(waiting.ending, out=grid.clipped(waiting.low, waiting.high)))
+            self.integers[node] = self._call(waiting.base.name, made, waiting.inputs, waiting.base), grid
         else:
             self.integers[node] = self._call(node.name, Quantize(grid), (self.as_float(source),), node), grid
         return True
@@ -211,7 +301,7 @@ class _Lowering:
         builder = COMPUTED.get(node.target)
         if builder is None:
             return "it has no integer kernel here"
-        return lambda out: builder(node, grids, out or grids[0], self.exact)
+        return lambda end: builder(node, grids, end.out or grids[0], self.exact)
 
     def _ends_in_quantizer(self, node: Node) -> bool:
         """Whether the only reader, behind clips with one reader each, is a quantizer of activations."""
@@ -229,7 +319,7 @@ class _Lowering:
             waiting = self.pending[source]
             # The later clip wins where the two do not overlap.
             lowest, highest = (min(max(bound, low), high) for bound in (waiting.low, waiting.high))
-            self.pending[node] = _Pending(waiting.base, waiting.maker, lowest, highest)
+            self.pending[node] = replace(waiting, low=lowest, high=highest)
             return True
         if source not in self.integers or (low, high) != (0.0, torch.inf):
             return False
@@ -252,6 +342,10 @@ class _Lowering:
                 self.integers[node] = self._call(node.name, pool, (value,), node), grid
             return pool is not None
         if rule is not None and rule.kind == "pad":
+            pad = pad_module(node, grid)
+            if pad is not None:
+                self.integers[node] = self._call(node.name, pad, (value,), node), grid
+                return True
             padded = self.graph.call_function(aten.constant_pad_nd.default, (value, node.args[1], grid.zero_point))
             self.integers[node] = self._described(padded, node), grid
             return True

@@ -6,7 +6,7 @@ Weights are packed on first use, and the packed form lives as long as the int8 t
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -15,61 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fxquant.backends.int8_grid import UINT8_MAX, Grid, dequantize_u8, quantize_u8
 from fxquant.core.errors import LoweringError
-from fxquant.core.spec import QuantSpec
 
-UINT8_MAX = 255
-
-ROUNDER = 12582912.0
-"""1.5 x 2^23: float32 numbers of this size are whole, so adding it rounds half to even in one pass."""
-
+EXACT_KERNEL = "float64 on integers"
+"""What runs where the CPU lacks the instruction."""
 
 ONE_PASS_FROM = 30_000
 """Elements from which a oneDNN call beats five passes of ATen ops over the same memory (measured, one thread)."""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The uint8 values of one edge: real value `(q - zero_point) * scale`, q within `[low, high]`.
-
-    Args:
-        scale: step in real units, above 0.
-        zero_point: the integer that stands for 0.0.
-        low: smallest integer, 0 or more.
-        high: largest integer, 255 or less.
-
-    Raises:
-        LoweringError: a scale that is not above 0, or integers outside uint8.
-    """
-
-    scale: float
-    zero_point: int
-    low: int
-    high: int
-
-    def __post_init__(self) -> None:
-        if not self.scale > 0.0:
-            raise LoweringError(f"an activation scale of {self.scale} cannot be lowered; scales are above 0")
-        if not (0 <= self.low <= self.high <= UINT8_MAX and 0 <= self.zero_point <= UINT8_MAX):
-            raise LoweringError(f"the grid [{self.low}, {self.high}] around {self.zero_point} does not fit uint8")
-
-    @staticmethod
-    def of(spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> Grid:
-        """Return the grid of a per-tensor quantizer; a signed one is shifted up to start at 0."""
-        shift = -spec.qmin
-        return Grid(float(scale), int(zero_point) + shift, 0, spec.qmax + shift)
-
-    def clipped(self, low: float, high: float) -> Grid:
-        """Return the grid behind a clip of real values to `[low, high]`: the same integers, fewer of them."""
-        bottom = self.low if low == -torch.inf else round(low / self.scale) + self.zero_point
-        top = self.high if high == torch.inf else round(high / self.scale) + self.zero_point
-        first = min(max(self.low, bottom), self.high)
-        return Grid(self.scale, self.zero_point, first, max(min(self.high, top), first))
-
-    @property
-    def saturates(self) -> bool:
-        """Whether the bounds are those of uint8 itself, so that the conversion clamps by itself."""
-        return self.low == 0 and self.high == UINT8_MAX
 
 
 @dataclass(frozen=True)
@@ -92,37 +45,26 @@ class ConvGeometry:
         return any(p >= extent for p, extent in zip(self.padding, extents, strict=True))
 
 
-def quantize_u8(x: Tensor, grid: Grid) -> Tensor:
-    """Return `clamp(round(x / scale) + zero_point, low, high)` as uint8, half to even, of the shape of x."""
-    return round_to_u8(x.float(), 1.0 / grid.scale, grid)
+@dataclass(frozen=True)
+class ConvGrids:
+    """What a convolution of integers reads and writes.
 
+    Args:
+        source: grid of the input.
+        out: grid of the output, None for float32.
+        addend: grid of a second operand that is added before the only rounding, None for none.
 
-def round_to_u8(x: Tensor, factor: float, grid: Grid) -> Tensor:
-    """Return `clamp(round(x * factor) + zero_point, low, high)` as uint8, half to even; x is float32."""
-    if torch.compiler.is_compiling():
-        # Inductor fuses these into one loop; eager execution would pass over memory five times.
-        return torch.clamp(torch.round(x * factor) + grid.zero_point, grid.low, grid.high).to(torch.uint8)
-    # Ties go to even numbers, and an odd offset would turn those into odd ones: it is added after rounding.
-    odd = grid.zero_point % 2
-    centre = ROUNDER + (grid.zero_point - odd)
-    moved = torch.add(scalar(centre), x, alpha=factor)
-    moved.clamp_(ROUNDER + grid.low - odd, ROUNDER + grid.high - odd)
-    # The last byte of such a float is the whole number itself.
-    whole = moved.view(torch.int32).to(torch.uint8)
-    return whole.add_(1) if odd else whole
+    Raises:
+        LoweringError: an addend without an output grid.
+    """
 
+    source: Grid
+    out: Grid | None
+    addend: Grid | None = None
 
-@cache
-def scalar(value: float) -> Tensor:
-    """Return a float32 tensor of shape (), made once: making one costs as much as a small op."""
-    return torch.tensor(value)
-
-
-def dequantize_u8(q: Tensor, grid: Grid) -> Tensor:
-    """Return `(q - zero_point) * scale` as float32, of the shape of q."""
-    if torch.compiler.is_compiling():
-        return (q.to(torch.float32) - grid.zero_point) * grid.scale
-    return q.to(torch.float32).sub_(grid.zero_point).mul_(grid.scale)
+    def __post_init__(self) -> None:
+        if self.addend is not None and self.out is None:
+            raise LoweringError("a convolution that adds an operand writes integers; give it an output grid")
 
 
 @cache
@@ -133,9 +75,9 @@ def conv_kernel_is_exact() -> bool:
     """
     x = torch.full((1, 64, 3, 3), UINT8_MAX, dtype=torch.uint8)
     weight = torch.full((16, 64, 3, 3), -128, dtype=torch.int8)
-    plain = ConvGeometry((1, 1), (0, 0), (1, 1), 1)
+    plain, grids = ConvGeometry((1, 1), (0, 0), (1, 1), 1), ConvGrids(Grid(1.0, 0, 0, UINT8_MAX), None)
     try:
-        found = _onednn_conv(x, weight, torch.ones(16), None, Grid(1.0, 0, 0, UINT8_MAX), plain, None)
+        found = prepared_conv(weight, torch.ones(16), None, plain, grids, x.shape)(x, None)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     return bool((found == -128.0 * UINT8_MAX * 64 * 9).all())
@@ -156,6 +98,9 @@ def matmul_kernel_is_exact() -> bool:
 _PACKED: MutableMapping[Tensor, dict[object, Tensor]] = WeakTensorKeyDictionary()
 """int8 weight -> packed weights by use; an entry lives as long as the weight it was made from."""
 
+ConvCall = Callable[[Tensor, Tensor | None], Tensor]
+"""Takes the input, and the addend if there is one: in channels-last order, and the call may overwrite it."""
+
 
 def _packed_conv(weight: Tensor, scales: Tensor, grid: Grid, geometry: ConvGeometry, shape: Sequence[int]) -> Tensor:
     uses = _PACKED.setdefault(weight, {})
@@ -175,23 +120,76 @@ def _packed_linear(weight: Tensor, shape: Sequence[int]) -> Tensor:
     return uses["linear"]
 
 
-def _onednn_conv(
-    x: Tensor,
+def prepared_conv(
     weight: Tensor,
     scales: Tensor,
     bias: Tensor | None,
-    grid: Grid,
     geometry: ConvGeometry,
-    out: Grid | None,
-) -> Tensor:
-    packed = _packed_conv(weight, scales, grid, geometry, x.shape)
+    grids: ConvGrids,
+    shape: Sequence[int],
+    exact: bool = False,
+) -> ConvCall:
+    """Return the convolution of `conv2d` with all that can be done once already done.
+
+    Args:
+        weight: int8 `(O, C / groups, h, w)`; must not change, its packed form is kept as long as it lives.
+        scales: float32 `(O,)`, of the weight.
+        bias: float32 `(O,)` in real units, or None.
+        geometry: of the convolution.
+        grids: of what it reads and writes.
+        shape: of an input, which the packed form is chosen for; inputs of other sizes run too.
+        exact: take the float64 route, for CPUs where `conv_kernel_is_exact` is False.
+    """
+    if geometry.sees_only_padding(weight):
+        # oneDNN 3.12 reads outside of x for windows that lie in the padding altogether: no window may.
+        (top, left), plain = geometry.padding, replace(geometry, padding=(0, 0))
+        wide = (*shape[:2], shape[2] + 2 * top, shape[3] + 2 * left)
+        inner = prepared_conv(weight, scales, bias, plain, grids, wide, exact)
+        return lambda x, other: inner(pad_u8(x, (left, left, top, top), grids.source.zero_point), other)
+    if exact:
+        return lambda x, other: _exact_conv(x, other, weight, scales, bias, geometry, grids)
+    packed = _packed_conv(weight, scales, grids.source, geometry, shape)
+    return _onednn_conv(packed, scales, bias, geometry, grids)
+
+
+def _onednn_conv(
+    packed: Tensor, scales: Tensor, bias: Tensor | None, geometry: ConvGeometry, grids: ConvGrids
+) -> ConvCall:
+    source, out, addend = grids.source, grids.out, grids.addend
+    before = (source.scale, source.zero_point, packed, scales, _no_zero_points(len(scales)))
+    # Lists, as the operator takes them: converting tuples costs a microsecond each, every call.
+    sizes = (*(list(size) for size in geometry.sizes), geometry.groups)
     scale, zero_point, dtype = (1.0, 0, torch.float32) if out is None else (out.scale, out.zero_point, torch.uint8)
-    post, bounds = _bounds(out)
-    made: Tensor = torch.ops.onednn.qconv2d_pointwise(
-        *(x, grid.scale, grid.zero_point, packed, scales, _no_zero_points(len(scales)), bias),
-        *(*geometry.sizes, geometry.groups, scale, zero_point, dtype, post, bounds, ""),
+    if addend is None:
+        post, bounds = _bounds(out)
+        plain = torch.ops.onednn.qconv2d_pointwise.default
+        tail = (bias, *sizes, scale, zero_point, dtype, post, bounds, "")
+        return lambda x, _: plain(x, *before, *tail)
+    assert out is not None
+    binary = torch.ops.onednn.qconv2d_pointwise.binary
+    # This form of the kernel takes a ReLU and no other clip; on one byte per element that is cheap afterwards.
+    clamped = not (out.saturates or (out.low == out.zero_point and out.high == UINT8_MAX))
+    post = "none" if out.saturates else "relu" if out.low == out.zero_point else "none"
+    after = (
+        bias,
+        *sizes,
+        scale,
+        zero_point,
+        dtype,
+        addend.scale,
+        addend.zero_point,
+        "sum",
+        1.0,
+        post,
+        list[float](),
+        "",
     )
-    return made
+
+    def sum_into(x: Tensor, other: Tensor | None) -> Tensor:
+        made: Tensor = binary(x, *before, other, *after)
+        return made.clamp_(out.low, out.high) if clamped else made
+
+    return sum_into
 
 
 def _bounds(out: Grid | None) -> tuple[str, list[float]]:
@@ -208,20 +206,35 @@ def _no_zero_points(channels: int) -> Tensor:
 
 def _exact_conv(
     x: Tensor,
+    other: Tensor | None,
     weight: Tensor,
     scales: Tensor,
     bias: Tensor | None,
-    grid: Grid,
     geometry: ConvGeometry,
-    out: Grid | None,
+    grids: ConvGrids,
 ) -> Tensor:
     # Sums of 8-bit products stay far below 2^53: float64 holds them exactly on any CPU.
-    centred = x.double() - grid.zero_point
+    centred = x.double() - grids.source.zero_point
     sums = F.conv2d(centred, weight.double(), None, *geometry.sizes, geometry.groups)
-    real = sums.float() * (grid.scale * scales).view(-1, 1, 1)
+    real = sums.float() * (grids.source.scale * scales).view(-1, 1, 1)
     real = real if bias is None else real + bias.view(-1, 1, 1)
-    made = real if out is None else quantize_u8(real, out)
+    if other is not None and grids.addend is not None:
+        real = real + dequantize_u8(other, grids.addend)
+    made = real if grids.out is None else quantize_u8(real, grids.out)
     return made.contiguous(memory_format=torch.channels_last)
+
+
+def pad_u8(x: Tensor, pads: Sequence[int], value: int) -> Tensor:
+    """Return uint8 `(N, C, H, W)` with `value` added at left, right, top and bottom, in channels-last order."""
+    left, right, top, bottom = pads
+    count, channels, height, width = x.shape
+    shape = (count, channels, height + top + bottom, width + left + right)
+    made = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    # Only the border is filled: a pass over the whole image first would cost as much as the copy.
+    for border in (made[:, :, :top], made[:, :, top + height :], made[..., :left], made[..., left + width :]):
+        border.fill_(value)
+    made[:, :, top : top + height, left : left + width] = x
+    return made
 
 
 def conv2d(
@@ -229,35 +242,31 @@ def conv2d(
     weight: Tensor,
     scales: Tensor,
     bias: Tensor | None,
-    grid: Grid,
     geometry: ConvGeometry,
-    out: Grid | None,
+    grids: ConvGrids,
+    other: Tensor | None = None,
     exact: bool = False,
 ) -> Tensor:
     """Return a convolution of uint8 with int8, accumulated in int32, padded with the zero-point.
 
-    `y = round((s_x s_w sum((x - z_x) w) + bias) / s_y) + z_y`, clamped to the grid; without `out`, the real value
-    before the division.
+    `y = round((s_x s_w sum((x - z_x) w) + bias + s_o (other - z_o)) / s_y) + z_y`, clamped to the grid; without an
+    output grid, the real value before the division.
 
     Args:
         x: uint8 `(N, C, H, W)`.
         weight: int8 `(O, C / groups, h, w)`; must not change, its packed form is kept as long as it lives.
         scales: float32 `(O,)`, of the weight.
         bias: float32 `(O,)` in real units, or None.
-        grid: of x.
         geometry: of the convolution.
-        out: grid of the result, or None for float32.
+        grids: of what it reads and writes.
+        other: uint8 `(N, O, H', W')` where `grids` has an addend; it is not changed.
         exact: take the float64 route, for CPUs where `conv_kernel_is_exact` is False.
 
     Returns:
         uint8 or float32 `(N, O, H', W')` in channels-last order.
     """
-    if geometry.sees_only_padding(weight):
-        # oneDNN 3.12 reads outside of x for windows that lie in the padding altogether: no window may.
-        (top, left), plain = geometry.padding, replace(geometry, padding=(0, 0))
-        x, geometry = F.pad(x, (left, left, top, top), value=grid.zero_point), plain
-    kernel = _exact_conv if exact else _onednn_conv
-    return kernel(x, weight, scales, bias, grid, geometry, out)
+    call = prepared_conv(weight, scales, bias, geometry, grids, x.shape, exact)
+    return call(x, None if other is None else other.clone(memory_format=torch.channels_last))
 
 
 def matmul(x: Tensor, weight: Tensor, exact: bool = False) -> Tensor:
@@ -276,6 +285,14 @@ def matmul(x: Tensor, weight: Tensor, exact: bool = False) -> Tensor:
     return torch._int_mm(x.contiguous(), weight.t())
 
 
+def as_float(sums: Tensor) -> Tensor:
+    """Return exact sums as float32; int32 sums are given up, their memory is used."""
+    if sums.dtype != torch.int32 or torch.compiler.is_compiling():
+        return sums.float()
+    # Fresh memory of this size costs more, in page faults, than the conversion.
+    return sums.view(torch.float32).copy_(sums)
+
+
 def onednn_add(a: Tensor, b: Tensor, left: Grid, right: Grid, out: Grid) -> Tensor:
     """Return the sum of two uint8 tensors on a third grid in one pass over memory.
 
@@ -289,16 +306,8 @@ def onednn_add(a: Tensor, b: Tensor, left: Grid, right: Grid, out: Grid) -> Tens
         out: grid of the result.
     """
     weight, scales = _identity(a.shape[1])
-    geometry = ConvGeometry((1, 1), (0, 0), (1, 1), a.shape[1])
-    packed = _packed_conv(weight, scales, left, geometry, a.shape)
-    made: Tensor = torch.ops.onednn.qconv2d_pointwise.binary(
-        # The kernel writes over what it adds to; a copy costs a twentieth of it.
-        *(a, left.scale, left.zero_point, packed, scales, _no_zero_points(len(scales)), b.clone(), None),
-        *((1, 1), (0, 0), (1, 1), a.shape[1], out.scale, out.zero_point, torch.uint8),
-        *(right.scale, right.zero_point, "sum", 1.0, "none", [], ""),
-    )
-    # This form of the kernel takes no clip; on one byte per element it is cheap afterwards.
-    return made if out.saturates else made.clamp_(out.low, out.high)
+    geometry, grids = ConvGeometry((1, 1), (0, 0), (1, 1), a.shape[1]), ConvGrids(left, out, right)
+    return conv2d(a, weight, scales, None, geometry, grids, b)
 
 
 @cache
@@ -306,18 +315,55 @@ def _identity(channels: int) -> tuple[Tensor, Tensor]:
     return torch.ones(channels, 1, 1, 1, dtype=torch.int8), torch.ones(channels)
 
 
-def onednn_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, grid: Grid) -> Tensor:
-    """Return `s_x s_w ((x - z_x) @ weight.T) + bias` as float32 `(M, N)` through oneDNN's packed matrix product.
+@dataclass(frozen=True)
+class LinearEnd:
+    """What follows the sums of a linear layer within the same call.
 
     Args:
-        x: uint8 `(M, K)`.
+        out: grid of the output, None for float32.
+        activation: "none", "gelu" (by the error function) or "gelu_tanh", before the rounding.
+
+    Raises:
+        LoweringError: an activation that the kernel does not have.
+    """
+
+    out: Grid | None
+    activation: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.activation not in _LINEAR_ENDS:
+            raise LoweringError(f"no linear kernel ends in {self.activation!r}; known: {', '.join(_LINEAR_ENDS)}")
+
+
+_LINEAR_ENDS = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
+"""Activation -> oneDNN's name of it, and of the way it is computed."""
+
+
+def prepared_linear(
+    weight: Tensor, scales: Tensor, bias: Tensor | None, grid: Grid, end: LinearEnd, shape: Sequence[int]
+) -> Callable[[Tensor], Tensor]:
+    """Return a call for `activation(s_x s_w ((x - z_x) @ weight.T) + bias)`, rounded where the output has a grid.
+
+    oneDNN's packed matrix product: uint8 `(M, K)` in, uint8 or float32 `(M, N)` out.
+
+    Args:
         weight: int8 `(N, K)`; must not change, its packed form is kept as long as it lives.
         scales: float32 `(N,)`, of the weight.
         bias: float32 `(N,)` in real units, or None.
-        grid: of x.
+        grid: of the input.
+        end: what follows the sums.
+        shape: of an input, which the packed form is chosen for; inputs of other sizes run too.
     """
-    made: Tensor = torch.ops.onednn.qlinear_pointwise(
-        *(x, grid.scale, grid.zero_point, _packed_linear(weight, x.shape), scales, _no_zero_points(len(scales))),
-        *(bias, 1.0, 0, torch.float32, "none", [], ""),
-    )
-    return made
+    out = end.out
+    scale, zero_point, dtype = (1.0, 0, torch.float32) if out is None else (out.scale, out.zero_point, torch.uint8)
+    before = (grid.scale, grid.zero_point, _packed_linear(weight, shape), scales, _no_zero_points(len(scales)))
+    post, algorithm = _LINEAR_ENDS[end.activation]
+    after = (bias, scale, zero_point, dtype, post, list[float](), algorithm)
+    kernel = torch.ops.onednn.qlinear_pointwise.default
+    narrow = out is not None and not out.saturates
+
+    def product(x: Tensor) -> Tensor:
+        made: Tensor = kernel(x, *before, *after)
+        return made.clamp_(out.low, out.high) if narrow and out is not None else made
+
+    return product

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.backends.int8_kernels import ConvGeometry, Grid
-from fxquant.backends.int8_modules import (
-    IntegerAdd,
-    IntegerAveragePool,
-    IntegerConv,
-    IntegerLinear,
-    IntegerMaxPool,
-    IntegerMul,
-)
+from fxquant.backends.int8_conv import CALL, PASS_PER_ELEMENT, IntegerConv, traced_form
+from fxquant.backends.int8_grid import Grid
+from fxquant.backends.int8_kernels import ConvGeometry, ConvGrids, LinearEnd
+from fxquant.backends.int8_linear import IntegerLinear
+from fxquant.backends.int8_modules import IntegerAdd, IntegerAveragePool, IntegerMaxPool, IntegerMul, IntegerPad
 from fxquant.core.fake_quant import FakeQuantize
 from fxquant.core.graphs import constant
 from fxquant.core.ops import rule_of, shape_of
@@ -25,12 +22,6 @@ from fxquant.core.ops import rule_of, shape_of
 aten = torch.ops.aten
 
 _UNBOUNDED = (-torch.inf, torch.inf)
-
-PACKED_CALL = 1e-4
-"""Seconds one oneDNN linear call costs more than one of `torch._int_mm` (measured, one thread)."""
-
-PASS_PER_ELEMENT = 4.5e-10
-"""Seconds per output element that ATen takes longer to rescale int32 sums than oneDNN does in place (measured)."""
 
 
 def clip_bounds(node: Node) -> tuple[float, float]:
@@ -74,8 +65,37 @@ def integer_weight(module: GraphModule, node: Node) -> tuple[Tensor, Tensor] | s
     return torch.round(real / scales.view(-1, *[1] * (weight.dim() - 1))).to(torch.int8), scales
 
 
-Maker = Callable[[Grid | None], nn.Module]
-"""Makes an op's integer module for an output grid, None for a float32 output."""
+@dataclass(frozen=True)
+class Ending:
+    """What an integer op writes, and what it does before it rounds.
+
+    Args:
+        out: grid of the output, None for float32.
+        addend: grid of a second operand that is added, None for none.
+        activation: name of a `LinearEnd`.
+    """
+
+    out: Grid | None = None
+    addend: Grid | None = None
+    activation: str = "none"
+
+
+Maker = Callable[[Ending], nn.Module]
+"""Makes an op's integer module for what is behind it."""
+
+SUMS = frozenset({"conv"})
+"""Kinds of ops whose kernel adds a second operand before it rounds."""
+
+ACTIVATED = frozenset({"linear"})
+"""Kinds of ops whose kernel computes the activations of `activation_name`."""
+
+
+def activation_name(node: Node) -> str | None:
+    """Return what a linear kernel calls the activation that a node computes, None if it has none."""
+    if node.target is not aten.gelu.default:
+        return None
+    way = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
+    return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(way))
 
 
 def weighted_maker(module: GraphModule, node: Node, grid: Grid, exact: bool, batch: int) -> Maker | str:
@@ -101,16 +121,22 @@ def weighted_maker(module: GraphModule, node: Node, grid: Grid, exact: bool, bat
     bias = None if given is None else given.float()
     if rule.kind == "linear":
         packed = _prefers_packed(node, weight, batch)
-        return lambda out: IntegerLinear(weight, scales, bias, grid, out, packed, exact)
+        return lambda end: IntegerLinear(
+            weight, scales, bias, grid, LinearEnd(end.out, end.activation), packed or end.activation != "none", exact
+        )
     geometry, before = _geometry(node, weight)
-    return lambda out: IntegerConv(weight, scales, bias, grid, geometry, out, before, exact)
+    images = weight.unsqueeze(2) if weight.dim() == 3 else weight
+    form = traced_form(images, geometry, batch * prod(shape_of(node)[1:]))
+    return lambda end: IntegerConv(
+        weight, scales, bias, geometry, ConvGrids(grid, end.out, end.addend), before, form, exact
+    )
 
 
 def _prefers_packed(node: Node, weight: Tensor, batch: int) -> bool:
     """Whether saving the passes over the sums outweighs the cost of the call."""
     shape = shape_of(node.args[0])
     rows = batch * prod(shape[1:-1])
-    return rows * weight.shape[0] * PASS_PER_ELEMENT > PACKED_CALL
+    return rows * weight.shape[0] * PASS_PER_ELEMENT > CALL
 
 
 def _geometry(node: Node, weight: Tensor) -> tuple[ConvGeometry, tuple[int, int, int, int]]:
@@ -168,6 +194,18 @@ COMPUTED: dict[object, Callable[[Node, Sequence[Grid], Grid, bool], nn.Module]] 
     aten.mean.dim: _global_pool,
 }
 """Op without weights -> maker of the module that computes it from uint8 to uint8."""
+
+
+def pad_module(node: Node, grid: Grid) -> nn.Module | None:
+    """Return padding of images for a constant-pad node, None for other ranks, other axes and cropping."""
+    widths = [width for width in _sequence(node.args[1]) if isinstance(width, int)]
+    pads = tuple([*widths, 0, 0][:4])
+    fits = len(shape_of(node)) == 4 and len(widths) in (2, 4) and min(pads) >= 0
+    return IntegerPad(pads, grid.zero_point) if fits else None
+
+
+def _sequence(value: object) -> Sequence[object]:
+    return value if isinstance(value, Sequence) else [value]
 
 
 def max_pool_module(node: Node) -> nn.Module | None:

@@ -6,7 +6,8 @@
 3. An op without weights that has an integer kernel (a join: add, concat, pooling) runs in integers if its output is
    wanted quantized and all its inputs are quantized anyway; the joins are the largest set for which that holds.
 4. An op on two activations that the target wants on grids (products inside attention) has both of them quantized.
-5. Values pass through ops that keep the grid (reshape, max pool, zero padding), so the quantizer stands before them.
+5. Where the kernel adds a second operand before it rounds, what only that sum reads needs no quantizer of its own.
+6. Values pass through ops that keep the grid (reshape, max pool, zero padding), so the quantizer stands before them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.fx import Graph, Node
 
 from fxquant.core.edges import QuantizedEdges
 from fxquant.core.graphs import consumers, edges_between, is_constant
-from fxquant.core.ops import OPS, REFUSED, OpRule, ScaleRule, activation_inputs, rule_of
+from fxquant.core.ops import OPS, REFUSED, OpRule, ScaleRule, activation_inputs, rule_of, shape_of
 from fxquant.core.program import Program
 from fxquant.core.spec import Edge, site_name
 from fxquant.core.target import Target
@@ -132,7 +133,8 @@ class _EdgeSearch:
             self.joins -= unfit
             for join in unfit:
                 self.reasons[join.name] = "its inputs or its output are in float anyway"
-        edges = self._edges()
+        unrounded = {edge for join in self.joins for edge in self._unrounded(join)}
+        edges = [edge for edge in self._edges() if edge not in unrounded]
         integer = {node.name for node in (*self.weighted, *self.products, *self.joins)}
         reasons = {name: why for name, why in self.reasons.items() if name not in integer}
         return QuantizedEdges(tuple(edges), frozenset(integer), reasons)
@@ -182,6 +184,21 @@ class _EdgeSearch:
             self._quantize_output(self._tail(join), found)
         order = {node.name: index for index, node in enumerate(self.nodes)}
         return sorted(found, key=lambda edge: (order[edge.producer], order[edge.consumer], edge.slot))
+
+    def _unrounded(self, join: Node) -> list[Edge]:
+        """Return the edges into a sum that is computed by the kernel of one of its operands: the last to be ready."""
+        rule, operands = rule_of(join), activation_inputs(join)
+        if rule is None or rule.kind != "add" or len(operands) != 2 or operands[0] is operands[1]:
+            return []
+        fit = [source for source in operands if self._adds_before_rounding(source, join)]
+        if not fit or shape_of(operands[0]) != shape_of(operands[1]):
+            return []
+        return edges_between(max(fit, key=self.nodes.index), join)
+
+    def _adds_before_rounding(self, source: Node, join: Node) -> bool:
+        rule = rule_of(source)
+        fused = rule is not None and rule.kind in self.target.fused_sums
+        return fused and source in self.weighted and consumers(source) == [join]
 
     def _quantize_input(self, source: Node, reader: Node, found: dict[Edge, None]) -> None:
         """Quantize the edge, and the edges into the ops that keep the grid above it."""

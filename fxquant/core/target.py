@@ -21,6 +21,7 @@ class Target:
         activation_bits: widths that execute.
         storage_bits: weight width -> width it is stored in; a width without a type takes the next one.
         output_quantized: kinds whose kernel can only write integers, so that their output carries a quantizer.
+        fused_sums: kinds whose kernel adds a second operand before it rounds: what only a sum reads needs no quantizer.
         refuse_joins: kind -> why it stays in float although it could be quantized.
         products: kinds of ops on two activations whose inputs are quantized for their own sake.
         activation_storage_bits: activation width -> width it is stored in; a width that is not named takes 8.
@@ -36,6 +37,7 @@ class Target:
     activation_bits: tuple[int, ...]
     storage_bits: Mapping[int, int]
     output_quantized: frozenset[str] = frozenset()
+    fused_sums: frozenset[str] = frozenset()
     refuse_joins: Mapping[str, str] = field(default_factory=dict)
     activation_storage_bits: Mapping[int, int] = field(default_factory=dict)
     products: frozenset[str] = frozenset()

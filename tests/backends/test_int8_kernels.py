@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxquant.backends import int8_kernels as kernels
-from fxquant.backends.int8_kernels import ConvGeometry, Grid
+from fxquant.backends.int8_grid import ROUNDER, Grid, dequantize_u8, quantize_u8
+from fxquant.backends.int8_kernels import ConvGeometry, ConvGrids, LinearEnd
+from fxquant.backends.int8_linear import ACTIVATIONS
 from fxquant.backends.int8_modules import IntegerAdd, IntegerAveragePool, IntegerMaxPool, IntegerMul
 from fxquant.backends.int8_ops import conv2d_op
 from fxquant.core.errors import LoweringError
@@ -79,26 +81,81 @@ def test_conv_is_the_integer_formula_for_any_shape(
     real = sums * 0.02 * scales.double().view(-1, 1, 1) + (0 if bias is None else bias.double().view(-1, 1, 1))
     out = Grid(max(float(real.abs().max()) / high, 1e-6), high // 2, 0, high)
     for exact in (False, True):
-        made = kernels.conv2d(x, weight, scales, bias, grid, geometry, None, exact)
+        made = kernels.conv2d(x, weight, scales, bias, geometry, ConvGrids(grid, None), None, exact)
         assert made.dtype == torch.float32
         torch.testing.assert_close(made.double(), real, rtol=1e-5, atol=float(real.abs().max()) * 1e-6 + 1e-9)
-        integers = kernels.conv2d(x, weight, scales, bias, grid, geometry, out, exact)
-        assert integers.dtype == torch.uint8
-        difference = (integers.double() - _on(out, real)).abs()
-        assert difference.max() <= 1
-        # Float32 may decide a tie the other way, and nothing else.
-        to_tie = ((real / out.scale).remainder(1.0) - 0.5).abs()
-        assert (to_tie[difference > 0] < 1e-3).all()
-    assert torch.equal(
-        conv2d_op(x, weight, scales, bias, grid, geometry, out),
-        kernels.conv2d(x, weight, scales, bias, grid, geometry, out),
-    )
+        integers = kernels.conv2d(x, weight, scales, bias, geometry, ConvGrids(grid, out), None, exact)
+        _assert_rounded(integers, real, out)
+    given_to_both = (x, weight, scales, bias, geometry, ConvGrids(grid, out))
+    assert torch.equal(conv2d_op(*given_to_both), kernels.conv2d(*given_to_both))
+
+
+def _assert_rounded(integers: Tensor, real: Tensor, out: Grid) -> None:
+    """Float32 may decide a tie the other way, and nothing else."""
+    assert integers.dtype == torch.uint8
+    difference = (integers.double() - _on(out, real)).abs()
+    assert difference.max() <= 1
+    to_tie = ((real / out.scale).remainder(1.0) - 0.5).abs()
+    assert (to_tie[difference > 0] < 1e-3).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    case=_convolutions(),
+    zero_point=st.integers(0, 255),
+    out=st.sampled_from([Grid(4.0, 100, 0, 255), Grid(4.0, 100, 100, 255), Grid(9.0, 9, 0, 63), Grid(5.0, 3, 3, 15)]),
+)
+def test_a_second_operand_is_added_before_the_only_rounding(
+    case: tuple[Tensor, Tensor, ConvGeometry], zero_point: int, out: Grid
+) -> None:
+    x, weight, geometry = case
+    scales = torch.rand(len(weight), generator=torch.Generator().manual_seed(3)) * 0.01 + 0.001
+    grids = ConvGrids(Grid(0.02, zero_point, 0, 255), None)
+    plain = kernels.conv2d(x, weight, scales, None, geometry, grids)
+    addend = Grid(0.7, 31, 0, 255)
+    other = _channels_last(_uint8(*plain.shape, seed=9))
+    before = other.clone()
+    real = plain.double() + (other.double() - 31) * 0.7
+    for exact in (False, True):
+        both = ConvGrids(grids.source, out, addend)
+        made = kernels.conv2d(x, weight, scales, None, geometry, both, other, exact)
+        _assert_rounded(made, real, out)
+        assert torch.equal(other, before), "the operand is not ours to change"
+        given_to_both = (x, weight, scales, None, geometry, both, other, exact)
+        assert torch.equal(conv2d_op(*given_to_both), made)
+
+
+def test_an_addend_needs_a_grid_to_round_to() -> None:
+    with pytest.raises(LoweringError, match="give it an output grid"):
+        ConvGrids(FULL, None, FULL)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("out", [None, Grid(0.03, 11, 0, 255), Grid(0.05, 3, 0, 63)])
+def test_packed_linear_with_what_follows_it(activation: str, out: Grid | None) -> None:
+    if not kernels.conv_kernel_is_exact():
+        pytest.skip("this CPU has no exact integer kernels in oneDNN")
+    x, weight, scales, bias = _uint8(7, 20), _int8(9, 20), torch.linspace(1e-4, 1e-3, 9), torch.linspace(-1, 1, 9)
+    grid = Grid(0.05, 77, 0, 255)
+    real = (x.double() - 77) @ weight.double().t() * 0.05 * scales.double() + bias.double()
+    real = ACTIVATIONS[activation](real)
+    made = kernels.prepared_linear(weight, scales, bias, grid, LinearEnd(out, activation), x.shape)(x)
+    if out is None:
+        torch.testing.assert_close(made.double(), real, rtol=1e-5, atol=1e-5)
+    else:
+        _assert_rounded(made, real, out)
+
+
+def test_no_kernel_ends_in_any_activation() -> None:
+    with pytest.raises(LoweringError, match=r"mish.*gelu_tanh"):
+        LinearEnd(None, "mish")
 
 
 def test_the_op_tells_compilers_the_truth_about_shape_and_strides() -> None:
     x, weight = _uint8(2, 6, 9, 7), _int8(4, 3, 3, 2)
-    for integer in (True, False):
-        arguments = (x, weight, torch.rand(4), None, 0.02, 7, [2, 1], [1, 0], [1, 2], 2, 0.5, 3, 0, 15, integer, False)
+    for scale, addend in ((0.5, None), (0.0, None), (0.5, _channels_last(_uint8(2, 4, 5, 5)))):
+        steps, points = [0.02, scale, 0.1 if addend is not None else 0.0], [7, 3, 0, 15, 9]
+        arguments = (x, addend, weight, torch.rand(4), None, steps, points, [2, 1, 1, 0, 1, 2, 2], False)
         torch.library.opcheck(
             torch.ops.fxquant.conv2d_u8.default, arguments, test_utils=("test_schema", "test_faketensor")
         )
@@ -111,9 +168,9 @@ def test_quantize_rounds_half_to_even_as_the_simulation_does(zero_point: int) ->
     x = torch.cat([torch.arange(-40, 41) * 0.125, torch.randn(500) * 3, torch.tensor([1e9, -1e9, 0.0])])
     grid = Grid.of(spec, scale, zero)
     expected = FakeQuantize(spec, scale, zero)(x)
-    q = kernels.quantize_u8(x, grid)
+    q = quantize_u8(x, grid)
     assert q.dtype == torch.uint8
-    assert torch.equal(kernels.dequantize_u8(q, grid), expected)
+    assert torch.equal(dequantize_u8(q, grid), expected)
 
 
 def test_signed_grid_is_shifted_into_uint8() -> None:
@@ -122,9 +179,7 @@ def test_signed_grid_is_shifted_into_uint8() -> None:
     x = torch.randn(300) * 3
     grid = Grid.of(spec, scale, zero)
     assert (grid.zero_point, grid.low, grid.high) == (27, 0, 63)
-    torch.testing.assert_close(
-        kernels.dequantize_u8(kernels.quantize_u8(x, grid), grid), FakeQuantize(spec, scale, zero)(x)
-    )
+    torch.testing.assert_close(dequantize_u8(quantize_u8(x, grid), grid), FakeQuantize(spec, scale, zero)(x))
 
 
 @given(
@@ -136,8 +191,8 @@ def test_signed_grid_is_shifted_into_uint8() -> None:
 def test_a_clip_is_a_shorter_grid(scale: float, zero_point: int, low: float, span: float) -> None:
     grid = Grid(scale, zero_point, 0, 255)
     x = torch.linspace(-30, 30, 301)
-    clipped = kernels.quantize_u8(x.clamp(low, low + span), grid)
-    absorbed = kernels.quantize_u8(x, grid.clipped(low, low + span))
+    clipped = quantize_u8(x.clamp(low, low + span), grid)
+    absorbed = quantize_u8(x, grid.clipped(low, low + span))
     # Off by a step only where float32 and float64 disagree about a tie.
     assert (clipped.int() - absorbed.int()).abs().max() <= 1
     assert absorbed.min() >= clipped.min().int() - 1
@@ -223,7 +278,7 @@ def test_packed_weight_goes_when_its_weight_goes() -> None:
     before = len(kernels._PACKED)
     weight = _int8(4, 3, 3, 3)
     geometry = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
-    kernels.conv2d(_uint8(1, 3, 5, 5), weight, torch.ones(4), None, FULL, geometry, None)
+    kernels.conv2d(_uint8(1, 3, 5, 5), weight, torch.ones(4), None, geometry, ConvGrids(FULL, None))
     assert len(kernels._PACKED) == before + kernels.conv_kernel_is_exact()
     del weight
     gc.collect()
@@ -233,7 +288,7 @@ def test_packed_weight_goes_when_its_weight_goes() -> None:
 def test_the_rounder_is_exact_over_the_range_it_serves() -> None:
     # Whole numbers of this size have a spacing of 1, so the sum rounds to them; Python's fractions say so.
     values = [Fraction(k, 4) for k in range(-1040, 1041)]
-    moved = torch.tensor([float(v) for v in values]) + kernels.ROUNDER - kernels.ROUNDER
+    moved = torch.tensor([float(v) for v in values]) + ROUNDER - ROUNDER
     assert [int(m) for m in moved] == [round(v) for v in values]
 
 
@@ -245,3 +300,15 @@ def test_window_of_nothing_but_padding_is_recognised(kernel: int, padding: int, 
     geometry = ConvGeometry((1, 3), (0, padding), (1, dilation), 1)
     assert geometry.sees_only_padding(_int8(2, 2, 3, kernel)) is sees
     assert ConvGeometry((3, 1), (padding, 0), (dilation, 1), 1).sees_only_padding(_int8(2, 2, kernel, 3)) is sees
+
+
+@pytest.mark.parametrize("pads", [(1, 0, 2, 3), (0, 0, 0, 0), (0, 4, 0, 1)])
+def test_pad_is_the_constant_around_the_image(pads: tuple[int, int, int, int]) -> None:
+    for x in (_uint8(2, 3, 4, 5), _channels_last(_uint8(2, 3, 4, 5)), _uint8(1, 1, 1, 1)):
+        expected = F.pad(x, pads, value=7)
+        made = kernels.pad_u8(x, pads, 7)
+        assert torch.equal(made, expected)
+        assert made.is_contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(
+        torch.ops.fxquant.pad_u8.default, (x, list(pads), 7), test_utils=("test_schema", "test_faketensor")
+    )
