@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -32,7 +33,7 @@ from fxquant.core.timing import Timing, time_runs, warn_if_busy
 from fxquant.core.timing_cache import TimingCache
 from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.base import Pass
-from fxquant.passes.cost.hand_overs import hand_overs
+from fxquant.passes.cost.hand_overs import HandOver, hand_overs
 from fxquant.passes.cost.latency import LatencyModel, Observation, fit
 
 Compile = Callable[[GraphModule, tuple[Tensor, ...]], Callable[[tuple[Tensor, ...]], Tensor]]
@@ -46,6 +47,8 @@ CHOSEN_RATIOS = (0.3, 0.95)
 """Between which shares of the way from all integers to all float the chosen ones lie."""
 SHARES = (0.1, 0.3, 0.5, 0.8)
 """Shares of sites that are float in the networks where each site is drawn alone."""
+DRAWS = 20
+"""Plans drawn for each that is measured."""
 TOGETHER = 0.5e9
 """Bytes of float weights that may be loaded at once, in all networks that are timed in turn."""
 
@@ -99,14 +102,15 @@ class MeasureLatency(Pass):
             alone[site.name] = single, wide
         mixed = [site.name for site in sites if any(choice.is_float for choice in site.choices)]
         every = frozenset(site.name for site in sites)
-        plans = [every, frozenset[str](), *mixed_plans(mixed, self.plans if mixed else 0, self.seed)]
+        places = hand_overs(module.graph, sites)
+        plans = [every, frozenset[str](), *mixed_plans(mixed, self.plans if mixed else 0, self.seed, places)]
         graphs = text_digest(f"{module.graph} {integer.graph}")
 
         def observed(plans: Sequence[frozenset[str]]) -> list[Timing]:
             key = f"networks {graphs} {self._shapes} {[sorted(plan) for plan in plans]}"
             return self._timed(key, len(plans), partial(self._time_wholes, module, plans))
 
-        places, wholes = hand_overs(module.graph, sites), observed(plans)
+        wholes = observed(plans)
         model = fit(alone, places, _observations(plans, wholes))
         further = [plan for plan in chosen_plans(model, mixed, self.chosen, self.seed) if plan not in plans]
         if further:
@@ -166,24 +170,52 @@ def _rescaled(found: Sequence[Timing], first: Sequence[Timing]) -> list[Timing]:
     return [Timing(t.milliseconds * ratio, t.spread, t.outliers, t.waiting) for t in found[2:]]
 
 
-def mixed_plans(names: Sequence[str], count: int, seed: int) -> list[frozenset[str]]:
+def mixed_plans(names: Sequence[str], count: int, seed: int, places: Sequence[HandOver] = ()) -> list[frozenset[str]]:
     """Return sets of sites to measure in float: by turns stretches of neighbours and sites drawn one by one.
 
-    Stretches show what an island costs where borders are few, single sites separate one border from the next.
+    Stretches show what an island costs where borders are few, single sites separate one border from the next. Each is
+    the one of `DRAWS` that shows most of what the earlier ones have not: a border counts by its values, and a
+    quarter, a ninth, ... of that once it has been seen in that direction.
 
     Args:
         names: sites that may be float, in the order of the network.
         count: plans, fewer where there are not as many that mix.
         seed: of the choice.
+        places: borders that are to be seen; without them the first draw is taken.
     """
-    draw, found = random.Random(seed), dict[frozenset[str], None]()
+    draw, found, seen = random.Random(seed), dict[frozenset[str], None](), Counter[tuple[HandOver, bool]]()
     for attempt in range(20 * count):
         if len(found) == count:
             break
-        plan = _stretches(names, draw) if attempt % 2 else _drawn(names, draw)
-        if 0 < len(plan) < len(names):
+        make = _stretches if attempt % 2 else _drawn
+        trials = [make(names, draw) for _ in range(DRAWS if places else 1)]
+        plan = max(trials, key=lambda trial: _news(trial, places, seen))
+        if 0 < len(plan) < len(names) and plan not in found:
             found[plan] = None
+            seen.update((place, place.one in plan) for place in places if _is_border(place, plan))
     return list(found)
+
+
+def _is_border(place: HandOver, floats: frozenset[str]) -> bool:
+    return (place.one in floats) != (place.other in floats)
+
+
+def _news(floats: frozenset[str], places: Sequence[HandOver], seen: Mapping[tuple[HandOver, bool], int]) -> float:
+    """Return how much a plan shows that has not been seen."""
+    borders = [place for place in places if _is_border(place, floats)]
+    return sum((place.elements + place.pooled) / (1 + seen[place, place.one in floats]) ** 2 for place in borders)
+
+
+def _stretches(names: Sequence[str], draw: random.Random) -> frozenset[str]:
+    cuts = sorted(draw.sample(range(1, len(names)), min(draw.randint(1, 6), len(names) - 1)))
+    ends = zip([0, *cuts], [*cuts, len(names)], strict=True)
+    parity = draw.randint(0, 1)
+    return frozenset(name for k, (start, end) in enumerate(ends) if k % 2 == parity for name in names[start:end])
+
+
+def _drawn(names: Sequence[str], draw: random.Random) -> frozenset[str]:
+    share = draw.choice(SHARES)
+    return frozenset(name for name in names if draw.random() < share)
 
 
 def chosen_plans(model: LatencyModel, names: Sequence[str], count: int, seed: int) -> list[frozenset[str]]:
@@ -223,18 +255,6 @@ def chosen_plans(model: LatencyModel, names: Sequence[str], count: int, seed: in
         if 0 < len(plan) < len(model.floats):
             found[plan] = None
     return list(found)
-
-
-def _stretches(names: Sequence[str], draw: random.Random) -> frozenset[str]:
-    cuts = sorted(draw.sample(range(1, len(names)), min(draw.randint(1, 6), len(names) - 1)))
-    ends = zip([0, *cuts], [*cuts, len(names)], strict=True)
-    parity = draw.randint(0, 1)
-    return frozenset(name for k, (start, end) in enumerate(ends) if k % 2 == parity for name in names[start:end])
-
-
-def _drawn(names: Sequence[str], draw: random.Random) -> frozenset[str]:
-    share = draw.choice(SHARES)
-    return frozenset(name for name in names if draw.random() < share)
 
 
 def signature(module: GraphModule, site: Site) -> str:

@@ -68,8 +68,13 @@ def hand_overs(graph: Graph, sites: Iterable[Site]) -> tuple[HandOver, ...]:
         rule, inputs, size = rule_of(node), activation_inputs(node), _elements(node)
         if node.name in site_of:
             for source in inputs:
-                for writer, written in (behind.get(source, {}) | straight.get(source, {})).items():
-                    add(writer, site_of[node.name], _elements(source), written, joined=False)
+                arriving, direct = _elements(source), straight.get(source, {})
+                for writer, written in behind.get(source, {}).items():
+                    add(writer, site_of[node.name], arriving, written, joined=False)
+                for writer, written in direct.items():
+                    # Of a concatenation each writer has its part.
+                    part = max(1, arriving * written // sum(direct.values()))
+                    add(writer, site_of[node.name], part, written, joined=False)
             straight[node] = {site_of[node.name]: size}
         elif rule is None or rule.weight is not None or rule.scale is ScaleRule.FLOAT:
             continue

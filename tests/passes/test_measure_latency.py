@@ -216,3 +216,14 @@ def test_chosen_plans_are_worth_their_time_and_leave_others_alone() -> None:
     assert max(islands) <= 3
     assert plans == chosen_plans(model, names[:6], 8, seed=0)
     assert chosen_plans(model, names[:1], 8, seed=0) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_drawn_plans_show_every_costly_border_both_ways(seed: int) -> None:
+    names = [f"layer{k}" for k in range(12)]
+    places = [HandOver(a, b, 1000 // (k + 1)) for k, (a, b) in enumerate(itertools.pairwise(names))]
+    plans = mixed_plans(names, 8, seed, places)
+    assert len(set(plans)) == 8
+    for place in places[:4]:
+        ways = {place.one in plan for plan in plans if (place.one in plan) != (place.other in plan)}
+        assert ways == {True, False}

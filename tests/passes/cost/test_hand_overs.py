@@ -75,4 +75,4 @@ def test_pools_and_concatenations() -> None:
     # The quantizer stands before the pool: 144 values are written, 36 arrive.
     assert (found["stem", "left"].elements, found["stem", "left"].pooled) == (36, 108)
     assert found["left", "right"].joined
-    assert (found["left", "last"].elements, found["left", "last"].pooled) == (36, 0)
+    assert (found["left", "last"].elements, found["left", "last"].pooled) == (18, 0)
