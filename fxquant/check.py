@@ -38,6 +38,8 @@ SHARE = 0.001
 """Share of an edge's values that may differ, by a step, before two free runs count as diverged there."""
 BATCH = 16
 OUTPUT = "output"
+SHOWN = 30
+"""Letters of an edge's label that the table shows at most."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +144,12 @@ class Parity:
                 f"{pair.mean_step:.3g}",
                 f"{pair.max_step:.3g}",
                 f"{pair.layer_step:.3g}",
-                safe(pair.broken or pair.first or "none"),
+                _cut(safe(pair.broken or pair.first or "nowhere")),
                 "ok" if pair.within else "WRONG",
             )
             for pair in self.pairs
         ]
-        head = ("reference", "runtime", "same class", "mean", "max", "layer", "diverges at", "")
+        head = ("reference", "runtime", "same", "mean", "max", "layer", "diverges at", "")
         compared = min(pair.edges for pair in self.pairs)
         lines = [
             f"{self.images} images, {compared} of {self.edges} quantized edges seen; differences in steps",
@@ -233,6 +235,11 @@ def compare(
         right = {name: found.joined.argmax(1) == images.labels for name, found in answers.items()}
         accuracy = {name: float(hits.double().mean()) for name, hits in right.items()}
     return Parity(len(images), len(labels), pairs, accuracy)
+
+
+def _cut(label: str) -> str:
+    """Return a long label's end, which tells layers apart."""
+    return label if len(label) <= SHOWN else f"…{label[1 - SHOWN :]}"
 
 
 def as_json(parity: Parity) -> str:

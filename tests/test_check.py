@@ -130,7 +130,12 @@ def test_limits_that_are_not_kept_are_told() -> None:
     drifted = Parity(200, 5, (pair(agreement=0.9, within=False, first="a (conv)"),), {})
     with pytest.raises(ParityError, match=r"10\.0% of 200 images, 0\.5% is allowed; they diverge first at a \(conv\)"):
         drifted.require()
-    assert "WRONG" in drifted.summary()
+    long = pair(first=f"{'features.12.' * 4}expand3x3 (conv + relu)", mean_step=0.01234, layer_step=4.5e-05)
+    lines = replace(drifted, pairs=(*drifted.pairs, long)).summary().splitlines()
+    assert lines[3].endswith("WRONG")
+    assert "expand3x3 (conv + relu) " in lines[4]
+    assert lines[4].endswith(" ok")
+    assert all(len(line) <= 100 for line in lines)
     with pytest.raises(OptionError, match="nothing was compared"):
         Parity(0, 5, (pair(),), {})
     with pytest.raises(OptionError, match="0 or more"):
