@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import onnx
 import torch
 from onnx import helper
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from fxquant.backends.onnx_blocks import block_linear, to_blocks
@@ -146,10 +147,29 @@ def _opset(module: GraphModule, storage: Mapping[int, int]) -> int:
 
 
 def _value_info(node: Node, name: str) -> onnx.ValueInfoProto:
-    # torch calls sizes s0, s77, ...; the leading one is the batch.
-    shape = [s if isinstance(s, int) else "batch" if axis == 0 else str(s) for axis, s in enumerate(dims(node))]
+    called = _symbols(node.graph)
+    # The leading size is the batch.
+    shape = [
+        size
+        if isinstance(size, int)
+        else "batch"
+        if axis == 0
+        else re.sub(r"s\d+", lambda m: called.get(m[0], m[0]), str(size))
+        for axis, size in enumerate(dims(node))
+    ]
     kind = helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=node.meta["val"].dtype).numpy().dtype)
     return helper.make_tensor_value_info(name, kind, shape)
+
+
+def _symbols(graph: Graph) -> dict[str, str]:
+    """Return what torch calls free sizes (s0, s77, ...) of an image -> what they are."""
+    images = [node for node in graph.nodes if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor)]
+    sizes = [
+        zip(dims(node), ("batch", "channels", "height", "width"), strict=True)
+        for node in images
+        if len(dims(node)) == 4
+    ]
+    return {str(size): word for pairs in reversed(sizes) for size, word in pairs if not isinstance(size, int)}
 
 
 def _output(lowering: Lowering, node: Node, index: int) -> onnx.ValueInfoProto:

@@ -179,19 +179,20 @@ def _check_names(settings: Settings) -> None:
         _ = ESTIMATORS[name]
 
 
-def capture(model: nn.Module | ExportedProgram, calibration: object) -> Program:
+def capture(model: nn.Module | ExportedProgram, calibration: object, dynamic_image: bool = False) -> Program:
     """Trace a model to a functional ATen graph with a free batch.
 
     Args:
         model: module or exported program; it is not modified.
         calibration: batches, of which two images are used to trace with.
+        dynamic_image: True leaves height and width free too.
 
     Raises:
         CaptureError: the model does not export, or holds weights that are not finite.
         CalibrationError: the images cannot be used.
     """
     images = collect(calibration, input_names(model), 2)
-    return capture_program(model, images.slice(0, 2).inputs)
+    return capture_program(model, images.slice(0, 2).inputs, dynamic_image=dynamic_image)
 
 
 def prepare(program: Program, settings: Settings | None = None) -> Program:

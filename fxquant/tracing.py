@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
+from torch.nn import functional
 
 from fxquant.core.errors import CaptureError
 from fxquant.core.program import Program
@@ -70,7 +71,10 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {torch.ops.aten.scaled_dot_produ
 
 
 def capture(
-    model: nn.Module | ExportedProgram, example_inputs: Sequence[Tensor], dynamic_batch: bool = True
+    model: nn.Module | ExportedProgram,
+    example_inputs: Sequence[Tensor],
+    dynamic_batch: bool = True,
+    dynamic_image: bool = False,
 ) -> Program:
     """Trace a model to a functional ATen graph; the caller's model is neither modified nor switched to eval.
 
@@ -79,11 +83,17 @@ def capture(
         example_inputs: one tensor per input, images along axis 0; two images at least are traced so that the batch
             stays dynamic.
         dynamic_batch: False keeps the example's batch size.
+        dynamic_image: True leaves height and width free too; for fully convolutional models, or those that pool to one
+            pixel.
 
     Raises:
-        CaptureError: the model does not export, or holds weights that are not finite.
+        CaptureError: the model does not export, holds weights that are not finite, or needs images of one size though
+            `dynamic_image` was asked for.
     """
-    exported = model if isinstance(model, ExportedProgram) else _export(model, tuple(example_inputs), dynamic_batch)
+    exported = model
+    if not isinstance(model, ExportedProgram):
+        exported = _export(model, tuple(example_inputs), dynamic_batch, dynamic_image)
+    assert isinstance(exported, ExportedProgram)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -95,7 +105,7 @@ def capture(
     return Program(GraphModule(module, module.graph), {ExportedProgram: exported})
 
 
-def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) -> ExportedProgram:
+def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, dynamic_image: bool) -> ExportedProgram:
     if not isinstance(model, nn.Module):
         raise CaptureError(f"model is a {type(model).__name__}; give a torch.nn.Module or an ExportedProgram")
     try:
@@ -104,14 +114,38 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool) -
         raise CaptureError(f"the model cannot be copied: {_summary(error)}; fxquant works on a copy of it") from error
     # Export specialises sizes 0 and 1, so a single image is doubled to keep the batch free.
     inputs = tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in inputs)
-    shapes = _dynamic_shapes(own, [{0: Dim.AUTO} if dynamic_batch and t.dim() else None for t in inputs])
+    free = [[0] * (dynamic_batch and t.dim() > 0) + [2, 3] * (dynamic_image and t.dim() == 4) for t in inputs]
+    shapes = _dynamic_shapes(own, [dict.fromkeys(axes, Dim.AUTO) or None for axes in free])
     try:
         # Where export fails, torch prints the graph so far; what a user can act on is in the error.
         with torch.no_grad(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
-            return torch.export.export(own, inputs, dynamic_shapes=shapes)
+            exported = torch.export.export(own, inputs, dynamic_shapes=shapes)
     except Exception as error:
         raise CaptureError(_export_advice(model, inputs, error)) from error
+    if dynamic_image:
+        _check_sizes(exported, inputs)
+    return exported
+
+
+LARGER = 32
+"""Pixels by which images are enlarged to see whether a program takes them: what networks divide their images by."""
+
+
+def _check_sizes(exported: ExportedProgram, inputs: tuple[Tensor, ...]) -> None:
+    """Refuse a program whose images have one size: torch fixes a size, or guards it, without a word."""
+    if not any(t.dim() == 4 for t in inputs):
+        raise CaptureError("dynamic_image needs an input (N, C, H, W); the model has none")
+    larger = tuple(functional.pad(t, [0, LARGER, 0, LARGER]) if t.dim() == 4 else t for t in inputs)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported.module()(*larger)
+    except Exception as error:
+        size = "x".join(str(s) for s in next(t.shape[2:] for t in inputs if t.dim() == 4))
+        raise CaptureError(
+            f"the model takes images of {size} only ({_summary(error)}); leave dynamic_image off"
+        ) from error
 
 
 def _dynamic_shapes(model: nn.Module, axes: list[dict[int, Any] | None]) -> tuple[Any, ...]:

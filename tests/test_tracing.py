@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxquant.core.errors import CaptureError
 from fxquant.core.graphs import show
+from fxquant.core.ops import sample_elements, sample_shape
 from fxquant.tracing import DECOMPOSITIONS, capture, input_names
 from tests.models import MODELS, ResidualNet, TwoInputNet, ValueDependentNet, VariadicNet, built
 from tests.programs import captured
@@ -213,3 +214,31 @@ def test_grouped_attention_repeats_its_keys() -> None:
 def test_batch_norm_runs_on_its_statistics() -> None:
     assert show(captured("shared").module).count("_native_batch_norm_legit_no_training.default(") == 2
     assert "dropout" not in show(captured("separable").module)
+
+
+def test_height_and_width_are_free_when_asked_for() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    program = capture(model.eval(), (torch.randn(2, 3, 16, 16),), dynamic_image=True)
+    for count, height, width in ((1, 16, 16), (3, 9, 40)):
+        x = torch.randn(count, 3, height, width)
+        assert torch.allclose(program.module(x), model(x), atol=1e-5)
+    sizes = next(node for node in program.module.graph.nodes if node.op == "placeholder").meta["val"].shape
+    assert [isinstance(size, int) for size in sizes] == [False, True, False, False]
+    # Costs are those of one image of the size it was captured with.
+    convolution = next(node for node in program.module.graph.nodes if node.target is aten.conv2d.default)
+    assert sample_shape(convolution) == (1, 4, 7, 7)
+    assert sample_elements(convolution)[0] == 4 * 7 * 7
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "said"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 2)), (2, 3, 8, 8), "images of 8x8 only"),
+        (nn.Linear(3, 2), (2, 3), "needs an input"),
+    ],
+)
+def test_a_model_of_one_image_size_is_refused(model: nn.Module, shape: tuple[int, ...], said: str) -> None:
+    with pytest.raises(CaptureError, match=said):
+        capture(model, (torch.randn(shape),), dynamic_image=True)

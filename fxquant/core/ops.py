@@ -87,12 +87,30 @@ def traced_images(graph: Graph) -> int:
 
 def sample_shape(node: Node) -> tuple[int, ...]:
     """Return the shape of a node's tensor for one image, wherever the images are among its axes."""
-    return _one_of(node.meta.get("val"), traced_images(node.graph))
+    return _one_of(node.meta.get("val"), node.graph)
 
 
-def _one_of(value: object, images: int) -> tuple[int, ...]:
+def _one_of(value: object, graph: Graph) -> tuple[int, ...]:
     sizes = value.shape if isinstance(value, torch.Tensor) else ()
-    return tuple(size if isinstance(size, int) else max(1, _hint(size) // images) for size in sizes)
+    images, counted_in = traced_images(graph), _images_symbols(graph)
+
+    def of_one(size: int | torch.SymInt) -> int:
+        # A free height or width is no number of images.
+        counts = not isinstance(size, int) and (not counted_in or bool(counted_in & _symbols(size)))
+        return max(1, _hint(size) // images) if counts else _hint(size)
+
+    return tuple(of_one(size) for size in sizes)
+
+
+def _images_symbols(graph: Graph) -> set[object]:
+    """Return the symbols in which the number of images is counted."""
+    values = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
+    sizes = [value.shape[0] for value in values if isinstance(value, torch.Tensor) and value.dim()]
+    return {symbol for size in sizes for symbol in _symbols(size)}
+
+
+def _symbols(size: int | torch.SymInt) -> set[object]:
+    return set() if isinstance(size, int) else set(size.node.expr.free_symbols)
 
 
 def sample_elements(node: Node) -> tuple[int, int]:
@@ -100,10 +118,10 @@ def sample_elements(node: Node) -> tuple[int, int]:
 
     Floating-point numbers count as float32, the yardstick, whatever type the parameters happen to have.
     """
-    value, images = node.meta.get("val"), traced_images(node.graph)
+    value = node.meta.get("val")
     tensors = [t for t in (value if isinstance(value, tuple | list) else [value]) if isinstance(t, torch.Tensor)]
     widest = max((4 if t.is_floating_point() else t.element_size() for t in tensors), default=0)
-    return sum(prod(_one_of(tensor, images)) for tensor in tensors), widest
+    return sum(prod(_one_of(tensor, node.graph)) for tensor in tensors), widest
 
 
 def _conv_macs(node: Node) -> int:

@@ -6,16 +6,18 @@ from functools import cache
 
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from benchmarks.data import data_folder
 from benchmarks.zoo import NETWORKS
 from fxquant.backends.onnx_export import to_onnx
-from fxquant.backends.onnx_session import kernel_report, stray_conversions
+from fxquant.backends.onnx_session import executable, kernel_report, stray_conversions
+from fxquant.backends.reference import ReferenceBackend
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.fold_batchnorm import FoldBatchnorm
 from fxquant.tracing import capture
-from tests.backends.lowered import calibrated, plan_of
+from tests.backends.lowered import calibrated, error_in_steps, plan_of
 
 needs_data = pytest.mark.skipif(data_folder() is None, reason="set FXQUANT_DATA to run the real networks")
 
@@ -64,6 +66,31 @@ def test_the_file_is_valid_and_readable(name: str) -> None:
     layers = {node.name for node in file.graph.node if node.op_type in ("Conv", "Gemm", "MatMul") and node.name}
     modules = {path for path, _ in NETWORKS[name].factory().named_modules()}
     assert layers <= modules, "a layer is called by the path of its module"
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["imdn", "resnet20"])
+def test_a_fully_convolutional_file_takes_images_of_any_size(name: str) -> None:
+    network = NETWORKS[name]
+    images = network.calibration(2)
+    program = capture(network.factory(), (images,), dynamic_image=True)
+    program = FoldBatchnorm()(Canonicalize()(program))
+    module = plan_of(calibrated(program, (images,), widths=(4, 8)), (8, 4))
+    file = to_onnx(module)
+    onnx.checker.check_model(file, full_check=True)
+    sizes = [
+        [d.dim_param or d.dim_value for d in e.type.tensor_type.shape.dim]
+        for e in (*file.graph.input, *file.graph.output)
+    ]
+    assert sizes[0] == ["batch", 3, "height", "width"]
+    assert sizes[1] == (["batch", 3, "2*height", "2*width"] if name == "imdn" else ["batch", 10])
+    report = kernel_report(file.SerializeToString())
+    assert (report.float_layers, report.stray) == ((), ())
+    run = executable(file.SerializeToString())
+    for count, height, width in ((1, 48, 64), (2, 33, 47)):
+        x = torch.rand(count, 3, height, width)
+        error = error_in_steps(run((x,)), ReferenceBackend().compile(module, (x,))((x,)))
+        assert float(error.mean()) < 1.5
 
 
 def graph(*nodes: onnx.NodeProto) -> onnx.GraphProto:
