@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from fxquant.core.allocation import BitAllocation
+from fxquant.core.cost import CostTables
 from fxquant.core.errors import OptionError
 from fxquant.core.limits import LIMIT_TABLES, fits, reachable, unit_of
 from fxquant.core.sensitivity import Surrogates
 from fxquant.core.settings import Settings
-from fxquant.core.spec import Sites
+from fxquant.core.spec import Choice, Sites
 from fxquant.passes.allocate_bits import uniform_plans
 from fxquant.report.layers import finite, layer_rows, model_bytes
 from fxquant.report.rounding import rounding
@@ -72,6 +74,15 @@ def content(result: Result, extras: Mapping[str, Any] | None = None) -> dict[str
     }
 
 
+def _latency(costs: CostTables, choices: Mapping[str, Choice]) -> dict[str, Any] | None:
+    """Return what the latency model predicts of a plan and how sure it is, None where nothing was timed."""
+    table = costs.tables.get("latency")
+    if table is None:
+        return None
+    noise = None if table.noise is None else asdict(table.noise)
+    return {"predicted_ms": table.of(choices), "float_ms": table.float_cost, "noise": noise}
+
+
 def _asked(result: Result) -> dict[str, Any]:
     settings = result.program[Settings]
     values = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
@@ -115,6 +126,7 @@ def _outcome(result: Result) -> dict[str, Any]:
         "loss_unit": result.sensitivity.unit,
         "held_out_images": None if result.held_out is None else len(result.held_out),
         "limits": limits,
+        "latency": _latency(costs, plan.choices),
         "bytes": size,
         "float_bytes": costs["size"].float_cost,
         "size_ratio": size / costs["size"].float_cost,

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fxquant.report.content import content
-from fxquant.report.text import bytes_text, count_text, limit_text, loss_text, percent_text, safe
+from fxquant.report.text import bytes_text, count_text, latency_text, limit_text, loss_text, percent_text, safe
 
 if TYPE_CHECKING:
     from fxquant.result import Result
@@ -70,6 +70,8 @@ def _headline(data: Mapping[str, Any]) -> list[str]:
     for limit in outcome["limits"]:
         name = limit["name"]
         lines.append(f"Budget {name}: {limit_text(name, limit['used'])} of {limit_text(name, limit['limit'])} used")
+    if outcome["latency"] is not None:
+        lines.append(latency_text(outcome["latency"]))
     if outcome["measured_loss"] is not None:
         lines.append(f"Held-out loss {loss_text(outcome['measured_loss'])} {outcome['loss_unit']}")
     gap = "" if outcome["gap"] is None else f", gap {percent_text(outcome['gap'])}"

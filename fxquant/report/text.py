@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 UNITS = {"size_mb": "MB", "size_ratio": "x float", "average_bits": "bits", "bops": "bit operations"}
 UNITS |= {"bops_ratio": "x float", "activation_mb": "MB", "latency_ms": "ms", "latency_ratio": "x float"}
@@ -46,6 +48,17 @@ def percent_text(share: float | None) -> str:
 def limit_text(name: str, value: float | None) -> str:
     """Return a limit with its unit, `–` where there is no value."""
     return "–" if value is None else f"{value:.4g} {UNITS.get(name, '')}".strip()
+
+
+def latency_text(latency: Mapping[str, Any]) -> str:
+    """Return what a plan is predicted to take, and how noisy the measurements were that say so."""
+    text = f"Latency {latency['predicted_ms']:.4g} ms predicted, float {latency['float_ms']:.4g} ms"
+    noise = latency["noise"]
+    if noise is None:
+        return text
+    shares = {"outliers": "outliers", "waiting": "of the time waiting for others"}
+    told = ", ".join(f"{percent_text(noise[name])} {words}" for name, words in shares.items())
+    return f"{text}; rounds spread by {percent_text(noise['spread'])}, {told}"
 
 
 def safe(name: str) -> str:

@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fxquant.core.cost import CostTable, CostTables
+from fxquant.core.cost import CostTable, CostTables, Noise
 from fxquant.core.errors import OptionError
 from fxquant.core.spec import FLOAT, Candidate, Choice
+from fxquant.core.timing import Timing
 
 CANDIDATES = tuple(Candidate(site, Choice(bits, 8)) for site in ("a", "b") for bits in (4, 8))
 TABLE = CostTable(CANDIDATES, np.array([1.0, 2.0, 10.0, 20.0]), constant=100.0, float_cost=400.0, unit="bytes")
@@ -95,3 +96,13 @@ def test_a_cost_of_two_choices_is_paid_where_both_are_chosen() -> None:
     for wrong in (-products, np.triu(products), np.zeros((2, 2)), products * np.nan):
         with pytest.raises(OptionError, match="cost products in milliseconds"):
             replace(table, products=wrong)
+
+
+def test_noise_goes_with_a_table_and_is_checked() -> None:
+    noise = Noise.of([Timing(1.0, 0.1, 0.2, 0.0), Timing(2.0, 0.3, 0.0, 0.4), Timing(3.0, 0.2, 0.1, 0.1)], 0.05)
+    assert (noise.spread, noise.error) == (0.2, 0.05)
+    assert [noise.outliers, noise.waiting] == pytest.approx([0.1, 0.1])
+    table = replace(TABLE, noise=noise)
+    assert CostTable.from_json(json.loads(json.dumps(table.to_json())), CANDIDATES).noise == noise
+    with pytest.raises(OptionError, match="is no noise"):
+        Noise(0.1, 1.5, 0.0)

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from fxquant.core.cost import CostTable, CostTables, Noise
 from fxquant.core.spec import FLOAT
 from fxquant.report.speed import comparison, speed_table
 from fxquant.report.summary import WIDTH, summary, table_text
-from fxquant.report.text import bytes_text, count_text, limit_text, loss_text, percent_text, safe
+from fxquant.report.text import bytes_text, count_text, latency_text, limit_text, loss_text, percent_text, safe
 from tests.small import small_result
 
 
@@ -73,3 +75,16 @@ def test_comparison_drops_times_of_another_run() -> None:
     table = speed_table(rows)
     assert "0.9–1.1" in table
     assert "accuracy" not in table
+
+
+def test_predicted_milliseconds_are_told_with_their_noise() -> None:
+    result = small_result()
+    candidates = result.costs["size"].candidates
+    table = CostTable(
+        candidates, np.ones(len(candidates)), 0.5, 9.0, "milliseconds", noise=Noise(0.031, 0.125, 0.4, 0.02)
+    )
+    timed = replace(result, program=result.program.with_facts(CostTables({**result.costs.tables, "latency": table})))
+    text = " ".join(summary(timed).split())
+    assert "Latency 3.5 ms predicted, float 9 ms; rounds spread by 3.1 %, 12.5 % outliers, 40.0 % of the time" in text
+    assert "Latency" not in summary(result)
+    assert latency_text({"predicted_ms": 3.5, "float_ms": 9.0, "noise": None}) == "Latency 3.5 ms predicted, float 9 ms"
