@@ -181,3 +181,22 @@ def test_products_of_two_activations_take_grids_where_the_target_wants_them() ->
     for name in products:
         assert sum(edge.consumer == name for edge in with_products.edges) == 2
         assert name not in with_products.float_reasons
+
+
+def test_what_only_a_sum_reads_goes_unrounded_where_the_kernel_adds() -> None:
+    target = replace(TARGET, fused_sums=frozenset({"conv"}))
+    fused, apart = edges_of("residual", target), edges_of("residual")
+    assert {(e.producer, e.consumer) for e in apart.edges} - {(e.producer, e.consumer) for e in fused.edges} == {
+        ("conv2d_1", "add_25")
+    }
+    assert fused.integer_nodes == apart.integer_nodes
+    # Where both operands could be computed together with the sum, only one can be.
+    both = edges_of("two_inputs", target)
+    lost = {(e.producer, e.consumer) for e in edges_of("two_inputs").edges} - {
+        (e.producer, e.consumer) for e in both.edges
+    }
+    readers = [reader for _, reader in lost]
+    assert readers
+    assert len(readers) == len(set(readers))
+    # A linear layer is not among the kinds, so the transformer keeps its edges.
+    assert edges_of("attention", target).edges == edges_of("attention").edges
