@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.backends.int8_kernels import UINT8_MAX, Grid
+from fxquant.backends.int8_grid import UINT8_MAX, Grid
 from fxquant.backends.int8_rules import clip_bounds
 from fxquant.backends.qdq_ops import dequantize, dequantize_channels, quantize
 from fxquant.backends.reference import to_qdq

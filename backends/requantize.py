@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fxquant.backends.int8_kernels import ONE_PASS_FROM, Grid
+from fxquant.backends.int8_grid import Grid
+from fxquant.backends.int8_kernels import ONE_PASS_FROM
 from fxquant.core.errors import OptionError
 
 

@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from fxquant.backends import int8_modules
-from fxquant.backends.int8_kernels import ConvGeometry, Grid
+from fxquant.backends.int8_conv import IntegerConv
+from fxquant.backends.int8_grid import Grid
+from fxquant.backends.int8_kernels import ConvGeometry, ConvGrids, LinearEnd
+from fxquant.backends.int8_linear import IntegerLinear
+from fxquant.backends.int8_modules import IntegerAdd, IntegerAveragePool, IntegerMul, Quantize
 from fxquant.backends.onnx_session import open_session, session_options
 from fxquant.backends.requantize import REQUANTIZATIONS, Sums, requantization
 from fxquant.core.errors import OptionError
@@ -109,9 +112,9 @@ def test_eager_convolution(shape: tuple[int, int, int, int], low_high: tuple[int
     found, bias = layer(7, weight, sums, source, out)
     geometry, scales = ConvGeometry((1, 1), (shape[2] // 2,) * 2, (1, 1), shape[3]), found.scales.flatten()
     last = x.contiguous(memory_format=torch.channels_last)
-    made = int8_modules.IntegerConv(weight, scales, bias, source, geometry, out)(last)
+    made = IntegerConv(weight, scales, bias, geometry, ConvGrids(source, out))(last)
     assert torch.equal(made, whole(EAGER.conv(found, out), out))
-    real = int8_modules.IntegerConv(weight, scales, bias, source, geometry, None)(last)
+    real = IntegerConv(weight, scales, bias, geometry, ConvGrids(source, None))(last)
     assert torch.equal(real, EAGER.conv_real(found))
 
 
@@ -135,9 +138,9 @@ def test_linear_layers(seed: int) -> None:
     assert torch.equal(written, whole(ORT.linear(found, out), out))
     real = run("QGemm", constants, {"x": x}, TensorProto.FLOAT, order="x sx zx w sw zw b _ _", transB=1)
     assert torch.equal(real, ORT.linear_real(found))
-    written = int8_modules.IntegerLinear(weight, found.scales, bias, source, out)(x)
+    written = IntegerLinear(weight, found.scales, bias, source, LinearEnd(out))(x)
     assert torch.equal(written, whole(EAGER.linear(found, out), out))
-    real = int8_modules.IntegerLinear(weight, found.scales, bias, source, None)(x)
+    real = IntegerLinear(weight, found.scales, bias, source, LinearEnd(None))(x)
     assert torch.equal(real, EAGER.linear_real(found))
 
 
@@ -150,7 +153,7 @@ def pairs() -> tuple[Tensor, Tensor]:
 def next_to_ties(seed: int) -> list[Grid]:
     """Return grids of two operands and a result in small whole ratios, to a few last bits."""
     random, (left, right, out) = np.random.default_rng(seed), grids(seed, 3)
-    ratios = (1.0, random.integers(1, 4), 2 * random.integers(1, 5))
+    ratios = (1.0, float(random.integers(1, 4)), 2.0 * float(random.integers(1, 5)))
     jitter = 1 + random.integers(-3, 4, 3) * 3e-8
     scales = [float(np.float32(left.scale * ratio * more)) for ratio, more in zip(ratios, jitter, strict=True)]
     return [Grid(s, g.zero_point, 0, 255) for s, g in zip(scales, (left, right, out), strict=True)]
@@ -168,9 +171,9 @@ def test_sums_and_products_of_every_pair(of: Callable[[int], list[Grid]], seed: 
     large = [t.view(2, 8, 64, 64).contiguous(memory_format=torch.channels_last) for t in (a, b)]
     # Small sums take another kernel than large ones.
     for one, other in ((a[:20_000], b[:20_000]), (large[0], large[1])):
-        made = int8_modules.IntegerAdd(left, right, out)(one, other)
+        made = IntegerAdd(left, right, out)(one, other)
         assert torch.equal(made, whole(EAGER.add((one, left, other, right), out), out))
-        product = int8_modules.IntegerMul(left, right, out)(one, other)
+        product = IntegerMul(left, right, out)(one, other)
         assert torch.equal(product, whole(EAGER.mul((one, left, other, right), out), out))
 
 
@@ -181,7 +184,7 @@ def test_quantizing_next_to_ties(seed: int) -> None:
     x = torch.from_numpy((steps * grid.scale * (1 + random.integers(-2, 3, 50_000) * 6e-8)).astype(np.float32))
     answer = run("QuantizeLinear", parameters(grid, "x"), {"x": x}, order="x sx zx")
     assert torch.equal(answer, whole(ORT.quantize(x, grid), grid))
-    assert torch.equal(int8_modules.Quantize(grid)(x), whole(EAGER.quantize(x, grid), grid))
+    assert torch.equal(Quantize(grid)(x), whole(EAGER.quantize(x, grid), grid))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -196,7 +199,7 @@ def test_means_next_to_ties(seed: int, side: int) -> None:
     constants = parameters(source, "x") | parameters(out, "y")
     answer = run("QLinearGlobalAveragePool", constants, {"x": x}, order="x sx zx sy zy", channels_last=0)
     assert torch.equal(answer, whole(ORT.mean(total, side**2, source, out), out))
-    made = int8_modules.IntegerAveragePool(source, out, None)(x)
+    made = IntegerAveragePool(source, out, None)(x)
     assert torch.equal(made, whole(EAGER.mean(total, side**2, source, out), out))
 
 
@@ -211,7 +214,7 @@ def test_averages_over_windows(size: int) -> None:
     answer = run("QLinearAveragePool", constants, {"x": x}, order="x sx zx sy zy", **sizes)
     window = ([size, size], [size, size])
     assert torch.equal(answer, whole(ORT.average(x, source, lambda t: F.avg_pool2d(t, *window), out), out))
-    made = int8_modules.IntegerAveragePool(source, out, window)(x)
+    made = IntegerAveragePool(source, out, window)(x)
     assert torch.equal(made, whole(EAGER.average(x, source, lambda t: F.avg_pool2d(t, *window), out), out))
 
 
