@@ -70,9 +70,9 @@ def time_runs(runs: Sequence[Callable[[], object]], threads: int | None = None, 
 
     Another process slows all callables of a round down alike, so a sample is modelled as `level of the round x time
     of the callable`, both as medians of what the other leaves over (Tukey's median polish of the logarithms, 1977).
-    The times are then set to the level of a quick round. In one run on two busy cores,
-    two halves of the rounds of twelve networks differed by 2 % this way (standard deviation, at most 5 %), plain medians
-    by 10 to 12 % (at most 25 %).
+    The times are then set to the level of a quick round. In one run on a busy
+    machine, two halves of the rounds of twelve networks differed by 2 % this way (standard deviation, at most 5 %),
+    plain medians by 10 to 12 % (at most 25 %).
 
     Args:
         runs: what is timed.
