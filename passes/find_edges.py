@@ -134,10 +134,15 @@ class _EdgeSearch:
             for join in unfit:
                 self.reasons[join.name] = "its inputs or its output are in float anyway"
         unrounded = {edge for join in self.joins for edge in self._unrounded(join)}
-        edges = [edge for edge in self._edges() if edge not in unrounded]
+        edges = self._edges()
         integer = {node.name for node in (*self.weighted, *self.products, *self.joins)}
         reasons = {name: why for name, why in self.reasons.items() if name not in integer}
-        return QuantizedEdges(tuple(edges), frozenset(integer), reasons)
+        return QuantizedEdges(
+            tuple(edge for edge in edges if edge not in unrounded),
+            frozenset(integer),
+            reasons,
+            tuple(edge for edge in edges if edge in unrounded),
+        )
 
     def _fits(self, join: Node, quantized: set[str]) -> bool:
         fed = all(root.name in quantized for source in activation_inputs(join) for root in self._roots(source))

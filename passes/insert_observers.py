@@ -14,7 +14,7 @@ from fxquant.passes.base import Pass
 
 @dataclass(frozen=True)
 class InsertObservers(Pass):
-    """Put an observer node, called `observe_<producer>`, on the quantized edges of each producer.
+    """Put an observer node, called `observe_<producer>`, on the edges of each producer that some plan quantizes.
 
     Args:
         observer: name of the observer: minmax, mse, moving_average or percentile.
@@ -26,7 +26,7 @@ class InsertObservers(Pass):
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the graph with observers; running it on images fills them."""
         make = OBSERVERS[self.observer]
-        edges = program[QuantizedEdges].edges
+        edges = (*program[QuantizedEdges].edges, *program[QuantizedEdges].unrounded)
         graph = program.module.graph
         producers = dict.fromkeys(edge.producer for edge in edges)
         for producer in producers:

@@ -267,3 +267,20 @@ def test_scores_may_be_taken_around_the_widest_integers() -> None:
         assert matrix.predict(widest.choices) == matrix.constant == pytest.approx(loss, rel=1e-4)
     with pytest.raises(OptionError, match="context='nearest' is unknown; known: float, widest"):
         replace(settings, context="nearest")
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "fx_int8"])
+@pytest.mark.parametrize("name", ["residual", "two_inputs", "separable", "attention"])
+def test_every_mixture_of_float_and_integers_runs_on_every_target(target: str, name: str) -> None:
+    images = CalibrationSet(MODELS[name].inputs(4))
+    program = Program(capture(built(name), images.slice(0, 2).inputs).module)
+    program = pipeline.calibrate(pipeline.prepare(program, Settings(bits=(8, 32), target=target)), images)
+    widest = pipeline.widest_plan(program).choices
+    expected = model_outputs(program.module, images.inputs)
+    names = list(widest)
+    mixtures = [{}, {k: FLOAT for k in names[::2]}, {k: FLOAT for k in names[1::2]}, *({k: FLOAT} for k in names)]
+    for floats in mixtures:
+        module = pipeline.simulate(program, BitAllocation({**widest, **floats})).module
+        run = backend(target).compile(module, images.inputs)
+        tolerance = 0.2 * float(expected.abs().max())
+        torch.testing.assert_close(run(images.inputs), expected, atol=tolerance, rtol=0)

@@ -15,11 +15,14 @@ class QuantizedEdges:
         edges: in graph order of their producers.
         integer_nodes: names of weighted ops and joins computed on integers.
         float_reasons: node name -> why an op with weights or arithmetic is computed in float.
+        unrounded: edges into sums that a kernel computes before it rounds. They carry no quantizer as long as the sum
+            runs in integers, and are observed for the plans in which it does not.
     """
 
     edges: tuple[Edge, ...]
     integer_nodes: frozenset[str]
     float_reasons: dict[str, str]
+    unrounded: tuple[Edge, ...] = ()
 
 
 @dataclass(frozen=True)
