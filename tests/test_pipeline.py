@@ -278,7 +278,7 @@ def test_every_mixture_of_float_and_integers_runs_on_every_target(target: str, n
     widest = pipeline.widest_plan(program).choices
     expected = model_outputs(program.module, images.inputs)
     names = list(widest)
-    mixtures = [{}, {k: FLOAT for k in names[::2]}, {k: FLOAT for k in names[1::2]}, *({k: FLOAT} for k in names)]
+    mixtures = [{}, *(dict.fromkeys(some, FLOAT) for some in (names[::2], names[1::2], *([k] for k in names)))]
     for floats in mixtures:
         module = pipeline.simulate(program, BitAllocation({**widest, **floats})).module
         run = backend(target).compile(module, images.inputs)
