@@ -16,7 +16,10 @@ from fxquant.core.sensitivity import Surrogates
 from fxquant.core.settings import Settings
 from fxquant.core.spec import Choice, Sites
 from fxquant.passes.allocate_bits import uniform_plans
+from fxquant.report.frontier import frontier
 from fxquant.report.layers import finite, layer_rows, model_bytes
+from fxquant.report.operands import operand_rows
+from fxquant.report.quantizers import edge_rows, weight_noise
 from fxquant.report.rounding import rounding
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ EXTRAS = {
     "bytes_on_disk": "size of the exported file",
     "kernels": "layer name -> kernel the runtime was seen to run",
     "parity": "what was compared -> how far it is apart, as text or number",
+    "check": "what `fxquant check` found, as `Parity.to_json` gives it",
 }
 """What a caller may add that the result itself does not know -> what it holds."""
 
@@ -48,9 +52,33 @@ STATUS = {
 def content(result: Result, extras: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the report as plain JSON values.
 
+    Takes some seconds where the program is hard to solve: the curve of budgets solves it anew at each of its points.
+
     Args:
         result: what `quantize` returned.
         extras: measurements the result does not hold, with the keys of `EXTRAS`.
+
+    Raises:
+        OptionError: an extra of unknown name.
+    """
+    data = overview(result, extras)
+    noise = weight_noise(result)
+    for row in data["layers"]:
+        row["weight_sqnr_db"] = noise.get(row["name"])
+    return {
+        **data,
+        "frontier": frontier(result),
+        "operands": operand_rows(data["layers"]),
+        "edges": edge_rows(result),
+    }
+
+
+def overview(result: Result, extras: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the part of the report that costs nothing, for the terminal and notebooks.
+
+    Args:
+        result: as for `content`.
+        extras: as for `content`.
 
     Raises:
         OptionError: an extra of unknown name.

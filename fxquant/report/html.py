@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 from fxquant.core.errors import MissingDependencyError
 from fxquant.core.store import atomic_path
 from fxquant.report.content import content
+from fxquant.report.curve import curve
 from fxquant.report.pictures import bars, heat_map
-from fxquant.report.text import bytes_text, count_text, limit_text, loss_text, percent_text
+from fxquant.report.text import bytes_text, count_text, decibels_text, latency_text, limit_text, loss_text, percent_text
 
 if TYPE_CHECKING:
     from fxquant.result import Result
 
 TEMPLATE = "report.html.j2"
+NOISIEST = 6
+"""Edges that are shown without asking, those with the most noise."""
 
 
 def write_report(result: Result, path: Path, extras: Mapping[str, Any] | None = None) -> Path:
@@ -59,13 +63,16 @@ def render(data: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {
+    filters: dict[str, Callable[..., str]] = {
         "bytes": bytes_text,
         "count": count_text,
         "loss": loss_text,
         "percent": percent_text,
         "times": lambda ratio: f"{1 / ratio:.2g}×",
+        "decibels": decibels_text,
+        "latency": latency_text,
     }
+    environment.filters |= filters
     environment.globals["limit"] = limit_text
     template = environment.from_string(files("fxquant.report").joinpath(TEMPLATE).read_text(encoding="utf-8"))
     page: str = template.render(
@@ -73,12 +80,28 @@ def render(data: Mapping[str, Any]) -> str:
         ranked=sorted(data["layers"], key=lambda row: -row["contribution"]),
         upgrades=_upgrades(data["layers"]),
         bars=bars(data["layers"]),
+        curve=curve(data["frontier"]),
+        kernels=_kernels(data["layers"]),
+        noisiest=sorted(data["edges"], key=_noise)[:NOISIEST],
         heat=heat_map(data["sensitivity"], data["layers"]),
         tiles=tiles(data),
         settings=json.dumps({"budget": data["asked"]["budget"], **data["asked"]["settings"]}, indent=2),
         largest_contribution=max((abs(row["contribution"]) for row in data["layers"]), default=0.0) or 1.0,
     )
     return page
+
+
+def _noise(edge: Mapping[str, Any]) -> float:
+    return math.inf if edge["sqnr_db"] is None else float(edge["sqnr_db"])
+
+
+def _kernels(layers: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Return kernel -> layers that the runtime was seen to run on it, most layers first; empty where none is known."""
+    found: dict[str, list[str]] = {}
+    for row in layers:
+        if row["kernel"] is not None:
+            found.setdefault(row["kernel"], []).append(row["name"])
+    return dict(sorted(found.items(), key=lambda entry: -len(entry[1])))
 
 
 def _upgrades(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:

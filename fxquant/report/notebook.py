@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fxquant.core.markup import card, line, printable, table
 from fxquant.core.markup import tiles as tiles_html
-from fxquant.report.content import content
+from fxquant.report.content import overview
 from fxquant.report.html import tiles
 from fxquant.report.text import bytes_text, count_text, loss_text, percent_text
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def one_line(result: Result) -> str:
     """Return what a prompt shows: coverage, size, bits, held-out loss and how the plan came about."""
-    data = content(result)
+    data = overview(result)
     outcome, covered = data["outcome"], data["coverage"]
     told = [
         f"{covered['quantized']} of {covered['layers']} layers quantized",
@@ -31,7 +31,7 @@ def one_line(result: Result) -> str:
 
 def page(result: Result) -> str:
     """Return the headline numbers and the layer table as a snippet of HTML."""
-    data = content(result)
+    data = overview(result)
     rows = [
         (
             row["name"],

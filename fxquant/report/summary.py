@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fxquant.report.content import content
+from fxquant.report.content import overview
 from fxquant.report.text import bytes_text, count_text, latency_text, limit_text, loss_text, percent_text, safe
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ COLUMN_GAP = 3
 
 def summary(result: Result) -> str:
     """Return the plan as text of at most 100 columns, without colour codes."""
-    data = content(result)
+    data = overview(result)
     lines = [*_headline(data), data["coverage"]["sentence"], data["rounding"]["sentence"]]
     return "\n\n".join([as_text(*map(Text, map(safe, lines))), _layers(data), _plans(data)])
 

@@ -45,6 +45,11 @@ def percent_text(share: float | None) -> str:
     return f"{100 * share:.1f} %" if abs(share) < 1 and round(1000 * abs(share)) < 1000 else f"{100 * share:.0f} %"
 
 
+def decibels_text(value: float | None) -> str:
+    """Return `42.1 dB`, `exact` where nothing is lost."""
+    return "exact" if value is None else f"{value:.1f} dB"
+
+
 def limit_text(name: str, value: float | None) -> str:
     """Return a limit with its unit, `–` where there is no value."""
     return "–" if value is None else f"{value:.4g} {UNITS.get(name, '')}".strip()

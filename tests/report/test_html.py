@@ -93,6 +93,45 @@ def test_page_answers_the_questions() -> None:
     assert len(titles) > 3 + 9
 
 
+def test_page_shows_curve_ranges_kernels_and_latency() -> None:
+    data = content(small_result(), {"kernels": {"stem": "QLinearConv", "body": "QLinearConv", "head": "float"}})
+    data["outcome"]["latency"] = {"predicted_ms": 1.25, "float_ms": 5.0, "noise": None}
+    page = Page(render(data))
+    circles = [attributes for tag, attributes in page.tags if tag == "circle"]
+    assert len(circles) == len(data["frontier"]["points"]) + 1
+    text = " ".join(" ".join(page.text).split())
+    for row in data["edges"]:
+        assert f"{row['scale']:.4g}" in text
+        assert f"{row['sqnr_db']:.1f} dB" in text
+    for row in data["layers"]:
+        assert f"{row['weight_sqnr_db']:.1f} dB" in text
+    assert "QLinearConv 2 stem, body" in text
+    assert "Latency 1.25 ms predicted, float 5 ms" in text
+    assert "Predicted, not measured" in text
+    assert "fxquant check DIR" in text
+    assert "activation_bits=(4, 8)" in text
+
+
+def test_page_shows_operands_where_both_were_scored() -> None:
+    data = content(small_result())
+    data["operands"] = [{"name": "stem", "choice": "W4A4", "weights": 0.125, "activations": None, "both": 0.5}]
+    text = " ".join(" ".join(Page(render(data)).text).split())
+    assert "stem W4A4 0.125 – 0.5" in text
+    assert "activation_bits=(4, 8)" not in text
+
+
+def test_page_shows_what_check_found() -> None:
+    pair = {"reference": "exact", "runtime": "onnxruntime", "agreement": 1.0, "mean_step": 0.25, "max_step": 2.0}
+    pair |= {"layer_step": 1.0, "within": True, "broken": None, "first": None}
+    wrong = {**pair, "runtime": "fx_int8", "agreement": None, "within": False, "broken": "<b>stem</b>", "layer_step": 3}
+    found = {"images": 8, "edges": 4, "limits": {"layer_step": 1}, "pairs": [pair, wrong], "within": False}
+    page = Page(render(content(small_result(), {"check": found})))
+    text = " ".join(" ".join(page.text).split())
+    assert "exact onnxruntime 100 % 0.25 2 1 yes" in text
+    assert "exact fx_int8 – 0.25 2 3 no, first at <b>stem</b>" in text
+    assert "fxquant check DIR" not in text
+
+
 def test_page_of_an_analysis_and_of_a_net_with_float_layers() -> None:
     assert "No budget" in render(content(small_result(budget=None)))
     text = render(content(small_result(network="product")))
@@ -108,6 +147,10 @@ def test_hostile_names_are_text() -> None:
     data["plans"][0]["name"] = hostile
     data["passes"][0]["name"] = hostile
     data["asked"]["inputs"][0]["name"] = hostile
+    data["edges"][0] |= {"name": hostile, "places": [hostile]}
+    data["operands"] = [{"name": hostile, "choice": hostile, "weights": 1.0, "activations": 1.0, "both": 1.0}]
+    data["frontier"]["beside"][0]["name"] = hostile
+    data["layers"][0]["kernel"] = hostile
     data["asked"]["settings"]["pins"] = {hostile: "W8A8"}
     text = render(data)
     page = Page(text)

@@ -12,7 +12,7 @@ import pytest
 from fxquant import BitAllocation, Choice
 from fxquant.core.sensitivity import SensitivityMatrix
 from fxquant.core.spec import Candidate
-from fxquant.report.content import content
+from fxquant.report.content import overview
 from fxquant.report.notebook import one_line, page
 from tests.small import small_result
 
@@ -83,9 +83,9 @@ def test_a_notebook_shows_losses_by_precision() -> None:
 
 
 def test_hostile_names_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = content(small_result())
+    data = overview(small_result())
     data["layers"][0]["name"] = data["coverage"]["sentence"] = HOSTILE
-    monkeypatch.setattr("fxquant.report.notebook.content", lambda _: data)
+    monkeypatch.setattr("fxquant.report.notebook.overview", lambda _: data)
     made = [page(small_result()), plan_of(HOSTILE)._repr_html_(), matrix_of(HOSTILE)._repr_html_()]
     for html in made:
         assert "<script" not in html
