@@ -33,6 +33,7 @@ from fxquant.outputs import (
     export,
     known_extras,
     output_folder,
+    told_in_report,
     write_outputs,
     write_reports,
 )
@@ -209,6 +210,13 @@ def _check(args: argparse.Namespace) -> None:
         print(parity_json(parity))
     elif not args.quiet:
         print(parity.summary())
+    # The report is about the folder's own model, not about another file.
+    if args.onnx is None:
+        try:
+            told_in_report(result, args.folder, {"check": parity.to_json()})
+        except FxquantError as error:
+            # What was found is worth more than its place in the report.
+            print(safe(f"fxquant: the report does not tell of it: {error}"), file=sys.stderr)
     parity.require()
 
 

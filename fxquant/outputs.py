@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -144,6 +145,27 @@ def write_reports(result: Result, folder: Path, extras: Mapping[str, Any] | None
     with atomic_path(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     write_json(folder / "report.json", "report", FORMAT_VERSION, data)
+
+
+def told_in_report(result: Result, folder: Path, found: Mapping[str, Any]) -> bool:
+    """Write the folder's report again with what was measured since, and return whether that was done.
+
+    A folder without a report is left alone.
+
+    Args:
+        result: what the folder holds.
+        folder: where the report is.
+        found: measurements by name, as for `write_reports`; numbers that are not finite are left empty.
+
+    Raises:
+        OutputError: the folder cannot be written.
+        MissingDependencyError: jinja2 is not installed.
+    """
+    if not (folder / "report.json").is_file():
+        return False
+    plain = json.loads(json.dumps(dict(found)), parse_constant=lambda _: None)
+    write_reports(result, folder, known_extras(result, folder) | plain)
+    return True
 
 
 def known_extras(result: Result, folder: Path) -> dict[str, Any]:

@@ -164,6 +164,11 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "exact" in capsys.readouterr().out
     assert main(["check", str(folder), "--data", "tests.small:images", "--json", "--against", "fx_int8"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 24
+    told = json.loads((folder / "report.json").read_text())["measured"]
+    assert told["check"]["images"] == 24
+    assert [pair["runtime"] for pair in told["check"]["pairs"]] == ["fx_int8", "fx_int8"]
+    assert told["kernels"], "what was known before stays"
+    assert "Parity of computations" in (folder / "report.html").read_text()
     path = folder / "model.onnx"
     model = path.read_bytes()
     path.write_bytes(with_a_fault(model, layers(model)[1]))
@@ -171,6 +176,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     told = capsys.readouterr()
     assert told.out == ""
     assert layers(model)[1] in told.err
+    assert not json.loads((folder / "report.json").read_text())["measured"]["check"]["within"]
     assert main(["check", str(folder), "--onnx", str(folder / "none.onnx")]) == 2
     assert main(["check", str(folder), "--data", "nothing"]) == 2
     assert "--data nothing is neither" in capsys.readouterr().err

@@ -57,7 +57,7 @@ class _Axis:
     def __init__(self, values: Sequence[float], length: float) -> None:
         known = [value for value in values if value > 0.0] or [1.0]
         low, high = math.log10(min(known)), math.log10(max(known))
-        margin = 0.04 * (high - low) or 0.1
+        margin = 0.08 * (high - low) or 0.1
         self.low, self.high, self.length = low - margin, high + margin, length
 
     def at(self, value: float) -> float:
