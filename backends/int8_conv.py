@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from itertools import product
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from fxquant.backends import int8_kernels as kernels
 from fxquant.backends.int8_first_use import OnFirstUse
-from fxquant.backends.int8_grid import Grid, round_to_u8
+from fxquant.backends.int8_grid import Grid, dequantize_u8, quantize_u8, round_to_u8
 from fxquant.backends.int8_kernels import ConvCall, ConvGeometry, ConvGrids
 from fxquant.backends.int8_ops import conv2d_op, pad_op
 
@@ -23,6 +24,10 @@ PASS_PER_ELEMENT = 4.5e-10
 
 PASS_PER_TAP = 1.4e-10
 """Seconds per output element and filter tap that a depthwise filter takes longer in fused float code (measured)."""
+
+
+SMALL_SUM = 60_000
+"""Input elements up to which a residual sum is cheaper in a compiler's loop than inside the convolution."""
 
 
 def traced_form(weight: Tensor, geometry: ConvGeometry, outputs: int) -> str:
@@ -54,6 +59,7 @@ class IntegerConv(nn.Module):
         grids: of what it reads and writes; with an addend, `forward` takes a second operand.
         before: zeros to add at left, right, top, bottom, beyond what `geometry` pads on both sides alike.
         form: how a compiler is told, see `traced_form`.
+        shape: of an input, which weights are packed for beforehand; without, a compiler calls a slower op.
         exact: take the float64 route whatever the CPU can do.
     """
 
@@ -63,6 +69,7 @@ class IntegerConv(nn.Module):
     factors: Tensor
     offsets: Tensor
     taps: Tensor
+    zeros: Tensor
 
     def __init__(
         self,
@@ -73,6 +80,7 @@ class IntegerConv(nn.Module):
         grids: ConvGrids,
         before: tuple[int, int, int, int] = (0, 0, 0, 0),
         form: str = "call",
+        shape: Sequence[int] | None = None,
         exact: bool = False,
     ) -> None:
         super().__init__()
@@ -88,6 +96,10 @@ class IntegerConv(nn.Module):
         self._call = OnFirstUse[ConvCall]()
         if self.form != "call":
             self._rescaling(1.0 if grids.out is None else grids.out.scale)
+        self._packed = _Packed()
+        if shape is not None and self.form == "call" and not self.exact and not geometry.sees_only_padding(self.weight):
+            self._packed.weight = kernels.packed_conv(self.weight, scales, grids.source, geometry, shape)
+            self.register_buffer("zeros", torch.zeros(len(scales), dtype=torch.int8), persistent=False)
         if self.form == "shifted":
             # One row of channels per tap: a compiler loads such rows in one instruction.
             taps = self.weight.flatten(1).t().to(torch.float32).contiguous()
@@ -135,12 +147,22 @@ class IntegerConv(nn.Module):
         return call(x, other)
 
     def _traced(self, x: Tensor, other: Tensor | None) -> Tensor:
+        out, addend = self.grids.out, self.grids.addend
         if self.form == "call":
-            given = (self.weight, self.scales, self.bias, self.geometry, self.grids, other, self.exact)
-            return conv2d_op(x, *given)
+            packed = None if torch.compiler.is_exporting() else self._packed.weight
+            small = x.numel() < SMALL_SUM
+            if packed is None or (other is not None and not small):
+                given = (self.weight, self.scales, self.bias, self.geometry, self.grids, other, self.exact)
+                return conv2d_op(x, *given)
+            # A small sum costs less in the loop behind than in an op of ours, which a compiler calls through Python.
+            grids = self.grids if other is None else ConvGrids(self.grids.source, None)
+            call = kernels.onednn_conv(packed, self.scales, self.zeros, self.bias, self.geometry, grids)
+            real = call(x, None)
+            if other is None or addend is None or out is None:
+                return real
+            return quantize_u8(real + dequantize_u8(other, addend), out)
         sums = self._sum_rows(x) if self.form == "rows" else self._sum_shifted(x)
         real = torch.addcmul(self.offsets, sums, self.factors).permute(0, 3, 1, 2)
-        out, addend = self.grids.out, self.grids.addend
         if other is not None and addend is not None and out is not None:
             real = real + (other.to(torch.float32) - addend.zero_point) * (addend.scale / out.scale)
         return real if out is None else round_to_u8(real, 1.0, out)
@@ -174,3 +196,15 @@ class IntegerConv(nn.Module):
     def extra_repr(self) -> str:
         """Return the kernel and the grids in one line."""
         return f"{self.kernel}, in={self.grids.source}, out={self.grids.out or 'float32'}"
+
+
+class _Packed:
+    """Weights in oneDNN's order, which can be neither copied nor saved: a copy of the layer has none."""
+
+    weight: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Packed:
+        return _Packed()
+
+    def __reduce__(self) -> tuple[type[_Packed], tuple[()]]:
+        return _Packed, ()

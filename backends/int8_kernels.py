@@ -102,7 +102,8 @@ ConvCall = Callable[[Tensor, Tensor | None], Tensor]
 """Takes the input, and the addend if there is one: in channels-last order, and the call may overwrite it."""
 
 
-def _packed_conv(weight: Tensor, scales: Tensor, grid: Grid, geometry: ConvGeometry, shape: Sequence[int]) -> Tensor:
+def packed_conv(weight: Tensor, scales: Tensor, grid: Grid, geometry: ConvGeometry, shape: Sequence[int]) -> Tensor:
+    """Return a weight in the order oneDNN wants for images of a shape; it is packed once and kept while it lives."""
     uses = _PACKED.setdefault(weight, {})
     packed = uses.get(geometry)
     if packed is None:
@@ -148,15 +149,16 @@ def prepared_conv(
         return lambda x, other: inner(pad_u8(x, (left, left, top, top), grids.source.zero_point), other)
     if exact:
         return lambda x, other: _exact_conv(x, other, weight, scales, bias, geometry, grids)
-    packed = _packed_conv(weight, scales, grids.source, geometry, shape)
-    return _onednn_conv(packed, scales, bias, geometry, grids)
+    packed = packed_conv(weight, scales, grids.source, geometry, shape)
+    return onednn_conv(packed, scales, _no_zero_points(len(scales)), bias, geometry, grids)
 
 
-def _onednn_conv(
-    packed: Tensor, scales: Tensor, bias: Tensor | None, geometry: ConvGeometry, grids: ConvGrids
+def onednn_conv(
+    packed: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, geometry: ConvGeometry, grids: ConvGrids
 ) -> ConvCall:
+    """Return oneDNN's convolution with packed weights; `zeros` are the weight's zero-points, int8 `(O,)`."""
     source, out, addend = grids.source, grids.out, grids.addend
-    before = (source.scale, source.zero_point, packed, scales, _no_zero_points(len(scales)))
+    before = (source.scale, source.zero_point, packed, scales, zeros)
     # Lists, as the operator takes them: converting tuples costs a microsecond each, every call.
     sizes = (*(list(size) for size in geometry.sizes), geometry.groups)
     scale, zero_point, dtype = (1.0, 0, torch.float32) if out is None else (out.scale, out.zero_point, torch.uint8)
@@ -216,7 +218,7 @@ def _exact_conv(
     # Sums of 8-bit products stay far below 2^53: float64 holds them exactly on any CPU.
     centred = x.double() - grids.source.zero_point
     sums = F.conv2d(centred, weight.double(), None, *geometry.sizes, geometry.groups)
-    real = sums.float() * (grids.source.scale * scales).view(-1, 1, 1)
+    real = sums.float() * grids.source.scale * scales.view(-1, 1, 1)
     real = real if bias is None else real + bias.view(-1, 1, 1)
     if other is not None and grids.addend is not None:
         real = real + dequantize_u8(other, grids.addend)

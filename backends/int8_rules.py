@@ -127,9 +127,24 @@ def weighted_maker(module: GraphModule, node: Node, grid: Grid, exact: bool, bat
     geometry, before = _geometry(node, weight)
     images = weight.unsqueeze(2) if weight.dim() == 3 else weight
     form = traced_form(images, geometry, batch * prod(shape_of(node)[1:]))
+    shape = _image_shape(node, before, batch)
     return lambda end: IntegerConv(
-        weight, scales, bias, geometry, ConvGrids(grid, end.out, end.addend), before, form, exact
+        weight, scales, bias, geometry, ConvGrids(grid, end.out, end.addend), before, form, shape, exact
     )
+
+
+def _image_shape(node: Node, before: tuple[int, int, int, int], batch: int) -> tuple[int, ...] | None:
+    """Return `(N, C, H, W)` of a convolution's padded input, None where the graph leaves its size open."""
+    source = node.args[0]
+    while isinstance(source, Node) and not shape_of(source) and source.args:
+        source = source.args[0]
+    known = shape_of(source)
+    if len(known) < 3:
+        return None
+    channels, height, width = known[1], *(1, *known[2:])[-2:]
+    if not isinstance(height, int) or not isinstance(width, int):
+        return None
+    return batch, channels, height + before[2] + before[3], width + before[0] + before[1]
 
 
 def _prefers_packed(node: Node, weight: Tensor, batch: int) -> bool:

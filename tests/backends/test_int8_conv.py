@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from fxquant.backends.int8_conv import IntegerConv, traced_form
 from fxquant.backends.int8_grid import Grid
@@ -12,6 +13,12 @@ from fxquant.backends.int8_kernels import ConvGeometry, ConvGrids, conv_kernel_i
 
 SOURCE, OUT, ADDEND = Grid(0.02, 9, 0, 255), Grid(0.9, 100, 0, 255), Grid(0.5, 40, 0, 255)
 ONE_PIXEL = ConvGeometry((1, 1), (0, 0), (1, 1), 1)
+
+
+@pytest.fixture(autouse=True)
+def _traced_anew() -> None:
+    """Dynamo gives up on a function that it has traced eight times, and runs it as it is."""
+    torch._dynamo.reset()
 
 
 def _random(*shape: int, low: int = 0, high: int = 256, seed: int = 0) -> Tensor:
@@ -104,3 +111,33 @@ def test_a_copy_prepares_itself_anew_and_new_weights_are_seen() -> None:
     twin.weight = -twin.weight
     assert not torch.equal(twin(x), first)
     assert torch.equal(module(x), first)
+
+
+@pytest.mark.parametrize("out", [None, OUT, Grid(0.8, 3, 3, 15)])
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("large", [False, True])
+def test_weights_packed_beforehand_are_called_without_our_op(large: bool, summed: bool, out: Grid | None) -> None:
+    if summed and out is None:
+        pytest.skip("a sum is rounded")
+    size = 150 if large else 6
+    x = _random(1, 3, size, size).to(torch.uint8).contiguous(memory_format=torch.channels_last)
+    weight = _random(4, 3, 3, 3, low=-99, high=99).to(torch.int8)
+    grids = ConvGrids(SOURCE, out, ADDEND if summed else None)
+    geometry = ConvGeometry((1, 1), (1, 1), (1, 1), 1)
+    module = IntegerConv(weight, torch.full((4,), 3e-3), None, geometry, grids, shape=x.shape)
+    arguments = (x, _random(1, 4, size, size, seed=3).to(torch.uint8)) if summed else (x,)
+    expected = module(*arguments)
+    targets: list[str] = []
+
+    def look(graph: GraphModule, _: list[Tensor]) -> GraphModule:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    made = torch.compile(module, backend=look, dynamic=False)(*arguments)
+    assert made.dtype == expected.dtype
+    assert (made.float() - expected.float()).abs().max() <= (0 if out is None else 1)
+    assert any("fxquant.conv2d_u8" in target for target in targets) == (summed and large)
+    exported = torch.export.export(module, arguments)
+    assert any("fxquant.conv2d_u8" in str(node.target) for node in exported.graph.nodes)
+    assert torch.equal(exported.module()(*arguments), expected)
+    assert torch.equal(copy.deepcopy(module)(*arguments), expected)
