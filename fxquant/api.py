@@ -78,10 +78,10 @@ def quantize(
         effort: "fast", "default" or "best".
         progress: bars on a terminal, elsewhere a line on stderr for each stage.
         workdir: folder that keeps finished scores; the same call goes on where a killed one stopped.
-        pins: glob over layer names -> precision (`Choice` or "W8A8").
+        pins: layer pattern (glob, "re:..." or "type:Conv2d") -> precision (`Choice` or "W8A8").
         pin_ends: pin first and last layer to 8 bits.
-        keep_float: globs over layer names that stay in float.
-        forbid: glob over layer names -> precisions (one or several `Choice` or "W2A8") that may not be used there.
+        keep_float: patterns of layers that stay in float.
+        forbid: pattern of layers -> precisions (one or several `Choice` or "W2A8") that may not be used there.
         observer: "minmax", "mse", "moving_average" or "percentile".
         loss: "kl", "ce" (with labels: CLADO as published) or "mse"; None picks by the model's output.
         estimators: sensitivity estimators, overriding the effort's.

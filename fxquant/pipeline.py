@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from fxquant.core.grids import WeightGrids
 from fxquant.core.limits import LIMIT_TABLES, fits, infeasible_message, reachable, unit_of, usage
 from fxquant.core.losses import LOSSES, default_loss
 from fxquant.core.oracle import model_outputs
+from fxquant.core.patterns import found, matching, site_types
 from fxquant.core.program import Program
 from fxquant.core.progress import SILENT, Reporter
 from fxquant.core.ranges import Ranges
@@ -31,7 +31,7 @@ from fxquant.passes.calibrate import Calibrate
 from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.estimate_cost import EstimateCost
 from fxquant.passes.find_edges import FindEdges
-from fxquant.passes.find_sites import FindSites, matching
+from fxquant.passes.find_sites import FindSites
 from fxquant.passes.fold_batchnorm import FoldBatchnorm
 from fxquant.passes.insert_fake_quant import InsertFakeQuant
 from fxquant.passes.insert_observers import CollectRanges, InsertObservers
@@ -97,13 +97,14 @@ def find_sites(program: Program, settings: Settings) -> Program:
     program = run(program, Canonicalize(), FoldBatchnorm()).with_facts(settings)
     program = run(program, *_site_passes(target, settings, {}))
     names = [site.name for site in program[Sites].sites]
-    kept = [name for pattern in settings.keep_float for name in matching(pattern, names)]
+    types = site_types(program.module.graph, program[Sites].sites)
+    kept = [name for pattern in settings.keep_float for name in matching(pattern, names, types)]
     # Float as the only choice is no choice: nothing is measured there.
     kept += [site.name for site in program[Sites].sites if all(choice.is_float for choice in site.choices)]
     if kept:
         left = [name for name in names if name not in kept]
-        pins = {pattern: choice for pattern, choice in settings.pins.items() if fnmatch.filter(left, pattern)}
-        forbid = {pattern: choices for pattern, choices in settings.forbid.items() if fnmatch.filter(left, pattern)}
+        pins = {pattern: choice for pattern, choice in settings.pins.items() if found(pattern, left, types)}
+        forbid = {pattern: choices for pattern, choices in settings.forbid.items() if found(pattern, left, types)}
         narrowed = replace(settings, pins=pins, forbid=forbid)
         program = run(program, *_site_passes(target, narrowed, dict.fromkeys(kept, KEPT)))
     if not program[Sites].sites:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +12,7 @@ from fxquant.core.edges import EdgeGroups, QuantizedEdges
 from fxquant.core.errors import OptionError
 from fxquant.core.graphs import tensor_at
 from fxquant.core.ops import REFUSED, rule_of, traced_images
+from fxquant.core.patterns import Types, matching, site_types
 from fxquant.core.program import Program
 from fxquant.core.spec import FLOAT, FLOAT_BITS, Choice, Site, Sites, site_name
 from fxquant.core.target import Target
@@ -28,13 +27,13 @@ class FindSites(Pass):
         target: which widths execute.
         bits: candidate weight bits; 32 adds "float" as a candidate.
         activation_bits: candidate activation bits.
-        pins: glob over site names -> the only precision allowed there.
+        pins: pattern (see `core.patterns`) -> the only precision allowed there.
         pin_ends: also pin the first and the last site to 8 bits, the convention of most papers.
-        forbid: glob over site names -> precisions that may not be used there.
+        forbid: pattern -> precisions that may not be used there.
 
     Raises:
-        OptionError: a width the target does not execute, a glob that matches nothing, a pin to a forbidden precision,
-            or a site with every precision forbidden.
+        OptionError: a width the target does not execute, a pattern that matches nothing, a pin to a forbidden
+            precision, or a site with every precision forbidden.
     """
 
     target: Target
@@ -79,7 +78,8 @@ class FindSites(Pass):
                 readers[str(weight.target)].append(node)
         choices = sorted({FLOAT if w == FLOAT_BITS else Choice(w, a) for w in self.bits for a in self.activation_bits})
         sites = [_site(program, path, nodes, tuple(choices)) for path, nodes in readers.items()]
-        sites = self._permitted(self._pinned(sites))
+        types = site_types(program.module.graph, sites)
+        sites = self._permitted(self._pinned(sites, types), types)
         refusals = {
             node.name: program[QuantizedEdges].float_reasons[node.name]
             for node in program.module.graph.nodes
@@ -87,20 +87,20 @@ class FindSites(Pass):
         }
         return program.with_facts(Sites(tuple(sites), refusals)), 0
 
-    def _pinned(self, sites: list[Site]) -> list[Site]:
+    def _pinned(self, sites: list[Site], types: Types) -> list[Site]:
         allowed: dict[str, Choice] = {}
         ends = (sites[0], sites[-1]) if self.pin_ends and sites else ()
         for site in ends:
             allowed[site.name] = Choice(8, max(self.activation_bits))
         for pattern, choice in self.pins.items():
-            names = matching(pattern, [site.name for site in sites])
+            names = matching(pattern, [site.name for site in sites], types)
             allowed.update(dict.fromkeys(names, choice))
         return [s if s.name not in allowed else replace(s, choices=(allowed[s.name],)) for s in sites]
 
-    def _permitted(self, sites: list[Site]) -> list[Site]:
+    def _permitted(self, sites: list[Site], types: Types) -> list[Site]:
         forbidden: defaultdict[str, set[Choice]] = defaultdict(set)
         for pattern, choices in self.forbid.items():
-            for name in matching(pattern, [site.name for site in sites]):
+            for name in matching(pattern, [site.name for site in sites], types):
                 forbidden[name] |= set(choices)
         for site in sites:
             if not set(site.choices) - forbidden[site.name]:
@@ -116,19 +116,6 @@ def _does_work(node: Node) -> bool:
     """Whether leaving the node in float is worth a line in the report: it multiplies, or holds a table."""
     rule = rule_of(node)
     return node.target in REFUSED or (rule is not None and rule.macs is not None)
-
-
-def matching(pattern: str, names: list[str]) -> list[str]:
-    """Return the names a glob matches.
-
-    Raises:
-        OptionError: none; the message lists near ones.
-    """
-    found = fnmatch.filter(names, pattern)
-    if not found:
-        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
-        raise OptionError(f"pattern {pattern!r} matches no site; near: {', '.join(near)}")
-    return found
 
 
 def _site(program: Program, path: str, nodes: list[Node], choices: tuple[Choice, ...]) -> Site:

@@ -54,10 +54,10 @@ class Settings:
         bits: candidate weight bits; 32 adds "float".
         activation_bits: candidate activation bits.
         target: name of the backend that will run the model.
-        pins: glob over site names -> the only precision allowed there.
+        pins: pattern of layers (see `core.patterns`) -> the only precision allowed there.
         pin_ends: pin the first and the last site to 8 bits.
-        keep_float: globs over site names that stay in float.
-        forbid: glob over site names -> precisions that may not be used there.
+        keep_float: patterns of layers that stay in float.
+        forbid: pattern of layers -> precisions that may not be used there.
         observer: name of the observer.
         loss: name of the loss; None takes KL for class scores and relative squared error otherwise.
         estimators: sensitivity estimators, the preferred one first.
