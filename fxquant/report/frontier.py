@@ -15,17 +15,15 @@ from fxquant.core.sensitivity import Surrogates
 from fxquant.core.settings import Settings
 from fxquant.core.spec import Sites
 from fxquant.passes.allocate_bits import AllocateBits, uniform_plans
-from fxquant.report.layers import model_bytes
+from fxquant.report.layers import finite, model_bytes
 
 if TYPE_CHECKING:
     from fxquant.result import Result
 
 POINTS = 13
 """Limits that are solved for, both ends of the reachable range among them."""
-SOLVE_SECONDS = 1.0
-"""For one of them; what is not proved by then is marked so."""
 SECONDS = 6.0
-"""For all of them; those that are left after it are left out, and the note says how many."""
+"""For all of them, shared evenly: on the 56 layers of a ResNet-56 half a second leaves gaps of a few per cent."""
 
 
 def frontier(result: Result, seconds: float = SECONDS) -> dict[str, Any]:
@@ -37,7 +35,7 @@ def frontier(result: Result, seconds: float = SECONDS) -> dict[str, Any]:
 
     Args:
         result: with sensitivity and costs.
-        seconds: after these no further limit is solved for.
+        seconds: for all limits together; after them no further one is solved for, and `left_out` says how many.
     """
     limit = axis(result)
     table, unit = _table(result, limit), unit_of(limit, result.costs)
@@ -50,9 +48,10 @@ def frontier(result: Result, seconds: float = SECONDS) -> dict[str, Any]:
         if time.monotonic() > deadline:
             late += 1
             continue
-        plan = _solved(result, limit, float(value))
+        plan = _solved(result, limit, float(value), seconds / len(asked))
         if plan is not None:
-            rows.append({"limit": float(value), "status": plan.status, **_point(result, limit, plan.choices)})
+            solved = {"limit": float(value), "status": plan.status, "gap": finite(plan.gap)}
+            rows.append({**solved, **_point(result, limit, plan.choices)})
     beside = {name: _point(result, limit, plan) for name, plan in _uniform(result).items()}
     return {
         "axis": limit,
@@ -84,7 +83,7 @@ def _uniform(result: Result) -> dict[str, Any]:
     return uniform_plans(result.program[Sites].sites)
 
 
-def _solved(result: Result, limit: str, value: float) -> BitAllocation | None:
+def _solved(result: Result, limit: str, value: float, seconds: float) -> BitAllocation | None:
     settings, matrix = result.program[Settings], result.sensitivity
     others = {n: v for n, v in result.allocation.limits.items() if LIMIT_TABLES[n][0] in result.costs.tables}
     # The ends are reached exactly; rounding must not put them out of reach.
@@ -92,7 +91,7 @@ def _solved(result: Result, limit: str, value: float) -> BitAllocation | None:
     step = AllocateBits(
         budget,
         settings.solver,
-        min(settings.time_limit, SOLVE_SECONDS),
+        min(settings.time_limit, seconds),
         settings.seed,
         settings.requantization_cost,
     )

@@ -2,11 +2,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 
 from fxquant.core.spec import FLOAT, Choice, Sites
+from fxquant.passes.allocation import SOLVERS
+from fxquant.passes.allocation.solution import Solution
+from fxquant.report.content import content
 from fxquant.report.frontier import POINTS, axis, frontier
+from fxquant.report.html import render
 from tests.small import small_result
 
 
@@ -29,6 +34,7 @@ def test_each_point_is_the_best_of_all_plans_within_its_limit() -> None:
         within = [plan for plan in every_plan() if average_bits(plan) <= point["limit"] * (1 + 1e-6)]
         best = min(within, key=result.sensitivity.predict)
         assert point["status"] == "optimal"
+        assert point["gap"] == pytest.approx(0.0, abs=1e-9)
         assert point["loss"] == pytest.approx(result.sensitivity.predict(best))
         if point["used"] == pytest.approx(average_bits(best)):
             assert point["bytes"] == result.costs["size"].of(best)
@@ -80,3 +86,15 @@ def test_out_of_time_leaves_points_out_and_says_so() -> None:
     told = frontier(small_result(), seconds=-1.0)
     assert told["points"] == []
     assert told["left_out"] == POINTS
+
+
+def test_plans_that_were_not_proved_in_time_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hurried(*arguments: Any, **options: Any) -> Solution:
+        assert 0.0 < options["time_limit"] < 1.0
+        return replace(iqp(*arguments, **options), status="feasible", gap=0.25)
+
+    iqp = SOLVERS["iqp"]
+    monkeypatch.setitem(SOLVERS._entries, "iqp", hurried)
+    told = frontier(small_result())
+    assert {(point["status"], point["gap"]) for point in told["points"]} == {("feasible", 0.25)}
+    assert "feasible, gap 25.0 %" in render({**content(small_result()), "frontier": told})
