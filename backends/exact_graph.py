@@ -7,8 +7,9 @@ over the runtime's formula (`fxquant.backends.requantize`) and nothing else: the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,12 @@ from fxquant.backends.int8_grid import UINT8_MAX, Grid
 from fxquant.backends.int8_rules import clip_bounds
 from fxquant.backends.qdq_ops import dequantize, dequantize_channels, quantize
 from fxquant.backends.reference import to_qdq
-from fxquant.backends.requantize import Requantization, Sums, requantization
+from fxquant.backends.requantize import FORMS, Requantization, Sums, requantization
 from fxquant.core.graphs import constant, erase_dead, finish
 from fxquant.core.ops import ScaleRule, rule_of
+
+FORM = "form"
+"""Key of a node's meta: how a runtime computes it."""
 
 WHOLE = 2.0**24
 """float32 holds every integer up to here, and so every sum that stays below, in whatever order it is formed."""
@@ -69,6 +73,8 @@ class ExactLayer(nn.Module):
         addend: Grid | None = None,
     ) -> None:
         super().__init__()
+        #: how a compiler is told, see `FORMS`; any other word stands for the kernel itself
+        self.form = "call"
         self.rule, self.op, self.linear, self.grid, self.out, self.addend = rule, op, linear, grid, out, addend
         rows = weight.flatten(1).double()
         largest = rows.abs().sum(dim=1) * UINT8_MAX + (0 if bias is None else bias.double().abs())
@@ -84,6 +90,9 @@ class ExactLayer(nn.Module):
         centred = q.to(self.weight.dtype) - self.grid.zero_point
         sums = self.op(centred, self.weight)
         found = Sums(sums, self.grid.scale, self.scales, self.bias, self.shift)
+        if self.form in FORMS:
+            levels = FORMS[self.form](found, addend, self.addend, self.out)
+            return levels if self.out is None else _clamped(levels, self.out)
         if addend is not None:
             assert self.rule.conv_add is not None
             assert self.addend is not None
@@ -115,7 +124,7 @@ def _clamped(levels: Tensor, grid: Grid) -> Tensor:
     return levels.clamp(grid.low, grid.high).to(torch.uint8)
 
 
-def exact_graph(module: GraphModule, runtime: str) -> GraphModule:
+def exact_graph(module: GraphModule, runtime: str, forms: Mapping[str, str] = MappingProxyType({})) -> GraphModule:
     """Return the graph whose integers are those that a runtime computes.
 
     Layers, sums, products and poolings between quantizers are computed on integers; what the plan or the op leaves in
@@ -125,6 +134,7 @@ def exact_graph(module: GraphModule, runtime: str) -> GraphModule:
     Args:
         module: simulated graph; it is not changed.
         runtime: `onnxruntime`, `fx_int8` or `compiled`.
+        forms: name of a convolution -> how the runtime computes it where that is not by the kernel (`told_forms`).
 
     Raises:
         OptionError: no formula is known for the runtime.
@@ -132,6 +142,8 @@ def exact_graph(module: GraphModule, runtime: str) -> GraphModule:
     """
     rule = requantization(runtime)
     exact = to_qdq(module)
+    for node in exact.graph.nodes:
+        node.meta[FORM] = forms.get(node.name, "call")
     for node in list(exact.graph.nodes):
         if node.target is quantize:
             _replace_quantize(exact, node, rule)
@@ -234,7 +246,9 @@ def _layer(exact: GraphModule, node: Node, rule: Requantization, out: Grid | Non
         return None
     assert callable(node.target)
     op = partial(_weighted, node.target, tuple(rest[1:]))
-    return ExactLayer(rule, op, row.kind == "linear", integers, scales, offsets, _grid(exact, source), out)
+    layer = ExactLayer(rule, op, row.kind == "linear", integers, scales, offsets, _grid(exact, source), out)
+    layer.form = node.meta[FORM]
+    return layer
 
 
 def _fused_sum(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 from itertools import product
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,8 @@ class IntegerConv(nn.Module):
         if self.form != "call":
             self._rescaling(1.0 if grids.out is None else grids.out.scale)
         self._packed = _Packed()
+        small = shape is not None and prod(shape) < SMALL_SUM
+        self.sums_behind = grids.addend is not None and small and self.form == "call" and not self.exact
         if shape is not None and self.form == "call" and not self.exact and not geometry.sees_only_padding(self.weight):
             self._packed.weight = kernels.packed_conv(self.weight, scales, grids.source, geometry, shape)
             self.register_buffer("zeros", torch.zeros(len(scales), dtype=torch.int8), persistent=False)
@@ -118,6 +121,11 @@ class IntegerConv(nn.Module):
     def out(self) -> Grid | None:
         """Grid of the output, None for float32."""
         return self.grids.out
+
+    @property
+    def told(self) -> str:
+        """How a compiler is told: the form, or "sum behind" where it adds the second operand itself."""
+        return "sum behind" if self.sums_behind and self._packed.weight is not None else self.form
 
     @property
     def kernel(self) -> str:
@@ -150,8 +158,7 @@ class IntegerConv(nn.Module):
         out, addend = self.grids.out, self.grids.addend
         if self.form == "call":
             packed = None if torch.compiler.is_exporting() else self._packed.weight
-            small = x.numel() < SMALL_SUM
-            if packed is None or (other is not None and not small):
+            if packed is None or (other is not None and not self.sums_behind):
                 given = (self.weight, self.scales, self.bias, self.geometry, self.grids, other, self.exact)
                 return conv2d_op(x, *given)
             # A small sum costs less in the loop behind than in an op of ours, which a compiler calls through Python.

@@ -226,6 +226,20 @@ def _inductor_linear_real(found: Sums, step: float = 1.0) -> Tensor:
     return sums * factor + offset
 
 
+def _inductor_fused(found: Sums, q: Tensor | None, grid: Grid | None, out: Grid | None) -> Tensor:
+    real = _inductor_linear_real(found, 1.0 if out is None else out.scale)
+    if q is not None and grid is not None and out is not None:
+        real = real + _centred(q, grid) * _f32(grid.scale / out.scale)
+    return real if out is None else torch.round(real) + out.zero_point
+
+
+def _inductor_sum_behind(found: Sums, q: Tensor | None, grid: Grid | None, out: Grid | None) -> Tensor:
+    real = _onednn_real(found)
+    if q is None or grid is None or out is None:
+        return real if out is None else _onednn_levels(real, out)
+    return _loop(real + _centred(q, grid) * _f32(grid.scale), 1.0 / out.scale, out)
+
+
 def _inductor_linear(found: Sums, out: Grid) -> Tensor:
     return torch.round(_inductor_linear_real(found, out.scale)) + out.zero_point
 
@@ -289,6 +303,14 @@ REQUANTIZATIONS: dict[str, Requantization] = {
     ),
 }
 """Runtime -> its formulas."""
+
+
+FORMS: dict[str, Callable[[Sums, Tensor | None, Grid | None, Grid | None], Tensor]] = {
+    "rows": _inductor_fused,
+    "shifted": _inductor_fused,
+    "sum behind": _inductor_sum_behind,
+}
+"""How a compiled convolution is told (`IntegerConv.told`) -> its formula: sums, addend, its grid, output grid."""
 
 
 def requantization(runtime: str) -> Requantization:

@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 
 from fxquant.backends.edge_trace import Integers, Trace, Tracer, edge_labels, lowered_tracer, run_traced, value_names
 from fxquant.backends.exact_graph import exact_graph
-from fxquant.backends.fx_int8 import FxInt8Backend
+from fxquant.backends.fx_int8 import FxInt8Backend, told_forms
 from fxquant.backends.onnx_qdq import onnx_module
 from fxquant.core.data import CalibrationSet, collect
 from fxquant.core.errors import FileFormatError, OptionError, ParityError
@@ -215,7 +215,7 @@ def compare(
         run = _Run(
             name,
             RUNTIMES[name](simulated, model, threads),
-            _Comparison("exact", f"exact {name}", name, exact_graph(simulated, name)),
+            _Comparison("exact", f"exact {name}", name, exact_graph(simulated, name, _forms(simulated, name))),
             _Comparison("simulated", "simulated", name, simulated),
         )
         runs.append(run)
@@ -354,6 +354,11 @@ def _eager(simulated: GraphModule, model: bytes | None, threads: int | None) -> 
 def _compiled(simulated: GraphModule, model: bytes | None, threads: int | None) -> Tracer:
     del model, threads
     return lowered_tracer(simulated, FxInt8Backend().lower(simulated, BATCH), inductor=True)
+
+
+def _forms(simulated: GraphModule, runtime: str) -> dict[str, str]:
+    """Return which convolutions a runtime computes otherwise than by the kernel of eager execution."""
+    return told_forms(FxInt8Backend().lower(simulated, BATCH)) if runtime == "compiled" else {}
 
 
 RUNTIMES: dict[str, Callable[[GraphModule, bytes | None, int | None], Tracer]] = {

@@ -154,6 +154,26 @@ class AttentionNet(nn.Module):
         return answer
 
 
+class InvertedNet(nn.Module):
+    """Inverted residuals: products over single pixels and depthwise filters, sums behind both kinds of filter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.wide = nn.Conv2d(8, 16, 1)
+        self.depth = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.narrow = nn.Conv2d(16, 8, 1)
+        self.same = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.stem(x))
+        x = x + self.narrow(F.relu6(self.depth(F.relu6(self.wide(x)))))
+        x = torch.relu(x + self.same(x))
+        answer: Tensor = self.fc(x.mean(dim=(2, 3)))
+        return answer
+
+
 class TokenNet(nn.Module):
     """Integer inputs, an embedding whose table is also the classifier's weight."""
 
@@ -299,6 +319,7 @@ MODELS: dict[str, Case] = {
     "two_inputs": Case(TwoInputNet, _pair),
     "sequence": Case(SequenceNet, _images(2, 14)),
     "attention": Case(AttentionNet, _images(3, 8, 8)),
+    "inverted": Case(InvertedNet, _images(3, 12, 12)),
     "tokens": Case(TokenNet, lambda count: (torch.arange(count * 4).reshape(count, 4) % 11,)),
     "functional": Case(FunctionalNet, _images(3, 6, 6)),
     "add_of_floats": Case(AddOfFloatsNet, _images(3, 6, 6)),

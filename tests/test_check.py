@@ -19,6 +19,7 @@ from benchmarks.data import data_folder
 from benchmarks.zoo import NETWORKS
 from fxquant import pipeline
 from fxquant.api import capture, prepare
+from fxquant.backends.fx_int8 import FxInt8Backend, told_forms
 from fxquant.backends.onnx_export import to_onnx
 from fxquant.check import AGREEMENT, Pair, Parity, as_json, check, compare
 from fxquant.cli import main
@@ -30,8 +31,10 @@ from fxquant.core.settings import Settings
 from fxquant.core.spec import Choice, Sites
 from fxquant.outputs import write_outputs
 from tests.backends.lowered import QUANTIZED, example, simulated
+from tests.models import MODELS, built
 from tests.small import images, small_result
 
+FX_INT8 = Settings(bits=(8,), target="fx_int8")
 EAGER = ("onnxruntime", "fx_int8")
 
 
@@ -112,6 +115,19 @@ def test_the_compiled_graph_computes_the_same_integers() -> None:
     assert found.within, found.summary()
     assert (exact.runtime, exact.first) == ("compiled", None)
     assert exact.edges > 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_compiled_graph_computes_the_same_integers_in_every_form() -> None:
+    images = CalibrationSet(MODELS["inverted"].inputs(16))
+    program = prepare(capture(built("inverted"), images), FX_INT8)
+    program = pipeline.calibrate(program, images)
+    module = pipeline.simulate(program, pipeline.widest_plan(program)).module
+    forms = told_forms(FxInt8Backend().lower(module, 32))
+    assert {"rows", "shifted", "call", "sum behind"} <= set(forms.values())
+    exact, _ = compare(module, images, ("compiled",)).pairs
+    assert exact.first is None, exact
+    assert exact.edges > 4
 
 
 def test_what_was_found_is_told_as_table_and_as_json() -> None:
