@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
+from fxquant.backends.int8_compiled import compiled
 from fxquant.backends.qdq_ops import EDGE, quantize
 from fxquant.backends.reference import to_qdq
 from fxquant.core.fake_quant import FakeQuantize
@@ -170,7 +171,7 @@ def lowered_tracer(module: GraphModule, lowered: GraphModule, inductor: bool = F
     # The answer is a pair now, whatever structure the model's own has.
     graph.set_codegen(torch.fx.graph.CodeGen())
     finish(watched)
-    call = torch.compile(watched) if inductor else watched
+    call = compiled(watched) if inductor else watched
 
     def run(inputs: tuple[Tensor, ...]) -> Trace:
         with torch.no_grad():

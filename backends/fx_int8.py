@@ -17,6 +17,7 @@ from torch.fx.node import map_arg
 
 from fxquant.backends.base import Executable
 from fxquant.backends.int8_attention import STANDS_FOR, fuse_attention
+from fxquant.backends.int8_compiled import compiled
 from fxquant.backends.int8_conv import IntegerConv
 from fxquant.backends.int8_grid import Grid
 from fxquant.backends.int8_linear import IntegerLinear
@@ -93,7 +94,7 @@ class FxInt8Backend:
         if not inputs:
             raise LoweringError("a graph is compiled for example inputs; give at least one tensor")
         lowered = self.lower(module, int(inputs[0].shape[0]))
-        call = torch.compile(lowered) if self.inductor else lowered
+        call = compiled(lowered) if self.inductor else lowered
 
         def run(batch: tuple[Tensor, ...]) -> Tensor:
             before = torch.get_num_threads()

@@ -23,7 +23,7 @@ CALL = 1e-4
 PASS_PER_ELEMENT = 4.5e-10
 """Seconds per output element that rescaling int32 sums in a pass of its own takes longer than in place (measured)."""
 
-PASS_PER_TAP = 1.4e-10
+PASS_PER_TAP = 0.8e-10
 """Seconds per output element and filter tap that a depthwise filter takes longer in fused float code (measured)."""
 
 
@@ -45,7 +45,8 @@ def traced_form(weight: Tensor, geometry: ConvGeometry, outputs: int) -> str:
     taps = weight.shape[2] * weight.shape[3]
     if taps == 1 and geometry.groups == 1 and geometry.padding == (0, 0):
         return "rows" if outputs * PASS_PER_ELEMENT < CALL else "call"
-    depthwise = geometry.groups == weight.shape[0] and weight.shape[1] == 1
+    # With padding a compiler tests every pixel it loads, and no longer loads many at once.
+    depthwise = geometry.groups == weight.shape[0] and weight.shape[1] == 1 and geometry.padding == (0, 0)
     return "shifted" if depthwise and outputs * taps * PASS_PER_TAP < CALL else "call"
 
 

@@ -24,6 +24,7 @@ from benchmarks.zoo import NETWORKS
 from fxquant import pipeline
 from fxquant.api import capture, prepare
 from fxquant.backends.fx_int8 import FxInt8Backend
+from fxquant.backends.int8_compiled import compiled
 from fxquant.backends.onnx_session import session_options
 from fxquant.core.data import CalibrationSet
 from fxquant.core.settings import Settings
@@ -64,6 +65,13 @@ def _freeze() -> None:
     inductor.freezing = True
 
 
+def _torchao_cpp(network: str, batch: Tensor, threads: int, folder: Path) -> Run:
+    import torch._inductor.config as inductor
+
+    inductor.cpp_wrapper = True
+    return _torchao(network, batch, threads, folder)
+
+
 def _torchao(network: str, batch: Tensor, threads: int, folder: Path) -> Run:
     del threads, folder
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -90,7 +98,7 @@ def _lowered(network: str, batch: Tensor, inductor: bool) -> Run:
     program = pipeline.calibrate(program, calibration)
     fake = pipeline.simulate(program, pipeline.widest_plan(program)).module
     lowered = FxInt8Backend().lower(fake, len(batch))
-    call = torch.compile(lowered) if inductor else lowered
+    call = compiled(lowered) if inductor else lowered
     return lambda: call(batch)
 
 
@@ -144,6 +152,7 @@ CONTESTANTS: dict[str, Callable[[str, Tensor, int, Path], Run]] = {
     "torch eager": _torch_eager,
     "torch Inductor": _torch_inductor,
     "torchao PT2E + Inductor": _torchao,
+    "torchao PT2E + Inductor, C++ wrapper": _torchao_cpp,
     "fxquant eager": _fx_eager,
     "fxquant compiled": _fx_compiled,
 }

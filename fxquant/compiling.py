@@ -31,6 +31,7 @@ from fxquant.api import quantize
 from fxquant.backends.dynamic_linear import lower_dynamic
 from fxquant.backends.dynamo import DynamoGraph, caller_arguments, free_batch
 from fxquant.backends.fx_int8 import FxInt8Backend
+from fxquant.backends.int8_compiled import compiled
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.budget import Budget
 from fxquant.core.data import CalibrationSet, collect
@@ -283,7 +284,7 @@ class _Inductor:
     """Runs a graph through Inductor; eagerly from the first failure on."""
 
     def __init__(self, graph: GraphModule) -> None:
-        self._eager, self._compiled = graph, torch.compile(graph)
+        self._eager, self._compiled = graph, compiled(graph)
         self._works = True
 
     def __call__(self, *inputs: Tensor) -> Any:

@@ -161,14 +161,14 @@ class InvertedNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
         self.wide = nn.Conv2d(8, 16, 1)
-        self.depth = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.depth = nn.Conv2d(16, 16, 3, groups=16)
         self.narrow = nn.Conv2d(16, 8, 1)
         self.same = nn.Conv2d(8, 8, 3, padding=1)
         self.fc = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu6(self.stem(x))
-        x = x + self.narrow(F.relu6(self.depth(F.relu6(self.wide(x)))))
+        x = x + self.narrow(F.relu6(self.depth(F.pad(F.relu6(self.wide(x)), (1, 1, 1, 1)))))
         x = torch.relu(x + self.same(x))
         answer: Tensor = self.fc(x.mean(dim=(2, 3)))
         return answer

@@ -289,7 +289,7 @@ def test_where_inductor_fails_the_graph_runs_eagerly(monkeypatch: pytest.MonkeyP
 
     model = small()
     graph = fxquant.capture(model, images()).module
-    monkeypatch.setattr(torch, "compile", lambda _: failing)
+    monkeypatch.setattr(compiling, "compiled", lambda _: failing)
     run = compiling._Inductor(graph)
     with pytest.warns(UserWarning, match=r"runs eagerly instead \(no compiler\)"):
         made = run(images(2))

@@ -48,7 +48,8 @@ def test_form_is_chosen_by_shape_and_size(outputs: int, groups: int, kernel: int
     assert traced_form(weight, ConvGeometry((1, 1), (0, 0), (1, 1), groups), elements) == form
 
 
-def test_padding_of_a_single_pixel_needs_the_kernel() -> None:
+def test_padding_needs_the_kernel() -> None:
+    assert traced_form(torch.zeros(6, 1, 3, 3), ConvGeometry((1, 1), (1, 1), (1, 1), 6), 1000) == "call"
     assert traced_form(torch.zeros(8, 6, 1, 1), ConvGeometry((1, 1), (1, 0), (1, 1), 1), 1000) == "call"
 
 
