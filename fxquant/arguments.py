@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from fxquant.backends.base import BACKENDS
+from fxquant.backends.onnx_options import BLOCK_SIZES
+from fxquant.backends.onnx_options import RUNTIMES as LAYOUTS
 from fxquant.bench import ROUNDS
 from fxquant.check import RUNTIMES
 from fxquant.core.errors import OptionError
@@ -184,7 +186,12 @@ def _pareto(parser: argparse.ArgumentParser) -> None:
 def _export(parser: argparse.ArgumentParser) -> None:
     _folder(parser)
     parser.add_argument("--plan", type=Path, metavar="FILE", help="a plan.json edited by hand")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default DIR/model.onnx")
+    add = parser.add_argument
+    add("--output", type=Path, metavar="FILE", help="default DIR/model.onnx")
+    add("--runtime", choices=LAYOUTS, default=LAYOUTS[0], help="whom the file is laid out for")
+    add("--weight-only", type=_names, default=(), metavar="GLOB,GLOB", help="linear layers of <= 4 bits in blocks")
+    add("--block-size", type=int, choices=BLOCK_SIZES, default=32, help="inputs per scale of such a layer")
+    add("--external-data", action="store_true", help="write the weights to FILE.data, as files over 2 GB must")
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:

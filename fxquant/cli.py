@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from fxquant import api
 from fxquant.arguments import build_parser, forbidden, image_options, pins, rounding_options
+from fxquant.backends.onnx_options import OnnxOptions
 from fxquant.bench import bench
 from fxquant.check import as_json as parity_json
 from fxquant.check import check
@@ -179,7 +180,8 @@ def _export(args: argparse.Namespace) -> None:
     if args.plan is not None:
         result = result.with_plan(args.plan)
     path = args.output or args.folder / "model.onnx"
-    measured = export(result, path)
+    options = OnnxOptions(args.runtime, args.weight_only, args.block_size, args.external_data)
+    measured = export(result, path, options)
     if not args.quiet:
         kernels = measured["kernels"]
         integer = sum(kernel != "float" for kernel in kernels.values())

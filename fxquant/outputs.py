@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fxquant.backends.onnx_options import OnnxOptions
 from fxquant.backends.onnx_qdq import onnx_module
 from fxquant.core.errors import FileFormatError, MissingDependencyError, OptionError, OutputError
 from fxquant.core.settings import Settings
@@ -119,16 +120,17 @@ def _move_in(staging: Path, folder: Path) -> None:
         path.replace(folder / path.name)
 
 
-def export(result: Result, path: Path) -> dict[str, Any]:
+def export(result: Result, path: Path, options: OnnxOptions | None = None) -> dict[str, Any]:
     """Write the ONNX model and return what it measures: its bytes, and the kernel ONNX Runtime runs for each layer.
 
     Raises:
+        OptionError: an option that does not fit the network.
         OutputError: the path cannot be written.
         LoweringError: an op has no ONNX form.
         MissingDependencyError: the onnx extra is not installed.
     """
     session = onnx_module("onnx_session")
-    written = result.to_onnx(path)
+    written = result.to_onnx(path, options)
     return {"bytes_on_disk": written.bytes, "kernels": dict(session.kernel_report(path).kernels)}
 
 

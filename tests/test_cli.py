@@ -99,6 +99,17 @@ def test_allocate_out_of_reach_leaves_the_result_as_it_was(folder: Path, capsys:
     assert {name: (folder / name).read_bytes() for name in files(folder)} == before
 
 
+def test_export_takes_the_choices_of_a_file(folder: Path, tmp_path: Path, capsys: Captured) -> None:
+    path = tmp_path / "apart.onnx"
+    assert main(["export", str(folder), "--output", str(path), "--external-data", "--runtime", "openvino"]) == 0
+    weights = tmp_path / "apart.onnx.data"
+    # Weights as small as this network's stay in the graph, and the file beside it is empty.
+    assert weights.is_file()
+    assert f"{path.stat().st_size + weights.stat().st_size} bytes" in capsys.readouterr().out
+    command = ["export", str(folder), "--output", str(path), "--weight-only", "nose"]
+    assert "weight_only='nose' names no linear layer" in failure(command, 2, capsys)
+
+
 def test_export_with_an_edited_plan(folder: Path, tmp_path: Path, capsys: Captured) -> None:
     document = json.loads((folder / "plan.json").read_text())
     document["choices"] = dict.fromkeys(document["choices"], "W2A8")
