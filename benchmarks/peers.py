@@ -46,6 +46,7 @@ class Contestant:
     """One process and the milliseconds it took per call, round by round."""
 
     def __init__(self, name: str, network: str, batch: int, threads: int) -> None:
+        self.name = name
         command = [sys.executable, "-m", "benchmarks.contestants", name, network, str(batch), str(threads)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TF_CPP_MIN_LOG_LEVEL": "3"}
         log = FOLDER / network / f"{name.replace(' ', '_').replace('/', '_')}.log"
@@ -86,15 +87,16 @@ def measure(network: str, batch: int, threads: int, rounds: int, names: Sequence
     """Return the row of one network, batch and number of threads, and who could not take part."""
     running: dict[str, Contestant] = {}
     absent = []
-    for name in names:
-        contestant = Contestant(name, network, batch, threads)
-        if contestant.ready():
-            running[name] = contestant
-            first = contestant.turn()["wall"]
-            contestant.calls = max(1, round(SHORTEST_TURN_MS / first))
-        else:
-            contestant.close()
-            absent.append(f"{name} on {network}: {_last_line(contestant.log)}")
+    # Compilers work on one core each: two contestants get ready at a time.
+    for first in range(0, len(names), 2):
+        for contestant in [Contestant(name, network, batch, threads) for name in names[first : first + 2]]:
+            if contestant.ready():
+                running[contestant.name] = contestant
+            else:
+                contestant.close()
+                absent.append(f"{contestant.name} on {network}: {_last_line(contestant.log)}")
+    for contestant in running.values():
+        contestant.calls = max(1, round(SHORTEST_TURN_MS / contestant.turn()["wall"]))
     for number in range(rounds):
         order = list(running.values())
         for contestant in order[number % len(order) :] + order[: number % len(order)]:
