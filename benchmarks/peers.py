@@ -109,7 +109,7 @@ def measure(network: str, batch: int, threads: int, rounds: int, names: Sequence
         row[f"{name} ms"] = round(statistics.median(contestant.wall), 3)
         row[f"{name} cpu ms"] = round(statistics.median(contestant.busy), 3)
         row[f"{name} quartiles ms"] = " to ".join(f"{q:.3g}" for q in _quartiles(contestant.wall))
-    return row | ratios(row) | peak_share(row, network), absent
+    return row, absent
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:
@@ -123,19 +123,23 @@ def _last_line(log: Path) -> str:
 
 
 def ratios(row: Row) -> Row:
-    """Return the ratios of `RATIOS` from the medians of a row; of several contestants the fastest counts."""
+    """Return the ratios of `RATIOS` from the medians of a row; of several contestants the fastest counts.
+
+    On one thread processor time is compared as well: it is what remains comparable on a machine that others use too.
+    """
     found: Row = {}
-    for column, (above, below) in RATIOS.items():
-        best = [_fastest(row, start) for start in (above, below)]
-        found[column] = None if None in best else round(float(best[0] or 0) / float(best[1] or 1), 3)
+    for clock in ("", " cpu") if row["threads"] == 1 else ("",):
+        for column, (above, below) in RATIOS.items():
+            best = [_fastest(row, start, clock) for start in (above, below)]
+            found[column + clock] = None if None in best else round(float(best[0] or 0) / float(best[1] or 1), 3)
     return found
 
 
-def _fastest(row: Row, start: str) -> float | None:
-    times = [
-        v for c, v in row.items() if c.startswith(start) and c.endswith(" ms") and not c.endswith((" cpu ms", "s ms"))
-    ]
-    return min((float(v) for v in times if isinstance(v, float)), default=None)
+def _fastest(row: Row, start: str, clock: str) -> float | None:
+    ends = (" quartiles ms",) if clock else (" quartiles ms", " cpu ms")
+    medians = [column for column in row if column.endswith(f"{clock} ms") and not column.endswith(ends)]
+    times = [row[column] for column in medians if column.startswith(start)]
+    return min((time for time in times if isinstance(time, float)), default=None)
 
 
 def peak_share(row: Row, network: str) -> Row:
@@ -190,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     row, missing = measure(network, batch, threads, chosen.rounds, names)
                     write_json(part, "benchmark part", 1, {"row": row, "absent": missing})
                 kept = read_json(part, "benchmark part", 1)
-                rows.append(kept["row"])
+                rows.append(kept["row"] | ratios(kept["row"]) | peak_share(kept["row"], network))
                 absent += kept["absent"]
                 print({k: v for k, v in rows[-1].items() if "ms" not in k or k.endswith(" ms")}, flush=True)
     meta = {
