@@ -17,6 +17,7 @@ from fxquant.api import (
 )
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.budget import Budget
+from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import FxquantError
 from fxquant.core.settings import Settings
 from fxquant.core.spec import Choice
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BitAllocation",
     "Budget",
+    "CalibrationSet",
     "Choice",
     "FxquantError",
     "Result",

@@ -11,6 +11,7 @@ from fxquant.core.budget import Budget
 from fxquant.core.cost import CostTables
 from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import InfeasibleBudgetError, OptionError, PipelineError
+from fxquant.core.gradients import gradients
 from fxquant.core.grids import WeightGrids
 from fxquant.core.limits import LIMIT_TABLES, fits, infeasible_message, reachable, unit_of, usage
 from fxquant.core.losses import LOSSES, default_loss
@@ -76,7 +77,8 @@ class Pipeline:
 
 def run(program: Program, *passes: Pass) -> Program:
     """Check the order against the program's facts and run the passes."""
-    return Pipeline(passes, frozenset(program.facts))(program)
+    with gradients():
+        return Pipeline(passes, frozenset(program.facts))(program)
 
 
 def _site_passes(target: Target, settings: Settings, keep_float: dict[str, str]) -> tuple[Pass, ...]:

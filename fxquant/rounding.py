@@ -12,6 +12,7 @@ from fxquant.core.allocation import BitAllocation
 from fxquant.core.budget import Budget
 from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import OptionError
+from fxquant.core.gradients import gradients
 from fxquant.core.oracle import model_outputs
 from fxquant.core.program import Program
 from fxquant.core.progress import SILENT, Reporter
@@ -97,7 +98,8 @@ def round_plan(
             dict(overrides or {}),
             reporter,
         )
-        rounded = ROUNDERS[name](task)
+        with gradients():
+            rounded = ROUNDERS[name](task)
     return rounded if held_out is None else _better(program, rounded, chain, held_out, loss, reporter)
 
 

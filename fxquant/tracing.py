@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 from fxquant.core.errors import CaptureError
+from fxquant.core.gradients import differentiable
 from fxquant.core.program import Program
 
 
@@ -102,7 +103,19 @@ def capture(
         raise CaptureError(f"the exported program cannot be brought to functional ATen: {_summary(error)}") from error
     assert isinstance(module, GraphModule)
     _check_weights(module)
+    _leave_inference_mode(module)
     return Program(GraphModule(module, module.graph), {ExportedProgram: exported})
+
+
+def _leave_inference_mode(module: GraphModule) -> None:
+    """Replace weights that were made under `torch.inference_mode`; scoring needs gradients to pass them."""
+    for path, weight in [*module.named_parameters(), *module.named_buffers()]:
+        if weight.is_inference():
+            parent, _, leaf = path.rpartition(".")
+            copied = differentiable(weight)
+            setattr(
+                module.get_submodule(parent), leaf, nn.Parameter(copied) if isinstance(weight, nn.Parameter) else copied
+            )
 
 
 def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, dynamic_image: bool) -> ExportedProgram:

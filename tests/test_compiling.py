@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import compiling
 from fxquant.compiling import compile_graph
+from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import CalibrationError, FxquantError, InfeasibleBudgetError, OptionError
 from fxquant.core.oracle import first_tensor
 from fxquant.result import Result
@@ -321,3 +322,23 @@ def test_the_entry_point_is_there() -> None:
     module, _, attribute = place.partition(":")
     assert name == "fxquant"
     assert getattr(importlib.import_module(module), attribute) is compile_graph
+
+
+def test_two_models_of_one_class_have_calibration_sets_of_their_own() -> None:
+    torch._dynamo.reset()
+    answers = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model, given = small(), CalibrationSet((images(8) + seed,))
+        options: Any = {
+            "budget": {"average_bits": 8},
+            "quantize": {"effort": "fast"},
+            "calibration": given,
+            "inductor": False,
+        }
+        compiled = torch.compile(model, backend=compile_graph, options=options)
+        with torch.no_grad():
+            expected, made = model(images(4)), compiled(images(4))
+        assert (made - expected).abs().max() <= 0.1 * expected.abs().max()
+        answers.append(made)
+    assert not torch.equal(*answers)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fxquant.core.errors import CalibrationError
+from fxquant.core.gradients import differentiable
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CalibrationSet:
     """Images for calibration, all inputs of equal length along axis 0.
 
@@ -28,6 +29,7 @@ class CalibrationSet:
     labels: Tensor | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", tuple(differentiable(tensor) for tensor in self.inputs))
         if any(tensor.dim() == 0 for tensor in self.inputs):
             raise CalibrationError("a calibration input is a single number; give images with a batch axis in front")
         if not self.inputs or self.inputs[0].shape[0] == 0:
