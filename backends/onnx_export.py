@@ -84,25 +84,30 @@ def _model(
 ) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """Return the model, and the layers on blocks."""
     blocks, weight_only = to_blocks(module, options.weight_only, options.block_size)
-    qdq = prepare(to_qdq(blocks))
-    if options.runtime == "openvino":
+    # OpenVINO computes a layer in float where a reshape stands between it and a residual sum.
+    for_openvino = options.runtime == "openvino"
+    qdq = prepare(to_qdq(blocks), matrices=not for_openvino)
+    if for_openvino:
         qdq, storage = add_biases(qdq), readable_storage(storage)
     else:
         qdq = fold_stems(qdq)
     known: dict[Node, Piece] = {}
-    model, missing = _attempt(qdq, storage, known)
+    # Shared zero-points, which ONNX Runtime must have, keep OpenVINO from integers in layers of one width.
+    model, missing = _attempt(qdq, storage, known, not for_openvino)
     if missing:
         known = pieces(qdq, missing, int(model.opset_import[0].version))
-        model, _ = _attempt(qdq, storage, known)
+        model, _ = _attempt(qdq, storage, known, not for_openvino)
     for key, text in metadata.items():
         model.metadata_props.add(key=key, value=text)
     return model, weight_only
 
 
-def _attempt(qdq: GraphModule, storage: dict[int, int], known: dict[Node, Piece]) -> tuple[onnx.ModelProto, list[Node]]:
+def _attempt(
+    qdq: GraphModule, storage: dict[int, int], known: dict[Node, Piece], weight_zeros: bool
+) -> tuple[onnx.ModelProto, list[Node]]:
     """Write the graph, and return it with the nodes that neither a table nor `known` can write."""
     builder = GraphBuilder(_opset(qdq, storage))
-    lowering = Lowering(qdq, builder, storage)
+    lowering = Lowering(qdq, builder, storage, weight_zeros)
     inputs, results, missing = [], list[Node](), list[Node]()
     for node in qdq.graph.nodes:
         if node.op == "placeholder":

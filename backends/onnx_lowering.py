@@ -42,10 +42,13 @@ class Lowering:
         module: the graph that is written.
         builder: takes nodes and constants.
         storage_bits: bits of a weight's grid -> bits it is stored in.
+        weight_zeros: write the zero-points of weights, which are zeros.
     """
 
-    def __init__(self, module: GraphModule, builder: GraphBuilder, storage_bits: dict[int, int]) -> None:
-        self.module, self.builder, self.storage_bits = module, builder, storage_bits
+    def __init__(
+        self, module: GraphModule, builder: GraphBuilder, storage_bits: dict[int, int], weight_zeros: bool = True
+    ) -> None:
+        self.module, self.builder, self.storage_bits, self.weight_zeros = module, builder, storage_bits, weight_zeros
         self.values: dict[Node, str | tuple[str, ...]] = {}
         self.layers: dict[str, str] = {}
         self._lazy: dict[tuple[Node, bool], str] = {}
@@ -157,7 +160,7 @@ class Lowering:
             # ONNX Runtime folds the Cast when it loads, and runs the same kernels as for 8 bits.
             q = self.builder.node("Cast", [q], f"{path}_i8", to=3)
         inputs = [q, self.constant(self._array(scale), f"{path}_scale")]
-        if array.dtype == np.int8:
+        if array.dtype == np.int8 and self.weight_zeros:
             # Without an explicit zero-point Gemm is not fused. Layers of one width share it.
             inputs.append(self.constant(np.zeros(array.shape[axis], np.int8), f"zeros_{array.shape[axis]}"))
         self._lazy[node, transposed] = self.builder.node("DequantizeLinear", inputs, f"{path}_dq", axis=axis)

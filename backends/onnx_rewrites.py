@@ -55,8 +55,13 @@ def barrier(x: Tensor) -> Tensor:
     return x
 
 
-def prepare(module: GraphModule) -> GraphModule:
-    """Rewrite an explicit integer graph in place so that ONNX Runtime fuses all of it, and return it."""
+def prepare(module: GraphModule, matrices: bool = True) -> GraphModule:
+    """Rewrite an explicit integer graph in place so that ONNX Runtime fuses all of it, and return it.
+
+    Args:
+        module: explicit integer graph.
+        matrices: whether linear layers of more than two axes are computed on a matrix, see `_flatten_linear`.
+    """
     for node in list(module.graph.nodes):
         if node.target is aten.mean.dim:
             _keep_pooled_axes(node)
@@ -67,7 +72,7 @@ def prepare(module: GraphModule) -> GraphModule:
         if node.target in PADS:
             _pad_on_integers(node)
     for node in list(module.graph.nodes):
-        if node.target is aten.linear.default:
+        if matrices and node.target is aten.linear.default:
             _flatten_linear(node)
     for node in list(module.graph.nodes):
         if node.target is quantize:

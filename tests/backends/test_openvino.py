@@ -100,3 +100,21 @@ def test_accuracy_is_that_of_onnx_runtime(widths: tuple[int, ...]) -> None:
     right = [int((top == labels).sum()) for top in tops]
     assert abs(right[0] - right[1]) <= IMAGES // 200
     assert float(error_in_steps(*answers).mean()) < 0.75
+
+
+@pytest.mark.skipif(data_folder() is None, reason="needs the benchmark data folder: set FXQUANT_DATA")
+def test_every_linear_layer_of_a_transformer_runs_on_integers() -> None:
+    import openvino as ov
+
+    images = NETWORKS["deit_tiny"].calibration(4)
+    program = calibrated(
+        FoldBatchnorm()(Canonicalize()(capture(NETWORKS["deit_tiny"].factory(), (images,)))), (images,)
+    )
+    core = ov.Core()
+    model = core.read_model(to_onnx(plan_of(program, (8,)), options=FOR_OPENVINO).SerializeToString())
+    model.reshape([1, 3, 224, 224])
+    request = core.compile_model(model, "CPU", {**SETTINGS, "PERF_COUNT": True}).create_infer_request()
+    request.infer([images[:1].numpy()])
+    ran = [step.exec_type for step in request.profiling_info if step.node_type.startswith("FullyConnected")]
+    assert len(ran) == 49
+    assert all(kernel.lower().endswith("_i8") for kernel in ran), ran
