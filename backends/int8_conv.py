@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import reduce
 from itertools import product
-from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +24,6 @@ PASS_PER_ELEMENT = 4.5e-10
 
 PASS_PER_TAP = 0.8e-10
 """Seconds per output element and filter tap that a depthwise filter takes longer in fused float code (measured)."""
-
-
-SMALL_SUM = 60_000
-"""Input elements up to which a residual sum is cheaper in a compiler's loop than inside the convolution."""
 
 
 def traced_form(weight: Tensor, geometry: ConvGeometry, outputs: int) -> str:
@@ -99,8 +94,6 @@ class IntegerConv(nn.Module):
         if self.form != "call":
             self._rescaling(1.0 if grids.out is None else grids.out.scale)
         self._packed = _Packed()
-        small = shape is not None and prod(shape) < SMALL_SUM
-        self.sums_behind = grids.addend is not None and small and self.form == "call" and not self.exact
         if shape is not None and self.form == "call" and not self.exact and not geometry.sees_only_padding(self.weight):
             self._packed.weight = kernels.packed_conv(self.weight, scales, grids.source, geometry, shape)
             self.register_buffer("zeros", torch.zeros(len(scales), dtype=torch.int8), persistent=False)
@@ -126,7 +119,8 @@ class IntegerConv(nn.Module):
     @property
     def told(self) -> str:
         """How a compiler is told: the form, or "sum behind" where it adds the second operand itself."""
-        return "sum behind" if self.sums_behind and self._packed.weight is not None else self.form
+        summed = self.grids.addend is not None and self._packed.weight is not None
+        return "sum behind" if summed else self.form
 
     @property
     def kernel(self) -> str:
@@ -159,10 +153,10 @@ class IntegerConv(nn.Module):
         out, addend = self.grids.out, self.grids.addend
         if self.form == "call":
             packed = None if torch.compiler.is_exporting() else self._packed.weight
-            if packed is None or (other is not None and not self.sums_behind):
+            if packed is None:
                 given = (self.weight, self.scales, self.bias, self.geometry, self.grids, other, self.exact)
                 return conv2d_op(x, *given)
-            # A small sum costs less in the loop behind than in an op of ours, which a compiler calls through Python.
+            # A sum costs less in the loop behind than in an op of ours, which a compiler calls through Python.
             grids = self.grids if other is None else ConvGrids(self.grids.source, None)
             call = kernels.onednn_conv(packed, self.scales, self.zeros, self.bias, self.geometry, grids)
             real = call(x, None)
