@@ -181,15 +181,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", default="1,2", help="threads, comma-separated")
     parser.add_argument("--rounds", type=int, default=30, help="rounds of every contestant")
     parser.add_argument("--only", default="", help="contestants whose name contains one of these, comma-separated")
+    parser.add_argument("--kept", action="store_true", help="measure nothing: write the table of the rows kept so far")
     chosen = parser.parse_args(arguments)
     names = [name for name in CONTESTANTS if any(part in name for part in chosen.only.split(","))]
     rows: list[Row] = []
     absent: list[str] = []
     for network in chosen.networks.split(","):
-        absent += write_files(network, FOLDER / network)
+        if not chosen.kept:
+            absent += write_files(network, FOLDER / network)
         for batch in map(int, chosen.batches.split(",")):
             for threads in map(int, chosen.threads.split(",")):
                 part = FOLDER / f"{network}-{batch}-{threads}-{chosen.rounds}-{chosen.only or 'all'}.json"
+                if chosen.kept and not part.is_file():
+                    continue
                 if not part.is_file():
                     row, missing = measure(network, batch, threads, chosen.rounds, names)
                     write_json(part, "benchmark part", 1, {"row": row, "absent": missing})
