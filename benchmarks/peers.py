@@ -14,7 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -109,6 +109,9 @@ def measure(network: str, batch: int, threads: int, rounds: int, names: Sequence
         row[f"{name} ms"] = round(statistics.median(contestant.wall), 3)
         row[f"{name} cpu ms"] = round(statistics.median(contestant.busy), 3)
         row[f"{name} quartiles ms"] = " to ".join(f"{q:.3g}" for q in _quartiles(contestant.wall))
+    clocks = {"": {name: c.wall for name, c in running.items()}, " cpu": {name: c.busy for name, c in running.items()}}
+    for clock in clocks if threads == 1 else ("",):
+        row |= ratios(clocks[clock], clock)
     return row, absent
 
 
@@ -122,24 +125,22 @@ def _last_line(log: Path) -> str:
     return lines[-1][:200] if lines else "it ended without a word"
 
 
-def ratios(row: Row) -> Row:
-    """Return the ratios of `RATIOS` from the medians of a row; of several contestants the fastest counts.
+def ratios(rounds: Mapping[str, Sequence[float]], clock: str = "") -> Row:
+    """Return the ratios of `RATIOS`: the median over the rounds, which leaves out a machine's slow moments.
 
-    On one thread processor time is compared as well: it is what remains comparable on a machine that others use too.
+    Args:
+        rounds: contestant -> its milliseconds, round by round; of several that a column asks for the fastest counts.
+        clock: what columns end in; on one thread processor time is compared besides wall time.
     """
     found: Row = {}
-    for clock in ("", " cpu") if row["threads"] == 1 else ("",):
-        for column, (above, below) in RATIOS.items():
-            best = [_fastest(row, start, clock) for start in (above, below)]
-            found[column + clock] = None if None in best else round(float(best[0] or 0) / float(best[1] or 1), 3)
+    for column, starts in RATIOS.items():
+        fits = [[name for name in rounds if name.startswith(start)] for start in starts]
+        if not all(fits):
+            found[column + clock] = None
+            continue
+        above, below = (rounds[min(names, key=lambda name: statistics.median(rounds[name]))] for names in fits)
+        found[column + clock] = round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 3)
     return found
-
-
-def _fastest(row: Row, start: str, clock: str) -> float | None:
-    ends = (" quartiles ms",) if clock else (" quartiles ms", " cpu ms")
-    medians = [column for column in row if column.endswith(f"{clock} ms") and not column.endswith(ends)]
-    times = [row[column] for column in medians if column.startswith(start)]
-    return min((time for time in times if isinstance(time, float)), default=None)
 
 
 def peak_share(row: Row, network: str) -> Row:
@@ -198,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     row, missing = measure(network, batch, threads, chosen.rounds, names)
                     write_json(part, "benchmark part", 1, {"row": row, "absent": missing})
                 kept = read_json(part, "benchmark part", 1)
-                rows.append(kept["row"] | ratios(kept["row"]) | peak_share(kept["row"], network))
+                rows.append(kept["row"] | peak_share(kept["row"], network))
                 absent += kept["absent"]
                 print({k: v for k, v in rows[-1].items() if "ms" not in k or k.endswith(" ms")}, flush=True)
     meta = {
