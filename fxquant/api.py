@@ -10,24 +10,22 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from fxquant import pipeline, search
-from fxquant.backends.base import backend
+from fxquant import pipeline
 from fxquant.backends.onnx_qdq import write_onnx
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.budget import Budget
 from fxquant.core.data import collect
-from fxquant.core.errors import CalibrationError, OptionError
+from fxquant.core.errors import CalibrationError
 from fxquant.core.program import Program
 from fxquant.core.progress import Reporter
 from fxquant.core.settings import Effort, Settings
 from fxquant.core.settings import effort as effort_preset
 from fxquant.core.shards import ALONE, Shards
 from fxquant.core.spec import Choice
-from fxquant.passes.allocation import SOLVERS
-from fxquant.passes.rounding.bank import METHODS as BANK_METHODS
-from fxquant.passes.sensitivity import ESTIMATORS, FLOAT_ONLY
+from fxquant.passes.sensitivity import FLOAT_ONLY
 from fxquant.result import Result
 from fxquant.rounding import algorithms, round_plan, round_with_feedback
+from fxquant.smallest import choose
 from fxquant.tracing import capture as capture_program
 from fxquant.tracing import input_names
 
@@ -69,8 +67,8 @@ def quantize(
         model: trained module or exported program; it is copied, never modified, moved or switched to eval.
         calibration: iterable of Tensor | tuple | dict batches, or a tensor of images; a label that follows the inputs
             is ignored unless `loss` needs it. At least two images, a few hundred are good.
-        budget: limits, several at once; None only scores and leaves every layer at its widest integer precision, for
-            `resolve` to choose from later.
+        budget: limits on costs, on answers or both; None only scores and leaves every layer at its widest integer
+            precision, for `resolve` to choose from later.
         bits: candidate weight bits; 32 lets a layer stay in float.
         activation_bits: candidate activation bits.
         target: name of the runtime that will run the model.
@@ -135,7 +133,7 @@ def quantize(
         seed=seed,
         threads=threads,
     )
-    _check_names(settings)
+    pipeline.check_names(settings)
     _ = algorithms(settings.rounding, rounding_options)
     shards = Shards.from_environment() if distributed else ALONE
     reporter = Reporter(progress and shards.is_first)
@@ -152,11 +150,14 @@ def quantize(
     program = pipeline.measure_sensitivity(program, scoring, folder, reporter, shards)
     if budget is None:
         return Result(pipeline.impose(program, pipeline.widest_plan(program)), held_out)
-    program = search.allocate(program, budget, held_out, reporter, scoring, folder)
-    if settings.rounding != "nearest":
-        place = None if workdir is None else Path(workdir) / "rounding"
-        program = round_plan(program, settings.rounding, scoring, held_out, place, reporter, rounding_options)
-    return Result(program, held_out)
+    place = None if workdir is None else Path(workdir) / "rounding"
+
+    def finish(solved: Program) -> Program:
+        if settings.rounding == "nearest":
+            return solved
+        return round_plan(solved, settings.rounding, scoring, held_out, place, reporter, rounding_options)
+
+    return Result(choose(program, budget, held_out, reporter, scoring, folder, finish), held_out)
 
 
 def _choice(label: Choice | str) -> Choice:
@@ -166,17 +167,6 @@ def _choice(label: Choice | str) -> Choice:
 def _estimators(preset: Effort, context: str) -> tuple[str, ...]:
     """Return a preset's estimators, without those that score around the float network only where another is asked."""
     return tuple(name for name in preset.estimators if context == "float" or name not in FLOAT_ONLY)
-
-
-def _check_names(settings: Settings) -> None:
-    """Fail on a misspelt name before any work is done."""
-    _ = backend(settings.target)
-    _ = SOLVERS[settings.solver]
-    if settings.scoring_rounding not in ("nearest", *BANK_METHODS):
-        known = ", ".join(("nearest", *BANK_METHODS))
-        raise OptionError(f"unknown scoring_rounding {settings.scoring_rounding!r}; known: {known}")
-    for name in settings.estimators:
-        _ = ESTIMATORS[name]
 
 
 def capture(model: nn.Module | ExportedProgram, calibration: object, dynamic_image: bool = False) -> Program:
@@ -260,7 +250,7 @@ def allocate(
     """
     names = _placeholders(program)
     held_out, around = (None if each is None else collect(each, names) for each in (calibration, scoring))
-    return search.allocate(program, budget, held_out, Reporter(progress), around)
+    return choose(program, budget, held_out, Reporter(progress), around)
 
 
 def convert(program: Program, plan: BitAllocation | str | Path | None = None) -> Program:
@@ -355,7 +345,7 @@ def resolve(
     """
     known = result if isinstance(result, Result) else Result.load(result)
     held_out = known.held_out if calibration is None else collect(calibration, _placeholders(known.program))
-    program = search.allocate(known.program, budget, held_out, Reporter(progress))
+    program = choose(known.program, budget, held_out, Reporter(progress))
     return replace(known, program=program, held_out=held_out)
 
 

@@ -18,7 +18,6 @@ from torch.export import ExportedProgram
 
 from fxquant.core.errors import CalibrationError, FxquantError, MissingDependencyError, OptionError
 from fxquant.core.store import read_arrays
-from fxquant.result import load_exported
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 LABELS = ("labels", "label", "y")

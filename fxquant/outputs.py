@@ -15,7 +15,8 @@ from fxquant.backends.onnx_options import OnnxOptions
 from fxquant.backends.onnx_qdq import onnx_module
 from fxquant.core.errors import FileFormatError, MissingDependencyError, OptionError, OutputError
 from fxquant.core.settings import Settings
-from fxquant.core.store import atomic_path, read_json, write_json
+from fxquant.core.files import atomic_path
+from fxquant.core.store import read_json, write_json
 from fxquant.report.content import FORMAT_VERSION, content
 from fxquant.report.html import render
 from fxquant.result import Result

@@ -27,6 +27,7 @@ from fxquant.core.shards import ALONE, Shards
 from fxquant.core.spec import Choice, Sites
 from fxquant.core.store import tensor_digest, text_digest
 from fxquant.core.target import Target
+from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.base import Pass
 from fxquant.passes.calibrate import Calibrate
 from fxquant.passes.canonicalize import Canonicalize
@@ -37,8 +38,10 @@ from fxquant.passes.fold_batchnorm import FoldBatchnorm
 from fxquant.passes.insert_fake_quant import InsertFakeQuant
 from fxquant.passes.insert_observers import CollectRanges, InsertObservers
 from fxquant.passes.measure_sensitivity import MeasureSensitivity
+from fxquant.passes.rounding.bank import METHODS as BANK_METHODS
 from fxquant.passes.rounding.bank import RoundWeights
 from fxquant.passes.scale_weights import ScaleWeights
+from fxquant.passes.sensitivity import ESTIMATORS
 from fxquant.passes.tie_edges import TieEdges
 
 KEPT = "kept in float as asked"
@@ -87,6 +90,21 @@ def _site_passes(target: Target, settings: Settings, keep_float: dict[str, str])
         TieEdges(),
         FindSites(target, settings.bits, settings.activation_bits, settings.pins, settings.pin_ends, settings.forbid),
     )
+
+
+def check_names(settings: Settings) -> None:
+    """Fail on a misspelt name before any work is done.
+
+    Raises:
+        OptionError: an unknown target, solver, estimator or way of rounding.
+    """
+    _ = backend(settings.target)
+    _ = SOLVERS[settings.solver]
+    if settings.scoring_rounding not in ("nearest", *BANK_METHODS):
+        known = ", ".join(("nearest", *BANK_METHODS))
+        raise OptionError(f"unknown scoring_rounding {settings.scoring_rounding!r}; known: {known}")
+    for name in settings.estimators:
+        _ = ESTIMATORS[name]
 
 
 def find_sites(program: Program, settings: Settings) -> Program:
@@ -248,7 +266,7 @@ def check_budget(program: Program, budget: Budget) -> None:
     for name, limit in known.items():
         lowest = reachable(tables[LIMIT_TABLES[name][0]], sites)[0] / unit_of(name, tables)
         if lowest > limit * (1 + 1e-9):
-            raise InfeasibleBudgetError(infeasible_message(Budget(**known), sites, tables))
+            raise InfeasibleBudgetError(infeasible_message(Budget.of(known), sites, tables))
 
 
 def impose(program: Program, plan: BitAllocation, budget: Budget | None = None) -> Program:

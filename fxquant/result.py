@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,7 +17,8 @@ from fxquant.backends.onnx_qdq import write_onnx
 from fxquant.core.allocation import BitAllocation, Finalists
 from fxquant.core.cost import CostTable, CostTables
 from fxquant.core.data import CalibrationSet
-from fxquant.core.errors import CalibrationError, FileFormatError, OptionError, OutputError, PipelineError
+from fxquant.core.errors import CalibrationError, FileFormatError, OptionError, PipelineError
+from fxquant.core.exported import load_exported, save_exported
 from fxquant.core.grids import WeightGrids
 from fxquant.core.limits import usage
 from fxquant.core.oracle import model_outputs
@@ -28,14 +28,8 @@ from fxquant.core.rounding import Rounding
 from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
 from fxquant.core.settings import Settings
 from fxquant.core.spec import Candidate, Choice, Sites
-from fxquant.core.store import (
-    atomic_path,
-    read_json,
-    read_tensors,
-    text_digest,
-    write_json,
-    write_tensors,
-)
+from fxquant.core.staging import RESULT, finish, staged
+from fxquant.core.store import read_json, read_tensors, text_digest, write_json, write_tensors
 from fxquant.passes.scale_weights import ScaleWeights
 from fxquant.passes.verify_and_refine import measured_loss
 from fxquant.tracing import capture
@@ -46,8 +40,6 @@ if TYPE_CHECKING:
     from fxquant.backends.onnx_options import OnnxOptions
 
 FORMAT_VERSION = 1
-ROUNDED = ("rounded_weights.npz", "rounding.npz", "trained.npz")
-"""Files that only some results have."""
 HELD_OUT_LIMIT = 64 * 10**6
 """Bytes of held-out images that a saved result carries at most, so that it can verify new plans."""
 
@@ -241,16 +233,20 @@ class Result:
             "graph": text_digest(str(program.module.graph)),
             "torch": torch.__version__,
         }
-        _forget(folder)
+        with staged(folder, RESULT) as staging:
+            self._write(staging, document, held_out)
+        return folder
+
+    def _write(self, folder: Path, document: dict[str, Any], held_out: dict[str, torch.Tensor]) -> None:
+        program = self.program
         self.allocation.to_json(folder / "plan.json")
         for name, matrix in program[Surrogates].matrices.items():
             matrix.save(folder / f"sensitivity_{name}.npz")
         program[Ranges].save(folder / "ranges.npz")
-        with atomic_path(folder / "model.pt2") as temporary:
-            torch.export.save(_without_examples(program[ExportedProgram]), temporary)
+        save_exported(program[ExportedProgram], folder / "model.pt2")
         if held_out:
             write_tensors(folder / "held_out.safetensors", held_out)
-        if settings.scoring_rounding != "nearest":
+        if program[Settings].scoring_rounding != "nearest":
             program[WeightGrids].save_rounded(folder / "rounded_weights.npz")
         if Rounding in program:
             program[Rounding].save(folder / "rounding.npz")
@@ -258,9 +254,7 @@ class Result:
             # The same file format serves: other values than a rounding's are parameters by their path.
             values = program[TrainedValues]
             Rounding(values.choices, METHOD, parameters=values.values).save(folder / "trained.npz")
-        # Written last: a folder with it is whole.
         write_json(folder / "result.json", "result", FORMAT_VERSION, document)
-        return folder
 
     @staticmethod
     def load(folder: str | Path) -> Result:
@@ -272,6 +266,7 @@ class Result:
         folder = Path(folder)
         if not folder.is_dir():
             raise FileFormatError(f"{folder} is not a folder; give one that a result was saved in")
+        _ = finish(folder)
         document = read_json(folder / "result.json", "result", FORMAT_VERSION)
         try:
             settings = _settings_from_json(document["settings"])
@@ -313,40 +308,8 @@ class Result:
         return result if _plan_digest(plan) == digest else result.with_plan(plan)
 
 
-def load_exported(path: Path) -> ExportedProgram:
-    """Read a `.pt2` file.
-
-    Raises:
-        FileFormatError: missing, damaged or not an exported program.
-    """
-    if not path.is_file():
-        raise FileFormatError(f"cannot read {path}: no such file")
-    try:
-        return torch.export.load(path)
-    except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise FileFormatError(f"{path} is not an intact exported program ({first}); export it again") from error
-
-
 def _plan_digest(plan: BitAllocation) -> str:
     return text_digest(json.dumps(plan.to_json()["choices"], sort_keys=True))
-
-
-def _without_examples(exported: ExportedProgram) -> ExportedProgram:
-    # Example inputs are the one part of a .pt2 that torch pickles; nothing here reads them. The caller may own the
-    # program, so a shallow copy forgets them.
-    bare = copy.copy(exported)
-    bare.example_inputs = None
-    return bare
-
-
-def _forget(folder: Path) -> None:
-    """Remove what an earlier result left in the folder and this one might not write over."""
-    try:
-        for name in ("result.json", "held_out.safetensors", *ROUNDED):
-            (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror or error}; choose a writable folder") from error
 
 
 def _load_matrix(path: Path, candidates: tuple[Candidate, ...]) -> SensitivityMatrix:

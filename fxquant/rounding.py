@@ -137,7 +137,7 @@ def round_with_feedback(
         # From the network as it was calibrated: what a chain did to the best one's, it will do again.
         told = realised(best)
         program = program.with_facts(told[Surrogates], told[SensitivityMatrix])
-        again = search.allocate(program, Budget(**plan.limits), held_out, reporter)
+        again = search.allocate(program, Budget.of(plan.limits), held_out, reporter)
         if again[BitAllocation].choices == plan.choices:
             break
         tried = round_plan(again, chain, images, held_out, folder, reporter, overrides)

@@ -34,6 +34,8 @@ class BitAllocation:
         measured_loss: real loss on calibration images not used for scoring; None if not measured.
         finalists: name of each plan that was measured -> its real loss.
         border_cost: modelled cost of requantization between layers, in the unit of the loss; not part of `objective`.
+        quality: name of each limit on answers -> what held-out images measured.
+        quality_limits: name of each limit on answers -> what was allowed.
 
     Raises:
         OptionError: no sites, or an unknown status.
@@ -50,6 +52,8 @@ class BitAllocation:
     measured_loss: float | None = None
     finalists: dict[str, float] = field(default_factory=dict)
     border_cost: float = 0.0
+    quality: dict[str, float] = field(default_factory=dict)
+    quality_limits: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.choices:
@@ -76,13 +80,15 @@ class BitAllocation:
             numbers.append(("Held-out loss", _shown(self.measured_loss), "0 is the float model"))
         for name, limit in self.limits.items():
             numbers.append((name, _shown(self.used.get(name, math.nan)), f"of {_shown(limit)}"))
+        for name, limit in self.quality_limits.items():
+            numbers.append((name, _shown(self.quality.get(name, math.nan)), f"of {_shown(limit)}, held-out images"))
         rows = [(site, choice.label) for site, choice in self.choices.items()]
         return card("fxquant plan", tiles(numbers), table(("layer", "precision"), rows))
 
     def summary(self) -> str:
         """Return status, losses and what is used of each limit in one line."""
         measured = "" if self.measured_loss is None else f", measured {self.measured_loss:.4g}"
-        used = "".join(f", {name} {value:.4g}" for name, value in self.used.items())
+        used = "".join(f", {name} {value:.4g}" for name, value in {**self.used, **self.quality}.items())
         return f"{self.status}, loss {self.objective:.4g}{measured}{used}"
 
     def to_json(self, path: str | Path | None = None) -> dict[str, Any]:
@@ -103,6 +109,8 @@ class BitAllocation:
             "measured_loss": _plain(self.measured_loss),
             "finalists": {name: _plain(loss) for name, loss in self.finalists.items()},
             "border_cost": self.border_cost,
+            "quality": self.quality,
+            "quality_limits": self.quality_limits,
         }
         if path is not None:
             write_json(Path(path), "plan", FORMAT_VERSION, document)
@@ -129,6 +137,8 @@ class BitAllocation:
                 measured_loss=None if loss is None else float(loss),
                 finalists={str(k): _number(v) for k, v in document.get("finalists", {}).items()},
                 border_cost=float(document.get("border_cost", 0.0)),
+                quality={str(k): float(v) for k, v in document.get("quality", {}).items()},
+                quality_limits={str(k): float(v) for k, v in document.get("quality_limits", {}).items()},
                 **numbers,
             )
         except (KeyError, TypeError, ValueError, AttributeError, OptionError) as error:

@@ -1,17 +1,27 @@
-"""What the plan may cost: several limits at once, absolute or against the float model."""
+"""What the plan may cost and what it must keep: several limits at once, absolute or against the float model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from fxquant.core.errors import OptionError
+
+QUALITIES = ("loss", "disagreement", "accuracy_drop")
+"""Limits on the answers, measured on held-out images; the others are on costs, known from the plan."""
+MINIMIZED = ("size_ratio", "average_bits", "bops_ratio", "latency_ratio")
+"""What may be made small where only the answers are limited."""
 
 
 @dataclass(frozen=True)
 class Budget:
     """Upper limits on a plan; None means no limit, several hold together.
+
+    With a limit on the answers the cheapest plan is searched for that keeps it, and every other limit along with it.
+    No more images change between right and wrong than change their first answer, so `disagreement` bounds the loss of
+    accuracy on images without labels.
 
     Args:
         size_mb: 10^6 bytes really stored for all weights, scales, zero-points and biases.
@@ -22,9 +32,13 @@ class Budget:
         activation_mb: 10^6 bytes of the activations of one sample that are live at once, at the worst moment.
         latency_ms: milliseconds for one sample on this machine in the target's runtime.
         latency_ratio: the same against the float model in the same runtime.
+        loss: mean held-out loss against the float model, in the unit of the loss (KL in nats for class scores).
+        disagreement: share 0..1 of the held-out images whose first answer is not the float model's.
+        accuracy_drop: what the share of right first answers falls by on held-out images, 0..1; needs labels.
+        minimize: what to make small where the answers are limited, one of `MINIMIZED`.
 
     Raises:
-        OptionError: a limit that is not a finite positive number, or no limit at all.
+        OptionError: a limit that is not a finite number above 0 (of at least 0 for shares), or no limit at all.
     """
 
     size_mb: float | None = None
@@ -35,38 +49,64 @@ class Budget:
     activation_mb: float | None = None
     latency_ms: float | None = None
     latency_ratio: float | None = None
+    loss: float | None = None
+    disagreement: float | None = None
+    accuracy_drop: float | None = None
+    minimize: str = "size_ratio"
 
     def __post_init__(self) -> None:
-        names = [field.name for field in fields(self)]
-        for name in names:
+        for name in _names():
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise OptionError(f"budget {name}={value!r} must be a finite number")
+            # Shares of images may be none at all; a cost or a loss of nothing is never reached.
+            if name in QUALITIES[1:] and not 0 <= value <= 1:
+                raise OptionError(f"budget {name}={value!r} is a share of images and must lie in 0..1; 0.01 is 1 %")
+            if name not in QUALITIES[1:] and value <= 0:
                 raise OptionError(f"budget {name}={value!r} must be a finite number above 0")
-        if not self.limits:
-            raise OptionError(f"a budget needs at least one limit; give one or more of {', '.join(names)}")
+        if not self.limits and not self.quality:
+            raise OptionError(f"a budget needs at least one limit; give one or more of {', '.join(_names())}")
+        if self.minimize not in MINIMIZED:
+            raise OptionError(f"budget minimize={self.minimize!r} is unknown; known: {', '.join(MINIMIZED)}")
 
     @property
     def limits(self) -> dict[str, float]:
-        """The limits that are set, by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        """The limits on costs that are set, by name."""
+        return {name: value for name, value in self._set().items() if name not in QUALITIES}
+
+    @property
+    def quality(self) -> dict[str, float]:
+        """The limits on answers that are set, by name."""
+        return {name: value for name, value in self._set().items() if name in QUALITIES}
+
+    def _set(self) -> dict[str, float]:
+        values = {name: getattr(self, name) for name in _names()}
         return {name: float(value) for name, value in values.items() if value is not None}
 
     @property
     def needs_latency(self) -> bool:
         """Whether milliseconds have to be measured."""
-        return any(name.startswith("latency") for name in self.limits)
+        minimized = [self.minimize] if self.quality else []
+        return any(name.startswith("latency") for name in (*self.limits, *minimized))
+
+    @staticmethod
+    def of(limits: Mapping[str, float], minimize: str = "size_ratio") -> Budget:
+        """Return the budget of these limits by name."""
+        values: dict[str, Any] = dict(limits)
+        return Budget(**values, minimize=minimize)
 
     @staticmethod
     def parse(texts: Iterable[str]) -> Budget:
-        """Read limits written as `size_mb=0.2`.
+        """Read limits written as `size_mb=0.2`, and `minimize=bops_ratio`.
 
         Raises:
             OptionError: not `name=number`, an unknown name, or one name twice.
         """
-        known = [field.name for field in fields(Budget)]
+        known = [*_names(), "minimize"]
         limits: dict[str, float] = {}
+        minimize: dict[str, str] = {}
         for text in texts:
             name, separator, number = text.partition("=")
             name = name.strip()
@@ -74,13 +114,21 @@ class Budget:
                 raise OptionError(
                     f"budget {text!r} is not understood; write name=number with one of {', '.join(known)}"
                 )
-            if name in limits:
+            if name in limits or name in minimize:
                 raise OptionError(f"budget {name} is given twice; give it once")
+            if name == "minimize":
+                minimize[name] = number.strip()
+                continue
             try:
                 limits[name] = float(number)
             except ValueError as error:
                 raise OptionError(f"budget {text!r}: {number!r} is not a number") from error
-        return Budget(**limits)
+        return Budget.of(limits, **minimize)
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}={value:g}" for name, value in self.limits.items())
+        told = [f"{name}={value:g}" for name, value in self._set().items()]
+        return ", ".join(told + ([f"minimize={self.minimize}"] if self.quality else []))
+
+
+def _names() -> list[str]:
+    return [field.name for field in fields(Budget) if field.name != "minimize"]

@@ -13,6 +13,8 @@
         ├── LoweringError        a backend cannot express the graph
         ├── SolverError          the solver ended without an answer
         ├── OutputError          a result cannot be written
+        │   └── BusyFolderError  another run is writing to the folder
+        ├── MemoryLimitError     a stage needs more memory than there is
         ├── WorkerError          another process of a sharded run died, hangs, or works on something else
         └── MissingDependencyError  an optional package is not installed
 
@@ -82,6 +84,14 @@ class SolverError(FailureError):
 
 class OutputError(FailureError):
     """A result cannot be written."""
+
+
+class BusyFolderError(OutputError):
+    """Another run is writing to the folder."""
+
+
+class MemoryLimitError(FailureError):
+    """A stage needs more memory than there is."""
 
 
 class WorkerError(FailureError):

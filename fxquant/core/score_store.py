@@ -96,7 +96,8 @@ class ScoreStore:
         arrays = {name: np.asarray(value) for name, value in cell.items()}
         self._cells[key] = arrays
         if self.folder is not None:
-            write_arrays(self.folder / f"{key}.npz", {**arrays, STAMP: np.array(self.digest)})
+            # A cell is one of thousands, and one that a power cut damaged is found and measured again.
+            write_arrays(self.folder / f"{key}.npz", {**arrays, STAMP: np.array(self.digest)}, durable=False)
         return arrays
 
     def _refuse_strangers(self, folder: Path) -> None:

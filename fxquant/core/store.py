@@ -6,46 +6,19 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fxquant.core.errors import FileFormatError, OutputError
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that replaces it only if the block succeeds.
-
-    Raises:
-        OutputError: the folder cannot be made or written.
-    """
-    temporary = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
-        yield Path(temporary)
-        # mkstemp makes files private, and so do writers that put a new file in its place; a result is as readable
-        # as any other new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose a writable folder") from error
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+from fxquant.core.errors import FileFormatError
+from fxquant.core.files import UNFINISHED, atomic_path
 
 
 def write_json(path: Path, kind: str, version: int, body: Mapping[str, Any]) -> None:
@@ -86,9 +59,17 @@ def checked_document(document: object, kind: str, version: int, origin: str) -> 
         raise FileFormatError(f"{origin} is not a {kind} file (found {found!r})")
     if document.get("version") != version:
         raise FileFormatError(
-            f"{origin} has {kind} format version {document.get('version')!r}, this fxquant reads {version}; run again"
+            f"{origin} has {kind} format version {document.get('version')!r}, this fxquant reads {version}; "
+            f"{_other_version(document.get('version'), version)}"
         )
     return document
+
+
+def _other_version(found: object, known: int) -> str:
+    """Return what to do about a file of another format version."""
+    if isinstance(found, int) and found > known:
+        return "a newer fxquant wrote it: use that one, or run again with this one into another folder"
+    return "an older fxquant wrote it, if it is ours at all: run again with this one into another folder"
 
 
 def write_json_once(path: Path, kind: str, version: int, body: Mapping[str, Any]) -> bool:
@@ -99,7 +80,7 @@ def write_json_once(path: Path, kind: str, version: int, body: Mapping[str, Any]
     Raises:
         OutputError: the folder cannot be written.
     """
-    handed_over = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
+    handed_over = path.with_name(f"{UNFINISHED}{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
     write_json(handed_over, kind, version, body)
     try:
         os.link(handed_over, path)
@@ -143,13 +124,18 @@ def _write_npz(target: Path | io.BytesIO, arrays: Mapping[str, np.ndarray[Any, A
                 np.lib.format.write_array(stream, np.asanyarray(array), allow_pickle=False)
 
 
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]], durable: bool = True) -> None:
     """Write named arrays as an uncompressed npz.
+
+    Args:
+        path: the file to be.
+        arrays: by name.
+        durable: see `atomic_path`; a damaged npz is found by its checksums.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    with atomic_path(path) as temporary:
+    with atomic_path(path, durable) as temporary:
         _write_npz(temporary, arrays)
 
 
@@ -176,8 +162,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         OutputError: the folder cannot be written.
     """
     with atomic_path(path) as temporary:
-        # safetensors refuses tensors that share memory, as tied weights do.
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, temporary)
+        # safetensors refuses tensors that share memory, as tied weights do; and it tells a full disk by an error of
+        # its own, without a number, so the bytes are written here.
+        made = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        temporary.write_bytes(save(made))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

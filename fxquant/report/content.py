@@ -142,6 +142,10 @@ def _outcome(result: Result) -> dict[str, Any]:
             low, high = (cost / unit_of(name, costs) for cost in reachable(table, sites))
             row |= {"lowest": low, "highest": high}
         limits.append(row)
+    for name, limit in plan.quality_limits.items():
+        measured = plan.quality.get(name)
+        slack = None if measured is None else limit - measured
+        limits.append({"name": name, "limit": limit, "used": measured, "slack": slack})
     size = model_bytes(result, plan.choices)
     return {
         "status": plan.status,

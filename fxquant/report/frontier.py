@@ -87,7 +87,7 @@ def _solved(result: Result, limit: str, value: float, seconds: float) -> BitAllo
     settings, matrix = result.program[Settings], result.sensitivity
     others = {n: v for n, v in result.allocation.limits.items() if LIMIT_TABLES[n][0] in result.costs.tables}
     # The ends are reached exactly; rounding must not put them out of reach.
-    budget = Budget(**(others | {limit: value * (1 + 1e-9)}))
+    budget = Budget.of(others | {limit: value * (1 + 1e-9)})
     step = AllocateBits(
         budget,
         settings.solver,

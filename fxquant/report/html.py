@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxquant.core.errors import MissingDependencyError
-from fxquant.core.store import atomic_path
+from fxquant.core.files import atomic_path
 from fxquant.report.content import content
 from fxquant.report.curve import curve
 from fxquant.report.pictures import bars, heat_map

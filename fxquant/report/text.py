@@ -8,6 +8,7 @@ from typing import Any
 
 UNITS = {"size_mb": "MB", "size_ratio": "x float", "average_bits": "bits", "bops": "bit operations"}
 UNITS |= {"bops_ratio": "x float", "activation_mb": "MB", "latency_ms": "ms", "latency_ratio": "x float"}
+UNITS |= {"disagreement": "of held-out images", "accuracy_drop": "of held-out images", "loss": "on held-out images"}
 """Limit of a budget -> its unit."""
 
 

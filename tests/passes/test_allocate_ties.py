@@ -137,7 +137,7 @@ def test_the_lowest_reachable_budget_is_kept(name: str) -> None:
     program = scored("plain")
     narrow = {s.name: Choice(2, 8) for s in program[Sites].sites}
     least = usage(narrow, {name: 1.0}, program[CostTables])[name]
-    assert AllocateBits(Budget(**{name: least}))(program)[BitAllocation].choices == narrow
+    assert AllocateBits(Budget.of({name: least}))(program)[BitAllocation].choices == narrow
 
 
 def site(name: str, tie: str, *choices: Choice) -> Site:
