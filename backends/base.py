@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.fx import GraphModule
 
 from fxquant.core.errors import OptionError
 from fxquant.core.target import Target
+from fxquant.core.target_file import SUFFIX
 
 Executable = Callable[[tuple[Tensor, ...]], Tensor]
 """Takes the graph's inputs, returns the first tensor of its output as float32."""
@@ -47,16 +49,25 @@ BACKENDS = {
     "fx_int8": "fxquant.backends.fx_int8:FxInt8Backend",
 }
 """Backend name -> where it is, as text, so that importing fxquant needs no runtime."""
+DESCRIBED = "fxquant.backends.described:DescribedBackend"
+"""What serves the targets that files describe."""
 
 
 def backend(name: str) -> Backend:
-    """Return the backend of a target name.
+    """Return the backend of a target name, or of a file that describes one.
 
     Raises:
-        OptionError: there is none of that name.
+        OptionError: there is none of that name, or the file says what is not allowed.
+        FileFormatError: the file is missing or damaged.
     """
+    if name.endswith(SUFFIX):
+        return _made(DESCRIBED, Path(name))
     if name not in BACKENDS:
-        raise OptionError(f"unknown target {name!r}; known: {', '.join(BACKENDS)}")
-    module, _, attribute = BACKENDS[name].partition(":")
-    made: Backend = getattr(importlib.import_module(module), attribute)()
+        raise OptionError(f"unknown target {name!r}; known: {', '.join(BACKENDS)}, or a target file (target.json)")
+    return _made(BACKENDS[name])
+
+
+def _made(place: str, *arguments: object) -> Backend:
+    module, _, attribute = place.partition(":")
+    made: Backend = getattr(importlib.import_module(module), attribute)(*arguments)
     return made

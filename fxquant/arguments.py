@@ -120,7 +120,7 @@ def _scoring(parser: argparse.ArgumentParser) -> None:
     _image_options(parser)
     add("--bits", type=_widths, default=(2, 4, 8), metavar="B,B", help="candidate weight bits; 32 is float")
     add("--activation-bits", type=_widths, default=(8,), metavar="B,B", help="candidate activation bits")
-    add("--target", choices=tuple(BACKENDS), default="onnxruntime", help="runtime that will run the model")
+    add("--target", default="onnxruntime", metavar="NAME", help=f"{', '.join(BACKENDS)}, or a target file (.json)")
     add("--effort", choices=tuple(EFFORTS), default="default", help="how much is measured")
     add("--context", choices=CONTEXTS, default="float", help="what everything else is while one layer is scored")
     add("--estimators", type=_names, metavar="NAME,NAME", help=f"{', '.join(ESTIMATORS)}; default by effort")

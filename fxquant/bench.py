@@ -69,10 +69,15 @@ def bench(result: Result, threads: int | None = None, rounds: int = ROUNDS) -> l
         rounds: interleaved rounds, at least 2.
 
     Raises:
-        OptionError: too few rounds.
+        OptionError: too few rounds, or the target's milliseconds are those of other hardware.
         LoweringError: the graph cannot be expressed there.
     """
     settings = result.program[Settings]
+    if backend(settings.target).target.latency:
+        raise OptionError(
+            f"target {settings.target} tells its own milliseconds and does not run on this machine: there is nothing "
+            "to time; see latency_ms in the summary"
+        )
     one = tuple(tensor[:1] for tensor in result.example)
     graphs = {"float": result.program.module, "mixed": result.simulated}
     return measure_speed(graphs, one, settings.target, threads or settings.threads, rounds)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fxquant.backends.base import backend
+from fxquant.backends.described import identity
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.budget import Budget
 from fxquant.core.cost import CostTables
@@ -142,7 +143,7 @@ def calibrate(program: Program, images: CalibrationSet | None, reporter: Reporte
     """Run images through the observers (None: they have run already), take them out, and fix all grids and costs."""
     settings = program[Settings]
     feed = () if images is None else (Calibrate(images, reporter=reporter),)
-    program = run(program, *feed, CollectRanges(), ScaleWeights(), EstimateCost(backend(settings.target).target))
+    program = run(program, *feed, CollectRanges(), *scaling(settings))
     if settings.scoring_rounding == "nearest":
         return program
     if images is None:
@@ -150,6 +151,12 @@ def calibrate(program: Program, images: CalibrationSet | None, reporter: Reporte
             f"scoring_rounding={settings.scoring_rounding!r} needs calibration images; give them, or use 'nearest'"
         )
     return run(program, RoundWeights(images, settings.scoring_rounding, reporter))
+
+
+def scaling(settings: Settings) -> tuple[Pass, Pass]:
+    """Return the passes that fix weight grids and costs for a target."""
+    target = backend(settings.target).target
+    return ScaleWeights(target.per_channel), EstimateCost(target)
 
 
 def simulate(program: Program, plan: BitAllocation, round_biases: bool = True) -> Program:
@@ -250,7 +257,7 @@ def score_identity(program: Program, images: CalibrationSet, loss: str) -> dict[
         "model": tensor_digest(weights) + text_digest(str(module.graph)),
         "data": tensor_digest(tensors),
         "settings": text_digest(
-            f"{columns} {loss} {settings.observer} {settings.target} {program[WeightGrids].digest()}"
+            f"{columns} {loss} {settings.observer} {identity(settings.target)} {program[WeightGrids].digest()}"
         ),
     }
 

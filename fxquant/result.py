@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from fxquant import pipeline
+from fxquant.backends.described import keep_target, kept_target
 from fxquant.backends.onnx_qdq import write_onnx
 from fxquant.core.allocation import BitAllocation, Finalists
 from fxquant.core.cost import CostTable, CostTables
@@ -30,7 +31,6 @@ from fxquant.core.settings import Settings
 from fxquant.core.spec import Candidate, Choice, Sites
 from fxquant.core.staging import RESULT, finish, staged
 from fxquant.core.store import read_json, read_tensors, text_digest, write_json, write_tensors
-from fxquant.passes.scale_weights import ScaleWeights
 from fxquant.passes.verify_and_refine import measured_loss
 from fxquant.tracing import capture
 from fxquant.trained import METHOD, TrainedValues, gather, trainable, with_values
@@ -240,6 +240,7 @@ class Result:
     def _write(self, folder: Path, document: dict[str, Any], held_out: dict[str, torch.Tensor]) -> None:
         program = self.program
         self.allocation.to_json(folder / "plan.json")
+        keep_target(program[Settings], folder)
         for name, matrix in program[Surrogates].matrices.items():
             matrix.save(folder / f"sensitivity_{name}.npz")
         program[Ranges].save(folder / "ranges.npz")
@@ -269,7 +270,7 @@ class Result:
         _ = finish(folder)
         document = read_json(folder / "result.json", "result", FORMAT_VERSION)
         try:
-            settings = _settings_from_json(document["settings"])
+            settings = kept_target(_settings_from_json(document["settings"]), folder)
             program = pipeline.find_sites(capture(load_exported(folder / "model.pt2"), ()), settings)
             if text_digest(str(program.module.graph)) != document["graph"]:
                 raise FileFormatError(
@@ -295,7 +296,7 @@ class Result:
         )
         if rounded:
             program = _with_rounding(program, folder / "rounding.npz")
-        program = pipeline.run(program, ScaleWeights())
+        program = pipeline.run(program, pipeline.scaling(settings)[0])
         if settings.scoring_rounding != "nearest":
             program = program.with_facts(program[WeightGrids].with_rounded(folder / "rounded_weights.npz"))
         plan = BitAllocation.from_json(folder / "plan.json")

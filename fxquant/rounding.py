@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fxquant import search
+from fxquant.backends.base import backend
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.budget import Budget
 from fxquant.core.data import CalibrationSet
@@ -100,6 +101,12 @@ def round_plan(
         )
         with gradients():
             rounded = ROUNDERS[name](task)
+    own = _scales_by_channel(rounded)
+    if own and not backend(settings.target).target.per_channel:
+        note = f"{chain} was left: it gives channels of {own[0]!r} scales of their own, which the target does not run"
+        reporter.say(note)
+        known = Rounding.of(program, plan.choices)
+        return program.with_facts(replace(known, notes=(*known.notes, note)))
     return rounded if held_out is None else _better(program, rounded, chain, held_out, loss, reporter)
 
 
@@ -145,6 +152,12 @@ def round_with_feedback(
             break
         best = tried
     return best
+
+
+def _scales_by_channel(program: Program) -> list[str]:
+    """Return the sites to whose channels a rounding gave scales that differ."""
+    grids = program[Rounding].grids if Rounding in program else {}
+    return [site for site, grid in grids.items() if bool((grid.scale != grid.scale.reshape(-1)[0]).any())]
 
 
 def _loss(program: Program) -> float:

@@ -11,11 +11,12 @@ from fxquant.core.spec import Sites
 from fxquant.core.target import Target
 from fxquant.passes.base import Pass
 from fxquant.passes.cost import COSTS
+from fxquant.passes.cost.told_latency import told_latency
 
 
 @dataclass(frozen=True)
 class EstimateCost(Pass):
-    """Write `CostTables` with one table for each registered cost model.
+    """Write `CostTables` with one table for each registered cost model, and `latency` where the target tells it.
 
     Args:
         target: says how widths are stored.
@@ -27,4 +28,7 @@ class EstimateCost(Pass):
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with its costs."""
-        return program.with_facts(CostTables({name: model(program, self.target) for name, model in COSTS.items()})), 0
+        tables = {name: model(program, self.target) for name, model in COSTS.items()}
+        if self.target.latency:
+            tables["latency"] = told_latency(program, self.target)
+        return program.with_facts(CostTables(tables)), 0

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from fxquant.core.graphs import resolve, tensor_at
 from fxquant.core.grids import WeightGrid, WeightGrids
 from fxquant.core.numerics import weight_parameters
 from fxquant.core.ops import rule_of
 from fxquant.core.program import Program
-from fxquant.core.spec import Sites, weight_spec
+from fxquant.core.spec import QuantSpec, Sites, weight_spec
 from fxquant.passes.base import Pass
 
 
 @dataclass(frozen=True)
 class ScaleWeights(Pass):
-    """Write `WeightGrids`: per-channel scales of least squared error for all widths in use."""
+    """Write `WeightGrids`: scales of least squared error for all widths in use.
 
+    Args:
+        per_channel: one scale for each output channel; False gives all channels of a weight the same one.
+    """
+
+    per_channel: bool = True
     reads = (Sites,)
     writes = (WeightGrids,)
 
@@ -31,5 +38,13 @@ class ScaleWeights(Pass):
             assert rule is not None
             specs = [weight_spec(bits, rule.channel_axis) for bits in widths]
             weight = tensor_at(program.module, site.weight)
-            grids[site.name] = {spec.bits: WeightGrid(spec, *weight_parameters(weight, spec)) for spec in specs}
+            grids[site.name] = {spec.bits: WeightGrid(spec, *self._parameters(weight, spec)) for spec in specs}
         return program.with_facts(WeightGrids(grids)), 0
+
+    def _parameters(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        if self.per_channel:
+            return weight_parameters(weight, spec)
+        # One channel of everything; kept in the shape of per-channel grids, so that all that reads them serves both.
+        scale, zero_point = weight_parameters(weight.reshape(1, -1), replace(spec, channel_axis=0))
+        channels = weight.shape[spec.channel_axis or 0]
+        return scale.expand(channels).clone(), zero_point.expand(channels).clone()

@@ -23,8 +23,10 @@ LIST = "files.json"
 """Names of all files of the set, those that have been moved among them, and of the earlier ones that go."""
 FORMAT_VERSION = 1
 
-RESULT = ("result.json", "plan.json", "ranges.npz", "model.pt2", "held_out.safetensors", "sensitivity_*.npz")
-RESULT += ("rounded_weights.npz", "rounding.npz", "trained.npz")
+RESULT = (
+    *("result.json", "plan.json", "ranges.npz", "model.pt2", "held_out.safetensors", "sensitivity_*.npz"),
+    *("rounded_weights.npz", "rounding.npz", "trained.npz", "target.json"),
+)
 """Patterns of the files of a saved result."""
 OUTPUT = (*RESULT, "model.onnx", "model.onnx.data", "report.html", "report.json")
 """Patterns of the files that a command writes: a saved result, what runs and what tells of it."""
@@ -96,10 +98,11 @@ def finish(folder: Path) -> bool:
 
 def _names(told: object, ready: Path) -> list[str]:
     """Return the names in a list that a move left, each of them one that a move may touch."""
-    names = told if isinstance(told, list) else [None]
-    for name in names:
+    names: list[str] = []
+    for name in told if isinstance(told, list) else [None]:
         if not isinstance(name, str) or "/" in name or "\\" in name or not any(fnmatch(name, own) for own in OUTPUT):
             raise FileFormatError(f"{ready / LIST} names {name!r}, which no move of ours touches; remove {ready}")
+        names.append(name)
     return names
 
 

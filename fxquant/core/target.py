@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fxquant.core.errors import OptionError
 from fxquant.core.spec import FLOAT_BITS, MAX_BITS
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """What one kind of layer takes at one precision, where it is known beforehand and not measured here.
+
+        milliseconds = ms + ms_per_million_macs x MACs / 10^6 + ms_per_megabyte x bytes / 10^6
+
+    Args:
+        layers: pattern of layers (see `core.patterns`).
+        precision: glob over precisions, for example "W8A8", "W4A*" or "float".
+        ms: milliseconds for each call, at least 0.
+        ms_per_million_macs: milliseconds for a million multiply-accumulates of one sample, at least 0.
+        ms_per_megabyte: milliseconds to fetch 10^6 bytes of weights as they are stored, at least 0.
+
+    Raises:
+        OptionError: a time that is negative or not finite, or a row in which all are 0.
+    """
+
+    layers: str
+    precision: str
+    ms: float = 0.0
+    ms_per_million_macs: float = 0.0
+    ms_per_megabyte: float = 0.0
+
+    def __post_init__(self) -> None:
+        times = (self.ms, self.ms_per_million_macs, self.ms_per_megabyte)
+        if not all(math.isfinite(time) and time >= 0 for time in times) or not any(times):
+            raise OptionError(
+                f"latency row {self.layers!r} {self.precision!r} has times {times}; give numbers of at least 0, "
+                "one of them above"
+            )
 
 
 @dataclass(frozen=True)
@@ -25,6 +58,8 @@ class Target:
         refuse_joins: kind -> why it stays in float although it could be quantized.
         products: kinds of ops on two activations whose inputs are quantized for their own sake.
         activation_storage_bits: activation width -> width it is stored in; a width that is not named takes 8.
+        per_channel: whether weights have a scale for each output channel; else one for the tensor.
+        latency: rows that say what a layer takes, the first that matches; without any it is measured on this machine.
 
     Raises:
         OptionError: a storage width that is narrower than the width it stores, or one of a weight that is missing.
@@ -41,6 +76,8 @@ class Target:
     refuse_joins: Mapping[str, str] = field(default_factory=dict)
     activation_storage_bits: Mapping[int, int] = field(default_factory=dict)
     products: frozenset[str] = frozenset()
+    per_channel: bool = True
+    latency: tuple[LatencyRow, ...] = ()
 
     def __post_init__(self) -> None:
         for bits in self.weight_bits:

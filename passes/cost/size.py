@@ -22,14 +22,15 @@ BIAS_BYTES = 4
 
 
 def site_bytes(site: Site, choice: Choice, target: Target) -> int:
-    """Return the bytes of one site: packed weights, a scale and a zero-point per channel, an int32 bias.
+    """Return the bytes of one site: packed weights, their scales and zero-points, an int32 bias.
 
     A width the file format has no type for is stored in the target's next one.
     """
     if choice.is_float:
         return FLOAT_BYTES * (site.weight_count + site.bias_count)
     packed = ceil(site.weight_count * target.storage_bits[choice.weight_bits] / 8)
-    return packed + site.channels * (SCALE_BYTES + ZERO_POINT_BYTES) + BIAS_BYTES * site.bias_count
+    scales = site.channels if target.per_channel else 1
+    return packed + scales * (SCALE_BYTES + ZERO_POINT_BYTES) + BIAS_BYTES * site.bias_count
 
 
 @COSTS.register("size")
