@@ -11,18 +11,25 @@ from torch.export import ExportedProgram
 
 from fxquant.core.errors import FileFormatError
 from fxquant.core.files import atomic_path
+from fxquant.core.pt2_audit import audit
 
 
 def load_exported(path: Path) -> ExportedProgram:
-    """Read a `.pt2` file.
+    """Read a `.pt2` file that brings nothing to run besides registered operators.
 
     Raises:
-        FileFormatError: missing, damaged or not an exported program.
+        FileFormatError: missing, damaged, not an exported program, or with parts that would run code on loading.
     """
     if not path.is_file():
-        raise FileFormatError(f"cannot read {path}: no such file")
+        raise FileFormatError(f"cannot read {path}: {'it is no plain file' if path.exists() else 'no such file'}")
     try:
-        return torch.export.load(path)
+        # One open file for both: what was looked at is what is loaded.
+        with path.open("rb") as stream:
+            audit(stream, path)
+            stream.seek(0)
+            return torch.export.load(stream)
+    except FileFormatError:
+        raise
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise FileFormatError(f"{path} is not an intact exported program ({first}); export it again") from error

@@ -1,4 +1,4 @@
-"""Reading `.pt2` files: what they hold is looked at first, for `torch.export.load` runs code that a file brings along.
+"""What a `.pt2` file holds, looked at before `torch.export.load`, which runs code that a file brings along.
 
 PyTorch unpickles weights and constants that say they are pickled, loads compiled libraries, evaluates size expressions,
 looks operators up by dotted name, and writes Python source from names. Each of these is refused here unless it is
@@ -7,6 +7,7 @@ what an exported network needs: raw tensors, registered operators, arithmetic on
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -17,7 +18,6 @@ from typing import IO, Any
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.export import ExportedProgram
 
 from fxquant.core.errors import FileFormatError
 
@@ -61,28 +61,18 @@ SPREAD, SMALL = 64, 1 << 24
 """A weight may have this many times the elements that its file holds (it may be expanded), or this many at all."""
 
 
-def load_exported(path: Path) -> ExportedProgram:
-    """Read a `.pt2` file that brings nothing to run besides registered operators.
+def audit(stream: IO[bytes], path: Path) -> None:
+    """Look through an archive and do nothing where it brings nothing to run besides registered operators.
+
+    What is none of torch's archives, or a damaged one, may raise anything.
+
+    Args:
+        stream: the open file; loading it from the same stream loads what was looked at.
+        path: its name, for messages.
 
     Raises:
-        FileFormatError: missing, damaged, not an exported program, or with pickled, compiled or otherwise runnable parts.
+        FileFormatError: it has pickled, compiled, compressed or otherwise runnable parts.
     """
-    if not path.is_file():
-        raise FileFormatError(f"cannot read {path}: {'it is no plain file' if path.exists() else 'no such file'}")
-    try:
-        # One open file for both: what was looked at is what is loaded.
-        with path.open("rb") as stream:
-            _audit(stream, path)
-            stream.seek(0)
-            return torch.export.load(stream)
-    except FileFormatError:
-        raise
-    except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise FileFormatError(f"{path} is not an intact exported program ({first}); export it again") from error
-
-
-def _audit(stream: IO[bytes], path: Path) -> None:
     _check_entries(stream, path)
     stream.seek(0)
     # Torch's own reader, so that there is one opinion on what the archive holds.
@@ -143,8 +133,6 @@ def _check_samples(pickled: bytes, path: Path) -> None:
     """Refuse example inputs beyond tensors; torch would unpickle anything else without restriction."""
     if not pickled:
         return
-    import io
-
     try:
         _ = torch.load(io.BytesIO(pickled), weights_only=True)
     except Exception as error:
@@ -159,10 +147,9 @@ def _runnable(document: Any) -> Iterator[str]:
         if field in COMMENTS:
             continue
         if isinstance(value, dict):
-            if field == "range_constraints" and not all(map(SYMBOL.fullmatch, value)):
-                yield "names sizes in an unknown way"
-            waiting += [(str(key), each) for key, each in value.items()]
-            waiting += [("key", key) for key in value]
+            waiting += [(key, each) for key, each in value.items()]
+            # Constrained sizes are expressions; all other keys are names.
+            waiting += [("expr_str" if field == "range_constraints" else "key", key) for key in value]
         elif isinstance(value, list):
             waiting += [(field, each) for each in value]
         elif isinstance(value, str) and not _harmless(field, value):
