@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,8 +71,28 @@ class CalibrationSet:
         return self.take(sorted(order[count:])), self.take(sorted(order[:count]))
 
 
+FAULTS: tuple[tuple[Callable[[Tensor], bool], str], ...] = (
+    (lambda t: t.is_meta, "has no values (device meta); give images, not their shapes"),
+    (lambda t: t.is_nested, "is nested; resize the images to one size and stack them"),
+    (lambda t: t.is_quantized, "is quantized; give .dequantize()"),
+    (lambda t: t.layout != torch.strided, "is stored sparsely; give .to_dense()"),
+)
+"""What a tensor of images may not be -> what is said of it."""
+
+
 def _tensor(value: object) -> Tensor:
     if isinstance(value, Tensor):
+        for has_fault, told in FAULTS:
+            if has_fault(value):
+                raise CalibrationError(f"a calibration tensor {told}")
+        try:
+            _ = torch.empty(0, dtype=value.dtype).numpy()
+        except TypeError as error:
+            # Runtimes take their inputs by way of NumPy.
+            kind = str(value.dtype).removeprefix("torch.")
+            raise CalibrationError(
+                f"calibration images are {kind}, which no runtime here takes; give them as float32, with .float()"
+            ) from error
         return value.detach()
     if isinstance(value, np.ndarray | np.generic | int | float):
         try:

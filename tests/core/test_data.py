@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -129,6 +131,22 @@ def test_limit_stops_reading() -> None:
 def test_what_cannot_be_used(calibration: object, message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         collect(calibration, ["x"])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: X.to("meta"), "has no values"),
+        (lambda: X.to_sparse(), r"is stored sparsely; give \.to_dense\(\)"),
+        (lambda: torch.quantize_per_tensor(X, 0.1, 0, torch.quint8), r"is quantized; give \.dequantize\(\)"),
+        (lambda: torch.nested.nested_tensor([X[0], X[1]]), "is nested; resize"),
+        (lambda: X.bfloat16(), r"are bfloat16, .* give them as float32"),
+    ],
+)
+def test_tensors_of_other_kinds(make: Callable[[], Tensor], message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        collect([make()], ["x"])
 
 
 def test_inputs_that_differ_in_length() -> None:
