@@ -36,6 +36,7 @@ from fxquant.passes.estimate_cost import EstimateCost
 from fxquant.passes.find_edges import FindEdges
 from fxquant.passes.find_sites import FindSites
 from fxquant.passes.fold_batchnorm import FoldBatchnorm
+from fxquant.passes.fold_constants import FoldConstants
 from fxquant.passes.insert_fake_quant import InsertFakeQuant
 from fxquant.passes.insert_observers import CollectRanges, InsertObservers
 from fxquant.passes.measure_sensitivity import MeasureSensitivity
@@ -115,7 +116,7 @@ def find_sites(program: Program, settings: Settings) -> Program:
         OptionError: a pattern matches nothing, the target does not execute a width, or no layer can be quantized.
     """
     target = backend(settings.target).target
-    program = run(program, Canonicalize(), FoldBatchnorm()).with_facts(settings)
+    program = run(program, Canonicalize(), FoldConstants(), FoldBatchnorm()).with_facts(settings)
     program = run(program, *_site_passes(target, settings, {}))
     names = [site.name for site in program[Sites].sites]
     types = site_types(program.module.graph, program[Sites].sites)

@@ -33,6 +33,7 @@ from fxquant.passes.estimate_cost import EstimateCost
 from fxquant.passes.find_edges import FindEdges
 from fxquant.passes.find_sites import FindSites
 from fxquant.passes.fold_batchnorm import FoldBatchnorm
+from fxquant.passes.fold_constants import FoldConstants
 from fxquant.passes.insert_fake_quant import InsertFakeQuant
 from fxquant.passes.insert_observers import CollectRanges, InsertObservers
 from fxquant.passes.measure_sensitivity import MeasureSensitivity
@@ -59,6 +60,7 @@ def simulate(plan: BitAllocation) -> GraphModule:
 
 ORDER: tuple[Pass, ...] = (
     Canonicalize(),
+    FoldConstants(),
     FoldBatchnorm(),
     FindEdges(TARGET),
     TieEdges(),
@@ -80,9 +82,9 @@ def test_the_order_of_the_default_pipeline_is_accepted() -> None:
     [
         ((TieEdges(),), r"pass 0 \(TieEdges\) reads QuantizedEdges before any pass writes it"),
         ((FindEdges(TARGET), FindSites(TARGET, (8,), (8,)), TieEdges()), r"pass 1 \(FindSites\) reads EdgeGroups"),
-        ((*ORDER[:5], ORDER[8], InsertFakeQuant()), r"pass 6 \(InsertFakeQuant\) reads Ranges"),
-        ((*ORDER, AllocateBits(Budget(average_bits=4))), r"pass 10 \(AllocateBits\) reads Surrogates"),
-        ((*ORDER, VerifyAndRefine(IMAGES, no_graph)), r"pass 10 \(VerifyAndRefine\) reads Finalists"),
+        ((*ORDER[:6], ORDER[9], InsertFakeQuant()), r"pass 7 \(InsertFakeQuant\) reads Ranges"),
+        ((*ORDER, AllocateBits(Budget(average_bits=4))), r"pass 11 \(AllocateBits\) reads Surrogates"),
+        ((*ORDER, VerifyAndRefine(IMAGES, no_graph)), r"pass 11 \(VerifyAndRefine\) reads Finalists"),
     ],
 )
 def test_a_wrong_order_fails_when_the_pipeline_is_built(passes: tuple[Pass, ...], message: str) -> None:
@@ -117,9 +119,11 @@ def test_every_pass_leaves_its_input_alone_and_can_run_twice() -> None:
     check_pass(VerifyAndRefine(IMAGES, simulate), check_pass(VerifyAndRefine(IMAGES, simulate), twice))
 
 
-@pytest.mark.parametrize("step", [Canonicalize(), FoldBatchnorm(), FindEdges(TARGET), TieEdges()], ids=repr)
+@pytest.mark.parametrize(
+    "step", [Canonicalize(), FoldConstants(), FoldBatchnorm(), FindEdges(TARGET), TieEdges()], ids=repr
+)
 def test_the_second_time_there_is_nothing_left_to_rewrite(step: Pass) -> None:
-    program = pipeline.run(captured("residual"), *ORDER[:5])
+    program = pipeline.run(captured("residual"), *ORDER[:6])
     once = step(program)
     twice = step(once)
     assert show(twice.module) == show(once.module)

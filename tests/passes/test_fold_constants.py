@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxquant import pipeline
+from fxquant.core.graphs import show
+from fxquant.core.program import Program
+from fxquant.core.settings import Settings
+from fxquant.core.spec import Sites
+from fxquant.passes.canonicalize import Canonicalize
+from fxquant.passes.fold_constants import FoldConstants
+from fxquant.tracing import capture
+from tests.models import MODELS
+from tests.programs import captured, check_pass
+
+
+class Standardised(nn.Module):
+    """A convolution whose filters have mean 0 and variance 1 in front of a learned gain."""
+
+    def __init__(self, channels: int, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(count, channels, 3, 3))
+        self.bias = nn.Parameter(torch.randn(count))
+        self.gain = nn.Parameter(torch.rand(count, 1, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.weight.shape[0], -1)
+        rows = F.batch_norm(rows, None, None, self.gain.flatten(), training=True, momentum=0.0)
+        return F.conv2d(x, rows.reshape_as(self.weight), self.bias, padding=1)
+
+
+class PositionNet(nn.Module):
+    """A table looked up by an index that is a buffer, added to scores; a view of a parameter, and a wide mask."""
+
+    index: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 4)
+        self.table = nn.Parameter(torch.randn(9))
+        self.register_buffer("index", torch.arange(20).reshape(5, 4) % 9)
+        self.shift = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.arange(5).unsqueeze(1) * 0.1
+        answer: Tensor = self.stem(x) + self.table[self.index] + self.shift.reshape(1, 4) + steps
+        return answer
+
+
+def folded(model: nn.Module, *inputs: Tensor) -> tuple[Program, Program]:
+    before = Canonicalize()(capture(model, inputs))
+    return before, check_pass(FoldConstants(), before)
+
+
+def test_standardised_weights_become_weights_at_their_own_path() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Standardised(3, 4), nn.ReLU(), Standardised(4, 2))
+    x = torch.randn(3, 3, 6, 6)
+    before, done = folded(model, x)
+    assert done.log[-1].rewrites == 2
+    assert show(done.module).splitlines()[1:4] == [
+        "conv2d = conv2d.default(input_1, 0.weight, 0.bias)",
+        "relu = relu.default(conv2d)",
+        "conv2d_1 = conv2d.default(relu, 2.weight, 2.bias)",
+    ]
+    assert "0.gain" not in done.module.state_dict()
+    weight = done.module.get_parameter("0.weight")
+    assert weight.requires_grad
+    rows = weight.detach().flatten(1)
+    assert torch.allclose(rows.mean(dim=1), torch.zeros(4), atol=1e-6)
+    assert torch.allclose(done.module(x), before.module(x), atol=1e-5)
+    sites = pipeline.find_sites(capture(model, (x,)), Settings(bits=(8,)))[Sites]
+    assert [site.name for site in sites.sites] == ["0", "2"]
+    assert not sites.refusals
+
+
+def test_tables_are_looked_up_once_and_views_stay_parameters() -> None:
+    torch.manual_seed(0)
+    model, x = PositionNet(), torch.randn(3, 5, 6)
+    before, done = folded(model, x)
+    assert done.log[-1].rewrites == 2
+    text = show(done.module)
+    assert "index.Tensor" not in text
+    assert "arange" not in text
+    assert "reshape.default(shift)" in text
+    assert torch.allclose(done.module(x), before.module(x), atol=1e-6)
+    shapes = {name: tuple(value.shape) for name, value in done.module.named_parameters()}
+    assert shapes == {"stem.weight": (4, 6), "stem.bias": (4,), "table": (5, 4), "shift": (4,)}
+    assert [tuple(value.shape) for value in done.module.buffers()] == [(5, 1)]
+    again = check_pass(FoldConstants(), done)
+    assert again.log[-1].rewrites == 0
+    assert show(again.module) == text
+
+
+class SharedWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(x, self.weight)
+        return F.linear(x, self.weight * 0.5)
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand(4)
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.row.exp().expand(100_000, 4) * 2).sum(dim=0) + x
+
+
+def test_a_parameter_that_others_read_keeps_its_value() -> None:
+    torch.manual_seed(0)
+    model, x = SharedWeight(), torch.randn(3, 4)
+    before, done = folded(model, x)
+    assert torch.equal(done.module.get_parameter("weight"), before.module.get_parameter("weight"))
+    names = list(done.module.state_dict())
+    assert len(names) == 2
+    assert all(name == "weight" or name.startswith("weight_folded_mul") for name in names)
+    assert torch.allclose(done.module(x), before.module(x), atol=1e-6)
+
+
+def test_random_values_are_drawn_each_time() -> None:
+    _, done = folded(Noisy(), torch.randn(3, 4))
+    assert done.log[-1].rewrites == 0
+    assert not torch.equal(done.module(torch.zeros(3, 4)), done.module(torch.zeros(3, 4)))
+
+
+def test_a_value_much_larger_than_its_sources_is_not_kept() -> None:
+    before, done = folded(Wide(), torch.randn(3, 4))
+    # What comes before the expansion is small and is computed.
+    assert done.log[-1].rewrites == 1
+    assert "exp.default" not in show(done.module)
+    assert sum(t.nbytes for t in done.module.state_dict().values()) == 16
+    x = torch.randn(3, 4)
+    assert torch.allclose(done.module(x), before.module(x), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["attention", "tokens", "shared"])
+def test_answers_stay(name: str) -> None:
+    before = Canonicalize()(captured(name))
+    done = check_pass(FoldConstants(), before)
+    inputs = MODELS[name].inputs(3)
+    leaves = torch.utils._pytree.tree_leaves
+    for one, other in zip(leaves(before.module(*inputs)), leaves(done.module(*inputs)), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
