@@ -21,23 +21,30 @@ from torch.nn import functional
 from fxquant.core.errors import CaptureError
 from fxquant.core.gradients import differentiable
 from fxquant.core.program import Program
+from fxquant.core.weights import check_finite, check_storage
 
 
 def input_names(model: nn.Module | ExportedProgram) -> list[str]:
     """Return the names of the inputs a model must be given, in order.
 
     Raises:
-        CaptureError: the model takes none.
+        CaptureError: it is no model.
     """
     if isinstance(model, ExportedProgram):
         names = list(model.graph_signature.user_inputs)
         return [str(name) for name in names]
+    _require_module(model)
     parameters = inspect.signature(model.forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     required = [p.name for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
     # forward(*args) and forward(x=None) say nothing about what is needed; one image tensor is the usual case.
     first = [p.name for p in parameters if p.kind in positional][:1] or ["input"]
     return required or first
+
+
+def _require_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"model is a {type(model).__name__}; give a torch.nn.Module or an ExportedProgram")
 
 
 def _attention(
@@ -102,7 +109,8 @@ def capture(
     except Exception as error:
         raise CaptureError(f"the exported program cannot be brought to functional ATen: {_summary(error)}") from error
     assert isinstance(module, GraphModule)
-    _check_weights(module)
+    check_storage(module)
+    check_finite(module)
     _leave_inference_mode(module)
     return Program(GraphModule(module, module.graph), {ExportedProgram: exported})
 
@@ -119,8 +127,8 @@ def _leave_inference_mode(module: GraphModule) -> None:
 
 
 def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, dynamic_image: bool) -> ExportedProgram:
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"model is a {type(model).__name__}; give a torch.nn.Module or an ExportedProgram")
+    _require_module(model)
+    check_storage(model)
     try:
         own = copy.deepcopy(model).eval()
     except Exception as error:
@@ -130,15 +138,52 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, d
     free = [[0] * (dynamic_batch and t.dim() > 0) + [2, 3] * (dynamic_image and t.dim() == 4) for t in inputs]
     shapes = _dynamic_shapes(own, [dict.fromkeys(axes, Dim.AUTO) or None for axes in free])
     try:
-        # Where export fails, torch prints the graph so far; what a user can act on is in the error.
-        with torch.no_grad(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            exported = torch.export.export(own, inputs, dynamic_shapes=shapes)
+        exported = _traced(own, inputs, shapes, strict=False)
     except Exception as error:
         raise CaptureError(_export_advice(model, inputs, error)) from error
+    if dynamic_batch and _one_batch_size(exported):
+        exported = _with_free_batch(own, inputs, shapes)
     if dynamic_image:
         _check_sizes(exported, inputs)
     return exported
+
+
+def _traced(model: nn.Module, inputs: tuple[Tensor, ...], shapes: tuple[Any, ...], strict: bool) -> ExportedProgram:
+    # Where export fails, torch prints the graph so far; what a user can act on is in the error.
+    with torch.no_grad(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=strict)
+
+
+def _one_batch_size(exported: ExportedProgram) -> bool:
+    """Whether the program takes as many images as it was traced with and no other number."""
+    inputs = set(exported.graph_signature.user_inputs)
+    values = [node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
+    # A size that was fixed while tracing may still be a symbolic one, whose value is a number.
+    return bool(sizes) and all(isinstance(size, int) or not size.node.expr.free_symbols for size in sizes)
+
+
+def _with_free_batch(model: nn.Module, inputs: tuple[Tensor, ...], shapes: tuple[Any, ...]) -> ExportedProgram:
+    """Trace a model that fixed the batch by reading the bytecode, which follows `len(x)` where plain calls cannot.
+
+    Raises:
+        CaptureError: the batch is fixed all the same.
+    """
+    try:
+        exported = _traced(model, inputs, shapes, strict=True)
+    except Exception as error:
+        raise CaptureError(_fixed_advice(inputs, _summary(error))) from error
+    if _one_batch_size(exported):
+        raise CaptureError(_fixed_advice(inputs, "the graph holds it as a number"))
+    return exported
+
+
+def _fixed_advice(inputs: tuple[Tensor, ...], reason: str) -> str:
+    return (
+        f"the model takes {inputs[0].shape[0] if inputs[0].dim() else 1} images at a time and no other number "
+        f"({reason}); use x.shape[0] or -1 where it writes the number of images into a shape, not len(x) or int(...)"
+    )
 
 
 LARGER = 32
@@ -172,12 +217,13 @@ def _dynamic_shapes(model: nn.Module, axes: list[dict[int, Any] | None]) -> tupl
 
 def _export_advice(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> str:
     shapes = [tuple(t.shape) for t in inputs]
+    types = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in inputs}))
     try:
         with torch.no_grad():
             copy.deepcopy(model).eval()(*inputs)
     except Exception as eager:
         return (
-            f"the model does not run on inputs of shape {shapes}: {_summary(eager)}; "
+            f"the model does not run on inputs of shape {shapes} and type {types}: {_summary(eager)}; "
             "check the shape and type of the calibration images"
         )
     line = _user_line(error)
@@ -211,14 +257,3 @@ def _user_line(error: Exception) -> str:
             found = f"{code.co_filename}:{trace.tb_lineno} in {code.co_name}"
         trace = trace.tb_next
     return found
-
-
-def _check_weights(module: GraphModule) -> None:
-    for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            count = int((~torch.isfinite(parameter)).sum())
-            raise CaptureError(f"weight {name!r} holds {count} values that are NaN or infinite; repair the checkpoint")
-    for name, buffer in module.named_buffers():
-        # Infinity is at home in buffers: attention masks are made of it.
-        if buffer.is_floating_point() and torch.isnan(buffer).any():
-            raise CaptureError(f"buffer {name!r} holds {int(buffer.isnan().sum())} NaN values; repair the checkpoint")

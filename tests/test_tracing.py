@@ -109,6 +109,14 @@ def test_names_of_inputs(model: nn.Module, names: list[str]) -> None:
     assert input_names(model) == names
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"), [("net.pt", "a str"), ({"w": torch.zeros(1)}, "a dict"), (None, "a NoneType")]
+)
+def test_names_of_what_is_no_model(wrong: Any, told: str) -> None:
+    with pytest.raises(CaptureError, match=f"model is {told}; give a torch.nn.Module"):
+        input_names(wrong)
+
+
 def test_control_flow_on_values_names_the_users_line() -> None:
     with pytest.raises(CaptureError, match=r"does not export to a graph at .*models\.py:\d+.*torch\.where") as caught:
         capture(ValueDependentNet(), (torch.randn(2, 3),))
@@ -242,3 +250,36 @@ def test_height_and_width_are_free_when_asked_for() -> None:
 def test_a_model_of_one_image_size_is_refused(model: nn.Module, shape: tuple[int, ...], said: str) -> None:
     with pytest.raises(CaptureError, match=said):
         capture(model, (torch.randn(shape),), dynamic_image=True)
+
+
+class CountsByLen(nn.Module):
+    """Writes the number of images into a shape as `len(x)`, which plain tracing turns into a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(1, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.token.expand(len(x), -1), x], dim=1)
+
+
+class OneBatchOnly(nn.Module):
+    """Has a tensor for each of two images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.Parameter(torch.ones(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.each
+
+
+def test_a_batch_counted_by_len_stays_free() -> None:
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(capture(CountsByLen(), (x[:2],)).module(x), CountsByLen()(x))
+
+
+def test_a_model_for_one_number_of_images_is_refused_with_what_to_write() -> None:
+    with pytest.raises(CaptureError, match=r"takes 2 images at a time and no other number.*x.shape\[0\] or -1"):
+        capture(OneBatchOnly(), (torch.randn(2, 3),))
+    assert capture(OneBatchOnly(), (torch.randn(2, 3),), dynamic_batch=False).module is not None
