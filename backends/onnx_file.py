@@ -10,7 +10,8 @@ import onnx
 from onnx import TensorProto
 
 from fxquant.backends.onnx_options import OnnxOptions
-from fxquant.core.errors import LoweringError, OutputError
+from fxquant.core.errors import LoweringError
+from fxquant.core.files import UNFINISHED, flush_to_disk, unwritable
 
 ALIGNMENT = 4096
 """Offsets of external tensors: whole pages, so that a runtime may map the file."""
@@ -36,7 +37,7 @@ def write_model(model: onnx.ModelProto, path: Path, options: OnnxOptions) -> int
     weights = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{UNFINISHED}{path.name}.") as folder:
             staged, data = Path(folder) / path.name, Path(folder) / f"{path.name}.data"
             if options.external_data or weights > options.largest_file:
                 _move_out(model, data)
@@ -46,9 +47,11 @@ def write_model(model: onnx.ModelProto, path: Path, options: OnnxOptions) -> int
             size = sum(file.stat().st_size for file in written)
             # The weights first: an old graph with new weights is the shorter of the two wrong moments.
             for file in written:
+                flush_to_disk(file)
+            for file in written:
                 file.replace(path.with_name(file.name))
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose a writable folder") from error
+        raise unwritable(path, error) from error
     return size
 
 

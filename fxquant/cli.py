@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,11 +24,15 @@ from fxquant.check import as_json as parity_json
 from fxquant.check import check
 from fxquant.core.budget import Budget
 from fxquant.core.errors import FxquantError, OptionError
+from fxquant.core.files import check_writable
+from fxquant.core.interrupts import stopped_in_order
+from fxquant.core.memory import memory_named
 from fxquant.core.settings import effort
 from fxquant.core.shards import Shards
 from fxquant.inputs import load_calibration, load_model
 from fxquant.inspect_onnx import as_json, as_text, inspect
 from fxquant.outputs import (
+    ROUNDING,
     SCORES,
     check_packages,
     export,
@@ -42,6 +46,13 @@ from fxquant.report.text import safe
 from fxquant.result import Result
 
 INTERRUPTED = 130
+GO_ON = {
+    "quantize": "--resume goes on from there",
+    "analyze": "--resume goes on from there",
+    "reconstruct": "the same command goes on from there",
+}
+"""Command that keeps what it has finished -> how to go on with it."""
+LESS_MEMORY = "give fewer or smaller calibration images, or a lower --effort"
 ROUNDING_IMAGES = 1024
 """Images of a calibration set that `reconstruct` takes at most."""
 
@@ -62,18 +73,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             # What torch warns about in its own code is nothing a user of the command line can act on.
             warnings.simplefilter("ignore")
-            COMMANDS[args.command](args)
+            # How torchrun stops the others when one process dies is said as a stop by hand is.
+            shared = Shards.from_environment().world_size > 1
+            with stopped_in_order(terminate=shared), memory_named(args.command, LESS_MEMORY):
+                COMMANDS[args.command](args)
     except KeyboardInterrupt:
-        place = (args.workdir or args.output) if hasattr(args, "resume") else None
-        kept = place is not None and (place / SCORES).exists()
-        more = f"; finished scores are kept in {place}, --resume goes on from there" if kept else ""
-        print(f"fxquant: stopped{more}", file=sys.stderr)
+        print(safe(f"fxquant: stopped; {_kept(args)}"), file=sys.stderr)
         return INTERRUPTED
     except FxquantError as error:
         return _failed(str(error), error.exit_code, debug)
     except Exception as error:
         return _failed(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1, debug)
     return 0
+
+
+def _kept(args: argparse.Namespace) -> str:
+    """Return what a stopped command leaves, and how to go on."""
+    command = getattr(args, "command", None)
+    if command not in GO_ON:
+        return "what was there before is as it was"
+    place: Path = getattr(args, "workdir", None) or args.output or args.folder
+    count = sum(1 for name in (SCORES, ROUNDING) for _ in (place / name).rglob("[!.]*.npz"))
+    return f"{count} finished parts are kept in {place}: {GO_ON[command]}" if count else "nothing was finished yet"
 
 
 def _failed(message: str, code: int, debug: bool) -> int:
@@ -90,11 +111,12 @@ def _refuse(message: str) -> NoReturn:
 def _scored(args: argparse.Namespace, budget: Budget | None) -> None:
     """Run the pipeline on a model and fill the output folder; under torchrun the first process does so."""
     shards = Shards.from_environment()
-    if shards.world_size > 1:
-        # How torchrun stops the others when one process dies: said as a stop by hand is.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     quiet = args.quiet or not shards.is_first
-    with output_folder(args.output, args.resume) as folder:
+    with ExitStack() as held:
+        folder = held.enter_context(output_folder(args.output, args.resume, shards.is_first))
+        if args.workdir is not None:
+            # Two runs may share it: they measure the same, and the last one's file stays.
+            held.enter_context(output_folder(args.workdir, resume=True, writer=False))
         check_packages(args.target)
         images = load_calibration(args.calibration, image_options(args), effort(args.effort).images)
         result = api.quantize(
@@ -167,6 +189,8 @@ def _reconstruct(args: argparse.Namespace) -> None:
 
 def _pareto(args: argparse.Namespace) -> None:
     budgets = [Budget.parse(text.split(",")) for text in args.budget]
+    if args.output is not None:
+        check_writable(args.output)
     plans = api.pareto(args.folder, budgets)
     for number, (budget, plan) in enumerate(zip(budgets, plans, strict=True), start=1):
         if args.output is not None:
@@ -180,6 +204,7 @@ def _export(args: argparse.Namespace) -> None:
     if args.plan is not None:
         result = result.with_plan(args.plan)
     path = args.output or args.folder / "model.onnx"
+    check_writable(path.parent)
     options = OnnxOptions(args.runtime, args.weight_only, args.block_size, args.external_data)
     measured = export(result, path, options)
     if not args.quiet:
@@ -192,6 +217,7 @@ def _bench(args: argparse.Namespace) -> None:
     from fxquant.report.speed import comparison, runtime_text, speed_table
 
     result = Result.load(args.folder)
+    check_writable(args.folder)
     speeds = bench(result, args.threads, args.rounds)
     extras = known_extras(result, args.folder)
     extras["comparison"] = comparison(extras.get("comparison", []), speeds)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fxquant.core.errors import CalibrationError, FxquantError, MissingDependencyError, OptionError
+from fxquant.core.exported import load_exported
 from fxquant.core.store import read_arrays
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})

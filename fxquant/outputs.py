@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fxquant.backends.onnx_options import OnnxOptions
 from fxquant.backends.onnx_qdq import onnx_module
-from fxquant.core.errors import FileFormatError, MissingDependencyError, OptionError, OutputError
+from fxquant.core.errors import FileFormatError, MissingDependencyError, OptionError
+from fxquant.core.files import atomic_path, check_writable
+from fxquant.core.lock import only_writer
 from fxquant.core.settings import Settings
-from fxquant.core.files import atomic_path
+from fxquant.core.staging import OUTPUT, finish, staged, sweep
 from fxquant.core.store import read_json, write_json
 from fxquant.report.content import FORMAT_VERSION, content
 from fxquant.report.html import render
 from fxquant.result import Result
 
-OWN_FILES: tuple[str, ...] = ("result.json", "plan.json", "ranges.npz", "model.pt2", "held_out.safetensors")
-OWN_FILES += ("model.onnx", "model.onnx.data", "report.html", "report.json")
-"""Files of a result, besides one `sensitivity_<estimator>.npz` for each estimator; the first says that it is whole."""
-
-SCORES = "scores"
+SCORES, ROUNDING = "scores", "rounding"
+"""Folders of finished work, which a run goes on from."""
 
 
 def check_packages(target: str) -> None:
@@ -43,33 +40,39 @@ def check_packages(target: str) -> None:
 
 
 @contextmanager
-def output_folder(folder: Path, resume: bool = False) -> Iterator[Path]:
+def output_folder(folder: Path, resume: bool = False, writer: bool = True) -> Iterator[Path]:
     """Make a folder and try to write to it; folders made here that are still empty go away if the block fails.
 
     Args:
         folder: where results will be written.
         resume: take a folder that already holds a result or scores.
+        writer: hold the folder against other runs, and clear away what killed ones left; False for those that only
+            help the one that does.
 
     Raises:
         OptionError: the folder holds an earlier result and `resume` is False.
+        BusyFolderError: another run is writing to it.
         OutputError: it cannot be written.
     """
-    earlier = [name for name in (SCORES, "result.json") if (folder / name).exists()]
-    if earlier and not resume:
-        raise OptionError(
-            f"{folder} holds {' and '.join(earlier)} of an earlier run; "
-            "give --resume to go on with its scores and replace its results, or another folder"
-        )
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        with atomic_path(folder / ".writable"):
-            pass
-        # Several processes may try at once.
-        (folder / ".writable").unlink(missing_ok=True)
-        yield folder
+        with ExitStack() as held:
+            check_writable(folder)
+            if writer:
+                held.enter_context(only_writer(folder))
+                _ = finish(folder)
+                sweep(folder)
+            earlier = [name for name in (SCORES, "result.json") if (folder / name).exists()]
+            if earlier and not resume:
+                raise OptionError(
+                    f"{folder} holds {' and '.join(earlier)} of an earlier run; "
+                    "give --resume to go on with its scores and replace its results, or another folder"
+                )
+            yield folder
     except BaseException:
         for place in missing:
-            if place.is_dir() and not any(place.iterdir()):
+            # Another process may be quicker, or put something in.
+            with suppress(OSError):
                 place.rmdir()
         raise
 
@@ -93,32 +96,13 @@ def write_outputs(result: Result, folder: Path, extras: Mapping[str, Any] | None
         MissingDependencyError: a package for the outputs is missing.
     """
     measured = dict(extras or {})
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder, prefix=".writing-"))
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror or error}; choose a writable folder") from error
-    try:
-        result.save(staging)
+    with staged(folder, OUTPUT) as staging:
+        _ = result.save(staging)
         if result.program[Settings].target == "onnxruntime":
             measured |= export(result, staging / "model.onnx")
         write_reports(result, staging, measured)
-        _move_in(staging, folder)
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror or error}; choose a writable folder") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     shown = [folder / name for name in ("plan.json", "model.onnx", "report.html", "report.json")]
     return [path for path in shown if path.exists()]
-
-
-def _move_in(staging: Path, folder: Path) -> None:
-    stale = [*(folder / name for name in OWN_FILES), *folder.glob("sensitivity_*.npz")]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    # result.json comes last: a folder with it is whole.
-    for path in sorted(staging.iterdir(), key=lambda made: made.name == "result.json"):
-        path.replace(folder / path.name)
 
 
 def export(result: Result, path: Path, options: OnnxOptions | None = None) -> dict[str, Any]:

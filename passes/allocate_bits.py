@@ -97,6 +97,9 @@ class AllocateBits(Pass):
             seed=self.seed,
             products=products,
         )
+        if solution.interrupted:
+            # The solver hands over what it has; but who pressed Ctrl-C wants the run to end, not this solve.
+            raise KeyboardInterrupt
         if solution.status == "infeasible":
             raise InfeasibleBudgetError(infeasible_message(self.budget, sites, tables))
         picked = [c for c, chosen in zip(matrix.candidates, solution.choice, strict=True) if chosen]
@@ -115,6 +118,7 @@ class AllocateBits(Pass):
             used=usage(choices, limits, tables),
             limits=limits,
             border_cost=requantized,
+            notes=solution.notes,
         )
 
     def _near_row(self, sites: Sites) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -9,7 +9,11 @@ from typing import ClassVar
 
 from fxquant.core.errors import PipelineError
 from fxquant.core.graphs import finish, fork
+from fxquant.core.memory import memory_named
 from fxquant.core.program import PassRecord, Program
+
+LESS_MEMORY = "give fewer or smaller calibration images; what is finished is kept in the workdir"
+"""What helps in every pass: what it holds grows with the images, in number and size."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,15 @@ class Pass(ABC):
 
         Raises:
             PipelineError: a fact it reads is absent, or one it promised was not written.
+            MemoryLimitError: it needs more memory than there is.
         """
         name = type(self).__name__
         for kind in self.reads:
             if kind not in program:
                 raise PipelineError(f"{name} reads {kind.__name__}, which no pass has written yet")
         started = time.perf_counter()
-        done, rewrites = self.run(Program(fork(program.module), program.facts, program.log))
+        with memory_named(name, LESS_MEMORY):
+            done, rewrites = self.run(Program(fork(program.module), program.facts, program.log))
         missing = [kind.__name__ for kind in self.writes if kind not in done]
         if missing:
             raise PipelineError(f"{name} promised to write {', '.join(missing)} and did not")

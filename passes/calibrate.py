@@ -8,6 +8,7 @@ import torch
 
 from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import CalibrationError
+from fxquant.core.memory import is_shortage
 from fxquant.core.program import Program
 from fxquant.core.progress import SILENT, Reporter
 from fxquant.passes.base import Pass
@@ -38,6 +39,8 @@ class Calibrate(Pass):
                 try:
                     program.module(*part.inputs)
                 except (RuntimeError, TypeError, ValueError, IndexError) as error:
+                    if is_shortage(error):
+                        raise
                     shapes = [tuple(t.shape) for t in part.inputs]
                     first = (str(error).splitlines() or [type(error).__name__])[0][:200]
                     raise CalibrationError(f"the model does not run on images of shape {shapes}: {first}") from error

@@ -264,11 +264,22 @@ def test_interrupt_and_unexpected_failure(tmp_path: Path, capsys: Captured, monk
 
     monkeypatch.setitem(cli.COMMANDS, "report", stopped)
     assert main(["report", str(tmp_path)]) == 130
-    assert capsys.readouterr().err == "fxquant: stopped\n"
-    monkeypatch.setitem(cli.COMMANDS, "analyze", stopped)
-    (tmp_path / "scores").mkdir()
+    assert capsys.readouterr().err == "fxquant: stopped; what was there before is as it was\n"
+    for command in ("analyze", "reconstruct"):
+        monkeypatch.setitem(cli.COMMANDS, command, stopped)
     assert main(["analyze", *scoring(tmp_path)]) == 130
-    assert "--resume goes on" in capsys.readouterr().err
+    assert capsys.readouterr().err == "fxquant: stopped; nothing was finished yet\n"
+    (tmp_path / "scores").mkdir()
+    for name in ("a.npz", ".unfinished-b.npz", "identity.json"):
+        (tmp_path / "scores" / name).touch()
+    assert main(["analyze", *scoring(tmp_path)]) == 130
+    told = f"fxquant: stopped; 1 finished parts are kept in {tmp_path}: --resume goes on from there\n"
+    assert capsys.readouterr().err == told
+    (tmp_path / "rounding" / "deep").mkdir(parents=True)
+    (tmp_path / "rounding" / "deep" / "unit.npz").touch()
+    assert main(["reconstruct", str(tmp_path), "--calibration", "tests.small:images"]) == 130
+    assert "2 finished parts are kept" in (err := capsys.readouterr().err)
+    assert "the same command goes on" in err
     monkeypatch.setitem(cli.COMMANDS, "report", broken)
     assert "unexpected ZeroDivisionError: a b (--debug" in failure(["report", str(tmp_path)], 1, capsys)
     assert main(["report", str(tmp_path), "--debug"]) == 1

@@ -34,6 +34,7 @@ class BitAllocation:
         measured_loss: real loss on calibration images not used for scoring; None if not measured.
         finalists: name of each plan that was measured -> its real loss.
         border_cost: modelled cost of requantization between layers, in the unit of the loss; not part of `objective`.
+        notes: what did not go as usual when the plan was solved for.
         quality: name of each limit on answers -> what held-out images measured.
         quality_limits: name of each limit on answers -> what was allowed.
 
@@ -52,6 +53,7 @@ class BitAllocation:
     measured_loss: float | None = None
     finalists: dict[str, float] = field(default_factory=dict)
     border_cost: float = 0.0
+    notes: tuple[str, ...] = ()
     quality: dict[str, float] = field(default_factory=dict)
     quality_limits: dict[str, float] = field(default_factory=dict)
 
@@ -109,6 +111,7 @@ class BitAllocation:
             "measured_loss": _plain(self.measured_loss),
             "finalists": {name: _plain(loss) for name, loss in self.finalists.items()},
             "border_cost": self.border_cost,
+            "notes": list(self.notes),
             "quality": self.quality,
             "quality_limits": self.quality_limits,
         }
@@ -137,6 +140,7 @@ class BitAllocation:
                 measured_loss=None if loss is None else float(loss),
                 finalists={str(k): _number(v) for k, v in document.get("finalists", {}).items()},
                 border_cost=float(document.get("border_cost", 0.0)),
+                notes=tuple(map(str, document.get("notes", ()))),
                 quality={str(k): float(v) for k, v in document.get("quality", {}).items()},
                 quality_limits={str(k): float(v) for k, v in document.get("quality_limits", {}).items()},
                 **numbers,

@@ -81,7 +81,7 @@ def _lock(handle: int, path: Path) -> bool:
 def _is(handle: int, path: Path) -> bool:
     """Whether a path still is the file that was opened: its holder may have removed it in between."""
     try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
+        return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
         return False
 

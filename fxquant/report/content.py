@@ -149,7 +149,7 @@ def _outcome(result: Result) -> dict[str, Any]:
     size = model_bytes(result, plan.choices)
     return {
         "status": plan.status,
-        "status_text": STATUS[plan.status],
+        "status_text": "; ".join([STATUS[plan.status], *_notes(result)]),
         "estimator": plan.estimator,
         "objective": finite(plan.objective),
         "bound": finite(plan.bound),
@@ -165,6 +165,12 @@ def _outcome(result: Result) -> dict[str, Any]:
         "average_bits": average_bits(result, plan),
         "evaluations": result.sensitivity.evaluations,
     }
+
+
+def _notes(result: Result) -> list[str]:
+    """Return what did not go as usual in any of the solves behind the plan, each once."""
+    plans = (result.allocation, *result.finalists.values())
+    return list(dict.fromkeys(note for plan in plans for note in plan.notes))
 
 
 def average_bits(result: Result, plan: BitAllocation) -> float | None:

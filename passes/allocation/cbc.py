@@ -26,7 +26,15 @@ from fxquant.passes.allocation.solution import FloatArray
 OBJECTIVE_SIZE = 1e5
 # What eight printed digits and CBC's own tolerances can hide, relative to the largest coefficient.
 BOUND_MARGIN = 1e-7
+# CBC looks at its clock between steps only; one that has not ended this many seconds after its limit hangs.
+GRACE = 5.0
+# The objective that CBC states and that of the values it prints agree to its printed digits, or one of them is wrong.
+AGREEMENT = 1e-4
 
+FAILURES = (SolverError, MissingDependencyError)
+"""What a call raises where CBC gave no answer that can be used."""
+
+_STATED = re.compile(r"objective value\s+([-+]?\d[\d.]*(?:[eE][-+]?\d+)?)")
 _PARTIAL = re.compile(r"best possible ([-+0-9.eE]+)\)")
 
 
@@ -72,17 +80,25 @@ class Model:
 
         Raises:
             MissingDependencyError: PuLP finds no CBC program.
-            SolverError: CBC ended without a readable result.
+            SolverError: CBC died, hung, or gave an answer that contradicts itself.
         """
         objective = np.array(self._scores)
         scale = OBJECTIVE_SIZE / max(float(np.abs(objective).max(initial=0.0)), 1e-300)
         terms = zip(self._variables, (objective * scale).tolist(), strict=True)
         self._problem.setObjective(pulp.LpAffineExpression(list(terms)))
-        with tempfile.TemporaryDirectory(prefix="fxquant_cbc_") as folder:
-            log, solution = _call(self._problem, Path(folder), time_limit)
+        try:
+            with tempfile.TemporaryDirectory(prefix="fxquant_cbc_") as folder:
+                log, solution = _call(self._problem, Path(folder), time_limit)
+        except OSError as error:
+            raise SolverError(
+                f"CBC's files cannot be written to {tempfile.gettempdir()}: {error.strerror or error}; "
+                "free some space there, or set TMPDIR"
+            ) from error
         status = _status(solution[0])
         has_plan = "objective value" in solution[0] and "no integer" not in solution[0].lower()
         values = _values(solution, self._variables) if status != "infeasible" and has_plan else None
+        if values is not None:
+            _check_objective(solution[0], objective * scale * values)
         return CbcResult(status, values, _bound(status, values, log, objective, scale))
 
 
@@ -103,16 +119,26 @@ def _call(model: pulp.LpProblem, folder: Path, time_limit: float) -> tuple[str, 
     command = [program, str(folder / "model.mps"), "-sec", f"{max(time_limit, 0.01):.3f}", "-timeMode", "elapsed"]
     command += [*options, "-printingOptions", "all", "-solve", "-solution", str(folder / "plan.txt")]
     try:
-        # CBC looks at its clock between steps only; a step that never ends must not take the caller along.
         done = subprocess.run(
-            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=time_limit + 10.0, check=False
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            timeout=time_limit + GRACE,
+            check=False,
         )
-    except subprocess.TimeoutExpired:
-        return "", ["Stopped on time - no integer solution"]
+    except subprocess.TimeoutExpired as error:
+        raise SolverError(f"CBC did not end {GRACE:g} s after its limit of {time_limit:.3g} s") from error
+    except OSError as error:
+        raise MissingDependencyError(
+            f"the CBC program {program} cannot be run: {error.strerror or error}; reinstall pulp"
+        ) from error
     plan = folder / "plan.txt"
-    lines = plan.read_text(encoding="utf-8").splitlines() if plan.exists() else []
-    if not lines:
-        raise SolverError(f"CBC ended with code {done.returncode} and no solution file: {done.stdout[-300:]!r}")
+    lines = plan.read_text(encoding="utf-8", errors="replace").splitlines() if plan.exists() else []
+    if done.returncode or not lines:
+        told = "" if lines else " and no solution file"
+        raise SolverError(f"CBC ended with code {done.returncode}{told}: {done.stdout[-300:]!r}")
     return done.stdout, lines
 
 
@@ -128,14 +154,35 @@ def _status(headline: str) -> Literal["optimal", "infeasible", "stopped"]:
 
 
 def _values(solution: list[str], variables: list[pulp.LpVariable]) -> FloatArray:
-    """Variable values from the solution file's lines "index name value reduced_cost"."""
+    """Variable values from the solution file's lines "index name value reduced_cost", one for each of them."""
     found = {}
     for line in solution[1:]:
         # A leading "**" marks rows and columns outside their bounds by more than CBC's tolerance.
         words = line.replace("**", " ").split()
         if len(words) >= 3:
-            found[words[1]] = float(words[2])
-    return np.array([found.get(variable.name, 0.0) for variable in variables])
+            try:
+                found[words[1]] = float(words[2])
+            except ValueError as error:
+                raise SolverError(f"CBC's solution file holds {line[:80]!r}; expected a number third") from error
+    missing = [variable.name for variable in variables if variable.name not in found]
+    values = np.array([found.get(variable.name, 0.0) for variable in variables])
+    if missing or not np.isfinite(values).all():
+        raise SolverError(f"CBC's solution file gives no number to {len(missing)} of {len(variables)} variables")
+    return values
+
+
+def _check_objective(headline: str, parts: FloatArray) -> None:
+    """Refuse values whose objective, the sum of the parts, is not the one that CBC states.
+
+    Raises:
+        SolverError: the two contradict each other.
+    """
+    stated = _STATED.search(headline)
+    if stated is None:
+        return
+    difference = abs(float(stated[1]) - float(parts.sum()))
+    if difference > AGREEMENT * max(1.0, float(np.abs(parts).sum())):
+        raise SolverError(f"CBC states {headline.strip()[:80]!r}, and its values give {float(parts.sum()):.8g}")
 
 
 def _bound(status: str, values: FloatArray | None, log: str, objective: FloatArray, scale: float) -> float:

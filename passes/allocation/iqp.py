@@ -8,12 +8,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fxquant.core.errors import SolverError
+from fxquant.passes.allocation import cbc
 from fxquant.passes.allocation.branch_and_bound import BranchAndBound
 from fxquant.passes.allocation.linear import solve_diagonal
 from fxquant.passes.allocation.linearise import pair_count, solve_linearised
 from fxquant.passes.allocation.local_search import LocalSearch
 from fxquant.passes.allocation.presolve import reduce
 from fxquant.passes.allocation.solution import Clock, Problem, Solution, answer
+from fxquant.passes.allocation.without_cbc import told
 
 # CBC mostly closes linearised remainders of this many pair variables in well under a second; one that
 # takes longer than this goes to branch and bound, with the bound that CBC has reached.
@@ -39,7 +41,8 @@ def solve_iqp(
     Steps: ties merged and impossible choices dropped; CBC's plan for the diagonal and exchange search
     give the incumbent; multipliers of the doubly nonnegative relaxation prove a bound and exclude
     choices; CBC solves the linearised remainder where it is small; best-first branch and bound the rest.
-    A time-out or KeyboardInterrupt returns the best plan with its bound.
+    A time-out or KeyboardInterrupt returns the best plan with its bound, the latter marked as interrupted.
+    Where CBC is missing or fails, branch and bound does its part as well, and a note says so.
 
     Args:
         values: (n, n) symmetric, any unit; entries inside one group off the diagonal never count.
@@ -67,21 +70,23 @@ def solve_iqp(
         return answer(problem, None, np.inf, clock)
     search = LocalSearch(reduced.problem, seed, clock)
     proof = BranchAndBound(reduced.problem, search, clock)
+    notes: list[str] = []
+    interrupted = False
     try:
-        bound = _solve(reduced.problem, search, proof, clock)
+        bound = _solve(reduced.problem, search, proof, clock, notes)
     except KeyboardInterrupt:
         # Anytime: what is known so far is the answer; without any plan there is nothing to return.
         if search.choice is None:
             raise
-        bound = proof.bound
+        bound, interrupted = proof.bound, True
     if search.choice is None:
         if bound == np.inf:
-            return answer(problem, None, np.inf, clock)
+            return answer(problem, None, np.inf, clock, notes)
         raise SolverError(f"no plan found within {time_limit} s and none excluded; allow more time")
-    return answer(problem, reduced.expand(search.choice), bound, clock)
+    return answer(problem, reduced.expand(search.choice), bound, clock, notes, interrupted)
 
 
-def _solve(problem: Problem, search: LocalSearch, proof: BranchAndBound, clock: Clock) -> float:
+def _solve(problem: Problem, search: LocalSearch, proof: BranchAndBound, clock: Clock, notes: list[str]) -> float:
     """Fill `search` with the best plan and return the proven bound (inf without a plan: infeasible)."""
     diagonal = np.diag(problem.values)
     linear = not np.count_nonzero(problem.values - np.diag(diagonal))
@@ -89,13 +94,19 @@ def _solve(problem: Problem, search: LocalSearch, proof: BranchAndBound, clock: 
     if not linear:
         search.start()
     if linear or search.choice is None:
-        choice, bound = solve_diagonal(problem, diagonal, clock)
-        if choice is None and bound == np.inf:
-            return np.inf
-        if choice is not None:
-            search.improve(np.flatnonzero(choice))
-            if linear:
-                return bound
+        try:
+            # Half of the time: what takes the place of a CBC that hangs needs the rest.
+            choice, bound = solve_diagonal(problem, diagonal, Clock(clock.allowed / 2))
+        except cbc.FAILURES as error:
+            notes.append(told(error))
+            search.start()
+        else:
+            if choice is None and bound == np.inf:
+                return np.inf
+            if choice is not None:
+                search.improve(np.flatnonzero(choice))
+                if linear:
+                    return bound
     search.deepen()
     search.within(min(KICK_SECONDS, KICK_SHARE * clock.allowed))
     search.kick()
@@ -105,9 +116,13 @@ def _solve(problem: Problem, search: LocalSearch, proof: BranchAndBound, clock: 
     if remainder is not None and clock.left:
         small = remainder.problem()
         if pair_count(small) <= CBC_PAIRS:
-            choice, bound = solve_linearised(small, Clock(min(clock.left, CBC_SECONDS)))
-            if choice is not None:
-                search.improve(remainder.full_plan(np.flatnonzero(choice)))
-            proof.raise_bound(bound + remainder.constant)
+            try:
+                choice, bound = solve_linearised(small, Clock(min(clock.left, CBC_SECONDS)))
+            except cbc.FAILURES as error:
+                notes.append(told(error))
+            else:
+                if choice is not None:
+                    search.improve(remainder.full_plan(np.flatnonzero(choice)))
+                proof.raise_bound(bound + remainder.constant)
     proof.run()
     return proof.bound

@@ -11,8 +11,10 @@ from numpy.typing import ArrayLike
 
 from fxquant.core.errors import OptionError, SolverError
 from fxquant.passes.allocation import cbc
+from fxquant.passes.allocation.local_search import LocalSearch
 from fxquant.passes.allocation.presolve import reduce
 from fxquant.passes.allocation.solution import BoolArray, Clock, FloatArray, IndexArray, Problem, Solution, answer
+from fxquant.passes.allocation.without_cbc import solve_by_branching, told
 
 # Rows are brought to this size, so that CBC's absolute tolerance of 1e-7 means 1e-10 of a row.
 ROW_SIZE = 1e3
@@ -30,6 +32,8 @@ def solve_linear(
 ) -> Solution:
     """Minimise sum_i values_ii x_i over one-hot x with costs x <= limits, exactly, as one program for CBC.
 
+    Where CBC is missing or fails, our own branch and bound takes its place, and a note of the solution says so.
+
     The multiple-choice knapsack of HAWQ-V3 (Yao et al., 2021, eq. 9) with any number of limits.
 
     Args:
@@ -38,14 +42,13 @@ def solve_linear(
         costs: (k, n), one row per limit.
         limits: (k,).
         time_limit: wall-clock seconds.
-        seed: unused, the method is deterministic; kept for the common signature.
+        seed: of the search that takes CBC's place; CBC itself needs none.
         products: row -> (n, n), at least 0; the row then reads costs x + x' products x <= limit.
 
     Raises:
         OptionError: unusable arrays, or pair terms between groups, which this solver would ignore.
         SolverError: the time ended before any plan was found.
     """
-    del seed
     clock = Clock(time_limit)
     problem = Problem.checked(values, groups, costs, limits, products)
     if np.count_nonzero(problem.values - np.diag(np.diag(problem.values))):
@@ -53,23 +56,42 @@ def solve_linear(
     reduced = reduce(problem)
     if reduced is None:
         return answer(problem, None, np.inf, clock)
-    choice, bound = solve_diagonal(reduced.problem, np.diag(reduced.problem.values), clock)
+    notes: list[str] = []
+    try:
+        choice, bound = solve_diagonal(reduced.problem, np.diag(reduced.problem.values), clock)
+    except cbc.FAILURES as error:
+        notes.append(told(error))
+        choice, bound = solve_by_branching(reduced.problem, seed, clock)
     if choice is None and bound == np.inf:
-        return answer(problem, None, np.inf, clock)
+        return answer(problem, None, np.inf, clock, notes)
     if choice is None:
         raise SolverError(f"no plan found within {time_limit} s and none excluded; allow more time")
-    return answer(problem, reduced.expand(choice), bound, clock)
+    return answer(problem, reduced.expand(choice), bound, clock, notes)
 
 
 def solve_diagonal(problem: Problem, scores: FloatArray, clock: Clock) -> tuple[BoolArray | None, float]:
-    """Best plan under `scores` (m,) and the limits of `problem`, with its proven bound (inf: infeasible)."""
+    """Best plan under `scores` (m,) and the limits of `problem`, with its proven bound (inf: infeasible).
+
+    Raises:
+        MissingDependencyError: there is no CBC program that runs.
+        SolverError: CBC failed, or its answer is wrong.
+    """
     model = cbc.Model()
     variables = add_choices(model, problem, scores)
+    excluded: set[bytes] = set()
     while True:
         result = model.solve(clock.left)
+        if result.status == "infeasible" and not excluded and _has_plan(problem):
+            raise SolverError("CBC calls a program infeasible that has a plan")
         if result.status == "infeasible" or result.values is None:
             return None, result.bound
         choice = result.values[: len(variables)] > 0.5
+        if choice.tobytes() in excluded or (np.bincount(problem.group_of[choice]) > 1).any() or not choice.any():
+            raise SolverError(
+                f"CBC's plan picks {int(choice.sum())} choices for {len(problem.groups)} layers, or one "
+                "that was excluded"
+            )
+        excluded.add(choice.tobytes())
         if problem.feasible(choice):
             bound = result.bound
             # CBC's proof is exact up to its tolerance, which `cbc` took off the bound again.
@@ -77,6 +99,13 @@ def solve_diagonal(problem: Problem, scores: FloatArray, clock: Clock) -> tuple[
         # Over a limit by less than CBC can see but more than we allow: exclude this one plan, ask again.
         picked = [(variables[index], 1.0) for index in np.flatnonzero(choice)]
         model.add_constraint(picked, "<=", len(picked) - 1.0)
+
+
+def _has_plan(problem: Problem) -> bool:
+    """Whether a short search finds a plan."""
+    search = LocalSearch(problem, 0, Clock(1.0))
+    search.start()
+    return search.choice is not None
 
 
 def add_choices(model: cbc.Model, problem: Problem, scores: FloatArray) -> list[pulp.LpVariable]:

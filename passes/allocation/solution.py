@@ -37,6 +37,8 @@ class Solution:
         bound: no feasible plan has an objective below this; inf where infeasible, -inf where unknown.
         status: "optimal" (proved), "feasible" (best found) or "infeasible" (proved).
         seconds: wall clock of the solve.
+        notes: what did not go as usual, for the user.
+        interrupted: Ctrl-C ended the search before the time was over.
 
     Raises:
         OptionError: the bound lies above the objective, or the status contradicts the figures.
@@ -48,6 +50,8 @@ class Solution:
     gap: float
     status: Status
     seconds: float
+    notes: tuple[str, ...] = ()
+    interrupted: bool = False
 
     def __post_init__(self) -> None:
         if np.isnan(self.objective) or np.isnan(self.bound) or self.bound > self.objective:
@@ -230,19 +234,27 @@ class Clock:
         return max(self.allowed - self.spent, 0.0)
 
 
-def answer(problem: Problem, choice: BoolArray | None, bound: float, clock: Clock) -> Solution:
+def answer(
+    problem: Problem,
+    choice: BoolArray | None,
+    bound: float,
+    clock: Clock,
+    notes: Sequence[str] = (),
+    interrupted: bool = False,
+) -> Solution:
     """Make the `Solution` of a search that ended with `choice` (None: proved infeasible) and `bound`.
 
     The plan counts as proved when objective - bound <= PROOF_TOLERANCE |objective|.
     """
+    told = tuple(dict.fromkeys(notes))
     if choice is None:
         nothing = np.zeros(len(problem.values), dtype=bool)
-        return Solution(nothing, np.inf, np.inf, 0.0, "infeasible", clock.spent)
+        return Solution(nothing, np.inf, np.inf, 0.0, "infeasible", clock.spent, told, interrupted)
     objective = problem.objective(choice)
     if objective - bound <= proof_margin(problem, objective):
-        return Solution(choice, objective, objective, 0.0, "optimal", clock.spent)
+        return Solution(choice, objective, objective, 0.0, "optimal", clock.spent, told, interrupted)
     gap = (objective - bound) / max(abs(objective), 1e-12)
-    return Solution(choice, objective, bound, gap, "feasible", clock.spent)
+    return Solution(choice, objective, bound, gap, "feasible", clock.spent, told, interrupted)
 
 
 def proof_margin(problem: Problem, objective: float) -> float:

@@ -1,0 +1,37 @@
+"""Too little memory, told in words: which stage, what was asked for, and what to turn down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fxquant.core.errors import MemoryLimitError
+
+SIGNS = ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc", "failed to allocate memory")
+"""What torch and the runtimes say in errors that have no class of their own."""
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that memory was short: Python's, NumPy's, torch's or a runtime's own."""
+    told = str(error).lower()
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in told for sign in SIGNS))
+
+
+@contextmanager
+def memory_named(stage: str, advice: str) -> Iterator[None]:
+    """Turn a lack of memory in the block into an error that names the stage and the way out.
+
+    Args:
+        stage: what was being done.
+        advice: what the user can turn down.
+
+    Raises:
+        MemoryLimitError: the block ran out of memory.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_shortage(error):
+            raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise MemoryLimitError(f"{stage} needs more memory than there is ({first}); {advice}") from error
