@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
@@ -59,6 +61,18 @@ def _makes_tensors(node: Node) -> bool:
     )
 
 
+def _foreign_type(node: Node) -> str | None:
+    """Return why an op whose values are not float32 keeps them, None where they are."""
+    types = {value.meta["val"].dtype for value in (node, *activation_inputs(node)) if _is_float(value)}
+    foreign = sorted(str(kind).removeprefix("torch.") for kind in types - {torch.float32})
+    return f"it computes in {' and '.join(foreign)}, and quantizers are for float32" if foreign else None
+
+
+def _is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 class _EdgeSearch:
     def __init__(self, graph: Graph, target: Target, keep_float: dict[str, str]) -> None:
         self.nodes: list[Node] = list(graph.nodes)
@@ -77,8 +91,12 @@ class _EdgeSearch:
         weight = node.args[rule.weight]
         if not isinstance(weight, Node) or not is_constant(weight):
             self.reasons[node.name] = "its weight is computed by the graph, not a parameter"
+        elif is_constant(node.args[0]):
+            self.reasons[node.name] = "its input is a constant, so it could be computed beforehand"
         elif _computed_bias(node, rule):
             self.reasons[node.name] = "its bias is computed by the graph, not a parameter"
+        elif (foreign := _foreign_type(node)) is not None:
+            self.reasons[node.name] = foreign
         elif rule.kind not in self.target.kernels:
             self.reasons[node.name] = f"target {self.target.name!r} has no integer kernel for {rule.kind}"
         elif site_name(str(weight.target)) in keep_float:
@@ -110,6 +128,9 @@ class _EdgeSearch:
             return "the op table has no row for it" if _makes_tensors(node) else None
         if rule.kind in self.target.refuse_joins:
             return self.target.refuse_joins[rule.kind]
+        foreign = _foreign_type(node)
+        if foreign is not None:
+            return foreign
         full = OPS[node.target]
         if full.refuse is not None and (why := full.refuse(node)):
             return why

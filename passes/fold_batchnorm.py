@@ -13,6 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxquant.core.batchnorm import NormStatistics, Statistics
+from fxquant.core.errors import CaptureError
 from fxquant.core.graphs import constant, erase_dead, set_parameter, tensor_at
 from fxquant.core.ops import rule_of, shape_of
 from fxquant.core.program import Program
@@ -26,6 +27,9 @@ class FoldBatchnorm(Pass):
     """Fold every batch normalisation whose only input is a weighted op with constant weights used once.
 
     What each of them knew of its input is written as `NormStatistics`.
+
+    Raises:
+        CaptureError: statistics that make weights which are not finite.
     """
 
     writes = (NormStatistics,)
@@ -72,6 +76,12 @@ def _fold(module: GraphModule, norm: Node) -> dict[str, Statistics]:
     shift = ((0.0 if b is None else b.double()) - mean.double()) * factor + (0.0 if beta is None else beta.double())
     path = str(weight.target)
     scaled = w.double() * factor.reshape([-1] + [1] * (w.dim() - 1))
+    # Infinite means, negative variances: not seen in the weights alone.
+    if not all(torch.isfinite(value.to(w.dtype)).all() for value in (scaled, shift)):
+        raise CaptureError(
+            f"the batch normalization behind {path!r} makes weights that are not finite; "
+            "its statistics are broken (a mean that is infinite, a variance below 0), repair the checkpoint"
+        )
     trainable = tensor_at(module, path).requires_grad
     # What could be trained before the folding can be trained after it: the simulated graph is the training graph.
     set_parameter(module, producer, rule.weight, path, scaled.to(w.dtype), trainable)

@@ -3,11 +3,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
 from fxquant.core.edges import QuantizedEdges
 from fxquant.core.program import Program
 from fxquant.core.target import Target
+from fxquant.passes.canonicalize import Canonicalize
 from fxquant.passes.find_edges import FindEdges
+from fxquant.tracing import capture
 from tests.models import MODELS
 from tests.programs import TARGET, check_pass, folded
 
@@ -141,6 +145,42 @@ def test_refusals_are_told_apart() -> None:
     assert "table look-up" in edges_of("tokens").float_reasons["embedding"]
     no_linear = replace(TARGET, kernels={"conv": "QConv"})
     assert edges_of("residual", no_linear).float_reasons["linear"] == "target 'test' has no integer kernel for linear"
+
+
+def test_a_layer_whose_input_is_a_constant_stays_in_float() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(4, 3))
+            self.embed = nn.Linear(3, 5)
+            self.head = nn.Linear(5, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            answer: torch.Tensor = self.head(x + self.embed(self.table))
+            return answer
+
+    program = FindEdges(TARGET)(Canonicalize()(capture(Positions(), (torch.randn(2, 4, 5),))))
+    found = program[QuantizedEdges]
+    assert found.float_reasons["linear"] == "its input is a constant, so it could be computed beforehand"
+    assert "linear_1" in found.integer_nodes
+
+
+def test_layers_of_another_float_type_keep_it() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(5, 5)
+            self.register_buffer("narrow", torch.randn(5, 5).bfloat16())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = nn.functional.linear(self.first(x).bfloat16(), self.get_buffer("narrow"))
+            return (x + x).float()
+
+    found = FindEdges(TARGET)(Canonicalize()(capture(Mixed(), (torch.randn(2, 5),))))[QuantizedEdges]
+    assert "linear" in found.integer_nodes
+    why = "it computes in bfloat16, and quantizers are for float32"
+    others = [name for name, told in found.float_reasons.items() if told == why]
+    assert [name.partition("_")[0] for name in others] == ["linear", "add"]
 
 
 def test_a_site_kept_in_float_takes_its_edges_along() -> None:

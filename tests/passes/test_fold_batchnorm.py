@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+from fxquant.core.errors import CaptureError
 from fxquant.core.graphs import show
 from fxquant.core.program import Program
 from fxquant.passes.canonicalize import Canonicalize
@@ -82,3 +84,24 @@ def test_a_value_with_a_second_reader_is_not_folded_away() -> None:
 
     program = capture(Peek(), (torch.randn(2, 3),))
     assert FoldBatchnorm()(program).log[-1].rewrites == 0
+
+
+@pytest.mark.parametrize(("path", "value"), [("running_mean", torch.inf), ("running_var", -1.0), ("weight", 3e38)])
+def test_broken_statistics_are_told_by_the_layer_in_front(path: str, value: float) -> None:
+    conv, norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+    with torch.no_grad():
+        conv.weight.fill_(2.0)
+        norm.state_dict()[path].fill_(value)
+    model = nn.Sequential(conv, norm).eval()
+    program = Canonicalize()(capture(model, (torch.randn(2, 3, 4, 4),)))
+    with pytest.raises(CaptureError, match=r"behind '0\.weight' makes weights that are not finite"):
+        FoldBatchnorm()(program)
+
+
+def test_a_variance_without_end_leaves_the_shift() -> None:
+    norm = nn.BatchNorm2d(4)
+    norm.state_dict()["running_var"].fill_(torch.inf)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), norm).eval()
+    x = torch.randn(2, 3, 4, 4)
+    done = FoldBatchnorm()(Canonicalize()(capture(model, (x,))))
+    assert torch.equal(done.module(x), model(x))
