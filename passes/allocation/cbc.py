@@ -97,6 +97,8 @@ class Model:
         status = _status(solution[0])
         has_plan = "objective value" in solution[0] and "no integer" not in solution[0].lower()
         values = _values(solution, self._variables) if status != "infeasible" and has_plan else None
+        if status == "optimal" and values is None:
+            raise SolverError(f"CBC states {solution[0].strip()[:80]!r} and gives no plan")
         if values is not None:
             _check_objective(solution[0], objective * scale * values)
         return CbcResult(status, values, _bound(status, values, log, objective, scale))
