@@ -98,8 +98,8 @@ def _budget(parser: argparse.ArgumentParser, required: bool) -> None:
         action="append",
         required=required,
         metavar="NAME=NUMBER",
-        help="size_mb, size_ratio, average_bits, bops, bops_ratio, activation_mb, latency_ms or latency_ratio; "
-        "may be repeated",
+        help="size_mb, size_ratio, average_bits, bops, bops_ratio, activation_mb, latency_ms or latency_ratio; loss, "
+        "disagreement or accuracy_drop, with minimize=NAME; may be repeated",
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import configparser
 import importlib
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
@@ -104,6 +106,16 @@ def test_code_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
         exec(compile(code, f"docs/{name}", "exec"), space)
     logits = space.get("logits")
     assert logits is None or tuple(logits.shape) == (3, 3)
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason='the site needs pip install "fxquant[docs]"')
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(build, cwd=ROOT, env=quiet, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "repository" / "benchmarks" / "results" / "peers.json").is_file()
+    assert "fxquant.Budget" in (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
 
 
 def commands() -> dict[str, set[str]]:
