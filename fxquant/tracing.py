@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.nn import functional
 
+from fxquant.core.answers import plain_answer
 from fxquant.core.errors import CaptureError
 from fxquant.core.gradients import differentiable
 from fxquant.core.program import Program
@@ -133,12 +134,15 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, d
         own = copy.deepcopy(model).eval()
     except Exception as error:
         raise CaptureError(f"the model cannot be copied: {_summary(error)}; fxquant works on a copy of it") from error
+    _ = own.register_forward_hook(lambda *given: plain_answer(given[-1]))
     # Export specialises sizes 0 and 1, so a single image is doubled to keep the batch free.
     inputs = tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in inputs)
     free = [[0] * (dynamic_batch and t.dim() > 0) + [2, 3] * (dynamic_image and t.dim() == 4) for t in inputs]
     shapes = _dynamic_shapes(own, [dict.fromkeys(axes, Dim.AUTO) or None for axes in free])
     try:
         exported = _traced(own, inputs, shapes, strict=False)
+    except CaptureError:
+        raise
     except Exception as error:
         raise CaptureError(_export_advice(model, inputs, error)) from error
     if dynamic_batch and _one_batch_size(exported):

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from fxquant.core.errors import CaptureError
 from fxquant.core.graphs import show
 from fxquant.core.ops import sample_elements, sample_shape
+from fxquant.core.oracle import first_tensor
 from fxquant.tracing import DECOMPOSITIONS, capture, input_names
 from tests.models import MODELS, ResidualNet, TwoInputNet, ValueDependentNet, VariadicNet, built
 from tests.programs import captured
@@ -283,3 +287,70 @@ def test_a_model_for_one_number_of_images_is_refused_with_what_to_write() -> Non
     with pytest.raises(CaptureError, match=r"takes 2 images at a time and no other number.*x.shape\[0\] or -1"):
         capture(OneBatchOnly(), (torch.randn(2, 3),))
     assert capture(OneBatchOnly(), (torch.randn(2, 3),), dynamic_batch=False).module is not None
+
+
+@dataclass
+class Classified:
+    """What a homemade model returns."""
+
+    features: Tensor
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+class Classifier(nn.Module):
+    """Looks like a Lightning module: a trainer that is not there, a training step that asks for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        self.head = nn.Linear(4, 2)
+
+    @property
+    def trainer(self) -> NoReturn:
+        raise RuntimeError(f"{type(self).__name__} is not attached to a `Trainer`.")
+
+    def log(self, name: str, value: Tensor) -> None:
+        self.trainer.record(name, value)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
+        del number
+        loss = F.cross_entropy(self(batch[0]).logits, batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def forward(self, x: Tensor) -> Classified:
+        features = self.net(x).mean(dim=(2, 3))
+        return Classified(features, self.head(features))
+
+
+class Wrapped(nn.Module):
+    """Returns what no graph can return, on one batch size only unless the bytecode is read."""
+
+    def __init__(self, answer: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 2)
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> object:
+        return self.answer(self.head(x.reshape(len(x), 12)))
+
+
+def test_a_dataclass_becomes_a_dictionary_with_the_logits_first() -> None:
+    model, x = Classifier().eval(), torch.randn(3, 3, 5, 5)
+    program = capture(model, (x[:2],))
+    ours, theirs = program.module(x), model(x)
+    assert list(ours) == ["logits", "features", "loss"]
+    assert ours["loss"] is None
+    assert torch.allclose(first_tensor(ours), theirs.logits, atol=1e-6)
+    assert not model._forward_hooks
+
+
+def test_a_free_batch_and_a_dictionary() -> None:
+    program = capture(Wrapped(lambda y: {"features": y * 2, "logits": y}), (torch.randn(2, 3, 4),))
+    assert list(program.module(torch.randn(5, 3, 4))) == ["logits", "features"]
+
+
+def test_an_output_that_no_graph_can_return() -> None:
+    with pytest.raises(CaptureError, match=r"^the model returns a SimpleNamespace, whose tensors"):
+        capture(Wrapped(lambda y: SimpleNamespace(logits=y)), (torch.randn(2, 3, 4),))
