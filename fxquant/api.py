@@ -16,6 +16,7 @@ from fxquant.core.allocation import BitAllocation
 from fxquant.core.budget import Budget
 from fxquant.core.data import collect
 from fxquant.core.errors import CalibrationError
+from fxquant.core.files import work_folder
 from fxquant.core.program import Program
 from fxquant.core.progress import Reporter
 from fxquant.core.settings import Effort, Settings
@@ -105,6 +106,7 @@ def quantize(
     Raises:
         InputError: the model, the calibration data or an option cannot be used.
         InfeasibleBudgetError: no plan keeps the budget.
+        OutputError: the workdir cannot be written, found before the work.
         WorkerError: another process that shares the scoring was lost.
     """
     preset = effort_preset(effort)
@@ -137,7 +139,11 @@ def quantize(
     _ = algorithms(settings.rounding, rounding_options)
     shards = Shards.from_environment() if distributed else ALONE
     reporter = Reporter(progress and shards.is_first)
+    # Tried before hours of work are to be kept there.
+    folder, place = (work_folder(workdir, name) for name in ("scores", "rounding"))
     images = collect(calibration, input_names(model), preset.images)
+    if len(images) == preset.images:
+        reporter.say(f"{len(images)} calibration images are used, all that effort={effort!r} takes")
     if len(images) < 2:
         raise CalibrationError("calibration holds one image; give at least two, so that one can be held out")
     scoring, held_out = images.split(settings.held_out, seed)
@@ -146,11 +152,9 @@ def quantize(
     program = pipeline.calibrate(program, scoring, reporter)
     if budget is not None:
         pipeline.check_budget(program, budget)
-    folder = None if workdir is None else Path(workdir) / "scores"
     program = pipeline.measure_sensitivity(program, scoring, folder, reporter, shards)
     if budget is None:
         return Result(pipeline.impose(program, pipeline.widest_plan(program)), held_out)
-    place = None if workdir is None else Path(workdir) / "rounding"
 
     def finish(solved: Program) -> Program:
         if settings.rounding == "nearest":
@@ -224,7 +228,7 @@ def measure_sensitivity(
         workdir: folder that keeps finished scores.
         progress: bars on a terminal, elsewhere a line on stderr for each stage.
     """
-    folder = None if workdir is None else Path(workdir) / "scores"
+    folder = work_folder(workdir, "scores")
     images = collect(calibration, _placeholders(program))
     return pipeline.measure_sensitivity(program, images, folder, Reporter(progress))
 
@@ -318,11 +322,11 @@ def reconstruct(
         CalibrationError: fewer images than a batch, or an algorithm needs what the network does not have.
     """
     known = result if isinstance(result, Result) else Result.load(result)
+    folder = work_folder(workdir, "rounding")
     images, reporter = collect(calibration, _placeholders(known.program)), Reporter(progress)
     if len(images) < 2:
         raise CalibrationError("calibration holds one image; give at least two, so that one can be held out")
     scoring, held_out = images.split(known.program[Settings].held_out, known.program[Settings].seed)
-    folder = None if workdir is None else Path(workdir) / "rounding"
     program = round_with_feedback(known.program, rounding, scoring, held_out, feedback, folder, reporter, options)
     return replace(known, program=program, held_out=held_out)
 

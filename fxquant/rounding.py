@@ -14,6 +14,7 @@ from fxquant.core.budget import Budget
 from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import OptionError
 from fxquant.core.gradients import gradients
+from fxquant.core.memory import memory_named
 from fxquant.core.oracle import model_outputs
 from fxquant.core.program import Program
 from fxquant.core.progress import SILENT, Reporter
@@ -29,6 +30,7 @@ from fxquant.pipeline import loss_name, score_identity, simulate
 
 JOIN = "+"
 """Between the names of a chain."""
+LESS_MEMORY = "give fewer images, or a smaller memory_mb or batch among the rounding options"
 ROUNDED = "rounded, "
 """In front of a chain's name among a plan's finalists."""
 
@@ -99,14 +101,14 @@ def round_plan(
             dict(overrides or {}),
             reporter,
         )
-        with gradients():
+        with gradients(), memory_named(name, LESS_MEMORY):
             rounded = ROUNDERS[name](task)
     own = _scales_by_channel(rounded)
     if own and not backend(settings.target).target.per_channel:
         note = f"{chain} was left: it gives channels of {own[0]!r} scales of their own, which the target does not run"
         reporter.say(note)
-        known = Rounding.of(program, plan.choices)
-        return program.with_facts(replace(known, notes=(*known.notes, note)))
+        left = Rounding.of(program, plan.choices)
+        return program.with_facts(replace(left, notes=(*left.notes, note)))
     return rounded if held_out is None else _better(program, rounded, chain, held_out, loss, reporter)
 
 

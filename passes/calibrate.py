@@ -8,10 +8,14 @@ import torch
 
 from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import CalibrationError
+from fxquant.core.footprint import live_bytes
 from fxquant.core.memory import is_shortage
 from fxquant.core.program import Program
 from fxquant.core.progress import SILENT, Reporter
 from fxquant.passes.base import Pass
+
+WORKING_LIMIT = 10**9
+"""Bytes of values that a forward pass holds at once, for as long as one image takes no more."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Calibrate(Pass):
 
     Args:
         images: calibration images.
-        batch: images for each forward pass.
+        batch: images for each forward pass at most; fewer where their values would take more than `WORKING_LIMIT`.
         reporter: shows progress.
 
     Raises:
@@ -33,9 +37,10 @@ class Calibrate(Pass):
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program, its observers filled."""
-        total = -(-len(self.images) // self.batch)
+        batch = max(1, min(self.batch, WORKING_LIMIT // max(1, live_bytes(program.module.graph))))
+        total = -(-len(self.images) // batch)
         with torch.no_grad():
-            for part in self.reporter.track(self.images.batches(self.batch), "calibrate", total):
+            for part in self.reporter.track(self.images.batches(batch), "calibrate", total):
                 try:
                     program.module(*part.inputs)
                 except (RuntimeError, TypeError, ValueError, IndexError) as error:

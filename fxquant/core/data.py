@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,11 @@ from torch import Tensor
 
 from fxquant.core.errors import CalibrationError
 from fxquant.core.gradients import differentiable
+
+LARGEST = 2 * 10**9
+"""Bytes of images that are collected from a loader at most."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +124,8 @@ def collect(calibration: object, names: Sequence[str], limit: int | None = None)
         calibration: iterable of Tensor | tuple | list | dict batches, or one tensor or array of images. Of a tuple, the
             first `len(names)` members are inputs and one more is taken as labels; a dict is read by input name.
         names: the model's input names, in order.
-        limit: stop after this many images.
+        limit: stop after this many images. Whatever it says, no more than `LARGEST` bytes of several batches are held;
+            what is left out is said in a warning of the log.
 
     Raises:
         CalibrationError: empty, too few inputs in a batch, a missing name, ragged or non-finite tensors.
@@ -131,9 +138,18 @@ def collect(calibration: object, names: Sequence[str], limit: int | None = None)
         raise CalibrationError(f"calibration is a {type(calibration).__name__}; give an iterable of batches")
     columns: list[list[Tensor]] = [[] for _ in names]
     labels: list[Tensor] = []
-    seen = 0
+    seen, held = 0, 0
     for batch in calibration:
         inputs, label = _unpack(batch, names)
+        held += sum(tensor.nbytes for tensor in inputs)
+        if held > LARGEST and seen:
+            # A loader may be endless, or larger than memory: the rest is not even asked for.
+            log.warning(
+                "calibration ends after %d images: %.1f GB of them are held at most; smaller images let more in",
+                seen,
+                LARGEST / 1e9,
+            )
+            break
         for column, tensor in zip(columns, inputs, strict=True):
             if tensor.dim() == 0:
                 raise CalibrationError("a calibration batch is a single number; give images with a batch axis in front")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
+
+from fxquant.core.ops import shape_of
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,27 @@ class Footprint:
             if stretch not in best or size <= best[stretch][1]:
                 best[stretch] = (node, size)
         return dict(best.values())
+
+
+def live_bytes(graph: Graph) -> int:
+    """Return the most bytes that values take at once in a run of one image, from the traced shapes.
+
+    A value is alive from its node to its last reader; views count as values of their own, weights not at all.
+    """
+    last: dict[Node, Node] = {}
+    for node in graph.nodes:
+        last.update(dict.fromkeys(node.all_input_nodes, node))
+    traced = next((shape_of(node)[:1] for node in graph.nodes if node.op == "placeholder" and shape_of(node)), (1,))
+    alive, most = 0, 0
+    sizes: dict[Node, int] = {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "get_attr" and isinstance(value, Tensor):
+            sizes[node] = prod(shape_of(node)) * value.dtype.itemsize // max(1, traced[0])
+        alive += sizes.get(node, 0)
+        most = max(most, alive)
+        alive -= sum(sizes.get(done, 0) for done in node.all_input_nodes if last[done] is node)
+    return most
 
 
 def storages(values: Mapping[Node, object]) -> dict[int, int]:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fxquant.core import data
 from fxquant.core.data import CalibrationSet, collect
 from fxquant.core.errors import CalibrationError
 
@@ -188,3 +189,24 @@ def test_batches_join_to_the_set(count: int, size: int) -> None:
     assert torch.equal(torch.cat(parts), images.inputs[0])
     assert all(len(part) == size for part in parts[:-1])
     assert np.array_equal(images.take([0, count - 1]).inputs[0].numpy(), [0, count - 1])
+
+
+def test_an_endless_loader_ends_where_memory_would(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = 0
+
+    def endless() -> Iterator[torch.Tensor]:
+        nonlocal asked
+        while True:
+            asked += 1
+            yield torch.full((4, 10), float(asked))
+
+    monkeypatch.setattr(data, "LARGEST", 1000)
+    found = collect(endless(), ["x"])
+    # 160 bytes a batch.
+    assert len(found) == 24
+    assert asked == 7
+    assert "calibration ends after 24 images: 0.0 GB of them are held at most" in caplog.text
+    # A tensor that the caller holds anyway is taken whole.
+    assert len(collect(torch.zeros(1000, 10), ["x"])) == 1000

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx import Graph, Node
 
-from fxquant.core.footprint import Footprint, storages
+from fxquant.core.footprint import Footprint, live_bytes, storages
 
 
 def chain(sizes: list[int]) -> Footprint:
@@ -64,3 +64,24 @@ def test_storages_are_counted_once_and_inside_of_structures(wrap: object) -> Non
     assert callable(wrap)
     assert sum(storages({a: value, b: wrap(value[2:])}).values()) == 40
     assert storages({a: None, b: 3}) == {}
+
+
+def test_values_live_until_their_last_reader() -> None:
+    graph = Graph()
+
+    def add(*inputs: Node, numbers: int) -> Node:
+        node = graph.call_function(torch.relu, inputs) if inputs else graph.placeholder("x")
+        node.meta["val"] = torch.empty(2, numbers, device="meta")
+        return node
+
+    x = add(numbers=10)
+    wide = add(x, numbers=100)
+    narrow = add(wide, numbers=1)
+    weight = graph.get_attr("w")
+    weight.meta["val"] = torch.empty(10**6, device="meta")
+    last = add(x, narrow, weight, numbers=50)
+    graph.output(last)
+    # Traced with two images; x waits beside the wide value for the last op.
+    assert live_bytes(graph) == 4 * (10 + 100 + 1)
+    last.meta["val"] = torch.empty(2, 500, device="meta", dtype=torch.float64)
+    assert live_bytes(graph) == 4 * (10 + 1) + 8 * 500

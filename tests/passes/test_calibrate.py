@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import CalibrationError
+from fxquant.core.footprint import live_bytes
 from fxquant.core.graphs import show
 from fxquant.core.program import Program
 from fxquant.core.ranges import Ranges
+from fxquant.passes import calibrate
 from fxquant.passes.calibrate import Calibrate
 from fxquant.passes.insert_observers import CollectRanges, InsertObservers
 from tests.models import MODELS
@@ -55,3 +59,31 @@ def test_images_that_do_not_fit(name: str, images: torch.Tensor, message: str) -
 def test_one_image_will_do() -> None:
     ranges = CollectRanges()(run(CalibrationSet(MODELS["residual"].inputs(1)), 32))[Ranges]
     assert set(ranges.histograms) == {"x", "relu", "conv2d_1", "relu_1", "conv2d_2", "mean"}
+
+
+def test_large_values_go_in_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, seen = CalibrationSet(MODELS["residual"].inputs(7)), list[int]()
+    batches = CalibrationSet.batches
+
+    def noted(self: CalibrationSet, size: int) -> Iterator[CalibrationSet]:
+        seen.append(size)
+        return batches(self, size)
+
+    monkeypatch.setattr(CalibrationSet, "batches", noted)
+    one = live_bytes(InsertObservers("minmax")(tied("residual")).module.graph)
+    assert one > 4 * 3 * 8 * 8
+    for limit in (0, 3 * one, 10**9):
+        monkeypatch.setattr(calibrate, "WORKING_LIMIT", limit)
+        run(images, 5)
+    assert seen == [1, 3, 5]
+
+
+def test_too_little_memory_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = InsertObservers("minmax")(tied("residual"))
+
+    def short(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(program.module, "forward", short)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        Calibrate(CalibrationSet(MODELS["residual"].inputs(2))).run(program)
