@@ -19,7 +19,7 @@ SOURCES = sorted(
 NAMES = [str(path.relative_to(ROOT)) for path in SOURCES]
 
 FRONT = (
-    *("pipeline", "latency", "search", "smallest", "rounding", "trained", "training", "result", "transfer"),
+    *("pipeline", "latency", "search", "smallest", "parts", "rounding", "trained", "training", "result", "transfer"),
     *("bench", "report", "check", "api", "compiling", "inspect_onnx"),
     *("fxquant", "inputs", "outputs", "arguments", "demo", "cli"),
 )
