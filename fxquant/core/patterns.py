@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch.fx import Graph, Node
 
 from fxquant.core.errors import OptionError
+from fxquant.core.expressions import matcher
 from fxquant.core.spec import Site
 
 Types = Mapping[str, Collection[str]]
@@ -36,16 +36,8 @@ def _glob(pattern: str) -> Callable[[str], bool]:
     return lambda word: fnmatchcase(word, pattern)
 
 
-def _expression(pattern: str) -> Callable[[str], bool]:
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise OptionError(f"pattern 're:{pattern}' is not a regular expression: {error}") from error
-    return lambda word: expression.fullmatch(word) is not None
-
-
 FORMS: Mapping[str, tuple[Callable[[str], Callable[[str], bool]], bool]] = {
-    "re:": (_expression, False),
+    "re:": (matcher, False),
     "type:": (_glob, True),
     "": (_glob, False),
 }
@@ -62,7 +54,7 @@ def found(pattern: str, names: Sequence[str], types: Types) -> list[str]:
         types: their types.
 
     Raises:
-        OptionError: not a regular expression.
+        OptionError: not a regular expression, or one that could take for ever.
     """
     beginning = next(start for start in FORMS if pattern.startswith(start))
     form, by_type = FORMS[beginning]
