@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fxquant.backends.fx_int8 import kernel_report
 from fxquant.backends.onnx_options import OnnxOptions
 from fxquant.backends.onnx_qdq import onnx_module
 from fxquant.core.errors import FileFormatError, MissingDependencyError, OptionError
 from fxquant.core.files import atomic_path, check_writable
 from fxquant.core.lock import only_writer
 from fxquant.core.settings import Settings
+from fxquant.core.spec import Sites
 from fxquant.core.staging import OUTPUT, finish, staged, sweep
 from fxquant.core.store import read_json, write_json
 from fxquant.report.content import FORMAT_VERSION, content
@@ -98,8 +100,8 @@ def write_outputs(result: Result, folder: Path, extras: Mapping[str, Any] | None
     measured = dict(extras or {})
     with staged(folder, OUTPUT) as staging:
         _ = result.save(staging)
-        if result.program[Settings].target == "onnxruntime":
-            measured |= export(result, staging / "model.onnx")
+        seen = SEEN.get(result.program[Settings].target)
+        measured |= {} if seen is None else seen(result, staging)
         write_reports(result, staging, measured)
     shown = [folder / name for name in ("plan.json", "model.onnx", "report.html", "report.json")]
     return [path for path in shown if path.exists()]
@@ -117,6 +119,23 @@ def export(result: Result, path: Path, options: OnnxOptions | None = None) -> di
     session = onnx_module("onnx_session")
     written = result.to_onnx(path, options)
     return {"bytes_on_disk": written.bytes, "kernels": dict(session.kernel_report(path).kernels)}
+
+
+def fx_kernels(result: Result) -> dict[str, str]:
+    """Return the kernel that PyTorch's integer graph calls for each layer, "float" with the reason where it has none.
+
+    Raises:
+        LoweringError: the graph cannot be expressed there.
+    """
+    ran = kernel_report(result.lowered)
+    return {site.name: next((ran[n] for n in site.nodes if n in ran), "float") for site in result.program[Sites].sites}
+
+
+SEEN: Mapping[str, Callable[[Result, Path], dict[str, Any]]] = {
+    "onnxruntime": lambda result, folder: export(result, folder / "model.onnx"),
+    "fx_int8": lambda result, _: {"kernels": fx_kernels(result)},
+}
+"""Target -> what its runtime was seen to make of a result, files included that it runs."""
 
 
 def write_reports(result: Result, folder: Path, extras: Mapping[str, Any] | None = None) -> None:

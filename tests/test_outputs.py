@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -87,3 +88,11 @@ def test_missing_packages_are_found_first(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MissingDependencyError, match="report"):
         check_packages("reference")
+
+
+def test_the_report_of_pytorchs_integers_names_the_kernel_of_each_layer(tmp_path: Path) -> None:
+    write_outputs(small_result("fx_int8"), tmp_path)
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert {row["kernel"] for row in data["layers"] if row["kind"] == "conv"} == {"onednn.qconv2d_pointwise"}
+    assert [row["kernel"] for row in data["layers"] if row["kind"] == "linear"] != [None]
+    assert "onednn.qconv2d_pointwise" in (tmp_path / "report.html").read_text()
