@@ -21,6 +21,8 @@ from fxquant.core.exported import load_exported
 from fxquant.core.store import read_arrays
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What files are read as, whatever they are called: Pillow would hand PostScript to another program."""
 LABELS = ("labels", "label", "y")
 BATCH = 32
 
@@ -148,8 +150,9 @@ def _floats(array: NDArray[Any]) -> NDArray[Any]:
 
 def _read_npy(path: Path) -> NDArray[Any]:
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        # Mapped and not read: a header that claims more than the file has is refused before memory is taken.
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:
         raise CalibrationError(f"{path} is not a readable npy file of plain numbers ({_line(error)})") from error
     if not isinstance(array, np.ndarray):
         raise CalibrationError(f"{path} is an archive, not one array; call it .npz")
@@ -199,10 +202,11 @@ def read_image(path: Path, options: ImageOptions, size: tuple[int, int]) -> Tens
             'a folder of images is read with Pillow, which is not installed; pip install "fxquant[vision]"'
         ) from error
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             upright = ImageOps.exif_transpose(opened).convert("L" if len(options.mean) == 1 else "RGB")
             fitted = ImageOps.fit(upright, (size[1], size[0]), Image.Resampling.BILINEAR)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:
+        # Decoders of damaged images fail with errors of a dozen kinds.
         raise CalibrationError(f"image {path} cannot be read ({_line(error)}); repair or remove it") from error
     pixels = torch.from_numpy(np.array(fitted, dtype=np.float32) / 255.0).reshape(*size, len(options.mean))
     normalised = (pixels - torch.tensor(options.mean)) / torch.tensor(options.std)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -278,9 +279,12 @@ class Result:
                     "captures differently; quantize again"
                 )
             candidates = program[Sites].candidates
-            matrices = {n: _load_matrix(folder / f"sensitivity_{n}.npz", candidates) for n in document["estimators"]}
-            preferred, with_images = matrices[document["estimators"][0]], bool(document["held_out"])
+            names = [_file_name(name) for name in document["estimators"]]
+            matrices = {n: _load_matrix(folder / f"sensitivity_{n}.npz", candidates) for n in names}
+            preferred, with_images = matrices[names[0]], bool(document["held_out"])
             finalists = {name: BitAllocation.from_json(plan) for name, plan in document["finalists"].items()}
+            if any(set(plan.choices) != {c.site for c in candidates} for plan in finalists.values()):
+                raise ValueError("a finalist is the plan of another model")
             digest = str(document["plan"])
             tables = {name: CostTable.from_json(table, candidates) for name, table in document["costs"].items()}
             # Files from before there were such have none.
@@ -311,6 +315,13 @@ class Result:
 
 def _plan_digest(plan: BitAllocation) -> str:
     return text_digest(json.dumps(plan.to_json()["choices"], sort_keys=True))
+
+
+def _file_name(name: str) -> str:
+    """Return an estimator's name if it can be part of a file's: what was read is saved under it again."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w+-]+", name):
+        raise ValueError(f"estimator {name!r}")
+    return name
 
 
 def _load_matrix(path: Path, candidates: tuple[Candidate, ...]) -> SensitivityMatrix:
@@ -353,10 +364,17 @@ def _settings_to_json(settings: Settings) -> dict[str, Any]:
     return document
 
 
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str | int | float)
+
+
 def _settings_from_json(document: dict[str, Any]) -> Settings:
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in document.items()
     }
+    nested = [name for name, value in values.items() if isinstance(value, tuple) and not all(map(_is_plain, value))]
+    if nested:
+        raise ValueError(f"setting {nested[0]!r}")
     values["pins"] = {pattern: Choice.parse(label) for pattern, label in document["pins"].items()}
     # Files from before there was such a setting have none.
     forbid = document.get("forbid", {})

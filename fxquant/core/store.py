@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,6 +20,11 @@ from torch import Tensor
 
 from fxquant.core.errors import FileFormatError
 from fxquant.core.files import UNFINISHED, atomic_path
+
+LONGEST_NUMBER = 300
+"""Digits of a whole number in JSON; one of more would not fit a float."""
+BOMB_BYTES, BOMB_RATIO = 1 << 28, 200
+"""An npz may unpack to this many bytes, or to this many times its own."""
 
 
 def write_json(path: Path, kind: str, version: int, body: Mapping[str, Any]) -> None:
@@ -39,13 +45,64 @@ def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
     Raises:
         FileFormatError: missing, not JSON, of another kind or version.
     """
+    _require_file(path)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileFormatError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise FileFormatError(f"{path} is not valid JSON ({error}); restore it or run again") from error
     return checked_document(document, kind, version, str(path))
+
+
+def _require_file(path: Path) -> None:
+    """Refuse what is no plain file: a pipe or a device may never end."""
+    try:
+        if not path.is_file():
+            raise FileFormatError(f"cannot read {path}: {'it is no plain file' if path.exists() else 'no such file'}")
+    except (OSError, ValueError) as error:
+        # A name that is too long, or holds a NUL.
+        raise FileFormatError(f"cannot read {str(path)!r:.300}: {error}") from error
+
+
+def parse_json(text: str) -> Any:
+    """Return what strict JSON says: no key twice in one object, no NaN or infinity, no number beyond floats.
+
+    Raises:
+        ValueError: it is none, or nested too deeply.
+    """
+    try:
+        return json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_number, parse_int=_whole
+        )
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
+def _no_constant(word: str) -> float:
+    raise ValueError(f"{word} is no JSON number")
+
+
+def _number(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"number {digits[:40]} is out of range")
+    return value
+
+
+def _whole(digits: str) -> int:
+    value = int(digits) if len(digits) <= LONGEST_NUMBER else None
+    if value is None:
+        raise ValueError(f"number {digits[:40]}.. is out of range")
+    return value
 
 
 def checked_document(document: object, kind: str, version: int, origin: str) -> dict[str, Any]:
@@ -110,8 +167,7 @@ def unpack_arrays(packed: bytes) -> dict[str, np.ndarray[Any, Any]]:
         FileFormatError: truncated or not an npz of plain arrays.
     """
     try:
-        with np.load(io.BytesIO(packed), allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+        return _arrays(io.BytesIO(packed), len(packed))
     except Exception as error:
         raise FileFormatError(f"{len(packed)} bytes are not an intact npz of plain arrays ({error})") from error
 
@@ -139,17 +195,49 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]], durable
         _write_npz(temporary, arrays)
 
 
+def _arrays(stream: IO[bytes], size: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the arrays of an npz of `size` bytes; of a damaged one anything may be raised."""
+    with zipfile.ZipFile(stream) as archive:
+        entries = archive.infolist()
+        unpacked = sum(entry.file_size for entry in entries)
+        if unpacked > max(BOMB_BYTES, BOMB_RATIO * size):
+            raise ValueError(f"it would unpack to {unpacked} bytes")
+        found: dict[str, np.ndarray[Any, Any]] = {}
+        for entry in entries:
+            name = entry.filename.removesuffix(".npy")
+            if name in found or name == entry.filename:
+                raise ValueError(f"its entry {entry.filename[:100]!r} is there twice or is no array")
+            with archive.open(entry) as part:
+                found[name] = _array(part, entry.file_size)
+        return found
+
+
+def _array(stream: IO[bytes], size: int) -> np.ndarray[Any, Any]:
+    """Return one npy of `size` bytes; what its header claims is believed only as far as there are bytes."""
+    version = np.lib.format.read_magic(stream)
+    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in header:
+        raise ValueError(f"npy version {version} is unknown")
+    shape, by_columns, kind = header[version](stream)
+    if kind.hasobject:
+        raise ValueError("it holds pickled objects")
+    count = math.prod(shape)
+    if min(shape, default=0) < 0 or count * kind.itemsize > size:
+        raise ValueError(f"an array of shape {shape} is not in its {size} bytes")
+    flat = np.frombuffer(bytearray(stream.read(count * kind.itemsize)), dtype=kind, count=count)
+    return flat.reshape(shape[::-1]).T if by_columns else flat.reshape(shape)
+
+
 def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     """Read every array of an npz, refusing pickled objects.
 
     Raises:
         FileFormatError: missing, truncated or not an npz of plain arrays.
     """
+    _require_file(path)
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except FileNotFoundError as error:
-        raise FileFormatError(f"cannot read {path}: no such file") from error
+        with path.open("rb") as stream:
+            return _arrays(stream, path.stat().st_size)
     except Exception as error:
         # A damaged archive can fail anywhere in zipfile, zlib and numpy, each with errors of its own.
         raise FileFormatError(f"{path} is not an intact npz of plain arrays ({error}); run again") from error
@@ -174,11 +262,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         FileFormatError: missing, truncated or not safetensors.
     """
+    _require_file(path)
     try:
         return load_file(path)
-    except FileNotFoundError as error:
-        raise FileFormatError(f"cannot read {path}: no such file") from error
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise FileFormatError(f"{path} is not an intact safetensors file ({error})") from error
 
 
