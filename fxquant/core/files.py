@@ -89,7 +89,7 @@ def flush_to_disk(file: Path) -> None:
 
 def _size(file: str) -> int:
     try:
-        return Path(file).stat().st_size
+        return Path(file).stat().st_size if file else 0
     except OSError:
         return 0
 

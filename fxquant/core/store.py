@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fxquant.core.errors import FileFormatError
+from fxquant.core.errors import FileFormatError, OutputError
 from fxquant.core.files import UNFINISHED, atomic_path
 
 LONGEST_NUMBER = 300
@@ -138,7 +138,10 @@ def write_json_once(path: Path, kind: str, version: int, body: Mapping[str, Any]
         OutputError: the folder cannot be written.
     """
     handed_over = path.with_name(f"{UNFINISHED}{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
-    write_json(handed_over, kind, version, body)
+    try:
+        write_json(handed_over, kind, version, body)
+    except OutputError as error:
+        raise OutputError(str(error).replace(str(handed_over), str(path))) from error
     try:
         os.link(handed_over, path)
     except FileExistsError:
