@@ -12,12 +12,14 @@ from fxquant.core.allocation import BitAllocation
 from fxquant.core.cost import CostTables
 from fxquant.core.errors import OptionError
 from fxquant.core.limits import LIMIT_TABLES, fits, reachable, unit_of
+from fxquant.core.machine import cpu_model, int8_instructions
+from fxquant.core.rounding import Rounding
 from fxquant.core.sensitivity import Surrogates
 from fxquant.core.settings import Settings
 from fxquant.core.spec import Choice, Sites
 from fxquant.passes.allocate_bits import uniform_plans
 from fxquant.report.frontier import frontier
-from fxquant.report.layers import finite, layer_rows, model_bytes
+from fxquant.report.layers import finite, layer_rows, model_bytes, most_sensitive
 from fxquant.report.operands import operand_rows
 from fxquant.report.quantizers import edge_rows, weight_noise
 from fxquant.report.rounding import rounding
@@ -94,6 +96,7 @@ def overview(result: Result, extras: Mapping[str, Any] | None = None) -> dict[st
         "coverage": coverage(result),
         "plans": _plans(result),
         "layers": layers,
+        "sensitive": most_sensitive(result),
         "sensitivity": _sensitivity(result),
         "rounding": rounding(result),
         "passes": [{"name": p.name, "rewrites": p.rewrites, "seconds": p.seconds} for p in result.program.log],
@@ -155,6 +158,7 @@ def _outcome(result: Result) -> dict[str, Any]:
         "bound": finite(plan.bound),
         "gap": finite(plan.gap),
         "measured_loss": plan.measured_loss,
+        "unrounded_loss": _unrounded(result, plan),
         "loss_unit": result.sensitivity.unit,
         "held_out_images": None if result.held_out is None else len(result.held_out),
         "limits": limits,
@@ -171,6 +175,13 @@ def _notes(result: Result) -> list[str]:
     """Return what did not go as usual in any of the solves behind the plan, each once."""
     plans = (result.allocation, *result.finalists.values())
     return list(dict.fromkeys(note for plan in plans for note in plan.notes))
+
+
+def _unrounded(result: Result, plan: BitAllocation) -> float | None:
+    """Return the held-out loss of the plan before a rounding algorithm lowered it, None where none did."""
+    before = plan.finalists.get(plan.estimator)
+    rounded = Rounding in result.program and plan.measured_loss is not None
+    return before if rounded and before is not None and before != plan.measured_loss else None
 
 
 def average_bits(result: Result, plan: BitAllocation) -> float | None:
@@ -258,9 +269,16 @@ def _sensitivity(result: Result) -> dict[str, Any]:
     }
 
 
+NO_INSTRUCTIONS = "none: integers may be no faster than float here; fxquant bench tells"
+
+
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on; packages that are not installed are left out."""
-    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    found = {"machine": f"{cpu_model()}, {platform.system()} {platform.machine()}"}
+    instructions = int8_instructions()
+    if instructions is not None:
+        found["int8 instructions"] = instructions or NO_INSTRUCTIONS
+    found["python"] = platform.python_version()
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -111,6 +111,10 @@ def _upgrades(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(gains, key=lambda step: -step["next"]["loss_saved"] / max(1, step["next"]["extra_bytes"]))
 
 
+NOISY = 0.5
+"""Range of the quartiles against the median beyond which a time is no comparison."""
+
+
 def tiles(data: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return the headline numbers, each with what it is compared to."""
     outcome, covered, measured = data["outcome"], data["coverage"], data["measured"]
@@ -130,6 +134,9 @@ def tiles(data: Mapping[str, Any]) -> list[dict[str, str]]:
     shown.append({"label": "Parameters", "value": bytes_text(outcome["bytes"]), "note": note})
     if "milliseconds" in mixed:
         against = f"float {float_row['milliseconds']:.3g} ms" if "milliseconds" in float_row else ""
+        if mixed["high"] - mixed["low"] > NOISY * mixed["milliseconds"]:
+            # The median of such rounds is nobody's time.
+            against = f"too noisy to compare: {mixed['low']:.3g}–{mixed['high']:.3g} ms; run fxquant bench when idle"
         shown.append({"label": "Time for one image", "value": f"{mixed['milliseconds']:.3g} ms", "note": against})
     if outcome["average_bits"] is not None:
         counted = "over every quantized weight"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,33 @@ def layer_rows(result: Result, kernels: Mapping[str, str] | None = None) -> list
         row["share_of_macs"] = row["macs"] / macs if macs else 0.0
         row["kernel"] = (kernels or {}).get(row["name"])
     return rows
+
+
+SHARE = 0.5
+"""Share of the loss that the layers of the ready-made list make up at least."""
+
+
+def most_sensitive(result: Result) -> dict[str, Any] | None:
+    """Return the fewest layers that make up half of what all layers lose alone at their widest integer precision.
+
+    Returns:
+        `layers` by loss, the largest first, their `share` of the loss, and the `option` that keeps them in float; None
+        where nothing is lost.
+    """
+    matrix = result.sensitivity
+    alone = {c.site: float(matrix.values[k, k]) for k, c in enumerate(matrix.candidates) if not c.choice.is_float}
+    # Candidates of a site ascend, so its last one stays. Noise may make a loss negative.
+    ranked = sorted(((max(loss, 0.0), name) for name, loss in alone.items()), reverse=True)
+    total = sum(loss for loss, _ in ranked)
+    if total <= 0:
+        return None
+    chosen, held = [], 0.0
+    for loss, name in ranked:
+        chosen.append(name)
+        held += loss
+        if held >= SHARE * total:
+            break
+    return {"layers": chosen, "share": held / total, "option": " ".join(f"--keep-float {quote(n)}" for n in chosen)}
 
 
 def model_bytes(result: Result, choices: Mapping[str, Choice]) -> float:

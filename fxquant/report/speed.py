@@ -33,7 +33,8 @@ def runtime_text(result: Result, threads: int | None = None) -> str:
     """Return what milliseconds were measured in, for the report."""
     settings = result.program[Settings]
     count = threads or settings.threads
-    return f"{settings.target}, 1 image, {count or torch.get_num_threads()} threads"
+    used = count or torch.get_num_threads()
+    return f"{settings.target}, 1 image, {used} thread{'' if used == 1 else 's'}"
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> str:

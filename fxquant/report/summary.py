@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fxquant.core.machine import int8_instructions
 from fxquant.report.content import overview
 from fxquant.report.text import bytes_text, count_text, latency_text, limit_text, loss_text, percent_text, safe
 
@@ -25,6 +26,11 @@ def summary(result: Result) -> str:
     """Return the plan as text of at most 100 columns, without colour codes."""
     data = overview(result)
     lines = [*_headline(data), data["coverage"]["sentence"], data["rounding"]["sentence"]]
+    if data["sensitive"] is not None:
+        share, option = percent_text(data["sensitive"]["share"]), data["sensitive"]["option"]
+        lines.append(f"{share} of what single layers lose at their widest is kept by {option}")
+    if int8_instructions() == "":
+        lines.append("This processor has no int8 products: integers may be no faster than float; run fxquant bench")
     return "\n\n".join([as_text(*map(Text, map(safe, lines))), _layers(data), _plans(data)])
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fxquant.core import machine as module
-from fxquant.core.machine import machine
+from fxquant.core.machine import cpu_model, int8_instructions, machine
 
 LISTING = "processor : 0\nmodel name : Chip {model}\nflags : fpu {flags}\n\nprocessor : 1\nmodel name : other\n"
 
@@ -34,3 +34,28 @@ def test_the_processor_its_flags_and_versions_are_told_apart(tmp_path: Path, mon
 def test_a_machine_without_a_listing_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LISTING", tmp_path / "nothing")
     assert machine(())["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ("avx2 avx512_vnni amx_int8", "AMX"),
+        ("avx512_vnni avx2", "AVX512 VNNI"),
+        ("fpu avx2", ""),
+        ("avx_vnni", "AVX VNNI"),
+    ],
+)
+def test_the_fastest_int8_instructions_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, found: str
+) -> None:
+    monkeypatch.setattr(module, "LISTING", written(tmp_path, flags=flags))
+    assert int8_instructions() == found
+    assert cpu_model() == "Chip A"
+
+
+def test_where_nothing_is_listed_nobody_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LISTING", tmp_path / "nothing")
+    assert int8_instructions() is None
+    (tmp_path / "arm").write_text("processor : 0\nFeatures : fp asimddp\n")
+    monkeypatch.setattr(module, "LISTING", tmp_path / "arm")
+    assert int8_instructions() == "ARM dot products"

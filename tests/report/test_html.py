@@ -167,7 +167,10 @@ def test_headline_prefers_what_was_measured() -> None:
     measured = {tile["label"]: tile for tile in tiles(content(small_result(), {"comparison": COMPARISON}))}
     assert measured["Accuracy"]["value"] == "98.0 %"
     assert measured["Accuracy"]["note"] == "float 99.0 %"
-    assert measured["Time for one image"]["value"] == "1 ms"
+    assert measured["Time for one image"] == {"label": "Time for one image", "value": "1 ms", "note": "float 2 ms"}
+    noisy = [COMPARISON[0], {**COMPARISON[1], "high": 3.0}]
+    told = {tile["label"]: tile for tile in tiles(content(small_result(), {"comparison": noisy}))}
+    assert told["Time for one image"]["note"].startswith("too noisy to compare: 0.9–3 ms")
 
 
 def test_bars_stand_for_bits() -> None:

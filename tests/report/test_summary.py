@@ -7,6 +7,8 @@ import pytest
 
 from fxquant.core.cost import CostTable, CostTables, Noise
 from fxquant.core.spec import FLOAT
+from fxquant.report import summary as module
+from fxquant.report.layers import most_sensitive
 from fxquant.report.speed import comparison, speed_table
 from fxquant.report.summary import WIDTH, summary, table_text
 from fxquant.report.text import bytes_text, count_text, latency_text, limit_text, loss_text, percent_text, safe
@@ -88,3 +90,22 @@ def test_predicted_milliseconds_are_told_with_their_noise() -> None:
     assert "Latency 3.5 ms predicted, float 9 ms; rounds spread by 3.1 %, 12.5 % outliers, 40.0 % of the time" in text
     assert "Latency" not in summary(result)
     assert latency_text({"predicted_ms": 3.5, "float_ms": 9.0, "noise": None}) == "Latency 3.5 ms predicted, float 9 ms"
+
+
+def test_a_processor_without_int8_products_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "int8_instructions", lambda: "")
+    assert "This processor has no int8 products" in summary(small_result())
+    monkeypatch.setattr(module, "int8_instructions", lambda: "AVX512 VNNI")
+    assert "int8 products" not in summary(small_result())
+
+
+def test_the_most_sensitive_layers_come_as_an_option() -> None:
+    told = most_sensitive(small_result())
+    assert told is not None
+    assert told["option"].startswith("--keep-float ")
+    assert told["option"] in " ".join(summary(small_result()).split())
+    matrix = small_result().sensitivity
+    widest = {c.site: max(float(matrix.values[k, k]), 0.0) for k, c in enumerate(matrix.candidates)}
+    assert sum(widest[name] for name in told["layers"]) == pytest.approx(told["share"] * sum(widest.values()))
+    assert told["share"] >= 0.5
+    assert sum(widest[name] for name in told["layers"][:-1]) < 0.5 * sum(widest.values())
