@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
-from fxquant.core.errors import FileFormatError
+from fxquant.core.errors import FileFormatError, OutputError
 from fxquant.core.files import UNFINISHED, flush_to_disk, unwritable
 from fxquant.core.store import read_json, write_json
 
@@ -58,6 +58,9 @@ def staged(folder: Path, own: Sequence[str]) -> Iterator[Path]:
         write_json(staging / LIST, "files", FORMAT_VERSION, {"files": names, "stale": stale})
         staging.replace(folder / READY)
         finish(folder)
+    except OutputError as error:
+        # Nobody knows the folder that the files were made in.
+        raise OutputError(str(error).replace(str(staging), str(folder))) from error
     except OSError as error:
         raise unwritable(folder, error) from error
     finally:

@@ -112,6 +112,16 @@ def test_a_failure_leaves_the_old_set(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
+def full_at_a_file(folder: Path) -> None:
+    with staged(folder, OUTPUT) as place, staged(place, RESULT) as inner:
+        raise OutputError(f"cannot write {inner / 'ranges.npz'}: full")
+
+
+def test_an_error_names_the_file_where_it_belongs(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=f"^cannot write {tmp_path / 'ranges.npz'}: full$"):
+        full_at_a_file(tmp_path)
+
+
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="choose a writable folder"):
