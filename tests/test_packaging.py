@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import configparser
+import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -54,3 +57,68 @@ def test_top_level_import_is_refused(name: str) -> None:
 
 def test_typed_marker_is_there() -> None:
     assert (ROOT / "fxquant" / "py.typed").is_file()
+
+
+SMOKE = """
+import sys
+import zipfile
+from importlib.metadata import distribution
+from pathlib import Path
+
+import torch
+import fxquant
+
+here = Path(sys.argv[1])
+assert Path(fxquant.__file__).is_relative_to(here), fxquant.__file__
+points = {(point.group, point.name): point for point in distribution("fxquant").entry_points}
+assert points["console_scripts", "fxquant"].load() is not None
+assert points["torch_dynamo_backends", "fxquant"].load() is not None
+layers = (torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 3))
+model, images = torch.nn.Sequential(*layers).eval(), torch.randn(8, 3, 8, 8)
+result = fxquant.quantize(model, images, fxquant.Budget(average_bits=6), effort="fast", progress=False)
+result.to_onnx(here / "model.onnx")
+result.report(here / "report.html")
+result.save(here / "saved")
+assert torch.equal(fxquant.load(here / "saved").lowered(images), result.lowered(images))
+print(result.summary())
+"""
+
+
+def test_a_wheel_installs_and_works_away_from_the_checkout(tmp_path: Path) -> None:
+    """Built from a copy, so that what an earlier build left beside the sources does not get in."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    source.mkdir()
+    for name in ("fxquant", "passes", "backends"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    built = subprocess.run(
+        [*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(source)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("fxquant-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    shipped = {f"fxquant/{p.relative_to(ROOT / 'fxquant')}" for p in (ROOT / "fxquant").rglob("*.py")}
+    shipped |= {
+        f"fxquant/{top}/{p.relative_to(ROOT / top)}"
+        for top in ("passes", "backends")
+        for p in (ROOT / top).rglob("*.py")
+    }
+    assert {n for n in names if n.endswith(".py")} == shipped
+    assert {"fxquant/py.typed", "fxquant/report/report.html.j2", "fxquant/demo/digits_net.safetensors"} <= names
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, capture_output=True)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-c", SMOKE, str(site)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 layers quantized" in done.stdout
