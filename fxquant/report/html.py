@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxquant.core.errors import MissingDependencyError
 from fxquant.core.files import atomic_path
+from fxquant.core.markup import printable
 from fxquant.report.content import content
 from fxquant.report.curve import curve
 from fxquant.report.pictures import bars, heat_map
@@ -61,7 +62,7 @@ def render(data: Mapping[str, Any]) -> str:
             'the report page is made with jinja2, which is not installed; pip install "fxquant[report]"'
         ) from error
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
     )
     filters: dict[str, Callable[..., str]] = {
         "bytes": bytes_text,
@@ -89,6 +90,13 @@ def render(data: Mapping[str, Any]) -> str:
         largest_contribution=max((abs(row["contribution"]) for row in data["layers"]), default=0.0) or 1.0,
     )
     return page
+
+
+def _shown(value: object) -> object:
+    """Return a text without control characters, which turn letters round or end a page's text; markup as it is."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return "\n".join(map(printable, value.split("\n")))
 
 
 def _noise(edge: Mapping[str, Any]) -> float:
