@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,31 +167,30 @@ def stray_conversions(graph: onnx.GraphProto) -> tuple[str, ...]:
 
     A border is a QuantizeLinear whose integers reach an integer operator or an output of the graph, and whose floats do
     not come from a DequantizeLinear; or a DequantizeLinear whose integers come from an integer operator or an input of
-    the graph. Operators that only move values are looked through.
+    the graph. Operators that only move values are looked through. Nodes must be in an order they can run in.
     """
-    makers = {name: node for node in graph.node for name in node.output}
-    readers = defaultdict[str, list[onnx.NodeProto]](list)
-    for node in graph.node:
-        for name in node.input:
-            readers[name].append(node)
     ends, starts = {entry.name for entry in graph.output}, {entry.name for entry in graph.input}
+    # One walk each way, for what is looked through may branch and join as often as a file likes.
+    made, read = dict[str, frozenset[str]](), dict[str, frozenset[str]]()
 
-    def sources(name: str) -> set[str]:
-        node = makers.get(name)
-        if node is None:
-            return {"input"} if name in starts else {"constant"}
-        return sources(node.input[0]) if node.op_type in MOVES else {str(node.op_type)}
+    def sources(name: str) -> frozenset[str]:
+        return made.get(name, frozenset({"input" if name in starts else "constant"}))
 
-    def targets(name: str) -> set[str]:
-        found = {"output"} if name in ends else set[str]()
-        for node in readers[name]:
-            deeper = (targets(output) for output in node.output) if node.op_type in MOVES else [{str(node.op_type)}]
-            found = found.union(*deeper)
-        return found
+    def targets(name: str) -> frozenset[str]:
+        return read.get(name, frozenset()) | ({"output"} if name in ends else frozenset())
+
+    for node in graph.node:
+        own = sources(node.input[0]) if node.op_type in MOVES and node.input else frozenset({str(node.op_type)})
+        made |= dict.fromkeys(node.output, own)
+    for node in reversed(graph.node):
+        moved = frozenset[str]().union(*map(targets, node.output))
+        own = moved if node.op_type in MOVES else frozenset({str(node.op_type)})
+        for name in node.input:
+            read[name] = read.get(name, frozenset()) | own
 
     found = []
     for node in graph.node:
-        before, behind = sources(node.input[0]) if node.input else set[str](), targets(node.output[0])
+        before, behind = sources(node.input[0]) if node.input else frozenset[str](), targets(node.output[0])
         if node.op_type == "QuantizeLinear":
             border = any(_computes_on_integers(o) or o == "output" for o in behind) and "DequantizeLinear" not in before
         elif node.op_type == "DequantizeLinear":

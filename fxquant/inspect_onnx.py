@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fxquant.backends.onnx_qdq import onnx_module
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.errors import FileFormatError
+from fxquant.core.store import parse_json
 from fxquant.report.summary import table_text
 from fxquant.report.text import bytes_text, count_text, percent_text, safe
 
@@ -48,8 +49,8 @@ def _plan(found: Inspection, document: dict[str, Any]) -> dict[str, str] | None:
     if PLAN not in found.metadata:
         return None
     try:
-        plan = BitAllocation.from_json({"choices": json.loads(found.metadata[PLAN])})
-    except (ValueError, RecursionError, FileFormatError) as error:
+        plan = BitAllocation.from_json({"choices": parse_json(found.metadata[PLAN])})
+    except (ValueError, FileFormatError) as error:
         document["notes"] = (*found.notes, f"the plan in the file cannot be read ({error})")
         return None
     return {site: choice.label for site, choice in plan.choices.items()}

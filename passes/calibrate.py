@@ -10,6 +10,7 @@ from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import CalibrationError
 from fxquant.core.footprint import live_bytes
 from fxquant.core.memory import is_shortage
+from fxquant.core.oracle import first_tensor
 from fxquant.core.program import Program
 from fxquant.core.progress import SILENT, Reporter
 from fxquant.passes.base import Pass
@@ -42,11 +43,16 @@ class Calibrate(Pass):
         with torch.no_grad():
             for part in self.reporter.track(self.images.batches(batch), "calibrate", total):
                 try:
-                    program.module(*part.inputs)
+                    answer = first_tensor(program.module(*part.inputs))
                 except (RuntimeError, TypeError, ValueError, IndexError) as error:
                     if is_shortage(error):
                         raise
                     shapes = [tuple(t.shape) for t in part.inputs]
                     first = (str(error).splitlines() or [type(error).__name__])[0][:200]
                     raise CalibrationError(f"the model does not run on images of shape {shapes}: {first}") from error
+                if answer.is_floating_point() and not torch.isfinite(answer).all():
+                    raise CalibrationError(
+                        "the answer of the model is not finite on calibration images, though images and weights are; "
+                        "look for an overflow, a logarithm or a division in its last ops"
+                    )
         return program, 0

@@ -16,7 +16,7 @@ from torch import Tensor
 from fxquant.core.errors import CalibrationError, FileFormatError
 from fxquant.core.numerics import affine_parameters
 from fxquant.core.spec import QuantSpec
-from fxquant.core.store import checked_document, read_arrays, write_arrays
+from fxquant.core.store import checked_document, parse_json, read_arrays, write_arrays
 
 BINS = 2048
 FORMAT_VERSION = 1
@@ -155,7 +155,7 @@ class Ranges:
         arrays = read_arrays(path)
         try:
             header: dict[str, Any] = checked_document(
-                json.loads(str(arrays["header"])), "ranges", FORMAT_VERSION, str(path)
+                parse_json(str(arrays["header"])), "ranges", FORMAT_VERSION, str(path)
             )
             histograms = {
                 str(name): Histogram(float(e[0]), float(e[1]), counts, float(e[2]), float(e[3]))

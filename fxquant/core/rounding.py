@@ -15,7 +15,7 @@ from fxquant.core.errors import FileFormatError, OptionError
 from fxquant.core.grids import WeightGrid
 from fxquant.core.program import Program
 from fxquant.core.spec import Choice, QuantSpec
-from fxquant.core.store import checked_document, read_arrays, write_arrays
+from fxquant.core.store import checked_document, parse_json, read_arrays, write_arrays
 
 FORMAT_VERSION = 1
 
@@ -136,7 +136,7 @@ class Rounding:
         arrays = read_arrays(path)
         try:
             header: dict[str, Any] = checked_document(
-                json.loads(str(arrays["header"])), "rounding", FORMAT_VERSION, str(path)
+                parse_json(str(arrays["header"])), "rounding", FORMAT_VERSION, str(path)
             )
             members: dict[str, dict[str, Tensor]] = {}
             for key, array in arrays.items():

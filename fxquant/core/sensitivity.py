@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fxquant.core.errors import FileFormatError, OptionError
 from fxquant.core.markup import card, printable, table, tiles
 from fxquant.core.spec import Candidate, Choice
-from fxquant.core.store import checked_document, read_arrays, write_arrays
+from fxquant.core.store import checked_document, parse_json, read_arrays, write_arrays
 
 FORMAT_VERSION = 1
 
@@ -135,7 +135,7 @@ class SensitivityMatrix:
         arrays = read_arrays(path)
         try:
             header: dict[str, Any] = checked_document(
-                json.loads(str(arrays["header"])), "sensitivity", FORMAT_VERSION, str(path)
+                parse_json(str(arrays["header"])), "sensitivity", FORMAT_VERSION, str(path)
             )
             return SensitivityMatrix(
                 candidates=tuple(Candidate(site, Choice.parse(label)) for site, label in header["candidates"]),

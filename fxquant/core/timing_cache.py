@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fxquant.core.errors import FxquantError, OptionError, OutputError
-from fxquant.core.store import text_digest, write_json
+from fxquant.core.store import parse_json, text_digest, write_json
 from fxquant.core.timing import Timing
 
 KIND, VERSION = "timings", 1
@@ -57,7 +57,7 @@ class TimingCache:
         if path is None or not path.is_file():
             return None
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = parse_json(path.read_text(encoding="utf-8"))
             if document["kind"] != KIND or document["version"] != VERSION or document["key"] != key:
                 raise OptionError("it holds something else")
             found = [_timing(entry) for entry in document["timings"]]

@@ -118,3 +118,7 @@ def test_borders_are_not_stray_and_what_is_not_one_is() -> None:
         node("QLinearAdd", ["x"], ["a"]), dequantize("a", "d"), quantize("d", "q"), node("QGemm", ["q"], ["y"])
     )
     assert stray_conversions(again) == ("q",)
+    branching = [node("Split", [f"v{k}"], [f"a{k}", f"b{k}"]) for k in range(60)]
+    joining = [node("Concat", [f"a{k}", f"b{k}"], [f"v{k + 1}"]) for k in range(60)]
+    chain = [each for pair in zip(branching, joining, strict=True) for each in pair]
+    assert stray_conversions(graph(quantize("x", "v0"), *chain, dequantize("v60", "y"))) == ("v0", "y")
