@@ -3,10 +3,9 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from fxquant.core.graphs import show
 from fxquant.core.ops import sample_elements, sample_shape
 from fxquant.core.oracle import first_tensor
 from fxquant.tracing import DECOMPOSITIONS, capture, input_names
-from tests.models import MODELS, ResidualNet, TwoInputNet, ValueDependentNet, VariadicNet, built
+from tests.models import MODELS, Classifier, ResidualNet, TwoInputNet, ValueDependentNet, VariadicNet, built
 from tests.programs import captured
 
 aten = torch.ops.aten
@@ -287,41 +286,6 @@ def test_a_model_for_one_number_of_images_is_refused_with_what_to_write() -> Non
     with pytest.raises(CaptureError, match=r"takes 2 images at a time and no other number.*x.shape\[0\] or -1"):
         capture(OneBatchOnly(), (torch.randn(2, 3),))
     assert capture(OneBatchOnly(), (torch.randn(2, 3),), dynamic_batch=False).module is not None
-
-
-@dataclass
-class Classified:
-    """What a homemade model returns."""
-
-    features: Tensor
-    logits: Tensor
-    loss: Tensor | None = None
-
-
-class Classifier(nn.Module):
-    """Looks like a Lightning module: a trainer that is not there, a training step that asks for it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-        self.head = nn.Linear(4, 2)
-
-    @property
-    def trainer(self) -> NoReturn:
-        raise RuntimeError(f"{type(self).__name__} is not attached to a `Trainer`.")
-
-    def log(self, name: str, value: Tensor) -> None:
-        self.trainer.record(name, value)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], number: int) -> Tensor:
-        del number
-        loss = F.cross_entropy(self(batch[0]).logits, batch[1])
-        self.log("loss", loss)
-        return loss
-
-    def forward(self, x: Tensor) -> Classified:
-        features = self.net(x).mean(dim=(2, 3))
-        return Classified(features, self.head(features))
 
 
 class Wrapped(nn.Module):
