@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_leaves
 
 from fxquant.backends.int8_compiled import compiled
 from fxquant.backends.qdq_ops import EDGE, quantize
@@ -20,7 +21,6 @@ from fxquant.backends.reference import to_qdq
 from fxquant.core.fake_quant import FakeQuantize
 from fxquant.core.graphs import finish, fork, is_constant
 from fxquant.core.ops import ScaleRule, rule_of
-from fxquant.core.oracle import first_tensor
 from fxquant.core.spec import site_name
 
 Integers = dict[str, Tensor]
@@ -29,10 +29,17 @@ Integers = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Trace:
-    """One run: the first output, and the integers of the edges that were seen."""
+    """One run: the outputs, and the integers of the edges that were seen.
+
+    Args:
+        output: the first output, float32.
+        edges: what was on the edges.
+        others: the further outputs, float32.
+    """
 
     output: Tensor
     edges: Integers = field(default_factory=dict)
+    others: tuple[Tensor, ...] = ()
 
 
 Tracer = Callable[[tuple[Tensor, ...]], Trace]
@@ -94,8 +101,13 @@ def run_traced(module: GraphModule, inputs: tuple[Tensor, ...], forced: Integers
     """
     with torch.no_grad():
         interpreter = _Reader(module, forced or {})
-        output = first_tensor(interpreter.run(*inputs)).float()
-    return Trace(output, interpreter.edges)
+        first, *others = outputs(interpreter.run(*inputs))
+    return Trace(first, interpreter.edges, tuple(others))
+
+
+def outputs(answer: object) -> list[Tensor]:
+    """Return the tensors of a graph's answer as float32, in the order in which the graph returns them."""
+    return [leaf.float() for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)]
 
 
 class _Reader(Interpreter):
@@ -177,6 +189,7 @@ def lowered_tracer(module: GraphModule, lowered: GraphModule, inductor: bool = F
         with torch.no_grad():
             answer, integers = call(*inputs)
         seen = {name: value for name, value in zip(edges, integers, strict=True) if value.dtype is torch.uint8}
-        return Trace(first_tensor(answer).float(), seen)
+        first, *others = outputs(answer)
+        return Trace(first, seen, tuple(others))
 
     return run

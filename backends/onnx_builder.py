@@ -38,6 +38,7 @@ class GraphBuilder:
         self.initializers: list[onnx.TensorProto] = []
         self._names: set[str] = set()
         self._constants: dict[tuple[str, tuple[int, ...], bytes, int], str] = {}
+        self._renamed: dict[str, str] = {}
 
     def unique(self, name: str) -> str:
         """Reserve and return `name`, numbered if it is taken."""
@@ -76,15 +77,20 @@ class GraphBuilder:
         return result
 
     def rename(self, old: str, new: str) -> bool:
-        """Give a computed value another name; return whether there is such a value."""
+        """Give a computed value another name; return whether there is such a value, not renamed before."""
         if not any(old in node.output for node in self.nodes):
             return False
+        self._renamed[old] = new
         for node in self.nodes:
             for names in (node.input, node.output):
                 for index, name in enumerate(names):
                     if name == old:
                         names[index] = new
         return True
+
+    def named(self, value: str) -> str:
+        """Return what a value is called since it was renamed."""
+        return self._renamed.get(value, value)
 
     def model(
         self, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto], name: str

@@ -162,7 +162,14 @@ def _value_info(node: Node, name: str) -> onnx.ValueInfoProto:
         else re.sub(r"s\d+", lambda m: called.get(m[0], m[0]), str(size))
         for axis, size in enumerate(dims(node))
     ]
-    kind = helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=node.meta["val"].dtype).numpy().dtype)
+    try:
+        kind = helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=node.meta["val"].dtype).numpy().dtype)
+    except TypeError as error:
+        told = str(node.meta["val"].dtype).removeprefix("torch.")
+        raise LoweringError(
+            f"input or output {name!r} of the model is {told}, which ONNX Runtime takes from nobody here; "
+            "let the model take and return float32"
+        ) from error
     return helper.make_tensor_value_info(name, kind, shape)
 
 
@@ -181,8 +188,8 @@ def _output(lowering: Lowering, node: Node, index: int) -> onnx.ValueInfoProto:
     """Name the graph's result; inputs, constants and results returned twice keep theirs and are copied."""
     value, builder = lowering.value(node), lowering.builder
     name = builder.unique("output" if index == 0 else f"output_{index}")
-    if value.startswith("output") or not builder.rename(value, name):
-        builder.nodes.append(helper.make_node("Identity", [value], [name]))
+    if not builder.rename(value, name):
+        builder.nodes.append(helper.make_node("Identity", [builder.named(value)], [name]))
     return _value_info(node, name)
 
 

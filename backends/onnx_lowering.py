@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,7 +127,7 @@ class Lowering:
         """Return the name of a layer: its module path, numbered where it is used twice."""
         weight = node.args[1]
         source = weight.args[0] if isinstance(weight, Node) and weight.target is dequantize_channels else weight
-        path = str(source.target).removesuffix("_q") if isinstance(source, Node) and source.op == "get_attr" else ""
+        path = _weight_path(source) if isinstance(source, Node) and source.op == "get_attr" else ""
         name = site_name(path) if path else node.name
         free, number = name, 1
         while free in self.layers:
@@ -150,7 +151,7 @@ class Lowering:
         assert isinstance(source, Node)
         assert isinstance(axis, int)
         assert isinstance(bits, int)
-        path = str(source.target).removesuffix("_q")
+        path = _weight_path(source)
         array = tensor_at(self.module, str(source.target)).detach().numpy()
         if transposed:
             array, axis = array.T, 1 - axis
@@ -165,3 +166,8 @@ class Lowering:
             inputs.append(self.constant(np.zeros(array.shape[axis], np.int8), f"zeros_{array.shape[axis]}"))
         self._lazy[node, transposed] = self.builder.node("DequantizeLinear", inputs, f"{path}_dq", axis=axis)
         return self._lazy[node, transposed]
+
+
+def _weight_path(source: Node) -> str:
+    """Return the path of the model's weight that integers were made of."""
+    return re.sub(r"_q(_\d+)?$", "", str(source.target))

@@ -26,22 +26,42 @@ def _pool(lowering: Lowering, node: Node) -> str | None:
     axes = 1 if "1d" in str(node.target) else 2
     kernel, padding = spread(given["kernel_size"], axes), spread(given["padding"], axes)
     stride = spread(given["stride"], axes) if given["stride"] else kernel
-    # Sizes rounded up agree with torch's only where no window can start behind the image.
-    rounds_alike = not any(padding) and all(s <= k for s, k in zip(stride, kernel, strict=True))
-    if given.get("divisor_override") is not None or len(dims(node.args[0])) != axes + 2:
+    dilation = spread(given.get("dilation", 1), axes)
+    if len(dims(node.args[0])) != axes + 2:
         return None
-    if given["ceil_mode"] and not ("max_pool" in str(node.target) and rounds_alike):
-        return None
-    attributes: dict[str, Any] = {
-        "kernel_shape": kernel,
-        "strides": stride,
-        "pads": padding * 2,
-        "ceil_mode": int(given["ceil_mode"]),
-    }
+    before, after = static_shape(node.args[0])[2:], static_shape(node)[2:]
+    ends = list(padding)
+    if given["ceil_mode"]:
+        if -1 in before:
+            return None
+        # Runtimes count windows that hang over the end otherwise than torch; padding says where each of them lies.
+        reach = [(o - 1) * s + d * (k - 1) + 1 for o, s, d, k in zip(after, stride, dilation, kernel, strict=True)]
+        ends = [max(p, r - p - size) for p, r, size in zip(padding, reach, before, strict=True)]
     x = [lowering.value(node.args[0])]
+    if any(e >= k for e, k in zip(ends, kernel, strict=True)):
+        # Runtimes take less padding than a kernel; only dilated windows, of the maximum, reach out further.
+        widths = [width for pair in zip(reversed(padding), reversed(ends), strict=True) for width in pair]
+        lowest = lowering.number(float(np.finfo(np.float32).min))
+        x = [lowering.write(node, "Pad", [*x, lowering.pads(node, widths), lowest], mode="constant")]
+        padding = ends = [0] * axes
+    shape: dict[str, Any] = {"kernel_shape": kernel, "strides": stride, "pads": padding + ends}
     if "max_pool" in str(node.target):
-        return lowering.write(node, "MaxPool", x, **attributes, dilations=spread(given["dilation"], axes))
-    return lowering.write(node, "AveragePool", x, **attributes, count_include_pad=int(given["count_include_pad"]))
+        return lowering.write(node, "MaxPool", x, **shape, dilations=dilation)
+    divisor, counted = given.get("divisor_override"), given["count_include_pad"]
+    if divisor is None and (ends == padding or not counted):
+        return lowering.write(node, "AveragePool", x, **shape, count_include_pad=int(counted))
+    pooled = lowering.write(node, "AveragePool", x, **shape, count_include_pad=1)
+    whole = float(np.prod(kernel))
+    if divisor is not None:
+        return lowering.write(node, "Mul", [pooled, lowering.number(whole / divisor)])
+    # Torch divides by what of a window lies within image and padding, not by what hangs over.
+    inside = [
+        np.array([min(o * s + k, size + 2 * p) - o * s for o in range(count)], np.float32)
+        for count, s, k, size, p in zip(after, stride, kernel, before, padding, strict=True)
+    ]
+    share = whole / (inside[0] if axes == 1 else np.outer(*inside))
+    factor = lowering.constant(share[None, None].astype(np.float32), f"{node.name}_share")
+    return lowering.write(node, "Mul", [pooled, factor])
 
 
 @emits(aten.adaptive_avg_pool2d.default)
@@ -49,6 +69,23 @@ def _adaptive_pool(lowering: Lowering, node: Node) -> str | None:
     if spread(node.args[1], 2) != [1, 1] or len(dims(node.args[0])) != 4:
         return None
     return lowering.write(node, "GlobalAveragePool", [lowering.value(node.args[0])])
+
+
+@emits(aten.adaptive_max_pool2d.default)
+def _adaptive_max_pool(lowering: Lowering, node: Node) -> str | None:
+    size, wanted = static_shape(node.args[0]), spread(node.args[1], 2)
+    # Which pixel won has no form here.
+    if -1 in size[-2:] or any(user.args[1] != 0 for user in node.users):
+        return None
+    x = lowering.value(node.args[0])
+    for axis, count in zip((len(size) - 2, len(size) - 1), wanted, strict=True):
+        ends = [(k * size[axis] // count, -(-(k + 1) * size[axis] // count)) for k in range(count)]
+        # Windows of unlike sizes are taken one by one.
+        parts = [[lowering.integers([end]) for end in (*window, axis)] for window in ends]
+        cut = [lowering.write(node, "Slice", [x, *window]) for window in parts]
+        axes = lowering.integers([axis])
+        x = lowering.write(node, "Concat", [lowering.write(node, "ReduceMax", [c, axes]) for c in cut], axis=axis)
+    return x
 
 
 @emits(aten.mean.dim)

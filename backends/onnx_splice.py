@@ -61,11 +61,18 @@ def pieces(module: GraphModule, nodes: Sequence[Node], opset: int) -> dict[Node,
         if len(nodes) > 1:
             # Only one by one it shows which node is the one.
             return {node: piece for one in nodes for node, piece in pieces(module, [one], opset).items()}
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         node = nodes[0]
         raise LoweringError(
-            f"{node.target} cannot be written in ONNX: {reason.strip()[:200]}; replace it at: {trace_line(node)}"
+            f"{node.target} cannot be written in ONNX: {_reason(error)}; replace it at: {trace_line(node)}"
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of the innermost error: the outer ones are the exporter's advice to its own developers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def insert(lowering: Lowering, node: Node, piece: Piece) -> str | tuple[str, ...]:

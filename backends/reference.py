@@ -101,16 +101,20 @@ def _lower_weight(
         # The quantizer's own output decides, so that learned rounding is kept to the last bit.
         rounded = quantizer(tensor_at(module, path).detach())
         scale = quantizer.scale.detach().clone()
-        wide = torch.stack([scale, *_needed_scales(module, node, quantizers, scale)]).amax(dim=0)
-        integers = torch.round(rounded / wide.reshape(shape)).to(torch.int8)
-    with module.graph.inserting_before(node):
-        weight = _dequantized(module, path, integers, wide, axis, spec.bits)
-    weight.meta = dict(node.meta)
-    users = list(node.users)
-    node.replace_all_uses_with(weight)
-    module.graph.erase_node(node)
-    for user in users:
+    # A reader whose bias needs coarser weights gets some of its own: to another reader they may be all there is.
+    made: list[tuple[Tensor, Node]] = []
+    for user in list(node.users):
+        wide = torch.maximum(scale, _needed_scale(module, user, scale, quantizers))
+        weight = next((known for steps, known in made if torch.equal(steps, wide)), None)
+        if weight is None:
+            integers = torch.round(rounded / wide.reshape(shape)).to(torch.int8)
+            with module.graph.inserting_before(node):
+                weight = _dequantized(module, path, integers, wide, axis, spec.bits)
+            weight.meta = dict(node.meta)
+            made.append((wide, weight))
+        user.replace_input_with(node, weight)
         _lower_bias(module, user, wide, quantizers)
+    module.graph.erase_node(node)
 
 
 def _bias_of(user: Node, quantizers: dict[Node, FakeQuantize]) -> tuple[Node, Tensor] | None:
@@ -123,21 +127,18 @@ def _bias_of(user: Node, quantizers: dict[Node, FakeQuantize]) -> tuple[Node, Te
     return bias, quantizers[source].scale.detach()
 
 
-def _needed_scales(
-    module: GraphModule, weight: Node, quantizers: dict[Node, FakeQuantize], scale: Tensor
-) -> list[Tensor]:
-    """Return per reader of the weight the smallest scale with which its bias fits int32.
+def _needed_scale(module: GraphModule, user: Node, scale: Tensor, quantizers: dict[Node, FakeQuantize]) -> Tensor:
+    """Return the smallest weight scale with which a reader's bias fits int32, 0 where it has none.
 
     Batch-norm folding leaves channels with weights near zero and a bias of normal size, whose bias would overflow on
     the weight's own grid. Coarser weights cost nothing there: the bias is 2^15 times anything they can add.
     """
-    found = []
-    for user in weight.users:
-        known = _bias_of(user, quantizers)
-        if known is not None:
-            bias, input_scale = known
-            found.append(tensor_at(module, str(bias.target)).detach().abs() / (input_scale * INT32_LIMIT))
-    return [needed.to(scale.dtype) for needed in found]
+    known = _bias_of(user, quantizers)
+    if known is None:
+        return torch.zeros_like(scale)
+    bias, input_scale = known
+    needed = tensor_at(module, str(bias.target)).detach().abs() / (input_scale * INT32_LIMIT)
+    return needed.to(scale.dtype)
 
 
 def _lower_bias(module: GraphModule, user: Node, scale: Tensor, quantizers: dict[Node, FakeQuantize]) -> None:

@@ -23,8 +23,9 @@ from fxquant.backends.edge_trace import Integers, Trace, Tracer, edge_labels, lo
 from fxquant.backends.exact_graph import exact_graph
 from fxquant.backends.fx_int8 import FxInt8Backend, told_forms
 from fxquant.backends.onnx_qdq import onnx_module
-from fxquant.core.data import CalibrationSet, collect
+from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import FileFormatError, OptionError, ParityError
+from fxquant.core.model_inputs import images_for
 from fxquant.report.summary import table_text
 from fxquant.report.text import percent_text, safe
 from fxquant.result import Result
@@ -36,6 +37,8 @@ AGREEMENT = 0.995
 """Share of images on which a runtime and its exact reference must name the same class."""
 SHARE = 0.001
 """Share of an edge's values that may differ, by a step, before two free runs count as diverged there."""
+ROUNDING = 2.0**-18
+"""What an output that hardly varies may be off by, relative to its size: a few of float32's own roundings."""
 BATCH = 16
 OUTPUT = "output"
 SHOWN = 30
@@ -52,7 +55,7 @@ class Pair:
         agreement: share of images with the same top-1 class, None where the output is not one row per image.
         mean_step: mean difference of the outputs, in steps of 1/255 of their range.
         max_step: the largest.
-        layer_step: largest difference of an edge, or of the output, when every layer gets the runtime's integers.
+        layer_step: largest difference of an edge, or of any output, when every layer gets the runtime's integers.
         layer: where that is, None where there is none.
         broken: first edge in graph order that then differs by more than a step; None where the limits are kept.
         first: first edge at which the free runs diverge: by more than a step, or in more than 0.1 % of values.
@@ -190,12 +193,11 @@ def check(
         raise OptionError("the result carries no images; give some to check with")
     if limit is not None and limit < 1:
         raise OptionError(f"a check needs at least one image, not {limit}")
-    names = [str(node.target) for node in result.program.module.graph.nodes if node.op == "placeholder"]
     try:
         data = None if model is None else model.read_bytes()
     except OSError as error:
         raise FileFormatError(f"cannot read {model}: {error.strerror or error}") from error
-    return compare(result.simulated, collect(given, names, limit), against, data, threads)
+    return compare(result.simulated, images_for(result.program.module, given, limit), against, data, threads)
 
 
 def compare(
@@ -286,23 +288,29 @@ class _Comparison:
     def __init__(self, kind: str, answer: str, runtime: str, graph: GraphModule) -> None:
         self.kind, self.answer, self.runtime, self.graph = kind, answer, runtime, graph
         self.forced, self.free = dict[str, _Difference](), dict[str, _Difference]()
-        self.forced_output = _Answers()
+        self.forced_outputs, self.runtime_outputs = list[_Answers](), list[_Answers]()
 
     def add(self, inputs: tuple[Tensor, ...], free: Trace, runtime: Trace) -> None:
         held = run_traced(self.graph, inputs, runtime.edges)
-        self.forced_output.add(held.output)
+        _add(self.forced_outputs, held)
+        _add(self.runtime_outputs, runtime)
         _collect(self.free, free.edges, runtime.edges)
         _collect(self.forced, held.edges, runtime.edges)
 
     def pair(self, answers: dict[str, _Answers], labels: dict[str, str]) -> Pair:
         expected, answer = answers[self.answer].joined, answers[self.runtime].joined
-        step = ((expected.max() - expected.min()) / 255).clamp(min=1e-12)
-        apart, own = (answer - expected).abs() / step, (self.forced_output.joined - answer).abs() / step
+        apart = _apart(answer, expected)
         agreement = None
         if answers[self.answer].parts[0].dim() == 2 and expected.shape[1] > 1:
             agreement = float((answer.argmax(1) == expected.argmax(1)).double().mean())
         order = [name for name in labels if name in self.forced]
-        steps = {labels[name]: float(self.forced[name].largest) for name in order} | {OUTPUT: float(own.max())}
+        steps = dict[str, float]()
+        for name in order:
+            # A module that is called twice gives two edges one label.
+            steps[labels[name]] = max(steps.get(labels[name], 0.0), float(self.forced[name].largest))
+        for index, (mine, its) in enumerate(zip(self.forced_outputs, self.runtime_outputs, strict=True)):
+            own = _apart(its.joined, mine.joined)
+            steps[f"{OUTPUT} {index}" if index else OUTPUT] = float(own.max()) if own.numel() else 0.0
         layer = max(steps, key=lambda name: steps[name])
         broken = next((name for name, largest in steps.items() if largest > STEPS), None)
         others = 0 if agreement is None else round((1 - agreement) * len(expected))
@@ -320,6 +328,22 @@ class _Comparison:
             edges=len(order),
             within=broken is None and alike,
         )
+
+
+def _add(answers: list[_Answers], trace: Trace) -> None:
+    every = (trace.output, *trace.others)
+    answers += [_Answers() for _ in every[len(answers) :]]
+    for answer, output in zip(answers, every, strict=True):
+        answer.add(output)
+
+
+def _apart(answer: Tensor, expected: Tensor) -> Tensor:
+    """Return how far an output is from what is expected, in steps of 1/255 of the range expected.
+
+    An output that is nearly constant has no range; there a step is what float32 sums are apart by themselves.
+    """
+    step = (expected.max() - expected.min()) / 255
+    return (answer - expected).abs() / step.clamp(min=max(float(expected.abs().max()) * ROUNDING, 1e-12))
 
 
 def _collect(found: dict[str, _Difference], one: Integers, other: Integers) -> None:

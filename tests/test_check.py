@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from benchmarks.data import data_folder
@@ -86,6 +87,46 @@ def test_a_wrong_scale_is_found_and_its_layer_named(position: int) -> None:
         ParityError, match=f"does not compute what the plan says: {re.escape(str(exact.broken))} differs"
     ):
         found.require()
+
+
+class TwoAnswers(nn.Module):
+    """One layer called twice, a second answer by a layer of its own, and a third that never varies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+        self.head, self.other = nn.Linear(64, 3), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = torch.relu(self.conv(torch.relu(self.conv(x)))).flatten(1)
+        return self.head(x), self.other(x), torch.softmax(self.head(x)[:, :1], dim=1) + 0.7
+
+
+@cache
+def two_answers() -> GraphModule:
+    torch.manual_seed(0)
+    shown = CalibrationSet((images(),))
+    program = pipeline.calibrate(prepare(capture(TwoAnswers(), shown), Settings(bits=(8,))), shown)
+    return pipeline.simulate(program, pipeline.widest_plan(program)).module
+
+
+def test_every_answer_is_compared() -> None:
+    shown, module = CalibrationSet((images(8),)), two_answers()
+    assert compare(module, shown).within
+    model = with_a_fault(to_onnx(module).SerializeToString(), "other")
+    broken = compare(module, shown, ("onnxruntime",), model)
+    assert [pair.broken for pair in broken.pairs] == ["output 1", "output 1"]
+
+
+def test_an_edge_is_not_hidden_by_another_of_its_name() -> None:
+    module = two_answers()
+    damaged = to_onnx(module)
+    second = [node for node in damaged.graph.node if node.op_type == "QuantizeLinear"][1]
+    (scale,) = (t for t in damaged.graph.initializer if t.name == second.input[1])
+    damaged.graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(1.2), "wrong"))
+    second.input[1] = "wrong"
+    found = compare(module, CalibrationSet((images(8),)), ("onnxruntime",), damaged.SerializeToString())
+    assert found.pairs[0].broken == "conv (conv + relu)"
 
 
 def test_a_result_is_checked_with_its_own_images_and_with_others(tmp_path: Path) -> None:
