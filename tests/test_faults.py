@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,14 +17,13 @@ import pytest
 
 import fxquant
 from fxquant.cli import INTERRUPTED, main
-from fxquant.core import files
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.errors import FileFormatError
 from fxquant.core.files import UNFINISHED
 from fxquant.core.lock import LOCK, only_writer
 from fxquant.core.ranges import Ranges
 from fxquant.core.rounding import Rounding
-from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
 from fxquant.core.spec import Choice
 from fxquant.core.store import read_json, read_tensors, write_json
 from fxquant.inspect_onnx import inspect
@@ -46,8 +46,8 @@ class Fault:
 
     def __init__(self, strike: Callable[[], object], at: int, patch: pytest.MonkeyPatch) -> None:
         self.strike, self.at, self.count = strike, at, 0
-        self.make = files.tempfile.mkstemp
-        patch.setattr(files.tempfile, "mkstemp", self)
+        self.make: Callable[..., object] = tempfile.mkstemp
+        patch.setattr(tempfile, "mkstemp", self)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         self.count += 1
@@ -68,7 +68,7 @@ def answer(folder: Path) -> dict[str, object]:
     """Return what a run found: the plan, and every score to the last bit."""
     result = fxquant.load(folder)
     cells = {path.name: path.read_bytes() for path in (folder / "scores").glob("*.npz")}
-    values = {name: m.values.tobytes() for name, m in result.program[fxquant.result.Surrogates].matrices.items()}
+    values = {name: m.values.tobytes() for name, m in result.program[Surrogates].matrices.items()}
     return {"plan": result.allocation.to_json(), **cells, **values}
 
 
@@ -204,6 +204,6 @@ def test_ctrl_c_in_a_solve_ends_the_run_whatever_the_solver_found(monkeypatch: p
         choice[[group[-1] for group in groups]] = True
         return Solution(choice, 1.0, 0.0, 1.0, "feasible", 0.1, interrupted=True)
 
-    monkeypatch.setitem(allocate_bits.SOLVERS._entries, "iqp", interrupted)
+    monkeypatch.setattr(allocate_bits, "SOLVERS", {"iqp": interrupted})
     with pytest.raises(KeyboardInterrupt):
         fxquant.quantize(small(), images(), fxquant.Budget(average_bits=5.0), effort="fast", target="reference")

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from fxquant.core import files
 from fxquant.core.errors import OutputError
 from fxquant.core.files import UNFINISHED, atomic_path, check_writable, unwritable, work_folder
 
@@ -45,7 +45,7 @@ def test_bytes_are_on_the_disk_before_the_name_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
 ) -> None:
     flushed: list[bool] = []
-    monkeypatch.setattr(files.os, "fsync", lambda _: flushed.append((tmp_path / "a").exists()))
+    monkeypatch.setattr(os, "fsync", lambda _: flushed.append((tmp_path / "a").exists()))
     with atomic_path(tmp_path / "a", durable) as temporary:
         temporary.write_text("x")
     assert flushed == ([False] if durable else [])
@@ -56,7 +56,7 @@ def test_a_disk_that_fills_at_the_last_moment(tmp_path: Path, monkeypatch: pytes
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match="No space left"), atomic_path(tmp_path / "a") as temporary:
         temporary.write_text("x")
     assert list(tmp_path.iterdir()) == []
@@ -72,7 +72,7 @@ def test_a_folder_is_tried_and_left_empty(tmp_path: Path, monkeypatch: pytest.Mo
     def read_only(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(files.tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     with pytest.raises(OutputError, match=f"cannot write {tmp_path}: Read-only file system; choose a writable folder"):
         check_writable(tmp_path)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fxquant.core import staging
 from fxquant.core.errors import FileFormatError, OutputError
 from fxquant.core.files import UNFINISHED
 from fxquant.core.staging import OUTPUT, READY, RESULT, finish, staged, sweep
@@ -54,7 +54,7 @@ def killed_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("replace", "unlink"):
         monkeypatch.setattr(Path, name, counted(getattr(Path, name)))
-    monkeypatch.setattr(staging.shutil, "rmtree", counted(staging.shutil.rmtree))
+    monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
 
 
 def test_a_set_takes_the_place_of_another(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +106,7 @@ def test_a_remainder_that_cbc_cannot_close_is_branched_on(tmp_path: Path, monkey
     install(tmp_path, BROKEN["exits with an error"], monkeypatch)
     monkeypatch.setattr(iqp, "CBC_PAIRS", 10**6)
     monkeypatch.setattr("fxquant.passes.allocation.branch_and_bound.TRY_ALL", 1)
-    told = []
+    told: list[str] = []
     for seed in (0, 2):
         instance = random_instance(seed, groups=6, rows=1, kind="indefinite", tightness=0.3)
         found = solve_iqp(*instance.arguments)
@@ -119,7 +120,7 @@ def test_no_room_for_cbcs_files(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cbc.tempfile, "mkdtemp", full)
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
     found = SOLVERS["linear"](*diagonal(2).arguments)
     assert_as_good(diagonal(2), found)
     assert "CBC's files cannot be written" in found.notes[0]
