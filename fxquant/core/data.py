@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fxquant.core.errors import CalibrationError
 from fxquant.core.gradients import differentiable
 
+DATASET_BATCH = 32
 LARGEST = 2 * 10**9
 """Bytes of images that are collected from a loader at most."""
 
@@ -121,8 +123,9 @@ def collect(calibration: object, names: Sequence[str], limit: int | None = None)
     """Bring any iterable of batches to one set.
 
     Args:
-        calibration: iterable of Tensor | tuple | list | dict batches, or one tensor or array of images. Of a tuple, the
-            first `len(names)` members are inputs and one more is taken as labels; a dict is read by input name.
+        calibration: iterable of Tensor | tuple | list | dict batches, a torch Dataset of single images, or one tensor
+            or array of images. Of a tuple, the first `len(names)` members are inputs and one more is taken as labels; a
+            dict is read by input name.
         names: the model's input names, in order.
         limit: stop after this many images. Whatever it says, no more than `LARGEST` bytes of several batches are held;
             what is left out is said in a warning of the log.
@@ -134,6 +137,8 @@ def collect(calibration: object, names: Sequence[str], limit: int | None = None)
         return calibration if limit is None else calibration.slice(0, limit)
     if isinstance(calibration, Tensor | np.ndarray):
         calibration = [calibration]
+    if isinstance(calibration, Dataset) and not isinstance(calibration, IterableDataset):
+        calibration = _batched(calibration)
     if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
         raise CalibrationError(f"calibration is a {type(calibration).__name__}; give an iterable of batches")
     columns: list[list[Tensor]] = [[] for _ in names]
@@ -172,6 +177,21 @@ def collect(calibration: object, names: Sequence[str], limit: int | None = None)
     target = torch.cat(labels)[:limit] if labels and all(label.dim() == 1 for label in labels) else None
     keep = target is not None and target.shape[0] == joined[0].shape[0]
     return CalibrationSet(joined, target if keep else None)
+
+
+def _batched(dataset: Dataset[object]) -> Iterator[object]:
+    """Yield a dataset's samples in batches.
+
+    Raises:
+        CalibrationError: samples that are no tensors or arrays, or not of one shape.
+    """
+    try:
+        yield from DataLoader(dataset, batch_size=DATASET_BATCH)
+    except (TypeError, RuntimeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise CalibrationError(
+            f"the dataset's samples make no batch ({first}); give it a transform that returns tensors of one size"
+        ) from error
 
 
 def _unpack(batch: object, names: Sequence[str]) -> tuple[list[Tensor], Tensor | None]:

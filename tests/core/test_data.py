@@ -210,3 +210,30 @@ def test_an_endless_loader_ends_where_memory_would(
     assert "calibration ends after 24 images: 0.0 GB of them are held at most" in caplog.text
     # A tensor that the caller holds anyway is taken whole.
     assert len(collect(torch.zeros(1000, 10), ["x"])) == 1000
+
+
+class Samples(torch.utils.data.Dataset[tuple[object, int]]):
+    """Images one by one, each with its label, as torchvision's datasets have them."""
+
+    def __init__(self, samples: list[object]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        return self.samples[index], index % 3
+
+
+def test_a_dataset_holds_single_images() -> None:
+    images = torch.randn(40, 3, 4, 4)
+    found = collect(Samples(list(images)), ["x"], limit=35)
+    assert torch.equal(found.inputs[0], images[:35])
+    assert found.labels is not None
+    assert found.labels.tolist() == [k % 3 for k in range(35)]
+
+
+@pytest.mark.parametrize("samples", [[object(), object()], [torch.zeros(3, 4, 4), torch.zeros(3, 5, 5)]])
+def test_a_dataset_without_a_transform_is_told_what_it_lacks(samples: list[object]) -> None:
+    with pytest.raises(CalibrationError, match=r"samples make no batch .*give it a transform that returns tensors"):
+        collect(Samples(samples), ["x"])
