@@ -43,7 +43,7 @@ class Opaque:
         ({"features": FEATURES, "logits": LOGITS}, dict, ["logits", "features"]),
         (OrderedDict(aux=FEATURES, logits=LOGITS), OrderedDict, ["logits", "aux"]),
         ({"out": LOGITS, "aux": FEATURES}, dict, ["out", "aux"]),
-        ({"logits": None, "scores": LOGITS}, dict, ["logits", "scores"]),
+        ({"scores": LOGITS, "logits": None}, dict, ["scores", "logits"]),
         ({"n": 3, "logits": LOGITS, "deep": Output(LOGITS)}, dict, ["logits", "n", "deep"]),
     ],
 )
