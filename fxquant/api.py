@@ -17,6 +17,7 @@ from fxquant.core.budget import Budget
 from fxquant.core.data import collect
 from fxquant.core.errors import CalibrationError
 from fxquant.core.files import work_folder
+from fxquant.core.model_inputs import images_for
 from fxquant.core.program import Program
 from fxquant.core.progress import Reporter
 from fxquant.core.settings import Effort, Settings
@@ -213,7 +214,7 @@ def calibrate(program: Program, calibration: object = (), progress: bool = True)
         CalibrationError: an observer saw nothing, or a value is not finite.
     """
     empty = isinstance(calibration, tuple | list) and not calibration
-    images = None if empty else collect(calibration, _placeholders(program))
+    images = None if empty else images_for(program.module, calibration)
     return pipeline.calibrate(program, images, Reporter(progress))
 
 
@@ -229,7 +230,7 @@ def measure_sensitivity(
         progress: bars on a terminal, elsewhere a line on stderr for each stage.
     """
     folder = work_folder(workdir, "scores")
-    images = collect(calibration, _placeholders(program))
+    images = images_for(program.module, calibration)
     return pipeline.measure_sensitivity(program, images, folder, Reporter(progress))
 
 
@@ -252,8 +253,7 @@ def allocate(
     Raises:
         InfeasibleBudgetError: no plan keeps the budget.
     """
-    names = _placeholders(program)
-    held_out, around = (None if each is None else collect(each, names) for each in (calibration, scoring))
+    held_out, around = (None if each is None else images_for(program.module, each) for each in (calibration, scoring))
     return choose(program, budget, held_out, Reporter(progress), around)
 
 
@@ -323,7 +323,7 @@ def reconstruct(
     """
     known = result if isinstance(result, Result) else Result.load(result)
     folder = work_folder(workdir, "rounding")
-    images, reporter = collect(calibration, _placeholders(known.program)), Reporter(progress)
+    images, reporter = images_for(known.program.module, calibration), Reporter(progress)
     if len(images) < 2:
         raise CalibrationError("calibration holds one image; give at least two, so that one can be held out")
     scoring, held_out = images.split(known.program[Settings].held_out, known.program[Settings].seed)
@@ -348,7 +348,7 @@ def resolve(
         InfeasibleBudgetError: no plan keeps the budget.
     """
     known = result if isinstance(result, Result) else Result.load(result)
-    held_out = known.held_out if calibration is None else collect(calibration, _placeholders(known.program))
+    held_out = known.held_out if calibration is None else images_for(known.program.module, calibration)
     program = choose(known.program, budget, held_out, Reporter(progress))
     return replace(known, program=program, held_out=held_out)
 
@@ -370,10 +370,6 @@ def load(folder: str | Path) -> Result:
         FileFormatError: a file is missing, damaged, or of another version.
     """
     return Result.load(folder)
-
-
-def _placeholders(program: Program) -> list[str]:
-    return [str(node.target) for node in program.module.graph.nodes if node.op == "placeholder"]
 
 
 __all__ = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from fxquant.core.errors import CalibrationError, FxquantError, MissingDependencyError, OptionError
+from fxquant.core.errors import CalibrationError, FileFormatError, FxquantError, MissingDependencyError, OptionError
 from fxquant.core.exported import load_exported
-from fxquant.core.store import read_arrays
+from fxquant.core.store import read_array, read_arrays
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -149,14 +150,12 @@ def _floats(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def _read_npy(path: Path) -> NDArray[Any]:
-    try:
-        # Mapped and not read: a header that claims more than the file has is refused before memory is taken.
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:
-        raise CalibrationError(f"{path} is not a readable npy file of plain numbers ({_line(error)})") from error
-    if not isinstance(array, np.ndarray):
+    if path.is_file() and zipfile.is_zipfile(path):
         raise CalibrationError(f"{path} is an archive, not one array; call it .npz")
-    return array
+    try:
+        return read_array(path)
+    except FileFormatError as error:
+        raise CalibrationError(f"{path} is not a readable npy file of plain numbers ({error})") from error
 
 
 def _from_npz(path: Path) -> object:

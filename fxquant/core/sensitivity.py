@@ -139,8 +139,8 @@ class SensitivityMatrix:
             )
             return SensitivityMatrix(
                 candidates=tuple(Candidate(site, Choice.parse(label)) for site, label in header["candidates"]),
-                values=arrays["values"].astype(np.float64),
-                stderr=arrays["stderr"].astype(np.float64),
+                values=arrays["values"].astype(np.float64, casting="same_kind"),
+                stderr=arrays["stderr"].astype(np.float64, casting="same_kind"),
                 estimator=str(header["estimator"]),
                 evaluations=float(header["evaluations"]),
                 unit=str(header["unit"]),

@@ -246,6 +246,20 @@ def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         raise FileFormatError(f"{path} is not an intact npz of plain arrays ({error}); run again") from error
 
 
+def read_array(path: Path) -> np.ndarray[Any, Any]:
+    """Read an npy, refusing pickled objects.
+
+    Raises:
+        FileFormatError: missing, truncated or not an npy of plain numbers.
+    """
+    _require_file(path)
+    try:
+        with path.open("rb") as stream:
+            return _array(stream, path.stat().st_size)
+    except Exception as error:
+        raise FileFormatError(f"{path} is not an intact npy of a plain array ({error})") from error
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors as safetensors.
 

@@ -183,6 +183,16 @@ def _unknown_fake(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+def test_an_answer_of_a_type_without_numpy_form(tmp_path: Path) -> None:
+    class Narrow(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).bfloat16()
+
+    module = capture(Narrow(3, 3), (torch.randn(2, 3),)).module
+    with pytest.raises(LoweringError, match=r"'output' of the model is bfloat16.*take and return float32"):
+        export_onnx(module, tmp_path / "model.onnx")
+
+
 def test_an_op_without_onnx_form_is_named_with_its_line(tmp_path: Path) -> None:
     class Uses(nn.Module):
         def __init__(self) -> None:

@@ -14,6 +14,7 @@ from fxquant.core.errors import FileFormatError, OutputError
 from fxquant.core.files import atomic_path
 from fxquant.core.store import (
     pack_arrays,
+    read_array,
     read_arrays,
     read_json,
     read_tensors,
@@ -210,3 +211,30 @@ def test_digests_see_names_types_shapes_and_bytes() -> None:
     ]
     assert len({digest, *map(tensor_digest, others)}) == 6
     assert text_digest("a") != text_digest("b")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"kind": "plan", "version": 1, "a": {"b": 1, "b": 2}}', "key 'b' is there twice"),
+        ('{"kind": "plan", "version": 1, "a": NaN}', "NaN is no JSON number"),
+        ('{"kind": "plan", "version": 1, "a": [-Infinity]}', "-Infinity is no JSON number"),
+        ('{"kind": "plan", "version": 1, "a": 1e999}', "number 1e999 is out of range"),
+        ('{"kind": "plan", "version": 1, "a": ' + "9" * 400 + "}", "is out of range"),
+        ('{"kind": "plan", "version": 1, "a": ' + "[" * 10**5, "nested too deeply"),
+    ],
+)
+def test_json_is_strict(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(FileFormatError, match=told):
+        read_json(tmp_path / "a.json", "plan", 1)
+
+
+def test_one_array(tmp_path: Path) -> None:
+    for array in (np.arange(6.0).reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3)), np.zeros((0, 4))):
+        np.save(tmp_path / "a.npy", array)
+        assert np.array_equal(read_array(tmp_path / "a.npy"), array)
+        assert read_array(tmp_path / "a.npy").dtype == array.dtype
+    for wrong in (tmp_path, tmp_path / "absent.npy"):
+        with pytest.raises(FileFormatError, match="cannot read"):
+            read_array(wrong)
