@@ -1,0 +1,188 @@
+"""Which architectures can be captured, quantized and run? Uniform W8A8 of the data folder's networks and of timm's.
+
+`python -m benchmarks.coverage [NAME ...] [--limit SECONDS] [--memory GB] [--again | --kept]`: every name is `zoo:NAME`,
+`timm:NAME` or `torchvision:NAME`; without names those of `benchmarks/coverage_models.txt`. Each runs in a process of
+its own (`benchmarks.coverage_model`) with a limit on time and memory, and is kept when it is done: the same command
+goes on where it was stopped, `--again` measures anew. Without names the JSON and the table of `docs/zoo.md` are
+written; `--kept` writes them of what is there. timm must be installed in the Python that runs this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import signal
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import metadata
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.coverage_model import (
+    CALIBRATION_IMAGES,
+    FREE_SIZE,
+    SEED,
+    TEST_IMAGES,
+    import_sources,
+    measure,
+)
+from benchmarks.report_table import write
+from fxquant.core.errors import FileFormatError
+from fxquant.core.store import read_json, write_json
+
+LIST = Path(__file__).with_name("coverage_models.txt")
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "zoo.md"
+FOLDER = Path(tempfile.gettempdir()) / "fxquant-coverage"
+
+Row = dict[str, Any]
+
+
+def listed() -> list[str]:
+    """Return the names of the list, comments left out."""
+    lines = (line.partition("#")[0].split() for line in LIST.read_text(encoding="utf-8").splitlines())
+    return [name for line in lines for name in line]
+
+
+def kept(name: str) -> Row | None:
+    """Return the row of an earlier run, None where there is none."""
+    try:
+        row: Row = read_json(_place(name), "coverage row", 1)["row"]
+    except FileFormatError:
+        return None
+    return row
+
+
+def _place(name: str) -> Path:
+    return FOLDER / f"{name.replace(':', '-')}.json"
+
+
+def measured(name: str, limit: float, memory: float) -> Row:
+    """Return the row of one model, run in a process of its own.
+
+    Args:
+        name: the model.
+        limit: seconds it may take.
+        memory: GB of data it may allocate.
+    """
+    # A fork has everything imported already; nothing runs on other threads here.
+    forking = multiprocessing.get_context("fork")
+    reading, writing = forking.Pipe(duplex=False)
+    worker = forking.Process(target=_work, args=(name, int(memory * 1e9), writing))
+    worker.start()
+    writing.close()
+    row: Row | None = None
+    if reading.poll(limit):
+        # A process that died leaves its end closed, and nothing to read.
+        with suppress(EOFError):
+            row = reading.recv()
+    else:
+        worker.kill()
+    worker.join()
+    if row is not None:
+        return row
+    why = f"took more than {limit:g} s" if worker.exitcode == -signal.SIGKILL else f"ended with {worker.exitcode}"
+    return {"model": name, "failed": f"process: {why}", "refused clearly": False}
+
+
+def _work(name: str, memory: int, answer: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    answer.send(measure(name))
+
+
+COLUMNS: dict[str, Callable[[Row], object]] = {
+    "model": lambda row: f"`{row['model']}`",
+    "pixels": lambda row: row.get("pixels"),
+    "captured": lambda row: "yes" if row.get("captured") else "no",
+    "layers on integers": lambda row: f"{row['integer']} of {row['layers']}" if "layers" in row else None,
+    "ONNX Runtime": lambda row: _ran(row, "onnx"),
+    "fx_int8": lambda row: _ran(row, "fx_int8"),
+    "in float": lambda row: _in_float(row),
+    "dB to float": lambda row: row.get("SQNR dB simulated to float"),
+    "dB, ONNX": lambda row: row.get("SQNR dB onnx to simulated"),
+    "dB, fx_int8": lambda row: row.get("SQNR dB fx_int8 to simulated"),
+    "s": lambda row: row.get("seconds"),
+    "peak MB": lambda row: row.get("peak MB"),
+}
+"""Columns of the table in `docs/zoo.md`."""
+
+
+def _ran(row: Row, runtime: str) -> str:
+    if not row.get(f"{runtime} runs"):
+        return "no"
+    return f"{row[f'{runtime} integer']} on integers"
+
+
+def _in_float(row: Row) -> str:
+    """Return why work stayed in float, products of two activations, which do everywhere, by their number only."""
+    products = row.get("products in float", 0)
+    told = [f"{products} products"] if products else []
+    told += [f"{count} x {why}" for why, count in row.get("in float", {}).items() if "product of two" not in why]
+    return "; ".join([*told, *([row["failed"]] if "failed" in row else [])]) or "nothing"
+
+
+def table_lines(rows: Sequence[Row]) -> list[str]:
+    """Return the rows as a table of markdown."""
+    lines = [" | ".join(COLUMNS), "|".join("---" for _ in COLUMNS)]
+    for row in rows:
+        cells = (tell(row) for tell in COLUMNS.values())
+        lines.append(" | ".join("-" if cell is None else str(cell).replace("|", "/") for cell in cells))
+    return [f"| {line} |" if "---" not in line else f"|{line}|" for line in lines]
+
+
+def into_page(rows: Sequence[Row]) -> None:
+    """Put the table behind the last heading of the page."""
+    heading = "## Every model\n"
+    text = PAGE.read_text(encoding="utf-8").partition(heading)[0]
+    PAGE.write_text(text + heading + "\n" + "\n".join(table_lines(rows)) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what is not kept yet, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="models; all of the list where none is named")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds for each model")
+    parser.add_argument("--memory", type=float, default=8.0, help="GB for each model")
+    parser.add_argument("--again", action="store_true", help="measure anew what is kept")
+    parser.add_argument("--kept", action="store_true", help="measure nothing: write what has been kept so far")
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    import_sources()
+    for name in () if chosen.kept else chosen.names or listed():
+        row = None if chosen.again else kept(name)
+        if row is None:
+            row = measured(name, chosen.limit, chosen.memory)
+            write_json(_place(name), "coverage row", 1, {"row": row})
+        shown = row.get("failed") or f"{row['integer']} of {row['layers']} layers, {row['seconds']} s"
+        print(f"{name}: {shown}", flush=True)
+    if chosen.names:
+        return
+    rows = [row for row in map(kept, listed()) if row is not None]
+    passed = [row for row in rows if row.get("onnx runs") and row.get("fx_int8 runs")]
+    meta = {
+        "precision": "W8A8, every layer",
+        "seed": SEED,
+        "calibration images": CALIBRATION_IMAGES,
+        "test images": TEST_IMAGES,
+        "pixels where the network takes any": FREE_SIZE,
+        "seconds allowed": chosen.limit,
+        "GB allowed": chosen.memory,
+        "timm": metadata.version("timm"),
+        "models": len(rows),
+        "ran in both runtimes": len(passed),
+        "layers": sum(row.get("layers", 0) for row in rows),
+        "layers on integers": sum(row.get("integer", 0) for row in rows),
+    }
+    write("coverage", rows, meta)
+    into_page(rows)
+
+
+if __name__ == "__main__":
+    main()
