@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     if not debug:
         logging.getLogger("torch").setLevel(logging.ERROR)
-    args = argparse.Namespace()
+    args, stopped = argparse.Namespace(), False
     try:
         build_parser(COMMANDS, _refuse).parse_args(arguments, args)
         with warnings.catch_warnings():
@@ -78,12 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             with stopped_in_order(terminate=shared), memory_named(args.command, LESS_MEMORY):
                 COMMANDS[args.command](args)
     except KeyboardInterrupt:
-        print(safe(f"fxquant: stopped; {_kept(args)}"), file=sys.stderr)
-        return INTERRUPTED
+        stopped = True
     except FxquantError as error:
         return _failed(str(error), error.exit_code, debug)
     except Exception as error:
         return _failed(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1, debug)
+    if stopped:
+        # Said last: the stages that were left tell how far they came once the interrupt's traceback is gone.
+        print(safe(f"fxquant: stopped; {_kept(args)}"), file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

@@ -207,3 +207,14 @@ def test_ctrl_c_in_a_solve_ends_the_run_whatever_the_solver_found(monkeypatch: p
     monkeypatch.setattr(allocate_bits, "SOLVERS", {"iqp": interrupted})
     with pytest.raises(KeyboardInterrupt):
         fxquant.quantize(small(), images(), fxquant.Budget(average_bits=5.0), effort="fast", target="reference")
+
+
+def test_what_is_kept_is_said_last(tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The header, the only cell of single choices, a cell of pairs; in the middle of the second one the stop comes.
+    Fault(ctrl_c, 4, monkeypatch)
+    arguments = [text for text in command(tmp_path / "out") if text != "--quiet"]
+    assert main([*arguments, "--estimators", "pairs"]) == INTERRUPTED
+    *stages, last = capsys.readouterr().err.splitlines()
+    # The stage that was left says how far it came when its loop is taken down.
+    assert re.search(r"^score pairs .*: 0 of \d\d? in ", stages[-1])
+    assert last.startswith("fxquant: stopped; 2 finished parts are kept in ")
