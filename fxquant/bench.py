@@ -11,12 +11,18 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.backends.base import backend
+from fxquant.core.allocation import BitAllocation
 from fxquant.core.errors import OptionError
 from fxquant.core.settings import Settings
+from fxquant.core.spec import Sites
 from fxquant.core.timing import sample_interleaved
+from fxquant.passes.allocate_bits import uniform_plans
+from fxquant.pipeline import simulate
 from fxquant.result import Result
 
 ROUNDS = 25
+YARDSTICKS = ("uniform W8", "uniform W4")
+"""Uniform plans that a mixed one is compared with, by how their names begin."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ def measure_speed(
 
 
 def bench(result: Result, threads: int | None = None, rounds: int = ROUNDS) -> list[Speed]:
-    """Time the float model ("float") and the plan ("mixed") on one image in the result's target.
+    """Time the float model ("float"), the plan ("mixed") and uniform plans of 8 and 4 bits on one image in its target.
 
     Args:
         result: what to time.
@@ -80,4 +86,7 @@ def bench(result: Result, threads: int | None = None, rounds: int = ROUNDS) -> l
         )
     one = tuple(tensor[:1] for tensor in result.example)
     graphs = {"float": result.program.module, "mixed": result.simulated}
+    for name, choices in uniform_plans(result.program[Sites].sites).items():
+        if choices != result.allocation.choices and name.startswith(YARDSTICKS):
+            graphs[name] = simulate(result.program, BitAllocation(choices)).module
     return measure_speed(graphs, one, settings.target, threads or settings.threads, rounds)

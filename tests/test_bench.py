@@ -9,9 +9,14 @@ from tests.small import images, small_result
 
 def test_float_and_mixed_with_their_spread() -> None:
     speeds = bench(small_result(), threads=1, rounds=3)
-    assert [speed.name for speed in speeds] == ["float", "mixed"]
+    assert [speed.name for speed in speeds] == ["float", "mixed", "uniform W4A8", "uniform W8A8"]
     for speed in speeds:
         assert 0 < speed.low <= speed.milliseconds <= speed.high
+
+
+def test_a_uniform_plan_is_not_timed_twice() -> None:
+    widest = small_result(budget=None)
+    assert [speed.name for speed in bench(widest, threads=1, rounds=2)] == ["float", "mixed", "uniform W4A8"]
 
 
 def test_any_graphs_in_any_target() -> None:

@@ -145,7 +145,7 @@ def test_bench_and_report_keep_what_was_measured(folder: Path, tmp_path: Path, c
     assert files(other) == ["report.html", "report.json"]
     assert "wrote" in capsys.readouterr().out
     measured = json.loads((other / "report.json").read_text())["measured"]
-    assert [row["name"] for row in measured["comparison"]] == ["float", "mixed"]
+    assert [row["name"] for row in measured["comparison"]] == ["float", "mixed", "uniform W4A8", "uniform W8A8"]
     assert measured["bytes_on_disk"] > 0
     assert "1 thread" in measured["runtime"]
     assert "out of range" in failure(["bench", str(folder), "--rounds", "1"], 2, capsys)
