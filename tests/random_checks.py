@@ -165,14 +165,14 @@ def cost_by_hand(program: Program, choices: Mapping[str, Choice]) -> dict[str, f
     }
 
 
-def keeps_the_budget_or_refuses(program: Program, budget: Budget) -> None:
+def keeps_the_budget_or_refuses(program: Program, budget: Budget, solver: str = "iqp") -> None:
     """Require a plan within the limits by costs worked out anew, or an error that names what can be reached.
 
     An error is held against every plan there is, where there are not too many.
     """
     sites, limits = program[Sites].sites, budget.limits
     try:
-        plan = pipeline.run(program, AllocateBits(budget, time_limit=20.0))[BitAllocation]
+        plan = pipeline.run(program, AllocateBits(budget, solver, time_limit=20.0))[BitAllocation]
     except InfeasibleBudgetError as error:
         _is_out_of_reach(program, limits, str(error))
         return
