@@ -9,6 +9,7 @@ from fxquant.core.data import CalibrationSet
 from fxquant.core.edges import EdgeGroups
 from fxquant.core.grids import FakeQuantNodes, WeightGrids
 from fxquant.core.losses import LOSSES
+from fxquant.core.memory import give_back
 from fxquant.core.program import Program
 from fxquant.core.progress import SILENT, Reporter
 from fxquant.core.ranges import Ranges
@@ -63,5 +64,8 @@ class MeasureSensitivity(Pass):
             f"{len(scorer.candidates)} candidates, {len(scorer.columns)} perturbations to measure on "
             f"{len(self.images)} images with {', '.join(estimators)}; {scorer.memory.text()}"
         )
-        matrices = {name: estimate(scorer) for name, estimate in estimators.items()}
+        matrices: dict[str, SensitivityMatrix] = {}
+        for name, estimate in estimators.items():
+            matrices[name] = estimate(scorer)
+            give_back()
         return program.with_facts(matrices[self.estimators[0]], Surrogates(matrices)), 0

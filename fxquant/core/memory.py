@@ -1,14 +1,25 @@
-"""Too little memory, told in words: which stage, what was asked for, and what to turn down."""
+"""Memory: too little of it told in words, and what is not needed any more given back."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from fxquant.core.errors import MemoryLimitError
 
 SIGNS = ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc", "failed to allocate memory")
 """What torch and the runtimes say in errors that have no class of their own."""
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the C library keeps it and has a call for that (glibc).
+
+    Blocks of a few megabytes, which is what activations are, stay with the process after a backward pass otherwise:
+    gigabytes that the next stage, or another process, could use.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_shortage(error: BaseException) -> bool:

@@ -43,8 +43,8 @@ class Leaves:
         self.shifts: dict[str, Tensor] = {}
         substitution: dict[str, Replacement] = dict(scorer.off)
         for site, names in nodes.weights.items():
-            substitution.update({name: self._weight(site) for name in names})
-        substitution.update({name: self._shifted(name) for name in rounded_values(scorer)})
+            substitution.update({name: _always(self.weights[site]) for name in names})
+        substitution.update({name: _shifted(name, self.shifts) for name in rounded_values(scorer)})
         with torch.enable_grad():
             answer, environment = scorer.replay.forward(images.inputs, substitution)
         #: answer of the network, differentiable in every leaf
@@ -71,15 +71,21 @@ class Leaves:
         )
         return [torch.zeros_like(x) if g is None else g for g, x in zip(found, self.tensors, strict=True)]
 
-    def _weight(self, site: str) -> Replacement:
-        return lambda _: self.weights[site]
 
-    def _shifted(self, name: str) -> Callable[[Tensor], Tensor]:
-        def shifted(x: Tensor) -> Tensor:
-            self.shifts[name] = torch.zeros_like(x, requires_grad=True)
-            return x + self.shifts[name]
+def _always(value: Tensor) -> Replacement:
+    return lambda _: value
 
-        return shifted
+
+def _shifted(name: str, shifts: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return what adds a leaf of zeros and keeps it in `shifts`."""
+
+    # The environment keeps its substitution: one that knew its `Leaves` would keep every run alive until the collector
+    # comes by, gigabytes later.
+    def shifted(x: Tensor) -> Tensor:
+        shifts[name] = torch.zeros_like(x, requires_grad=True)
+        return x + shifts[name]
+
+    return shifted
 
 
 def rounded_values(scorer: Scorer) -> list[str]:

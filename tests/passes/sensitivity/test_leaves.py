@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 
 import numpy as np
@@ -80,3 +82,16 @@ def test_noise_of_values_adds_up_over_batches() -> None:
     x = IMAGES.inputs[0]
     expected = (each.columns[column].substitution[name](x) - x).square().flatten(1).mean(1).sum()
     assert total[column, 0] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_recorded_run_dies_with_its_last_reader() -> None:
+    """Not when the collector comes by: each holds every value of the network and its graph."""
+    gc.disable()
+    try:
+        leaves = Leaves(scorer(simulated("plain"), IMAGES), IMAGES)
+        _ = leaves.gradients(leaves.answer.sum())
+        kept = weakref.ref(leaves)
+        del leaves
+        assert kept() is None
+    finally:
+        gc.enable()
