@@ -96,7 +96,7 @@ def compared(result: Result) -> dict[str, Result]:
     plans = {}
     for bits in (8, 4):
         uniform = BitAllocation({site.name: Choice(bits, 8) for site in result.program[Sites].sites})
-        plans[f"uniform {bits}"] = result.with_plan(uniform)
+        plans[f"uniform W{bits}A8"] = result.with_plan(uniform)
     return {**plans, "mixed": result}
 
 

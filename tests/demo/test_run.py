@@ -35,15 +35,18 @@ def test_demo_compares_four_models_and_writes_everything(tmp_path: Path, capsys:
     assert main(["demo", "--output", str(out)]) == 0
     told = capsys.readouterr().out
     rows = {row["name"]: row for row in json.loads((out / "report.json").read_text())["measured"]["comparison"]}
-    assert list(rows) == ["float", "uniform 8", "uniform 4", "mixed"]
+    assert list(rows) == ["float", "uniform W8A8", "uniform W4A8", "mixed"]
     assert all(name in told for name in rows)
     assert rows["mixed"]["bytes"] == (out / "model.onnx").stat().st_size
     assert (
-        rows["mixed"]["bytes"] <= rows["uniform 4"]["bytes"] < rows["uniform 8"]["bytes"] < rows["float"]["bytes"] / 3
+        rows["mixed"]["bytes"]
+        <= rows["uniform W4A8"]["bytes"]
+        < rows["uniform W8A8"]["bytes"]
+        < rows["float"]["bytes"] / 3
     )
     assert rows["float"]["accuracy"] > 0.97
     assert rows["mixed"]["accuracy"] > 0.95
-    assert rows["uniform 8"]["accuracy"] >= rows["float"]["accuracy"] - 0.01
+    assert rows["uniform W8A8"]["accuracy"] >= rows["float"]["accuracy"] - 0.01
     assert "1000 held-out" not in (out / "report.html").read_text()
     assert fxquant.load(out).allocation.used["average_bits"] <= 4.0
 
