@@ -207,7 +207,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         ([*BUDGET, "--pin", "nothing*=W8A8"], 2, "matches no site"),
         ([*BUDGET, "--pin", "W8A8"], 2, "write GLOB=W8A8"),
         ([*BUDGET, "--keep-float", "*"], 2, "no layer can be quantized"),
-        ([*BUDGET, "--target", "tpu"], 2, "invalid choice: 'tpu'"),
+        ([*BUDGET, "--target", "tpu"], 2, "unknown target 'tpu'; known: reference"),
         ([*BUDGET, "--loss", "l7"], 2, "l7"),
         ([*BUDGET, "--observer", "eye"], 2, "eye"),
         ([*BUDGET, "--mean", "0,0"], 2, "1 or 3 channels"),
