@@ -49,13 +49,15 @@ SPELLINGS: dict[object, Callable[..., Any]] = {
     # A view demands strides that an erased clone may have provided; a reshape copies where it must.
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
+    aten.mm.default: aten.matmul.default,
 }
 """Op -> the one op that is used for its meaning."""
 
 
 @dataclass(frozen=True)
 class Canonicalize(Pass):
-    """Erase identities and dead nodes, move keyword arguments into position, spell "same" padding as numbers."""
+    """Erase identities and dead nodes, move keyword arguments into position, spell "same" padding as numbers and
+    products with a parameter as linear layers."""
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program in canonical form."""
@@ -80,8 +82,8 @@ def _canonical(module: GraphModule, node: Node) -> int:
     spelling = SPELLINGS.get(node.target)
     if spelling is not None:
         node.target = spelling
-        return rewrites + 1
-    return rewrites + _explicit_padding(node)
+        rewrites += 1
+    return rewrites + _explicit_padding(node) + _as_linear(module, node)
 
 
 def _positional(node: Node) -> int:
@@ -97,6 +99,21 @@ def _positional(node: Node) -> int:
     last = max(names.index(name) for name in movable)
     node.args = tuple(values[name] for name in names[: max(last + 1, len(node.args))])
     node.kwargs = {name: value for name, value in node.kwargs.items() if name not in movable}
+    return 1
+
+
+def _as_linear(module: GraphModule, node: Node) -> int:
+    """Rewrite a product with a parameter on its right as the linear layer that it is: `x W = linear(x, W')`."""
+    if node.target is not aten.matmul.default or not is_constant(node.args[1]) or is_constant(node.args[0]):
+        return 0
+    matrix = node.args[1]
+    assert isinstance(matrix, Node)
+    if len(shape_of(matrix)) != 2 or len(shape_of(node.args[0])) < 2:
+        return 0
+    with module.graph.inserting_before(node):
+        weight = module.graph.call_function(aten.t.default, (matrix,))
+    weight.meta = {"val": matrix.meta["val"].t()}
+    node.target, node.args = aten.linear.default, (node.args[0], weight)
     return 1
 
 

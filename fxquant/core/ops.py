@@ -236,6 +236,13 @@ REFUSED: dict[object, str] = {
     aten.conv_transpose1d.default: "no runtime here has an integer transposed convolution",
     aten.conv_transpose2d.input: "no runtime here has an integer transposed convolution",
     aten.conv3d.default: "3-d convolution has no integer kernel here",
+    aten.conv_transpose3d.input: "no runtime here has an integer transposed convolution",
+    **dict.fromkeys(
+        (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input),
+        "a recurrent layer runs in float: every step waits for the one before it",
+    ),
+    aten.bilinear.default: "no runtime here has an integer bilinear layer",
+    aten.einsum.default: "a product written as einsum runs in float; write torch.nn.functional.linear or torch.matmul",
     aten.addmm.default: "the weight is an operand, not a parameter of linear; write torch.nn.functional.linear",
     aten.baddbmm.default: "batched matrix product with bias has no integer kernel here",
     aten.scaled_dot_product_attention.default: "fused attention runs in float",

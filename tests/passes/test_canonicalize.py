@@ -8,9 +8,13 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
+from fxquant import pipeline
 from fxquant.core.graphs import resolve, show
 from fxquant.core.program import Program
+from fxquant.core.settings import Settings
+from fxquant.core.spec import Sites
 from fxquant.passes.canonicalize import Canonicalize
+from fxquant.tracing import capture
 from tests.models import MODELS
 from tests.programs import captured, check_pass
 
@@ -114,3 +118,41 @@ def test_padding_by_name_becomes_numbers_where_both_sides_pad_alike() -> None:
     graph = Canonicalize()(captured("sequence")).module.graph
     assert resolve(graph, "conv1d").target is aten.conv1d.default
     assert resolve(graph, "conv1d").args[4] == [2]
+
+
+class Projected(nn.Module):
+    """Products with a parameter, as vision-language models end in, and products that are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Parameter(torch.randn(4, 3))
+        self.batched = nn.Parameter(torch.randn(2, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.mm(x, self.proj) + x @ self.proj
+        y = (y.unsqueeze(1).unsqueeze(1) @ self.batched).sum(dim=(1, 2))
+        answer: torch.Tensor = (self.proj @ (y.t() @ y)).sum(dim=0) + y
+        return answer
+
+
+def test_products_with_a_parameter_are_linear_layers() -> None:
+    program = capture(Projected(), (torch.randn(2, 4),))
+    done = check_pass(Canonicalize(), program)
+    text = show(done.module)
+    assert text.count("linear.default(x, t_default") == 2
+    assert text.count("matmul.default(") == 3
+    assert "mm.default(x" not in text
+    x = torch.randn(5, 4)
+    assert torch.allclose(done.module(x), program.module(x), rtol=1e-4, atol=1e-5)
+    found = pipeline.find_sites(capture(Once(), (torch.randn(2, 4),)), Settings(bits=(8,)))
+    assert [site.name for site in found[Sites].sites] == ["proj"]
+    assert tuple(found.module.get_parameter("proj").shape) == (3, 4)
+
+
+class Once(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.proj

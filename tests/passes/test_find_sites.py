@@ -4,11 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxquant.core.errors import OptionError
 from fxquant.core.spec import FLOAT, Choice, Site, Sites
+from fxquant.passes.canonicalize import Canonicalize
+from fxquant.passes.find_edges import FindEdges
 from fxquant.passes.find_sites import FindSites
+from fxquant.passes.tie_edges import TieEdges
+from fxquant.tracing import capture
 from tests.models import MODELS
 from tests.programs import TARGET, check_pass, folded, tied
 
@@ -147,3 +152,25 @@ def test_refusals_are_those_that_do_work() -> None:
     refusals = sites_of("functional").refusals
     assert set(refusals) == {"conv2d", "conv2d_1", "matmul"}
     assert set(sites_of("attention").refusals) == {"matmul", "matmul_1"}
+
+
+def test_layers_that_only_run_in_float_are_counted() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Linear(3, 4)
+            self.recurrent = nn.LSTM(4, 4, batch_first=True)
+            self.pair = nn.Bilinear(4, 4, 2)
+            self.mix = nn.Parameter(torch.randn(2, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.recurrent(self.stem(x))[0].mean(dim=1)
+            answer: torch.Tensor = torch.einsum("bi,io->bo", self.pair(y, y), self.mix)
+            return answer
+
+    program = Canonicalize()(capture(Mixed().eval(), (torch.randn(2, 5, 3),)))
+    sites = FindSites(TARGET, (8,), (8,))(TieEdges()(FindEdges(TARGET)(program)))[Sites]
+    assert [site.name for site in sites.sites] == ["stem"]
+    told = list(sites.refusals.values())
+    assert len(told) == 3
+    assert ["recurrent" in told[0], "bilinear" in told[1], "einsum" in told[2]] == [True] * 3
