@@ -81,6 +81,8 @@ def prepare(module: GraphModule, matrices: bool = True) -> GraphModule:
         for node in list(module.graph.nodes):
             if node.target in BARRED:
                 _bar(node)
+            if node.target is aten.linear.default:
+                _bar_clip(node)
     erase_dead(module)
     return finish(module)
 
@@ -273,6 +275,23 @@ def _bar(node: Node) -> None:
     bar.meta = dict(value.meta)
     for reader in readers:
         reader.replace_input_with(value, bar)
+
+
+def _bar_clip(node: Node) -> None:
+    """Put a barrier between an integer layer and its clip where no quantizer reads that.
+
+    ONNX Runtime joins Gemm and the clip before it looks for integer layers, and has no integer layer with a clip that
+    writes floats.
+    """
+    weight, value = node.args[1], _clipped(node)
+    quantized = isinstance(weight, Node) and weight.target is dequantize_channels
+    if not quantized or value is node or any(user.target is quantize for user in value.users):
+        return
+    (reader,) = node.users
+    with node.graph.inserting_after(node):
+        bar = node.graph.call_function(barrier, (node,))
+    bar.meta = dict(node.meta)
+    reader.replace_input_with(node, bar)
 
 
 def _clipped(node: Node) -> Node:
