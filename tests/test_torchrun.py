@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -69,7 +70,8 @@ def test_a_worker_dies_and_the_next_run_goes_on(tmp_path: Path) -> None:
     told = running.communicate(timeout=60)[0]
     assert running.returncode != 0
     assert "Signal 9 (SIGKILL)" in told
-    assert "finished scores are kept" in told
+    # The other process hears of it from the group or from torchrun, whichever is quicker.
+    assert re.search(r"finished (scores|parts) are kept", told), told
     assert not (tmp_path / "two" / "result.json").exists()
     finished = {path.name: path.stat().st_mtime_ns for path in scores.glob("[!.]*.npz")}
     assert len(finished) >= 3
