@@ -27,7 +27,7 @@ from fxquant.core.spec import Choice
 from fxquant.passes.sensitivity import FLOAT_ONLY
 from fxquant.result import Result
 from fxquant.rounding import algorithms, round_plan, round_with_feedback
-from fxquant.smallest import choose
+from fxquant.smallest import check_labels, choose
 from fxquant.tracing import capture as capture_program
 from fxquant.tracing import input_names
 
@@ -147,6 +147,7 @@ def quantize(
         reporter.say(f"{len(images)} calibration images are used, all that effort={effort!r} takes")
     if len(images) < 2:
         raise CalibrationError("calibration holds one image; give at least two, so that one can be held out")
+    check_labels(budget, images)
     scoring, held_out = images.split(settings.held_out, seed)
     captured = capture_program(model, images.slice(0, 2).inputs)
     program = pipeline.prepare(captured, settings)

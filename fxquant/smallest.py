@@ -18,7 +18,7 @@ from fxquant.core.limits import LIMIT_TABLES, reachable, unit_of, usage
 from fxquant.core.oracle import model_outputs
 from fxquant.core.program import Program
 from fxquant.core.progress import SILENT, Reporter
-from fxquant.core.quality import keeps, quality
+from fxquant.core.quality import NO_LABELS, keeps, quality
 from fxquant.core.spec import Sites
 from fxquant.latency import measure_latency
 from fxquant.pipeline import loss_name, simulate
@@ -54,6 +54,16 @@ class Judge:
         outputs = model_outputs(simulate(program, plan).module, self.images.inputs, 32)
         found = quality(limits, self.reference, outputs, self.images.labels, self.loss)
         return program.with_facts(replace(plan, quality=found, quality_limits=limits))
+
+
+def check_labels(budget: Budget | None, images: CalibrationSet) -> None:
+    """Fail before the long work where a limit needs labels that the images lack.
+
+    Raises:
+        CalibrationError: it does.
+    """
+    if budget is not None and "accuracy_drop" in budget.quality and images.labels is None:
+        raise CalibrationError(NO_LABELS)
 
 
 def choose(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 import fxquant
+from fxquant import pipeline
 from fxquant.core.allocation import BitAllocation
 from fxquant.core.budget import Budget
 from fxquant.core.cost import CostTables
@@ -72,6 +73,12 @@ def test_answers_need_images_and_labels() -> None:
         choose(scored("plain"), Budget(loss=1.0), None)
     with pytest.raises(CalibrationError, match="one label for each image"):
         choose(scored("plain"), Budget(accuracy_drop=0.1), HELD_OUT)
+
+
+def test_missing_labels_are_told_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "prepare", lambda *_: pytest.fail("worked first"))
+    with pytest.raises(CalibrationError, match="one label for each image"):
+        fxquant.quantize(small(), images(), Budget(accuracy_drop=0.1), target="reference", progress=False)
 
 
 def test_answers_are_judged_as_the_plan_is_handed_back() -> None:

@@ -11,6 +11,10 @@ from fxquant.core.losses import LOSSES
 
 TOLERANCE = 1e-9
 """A share of images that equals its limit keeps it, however the division rounds."""
+NO_LABELS = (
+    "a limit on accuracy_drop needs one label for each image: give batches of (images, labels), or limit disagreement, "
+    "which bounds the drop without labels"
+)
 
 
 def quality(
@@ -46,10 +50,7 @@ def quality(
             found[name] = float((was != now).double().mean())
             continue
         if labels is None or was.dim() != 1:
-            raise CalibrationError(
-                "a limit on accuracy_drop needs one label for each image: give batches of (images, labels), or limit "
-                "disagreement, which bounds the drop without labels"
-            )
+            raise CalibrationError(NO_LABELS)
         truth = labels.reshape(-1)
         found[name] = float((was == truth).double().mean() - (now == truth).double().mean())
     return found
