@@ -67,7 +67,9 @@ def main() -> None:
 
 def _tell(number: int) -> None:
     _, status = os.waitpid(number, 0)
-    print(f"{number} {status}", flush=True)
+    # One write with its end of line: two children may end at once, and print writes the two apart.
+    sys.stdout.write(f"{number} {status}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

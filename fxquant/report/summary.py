@@ -18,7 +18,7 @@ from fxquant.report.text import bytes_text, count_text, latency_text, limit_text
 if TYPE_CHECKING:
     from fxquant.result import Result
 
-WIDTH = 100
+COLUMNS = 100
 COLUMN_GAP = 3
 
 
@@ -37,7 +37,7 @@ def summary(result: Result) -> str:
 def as_text(*parts: Text | Table) -> str:
     """Return what rich would print on a plain terminal of 100 columns."""
     stream = io.StringIO()
-    console = Console(file=stream, width=WIDTH, no_color=True, force_terminal=False, highlight=False)
+    console = Console(file=stream, width=COLUMNS, no_color=True, force_terminal=False, highlight=False)
     for part in parts:
         console.print(part)
     return "\n".join(line.rstrip() for line in stream.getvalue().rstrip().splitlines())
@@ -57,7 +57,7 @@ def table_text(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int 
     lines = [[safe(cell) for cell in row] for row in rows]
     # Only names may be cut: a number that is cut is a wrong number.
     others = [max(map(len, column)) for column in zip(columns[1:], *(line[1:] for line in lines), strict=True)]
-    room = max(12, WIDTH - sum(others) - COLUMN_GAP * len(others))
+    room = max(12, COLUMNS - sum(others) - COLUMN_GAP * len(others))
     for line in lines:
         table.add_row(*map(Text, (_shortened(line[0], room), *line[1:])))
     return as_text(table)

@@ -21,7 +21,7 @@ from fxquant.passes.rounding import gpfq, gptq
 from fxquant.passes.rounding.layerwise import Prepare, moments_of, on_grid
 from fxquant.passes.rounding.prefix import Prefix, fitting
 
-METHODS: dict[str, Prepare] = {"gptq": gptq.prepare, "gpfq": gpfq.prepare}
+METHODS: dict[str, Prepare] = {"gptq": gptq.gptq_rows, "gpfq": gpfq.gpfq_rows}
 """Name -> moments of a site's input to a rounding of its weight on any grid."""
 
 

@@ -26,11 +26,11 @@ def gpfq(task: RoundingTask) -> Program:
     network's values. Scales stay those of the grid; arXiv 2010.11784 and 2201.11113, algorithm 1.
     """
     started = time.perf_counter()
-    rounding = round_layerwise(task, prepare, "gpfq", crossed=True)
+    rounding = round_layerwise(task, gpfq_rows, "gpfq", crossed=True)
     return judged(task, rounding, "gpfq", time.perf_counter() - started)
 
 
-def prepare(moments: Moments) -> RowRounder:
+def gpfq_rows(moments: Moments) -> RowRounder:
     """Return how GPFQ rounds weights that meet this input.
 
     With `f_t` and `x_t` the float and the quantized network's t-th input over all images, and u = 0 at first:

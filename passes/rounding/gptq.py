@@ -33,7 +33,7 @@ def gptq(task: RoundingTask) -> Program:
     eq. 2 and algorithm 1. Scales stay those of the grid.
     """
     started = time.perf_counter()
-    rounding = round_layerwise(task, prepare, "gptq")
+    rounding = round_layerwise(task, gptq_rows, "gptq")
     return judged(task, rounding, "gptq", time.perf_counter() - started)
 
 
@@ -44,11 +44,11 @@ def gptq_rescaled(task: RoundingTask) -> Program:
     The paper takes scales as given; the grids found go with the rounding. Takes about ten times as long per layer.
     """
     started = time.perf_counter()
-    rounding = round_layerwise(task, prepare, "gptq_rescaled", regrid=rescaled)
+    rounding = round_layerwise(task, gptq_rows, "gptq_rescaled", regrid=rescaled)
     return judged(task, rounding, "gptq_rescaled", time.perf_counter() - started)
 
 
-def prepare(moments: Moments, damping: float = DAMPING, ordered: bool = True, block: int = BLOCK) -> RowRounder:
+def gptq_rows(moments: Moments, damping: float = DAMPING, ordered: bool = True, block: int = BLOCK) -> RowRounder:
     """Return how GPTQ rounds weights that meet this input.
 
     With `U' U = (H + damping mean(H_jj) I)^-1`, U upper triangular: column j is rounded to `q`, its error

@@ -74,7 +74,7 @@ def path(scorer: Scorer) -> SensitivityMatrix:
         own = [place for place, column in enumerate(plan) if column not in home]
         chosen = [plan[place] for place in own]
         home.update(chosen)
-        values[chosen] = coverage(phi.mean(axis=1), losses.mean(), ceiling)[own]
+        values[chosen] = attribution(phi.mean(axis=1), losses.mean(), ceiling)[own]
         stderr[chosen] = _jackknife(phi, losses, ceiling)[own]
         gap = max(gap, abs(float(phi.sum(axis=0).mean() - losses.mean())) / ceiling)
     evaluations = float(sum(float(cell["evaluations"]) for cell in cells.values()))
@@ -91,7 +91,7 @@ def formats(scorer: Scorer) -> list[list[int]]:
     return [[own[min(k, len(own) - 1)] for own in ranked] for k in range(max(map(len, ranked)))]
 
 
-def coverage(phi: NDArray[np.float64], loss: NDArray[np.float64], ceiling: float) -> NDArray[np.float64]:
+def attribution(phi: NDArray[np.float64], loss: NDArray[np.float64], ceiling: float) -> NDArray[np.float64]:
     """Return `u_i = -log(1 - loss / ceiling) phi_i+ / sum phi+`; 0 everywhere if no attribution is above 0.
 
     Args:
@@ -112,7 +112,7 @@ def _jackknife(phi: NDArray[np.float64], losses: NDArray[np.float64], ceiling: f
     if images < 2:
         return np.full(len(phi), np.nan)
     others = (phi.sum(axis=1, keepdims=True) - phi) / (images - 1)
-    left_out = coverage(others, (losses.sum() - losses) / (images - 1), ceiling)
+    left_out = attribution(others, (losses.sum() - losses) / (images - 1), ceiling)
     return np.asarray(np.sqrt((images - 1) * left_out.var(axis=1)), dtype=np.float64)
 
 

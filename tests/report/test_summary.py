@@ -10,7 +10,7 @@ from fxquant.core.spec import FLOAT
 from fxquant.report import summary as module
 from fxquant.report.layers import most_sensitive
 from fxquant.report.speed import comparison, speed_table
-from fxquant.report.summary import WIDTH, summary, table_text
+from fxquant.report.summary import COLUMNS, summary, table_text
 from fxquant.report.text import bytes_text, count_text, latency_text, limit_text, loss_text, percent_text, safe
 from tests.small import small_result
 
@@ -21,7 +21,7 @@ def test_summary_names_every_layer_and_the_count() -> None:
     for name in ("stem", "body", "head", "uniform W8A8", "over budget", "Budget average_bits"):
         assert name in text
     assert "\x1b" not in text
-    assert max(map(len, text.splitlines())) <= WIDTH
+    assert max(map(len, text.splitlines())) <= COLUMNS
     assert small_result().summary() == text
 
 
@@ -38,7 +38,7 @@ def test_long_and_hostile_names_keep_the_width_and_the_numbers() -> None:
     assert "123.4 kB" in text
     assert "\x1b" not in text
     assert "[red]b" in text
-    assert max(map(len, text.splitlines())) <= WIDTH
+    assert max(map(len, text.splitlines())) <= COLUMNS
 
 
 def test_analysis_has_a_summary() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fxquant.core.grids import WeightGrid
 from fxquant.core.numerics import round_trip, weight_parameters
 from fxquant.core.spec import weight_spec
-from fxquant.passes.rounding.gpfq import prepare
+from fxquant.passes.rounding.gpfq import gpfq_rows
 from fxquant.passes.rounding.gram import Moments
 from fxquant.passes.rounding.layerwise import on_grid
 from tests.passes.rounding.tasks import correlated
@@ -57,7 +57,7 @@ def seeded(*shape: int) -> Tensor:
 def test_moments_give_what_stored_samples_give(bits: int, groups: int) -> None:
     weight, (floats, ours) = seeded(6, 14), pair(14, 3, groups)
     grid = grid_of(weight, bits)
-    found = on_grid(weight, grid, groups, prepare(moments(floats, ours)))
+    found = on_grid(weight, grid, groups, gpfq_rows(moments(floats, ours)))
     size = 6 // groups
     for group in range(groups):
         rows = slice(group * size, (group + 1) * size)
@@ -69,7 +69,7 @@ def test_moments_give_what_stored_samples_give(bits: int, groups: int) -> None:
 def test_the_float_networks_output_is_followed_better_than_by_nearest_rounding() -> None:
     weight, (floats, ours) = seeded(16, 64), pair(64, 5)
     grid = grid_of(weight, 3)
-    found = on_grid(weight, grid, 1, prepare(moments(floats, ours)))
+    found = on_grid(weight, grid, 1, gpfq_rows(moments(floats, ours)))
     plain = round_trip(weight, grid.scale, grid.zero_point, grid.spec)
     wanted = floats[0] @ weight.double().T
     ours_error, theirs = (float((wanted - ours[0] @ q.double().T).square().sum()) for q in (found, plain))
@@ -82,7 +82,7 @@ def test_orthogonal_inputs_without_error_leave_nearest_rounding() -> None:
     grid = grid_of(weight, 3)
     gram = torch.diag_embed(torch.arange(1.0, 9.0, dtype=torch.float64)).unsqueeze(0)
     plain = round_trip(weight, grid.scale, grid.zero_point, grid.spec)
-    assert torch.equal(on_grid(weight, grid, 1, prepare(Moments(gram, gram))), plain)
+    assert torch.equal(on_grid(weight, grid, 1, gpfq_rows(Moments(gram, gram))), plain)
 
 
 def test_inputs_that_are_always_zero_are_rounded_to_nearest() -> None:
@@ -90,6 +90,6 @@ def test_inputs_that_are_always_zero_are_rounded_to_nearest() -> None:
     ours[..., 2] = 0.0
     grid = grid_of(weight, 3)
     plain = round_trip(weight, grid.scale, grid.zero_point, grid.spec)
-    found = on_grid(weight, grid, 1, prepare(moments(floats, ours)))
+    found = on_grid(weight, grid, 1, gpfq_rows(moments(floats, ours)))
     assert torch.equal(found[:, 2], plain[:, 2])
-    assert torch.equal(on_grid(weight, grid, 1, prepare(moments(floats, torch.zeros_like(ours)))), plain)
+    assert torch.equal(on_grid(weight, grid, 1, gpfq_rows(moments(floats, torch.zeros_like(ours)))), plain)

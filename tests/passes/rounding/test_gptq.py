@@ -15,7 +15,7 @@ from fxquant.core.numerics import round_trip, weight_parameters
 from fxquant.core.oracle import model_outputs
 from fxquant.core.spec import weight_spec
 from fxquant.passes.rounding import ROUNDERS, RoundingTask
-from fxquant.passes.rounding.gptq import gptq, prepare
+from fxquant.passes.rounding.gptq import gptq, gptq_rows
 from fxquant.passes.rounding.gram import Moments, squared_error, to_rows
 from fxquant.passes.rounding.layerwise import on_grid
 from tests.passes.rounding.tasks import correlated, task_of
@@ -50,7 +50,7 @@ def errors(weight: Tensor, rounded: Tensor, gram: Tensor) -> Tensor:
 def test_the_output_error_falls_below_nearest_rounding(bits: int, groups: int, ordered: bool) -> None:
     weight, seen = seeded(12, 40), moments(40, groups=groups)
     of = grid(weight, bits)
-    found = on_grid(weight, of, groups, prepare(seen, ordered=ordered))
+    found = on_grid(weight, of, groups, gptq_rows(seen, ordered=ordered))
     ours, theirs = (errors(weight, rounded, seen.gram) for rounded in (found, nearest(weight, of)))
     assert (ours <= theirs * (1 + 1e-9)).all()
     assert float(ours.sum()) < 0.6 * float(theirs.sum())
@@ -60,14 +60,14 @@ def test_the_output_error_falls_below_nearest_rounding(bits: int, groups: int, o
 def test_uncorrelated_inputs_leave_nearest_rounding() -> None:
     weight, of = seeded(5, 9), grid(seeded(5, 9), 3)
     gram = torch.diag_embed(torch.arange(1.0, 10.0, dtype=torch.float64)).unsqueeze(0)
-    assert torch.equal(on_grid(weight, of, 1, prepare(Moments(gram, gram))), nearest(weight, of))
+    assert torch.equal(on_grid(weight, of, 1, gptq_rows(Moments(gram, gram))), nearest(weight, of))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_rounding_is_better_than_the_best_of_all(seed: int) -> None:
     weight, seen = seeded(4, 5, seed=seed), moments(5, seed)
     of = grid(weight, 2)
-    found = on_grid(weight, of, 1, prepare(seen))
+    found = on_grid(weight, of, 1, gptq_rows(seen))
     every = torch.tensor(list(product(range(of.spec.qmin, of.spec.qmax + 1), repeat=5)))
     for row in range(4):
         values = (every * of.scale[row]).double()
@@ -81,7 +81,7 @@ def test_no_rounding_is_better_than_the_best_of_all(seed: int) -> None:
 def test_blocks_change_speed_only() -> None:
     weight, seen = seeded(6, 30), moments(30)
     of = grid(weight, 3)
-    one, many = (on_grid(weight, of, 1, prepare(seen, block=block)) for block in (1000, 7))
+    one, many = (on_grid(weight, of, 1, gptq_rows(seen, block=block)) for block in (1000, 7))
     assert torch.equal(one, many)
 
 
@@ -101,7 +101,7 @@ def direct(weight: Tensor, of: WeightGrid, gram: Tensor, damping: float) -> Tens
 def test_it_is_optimal_brain_quantization_column_by_column() -> None:
     weight, seen = seeded(8, 12), moments(12)
     of = grid(weight, 3)
-    found = on_grid(weight, of, 1, prepare(seen, damping=0.01, ordered=False))
+    found = on_grid(weight, of, 1, gptq_rows(seen, damping=0.01, ordered=False))
     wanted = direct(weight, of, seen.gram[0], 0.01)
     better = errors(weight, wanted, seen.gram)[0] < errors(weight, nearest(weight, of), seen.gram)[0]
     assert better.sum() >= 6
@@ -113,11 +113,11 @@ def test_inputs_that_are_always_zero_are_rounded_to_nearest() -> None:
     alive = torch.tensor([1.0, 1, 0, 1, 0, 1, 1, 1], dtype=torch.float64)
     gram = seen.gram * alive[:, None] * alive[None, :]
     of = grid(weight, 3)
-    found = on_grid(weight, of, 1, prepare(Moments(gram, gram)))
+    found = on_grid(weight, of, 1, gptq_rows(Moments(gram, gram)))
     assert torch.equal(found[:, alive == 0], nearest(weight, of)[:, alive == 0])
     assert not torch.equal(found, nearest(weight, of))
     nothing = torch.zeros_like(gram)
-    assert torch.equal(on_grid(weight, of, 1, prepare(Moments(nothing, nothing))), nearest(weight, of))
+    assert torch.equal(on_grid(weight, of, 1, gptq_rows(Moments(nothing, nothing))), nearest(weight, of))
 
 
 def test_a_singular_gram_is_damped_until_it_can_be_factored() -> None:
@@ -125,7 +125,7 @@ def test_a_singular_gram_is_damped_until_it_can_be_factored() -> None:
     x = seeded(2, 6).double()
     gram = (x.T @ x).unsqueeze(0)
     of = grid(weight, 3)
-    found = on_grid(weight, of, 1, prepare(Moments(gram, gram), damping=1e-16))
+    found = on_grid(weight, of, 1, gptq_rows(Moments(gram, gram), damping=1e-16))
     assert torch.isfinite(found).all()
     assert (errors(weight, found, gram) <= errors(weight, nearest(weight, of), gram) * (1 + 1e-9)).all()
 
@@ -133,7 +133,7 @@ def test_a_singular_gram_is_damped_until_it_can_be_factored() -> None:
 def test_moments_that_are_not_finite_are_refused() -> None:
     gram = torch.full((1, 3, 3), torch.nan, dtype=torch.float64)
     with pytest.raises(FailureError, match="not finite"):
-        prepare(Moments(gram, gram))
+        gptq_rows(Moments(gram, gram))
 
 
 def test_the_registered_algorithm_lowers_the_networks_loss() -> None:

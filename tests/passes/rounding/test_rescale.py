@@ -10,7 +10,7 @@ from fxquant.core.numerics import weight_parameters
 from fxquant.core.rounding import Rounding
 from fxquant.core.spec import weight_spec
 from fxquant.passes.rounding import ROUNDERS
-from fxquant.passes.rounding.gptq import prepare
+from fxquant.passes.rounding.gptq import gptq_rows
 from fxquant.passes.rounding.gram import Moments, squared_error, to_rows
 from fxquant.passes.rounding.layerwise import grid_of, on_grid
 from fxquant.passes.rounding.rescale import RATIOS, rescaled
@@ -24,7 +24,7 @@ def test_no_row_is_worse_than_on_its_own_grid_and_some_are_better(groups: int) -
     grid = WeightGrid(spec, *weight_parameters(weight, spec))
     x = correlated(20, 100, 1, groups)
     gram = x.transpose(1, 2) @ x
-    rounder = prepare(Moments(gram, gram))
+    rounder = gptq_rows(Moments(gram, gram))
     found = rescaled(weight, grid, gram, rounder)
     ours, theirs = (
         squared_error(to_rows(weight.double() - on_grid(weight, g, groups, rounder).double(), groups), gram)
@@ -46,7 +46,7 @@ def test_a_channel_whose_own_scale_is_best_keeps_it() -> None:
     grid = WeightGrid(spec, torch.full((2,), 0.5), torch.zeros(2, dtype=torch.int32))
     weight = torch.tensor([[0.5, -4.0, 3.5], [1.0, -1.5, 0.0]])
     gram = torch.eye(3, dtype=torch.float64).unsqueeze(0)
-    assert torch.equal(rescaled(weight, grid, gram, prepare(Moments(gram, gram))).scale, grid.scale)
+    assert torch.equal(rescaled(weight, grid, gram, gptq_rows(Moments(gram, gram))).scale, grid.scale)
 
 
 def test_the_registered_algorithm_hands_its_grids_on() -> None:

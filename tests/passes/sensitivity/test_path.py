@@ -13,7 +13,7 @@ from fxquant.core.score_store import Arrays
 from fxquant.core.sensitivity import SensitivityMatrix
 from fxquant.core.settings import Settings
 from fxquant.passes.sensitivity.diagonal import diagonal
-from fxquant.passes.sensitivity.path import _jackknife, coverage, formats, path
+from fxquant.passes.sensitivity.path import _jackknife, attribution, formats, path
 from fxquant.passes.sensitivity.scorer import Scorer
 from fxquant.passes.sensitivity.singles import measure_singles
 from fxquant.passes.sensitivity.sweep import Work
@@ -135,10 +135,10 @@ def test_formats_are_ranked_by_width() -> None:
 
 
 def test_coverage_by_hand() -> None:
-    found = coverage(np.array([3.0, -1.0, 1.0]), np.array(0.5), 1.0)
+    found = attribution(np.array([3.0, -1.0, 1.0]), np.array(0.5), 1.0)
     np.testing.assert_allclose(found, np.log(2) * np.array([0.75, 0.0, 0.25]))
-    assert not coverage(np.array([-1.0, 0.0]), np.array(0.5), 1.0).any()
-    assert not coverage(np.array([1.0]), np.array(-0.5), 1.0).any()
+    assert not attribution(np.array([-1.0, 0.0]), np.array(0.5), 1.0).any()
+    assert not attribution(np.array([1.0]), np.array(-0.5), 1.0).any()
 
 
 def test_the_jackknife_of_a_small_loss_is_its_standard_error() -> None:
