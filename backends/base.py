@@ -1,7 +1,7 @@
 """What a backend is: a target that says what runs in integers, and a way to make a simulated graph run there.
 
 A backend takes the *simulated* graph: ATen ops with `FakeQuantize` modules on the edges and weights that run in
-integers (`fxquant.core.fake_quant`). A graph without such modules is the float model and compiles just the same, so
+integers (`fxquant.core.ir.fake_quant`). A graph without such modules is the float model and compiles just the same, so
 that both are timed in one runtime.
 """
 
@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.core.errors import OptionError
-from fxquant.core.target import Target
-from fxquant.core.target_file import SUFFIX
+from fxquant.core.facts import SUFFIX, Target
 
 Executable = Callable[[tuple[Tensor, ...]], Tensor]
 """Takes the graph's inputs, returns the first tensor of its output as float32."""
@@ -45,11 +44,11 @@ class Backend(Protocol):
 BACKENDS = {
     "reference": "fxquant.backends.reference:ReferenceBackend",
     "simulation": "fxquant.backends.reference:SimulationBackend",
-    "onnxruntime": "fxquant.backends.onnx_qdq:OnnxRuntimeBackend",
-    "fx_int8": "fxquant.backends.fx_int8:FxInt8Backend",
+    "onnxruntime": "fxquant.backends.onnx.backend:OnnxRuntimeBackend",
+    "fx_int8": "fxquant.backends.int8.backend:FxInt8Backend",
 }
 """Backend name -> where it is, as text, so that importing fxquant needs no runtime."""
-DESCRIBED = "fxquant.backends.described:DescribedBackend"
+DESCRIBED = "fxquant.backends.described_target:DescribedBackend"
 """What serves the targets that files describe."""
 
 

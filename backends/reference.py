@@ -11,11 +11,9 @@ from torch.fx import GraphModule, Node
 from fxquant.backends.base import Executable
 from fxquant.backends.qdq_ops import EDGE, INT32_LIMIT, dequantize, dequantize_channels, quantize
 from fxquant.core.errors import LoweringError
-from fxquant.core.fake_quant import FakeQuantize
-from fxquant.core.graphs import erase_dead, finish, fork, is_constant, tensor_at
-from fxquant.core.ops import rule_of
-from fxquant.core.oracle import first_tensor
-from fxquant.core.target import Target
+from fxquant.core.facts import Target
+from fxquant.core.ir import FakeQuantize, erase_dead, finish, fork, is_constant, rule_of, tensor_at
+from fxquant.core.run import first_tensor
 
 REFERENCE_TARGET = Target(
     name="reference",

@@ -17,9 +17,8 @@ import fxquant
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
 from fxquant.core.errors import FxquantError
-from fxquant.core.oracle import model_outputs
-from fxquant.core.quality import quality
-from fxquant.report.content import average_bits
+from fxquant.core.run import model_outputs, quality
+from fxquant.report import average_bits
 
 SEED = 0
 LIMITS = ({"disagreement": 0.01}, {"disagreement": 0.02}, {"disagreement": 0.05}, {"loss": 0.05})

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.zoo import NETWORKS
-from fxquant import pipeline
 from fxquant.api import capture, prepare
-from fxquant.backends.fx_int8 import FxInt8Backend
-from fxquant.backends.int8_compiled import compiled
-from fxquant.backends.onnx_session import session_options
-from fxquant.core.data import CalibrationSet
-from fxquant.core.settings import Settings
+from fxquant.backends.int8 import FxInt8Backend, compiled
+from fxquant.backends.onnx import session_options
+from fxquant.core.facts import Settings
+from fxquant.core.run import CalibrationSet
+from fxquant.flow import pipeline
 
 CALIBRATION_IMAGES = 32
 

@@ -15,12 +15,11 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
 
 from benchmarks.contestants import CALIBRATION_IMAGES, images, model
-from fxquant import pipeline
 from fxquant.api import capture, prepare
-from fxquant.backends.onnx_export import export_onnx
-from fxquant.backends.onnx_options import OnnxOptions
-from fxquant.core.data import CalibrationSet
-from fxquant.core.settings import Settings
+from fxquant.backends.onnx import OnnxOptions, export_onnx
+from fxquant.core.facts import Settings
+from fxquant.core.run import CalibrationSet
+from fxquant.flow import pipeline
 
 OURS = ("float.onnx", "fxquant.onnx", "fxquant_openvino.onnx")
 

@@ -34,7 +34,7 @@ from benchmarks.coverage_model import (
 )
 from benchmarks.report_table import write
 from fxquant.core.errors import FileFormatError
-from fxquant.core.store import read_json, write_json
+from fxquant.core.storage import read_json, write_json
 
 LIST = Path(__file__).with_name("coverage_models.txt")
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "zoo.md"

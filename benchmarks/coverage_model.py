@@ -22,15 +22,12 @@ from torch.nn import functional
 
 import fxquant
 from benchmarks.zoo import NETWORKS
-from fxquant.backends.fx_int8 import kernel_report as integer_kernels
-from fxquant.backends.onnx_session import executable, kernel_report
-from fxquant.core.allocation import BitAllocation
+from fxquant.backends.int8 import kernel_report as integer_kernels
+from fxquant.backends.onnx import executable, kernel_report
 from fxquant.core.errors import FxquantError, OptionError
-from fxquant.core.ops import OPS
-from fxquant.core.oracle import first_tensor, model_outputs
-from fxquant.core.program import Program
-from fxquant.core.settings import Settings
-from fxquant.core.spec import Choice, Sites
+from fxquant.core.facts import BitAllocation, Settings
+from fxquant.core.ir import OPS, Choice, Program, Sites
+from fxquant.core.run import first_tensor, model_outputs
 
 SEED = 0
 CALIBRATION_IMAGES = 8

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from fxquant.core import store
 from fxquant.core.errors import FileFormatError, OptionError
+from fxquant.core.storage import codecs as store
 
 Labelled = tuple[Tensor, Tensor]
 Preprocessing = Callable[[Tensor], Tensor]

@@ -38,9 +38,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.report_table import write
-from fxquant import api, cli
-from fxquant.core.files import UNFINISHED
-from fxquant.core.timing import Timing
+from fxquant import api
+from fxquant.cli import commands as cli
+from fxquant.core.host import Timing
+from fxquant.core.storage import UNFINISHED
 
 CHAIN = 5
 """Kills on one folder before the run that goes on to the end."""
@@ -113,13 +114,13 @@ class Stage:
 
 PAIRS = ("--estimators", "pairs,gram,fisher")
 STAGES = (
-    Stage("calibration", "fxquant.pipeline.calibrate", ("analyze", *REFERENCE, *PAIRS)),
-    Stage("scoring", "fxquant.pipeline.measure_sensitivity", ("analyze", *REFERENCE, *PAIRS)),
-    Stage("shards", "fxquant.pipeline.measure_sensitivity", ("analyze", *REFERENCE, *PAIRS), processes=2),
-    Stage("search", "fxquant.search.allocate", ("quantize", *BUDGET, *REFERENCE, "--rounding", "nearest")),
+    Stage("calibration", "fxquant.flow.pipeline.calibrate", ("analyze", *REFERENCE, *PAIRS)),
+    Stage("scoring", "fxquant.flow.pipeline.measure_sensitivity", ("analyze", *REFERENCE, *PAIRS)),
+    Stage("shards", "fxquant.flow.pipeline.measure_sensitivity", ("analyze", *REFERENCE, *PAIRS), processes=2),
+    Stage("search", "fxquant.flow.allocate.allocate", ("quantize", *BUDGET, *REFERENCE, "--rounding", "nearest")),
     Stage(
         "latency",
-        "fxquant.search.allocate",
+        "fxquant.flow.allocate.allocate",
         ("quantize", "--budget", "latency_ratio=9", *BUDGET, "--effort", "fast", "--threads", "1"),
     ),
     Stage(
@@ -128,8 +129,8 @@ STAGES = (
         ("reconstruct", *SPECS[2:], "--rounding-option", "iterations=60", "--rounding-option", "batch=16"),
         base="search",
     ),
-    Stage("saving", "fxquant.cli.write_outputs", ("allocate", "--budget", "average_bits=4"), base="onnx"),
-    Stage("onnx", "fxquant.cli.write_outputs", ("quantize", *BUDGET, "--effort", "fast")),
+    Stage("saving", "fxquant.cli.commands.write_outputs", ("allocate", "--budget", "average_bits=4"), base="onnx"),
+    Stage("onnx", "fxquant.cli.commands.write_outputs", ("quantize", *BUDGET, "--effort", "fast")),
 )
 """Calibration, scoring alone and shared, search with measured refinement, latency, reconstruction, and everything that
 is written at the end: over an earlier result, and into a new folder."""
@@ -166,7 +167,7 @@ def _child(stage: Stage, arguments: list[str], marks: int, log: Path, rank: int,
         return run
 
     _patch(stage.function, told)
-    for place in ("fxquant.passes.measure_latency.time_runs", "fxquant.search.time_runs"):
+    for place in ("fxquant.passes.measure_latency.time_runs", "fxquant.flow.allocate.time_runs"):
         _patch(place, lambda original: lambda *a, **k: _steady(original(*a, **k)))
     code = 99
     try:

@@ -20,10 +20,9 @@ from benchmarks import data
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
 from fxquant import Budget, Result
-from fxquant.backends.onnx_session import executable
-from fxquant.core.losses import LOSSES
-from fxquant.core.oracle import model_outputs
-from fxquant.training import distill_step, parameter_groups
+from fxquant.backends.onnx import executable
+from fxquant.core.run import LOSSES, model_outputs
+from fxquant.qat import distill_step, parameter_groups
 
 NETWORK = "resnet20"
 SEED = 0

@@ -19,17 +19,13 @@ from torch.fx import GraphModule
 
 from benchmarks.report_table import interleaved, write
 from benchmarks.zoo import NETWORKS
-from fxquant import pipeline, search
 from fxquant.api import calibrate, capture, measure_sensitivity, prepare
-from fxquant.backends.onnx_export import export_onnx
-from fxquant.backends.onnx_session import KernelReport, executable, kernel_report
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.budget import Budget
-from fxquant.core.data import CalibrationSet
-from fxquant.core.oracle import model_outputs
-from fxquant.core.program import Program
-from fxquant.core.settings import Settings
-from fxquant.core.spec import Choice, Sites
+from fxquant.backends.onnx import KernelReport, executable, export_onnx, kernel_report
+from fxquant.core.facts import BitAllocation, Budget, Settings
+from fxquant.core.ir import Choice, Program, Sites
+from fxquant.core.run import CalibrationSet, model_outputs
+from fxquant.flow import allocate as search
+from fxquant.flow import pipeline
 
 SEED = 0
 CALIBRATION_IMAGES = 128

@@ -16,16 +16,13 @@ import torch
 from benchmarks.report_table import write
 from benchmarks.sensitivity_quality import Evaluation
 from benchmarks.zoo import NETWORKS
-from fxquant import pipeline, search
 from fxquant.api import capture, prepare
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.budget import Budget
-from fxquant.core.cost import CostTables
-from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import InfeasibleBudgetError
-from fxquant.core.program import Program
-from fxquant.core.settings import Settings
-from fxquant.latency import measure_latency
+from fxquant.core.facts import BitAllocation, Budget, CostTables, Settings
+from fxquant.core.ir import Program
+from fxquant.core.run import CalibrationSet
+from fxquant.flow import allocate as search
+from fxquant.flow import measure_latency, pipeline
 
 SEED = 0
 ESTIMATORS = ("gram", "diagonal", "fisher")

@@ -22,22 +22,15 @@ import torch
 
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
-from fxquant import pipeline
 from fxquant.api import capture, prepare
-from fxquant.backends.base import BACKENDS, backend
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.budget import Budget
-from fxquant.core.cost import CostTables
-from fxquant.core.data import CalibrationSet
+from fxquant.backends import BACKENDS, backend
 from fxquant.core.errors import InfeasibleBudgetError
-from fxquant.core.program import Program
-from fxquant.core.settings import Settings
-from fxquant.core.spec import FLOAT, Choice, Sites
-from fxquant.core.timing import time_runs
-from fxquant.core.timing_cache import TimingCache
-from fxquant.latency import measure_latency
-from fxquant.passes.allocate_bits import AllocateBits
-from fxquant.passes.measure_latency import mixed_plans
+from fxquant.core.facts import BitAllocation, Budget, CostTables, Settings
+from fxquant.core.host import TimingCache, time_runs
+from fxquant.core.ir import FLOAT, Choice, Program, Sites
+from fxquant.core.run import CalibrationSet
+from fxquant.flow import measure_latency, pipeline
+from fxquant.passes import AllocateBits, mixed_plans
 
 SEED, CHECK_SEED, ROUNDS = 0, 1000, 21
 SHOWN = ("resnet20", "resnet18", "mobilenet_v2", "deit_tiny", "squeezenet")

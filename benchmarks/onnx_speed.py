@@ -24,18 +24,13 @@ from torch import Tensor
 
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
-from fxquant import pipeline
 from fxquant.api import calibrate, capture, prepare
-from fxquant.backends.base import Executable
-from fxquant.backends.onnx_export import export_onnx, to_onnx
-from fxquant.backends.onnx_session import executable, kernel_report
-from fxquant.backends.reference import ReferenceBackend
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.data import CalibrationSet
-from fxquant.core.oracle import model_outputs
-from fxquant.core.program import Program
-from fxquant.core.settings import Settings
-from fxquant.core.spec import Choice, Sites
+from fxquant.backends import Executable, ReferenceBackend
+from fxquant.backends.onnx import executable, export_onnx, kernel_report, to_onnx
+from fxquant.core.facts import BitAllocation, Settings
+from fxquant.core.ir import Choice, Program, Sites
+from fxquant.core.run import CalibrationSet, model_outputs
+from fxquant.flow import pipeline
 
 DEFAULT = ("resnet20", "mobilenet_v2", "squeezenet", "deit_tiny")
 CALIBRATION_IMAGES = 32

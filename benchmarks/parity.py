@@ -20,15 +20,12 @@ from torch.fx.node import Target
 
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
-from fxquant import pipeline
 from fxquant.api import capture, prepare
-from fxquant.check import BATCH, compare
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.data import CalibrationSet
-from fxquant.core.ops import OPS
-from fxquant.core.oracle import first_tensor, model_outputs
-from fxquant.core.settings import Settings
-from fxquant.core.spec import Choice, Sites
+from fxquant.core.facts import BitAllocation, Settings
+from fxquant.core.ir import OPS, Choice, Sites
+from fxquant.core.run import CalibrationSet, first_tensor, model_outputs
+from fxquant.flow import pipeline
+from fxquant.parity import BATCH, compare
 
 DEFAULT_NETWORKS = ("resnet20", "squeezenet", "mobilenet_v2", "deit_tiny")
 CALIBRATION_IMAGES = 32

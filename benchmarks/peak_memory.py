@@ -21,12 +21,11 @@ import torch
 import fxquant
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
-from fxquant import pipeline, search
-from fxquant.core.data import CalibrationSet
-from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
-from fxquant.core.settings import EFFORTS, Settings
+from fxquant.core.facts import EFFORTS, SensitivityMatrix, Settings, Surrogates
+from fxquant.core.run import CalibrationSet
+from fxquant.flow import allocate as search
+from fxquant.flow import pipeline, round_plan
 from fxquant.result import Result
-from fxquant.rounding import round_plan
 
 SEED = 0
 LIMIT_GB = 3.0

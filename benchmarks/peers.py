@@ -22,7 +22,7 @@ import torch
 from benchmarks.contestants import CALIBRATION_IMAGES, CONTESTANTS, images, model
 from benchmarks.contestants_files import write_files
 from benchmarks.report_table import write
-from fxquant.core.store import read_json, write_json
+from fxquant.core.storage import read_json, write_json
 
 NETWORKS = ("resnet18", "mobilenet_v2", "deit_tiny", "squeezenet", "resnet20")
 FOLDER = Path("build/peers")

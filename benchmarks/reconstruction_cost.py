@@ -24,19 +24,24 @@ from torch import Tensor, nn
 
 from benchmarks.report_table import write
 from benchmarks.rounding import prepared
-from fxquant.core.batchnorm import Statistics
-from fxquant.core.spans import Span, cut_span
-from fxquant.passes.rounding.correction import EPSILON, corrected
-from fxquant.passes.rounding.cut import Cut
-from fxquant.passes.rounding.learned import LearnedActivation, SoftRounding
-from fxquant.passes.rounding.options import Reconstruction
-from fxquant.passes.rounding.outcome import Outcome
-from fxquant.passes.rounding.pdquant import FAITHFUL, FAST
-from fxquant.passes.rounding.reconstruct import Reconstructor
-from fxquant.passes.rounding.registry import RoundingTask
-from fxquant.passes.rounding.sources import Source
-from fxquant.passes.rounding.tune import Tuner
-from fxquant.pipeline import simulate
+from fxquant.core.facts import Statistics
+from fxquant.core.run import Span, cut_span
+from fxquant.flow import simulate
+from fxquant.passes.rounding import RoundingTask
+from fxquant.passes.rounding.learned import (
+    EPSILON,
+    FAITHFUL,
+    FAST,
+    Cut,
+    LearnedActivation,
+    Outcome,
+    Reconstruction,
+    Reconstructor,
+    SoftRounding,
+    Source,
+    Tuner,
+    corrected,
+)
 
 UNITS = (1, 4, 7, 9)
 """Positions of the units that are timed: a block of each width, and the last."""

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fxquant.core.errors import OptionError
-from fxquant.core.store import write_json
+from fxquant.core.storage import write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

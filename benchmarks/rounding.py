@@ -27,21 +27,14 @@ from torch.fx import GraphModule
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
 from benchmarks.zoo.imdn import set5_psnr
-from fxquant import pipeline, search
 from fxquant.api import capture, prepare
-from fxquant.backends.fx_int8 import FxInt8Backend
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.budget import Budget
-from fxquant.core.data import CalibrationSet
-from fxquant.core.losses import LOSSES
-from fxquant.core.oracle import model_outputs
-from fxquant.core.program import Program
-from fxquant.core.rounding import Rounding
-from fxquant.core.score_store import ScoreStore
-from fxquant.core.settings import Settings
-from fxquant.core.spec import Choice, Sites
-from fxquant.core.store import read_json, write_json
-from fxquant.rounding import round_plan
+from fxquant.backends.int8 import FxInt8Backend
+from fxquant.core.facts import BitAllocation, Budget, Rounding, Settings
+from fxquant.core.ir import Choice, Program, Sites
+from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
+from fxquant.core.storage import ScoreStore, read_json, write_json
+from fxquant.flow import allocate as search
+from fxquant.flow import pipeline, round_plan
 
 FOLDER = Path(__file__).resolve().parent.parent / "build" / "rounding"
 BATCH = 32

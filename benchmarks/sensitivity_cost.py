@@ -16,14 +16,12 @@ import torch
 
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
-from fxquant import pipeline
 from fxquant.api import capture, prepare
-from fxquant.core.data import CalibrationSet
-from fxquant.core.score_store import ScoreStore
-from fxquant.core.settings import Settings
-from fxquant.passes.sensitivity import ESTIMATORS
-from fxquant.passes.sensitivity.hybrid import suffix_cost
-from fxquant.passes.sensitivity.scorer import Part, Scorer
+from fxquant.core.facts import Settings
+from fxquant.core.run import CalibrationSet
+from fxquant.core.storage import ScoreStore
+from fxquant.flow import pipeline
+from fxquant.passes.sensitivity import ESTIMATORS, Part, Scorer, suffix_cost
 
 CASES: dict[str, tuple[tuple[int, ...], int, int | None]] = {
     "resnet20": ((2, 4, 8), 16, None),

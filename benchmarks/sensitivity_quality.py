@@ -25,19 +25,14 @@ from torch import Tensor
 
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
-from fxquant import pipeline, search
 from fxquant.api import capture, prepare
-from fxquant.core.allocation import BitAllocation, Finalists
-from fxquant.core.budget import Budget
-from fxquant.core.data import CalibrationSet
-from fxquant.core.losses import kl
-from fxquant.core.oracle import model_outputs
-from fxquant.core.program import Program
-from fxquant.core.sensitivity import Surrogates
-from fxquant.core.settings import CHEAP, Settings
-from fxquant.core.spec import Choice, Sites
-from fxquant.core.store import read_json, write_json
-from fxquant.passes.allocate_bits import AllocateBits
+from fxquant.core.facts import CHEAP, BitAllocation, Budget, Finalists, Settings, Surrogates
+from fxquant.core.ir import Choice, Program, Sites
+from fxquant.core.run import CalibrationSet, kl, model_outputs
+from fxquant.core.storage import read_json, write_json
+from fxquant.flow import allocate as search
+from fxquant.flow import pipeline
+from fxquant.passes import AllocateBits
 
 FOLDER = Path(__file__).resolve().parent.parent / "build" / "sensitivity_quality"
 SEED = 0

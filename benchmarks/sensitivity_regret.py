@@ -21,20 +21,13 @@ from torch import Tensor
 from benchmarks.report_table import write
 from benchmarks.sensitivity_quality import BASELINES, PAIRS, SINGLES, spread
 from benchmarks.zoo import NETWORKS
-from fxquant import pipeline
 from fxquant.api import capture, prepare
-from fxquant.core.allocation import BitAllocation, Finalists
-from fxquant.core.budget import Budget
-from fxquant.core.cost import CostTables
-from fxquant.core.data import CalibrationSet
-from fxquant.core.losses import kl
-from fxquant.core.oracle import Environment, GraphReplay, model_outputs
-from fxquant.core.program import Program
-from fxquant.core.sensitivity import Surrogates
-from fxquant.core.settings import Settings
-from fxquant.core.spec import Choice, Sites
-from fxquant.passes.allocate_bits import AllocateBits
-from fxquant.passes.sensitivity.columns import Quantizers
+from fxquant.core.facts import BitAllocation, Budget, CostTables, Finalists, Settings, Surrogates
+from fxquant.core.ir import Choice, Program, Sites
+from fxquant.core.run import CalibrationSet, Environment, GraphReplay, kl, model_outputs
+from fxquant.flow import pipeline
+from fxquant.passes import AllocateBits
+from fxquant.passes.sensitivity import Quantizers
 
 SUBSETS, SCORING, TRUTH, SEED = 3, 64, 96, 0
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)

@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 
 import fxquant
-from fxquant.core.oracle import model_outputs
-from fxquant.demo import DigitsData, digits_data, digits_network
-from fxquant.demo.train import augmented
-from fxquant.training import distill_step, parameter_groups, reestimate
+from fxquant.core.run import model_outputs
+from fxquant.demo import DigitsData, augmented, digits_data, digits_network
+from fxquant.qat import distill_step, parameter_groups, reestimate
 
 BITS = 2.5
 BATCH = 32

@@ -15,12 +15,10 @@ from fxquant.api import (
     reconstruct,
     resolve,
 )
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.budget import Budget
-from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import FxquantError
-from fxquant.core.settings import Settings
-from fxquant.core.spec import Choice
+from fxquant.core.facts import BitAllocation, Budget, Settings
+from fxquant.core.ir import Choice
+from fxquant.core.run import CalibrationSet
 from fxquant.result import Result
 
 __version__ = "0.1.0"

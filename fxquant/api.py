@@ -10,26 +10,19 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from fxquant import pipeline
-from fxquant.backends.onnx_qdq import write_onnx
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.budget import Budget
-from fxquant.core.data import collect
+from fxquant.backends.onnx import write_onnx
+from fxquant.capture import capture as capture_program
+from fxquant.capture import input_names
 from fxquant.core.errors import CalibrationError
-from fxquant.core.files import work_folder
-from fxquant.core.model_inputs import images_for
-from fxquant.core.program import Program
-from fxquant.core.progress import Reporter
-from fxquant.core.settings import Effort, Settings
-from fxquant.core.settings import effort as effort_preset
-from fxquant.core.shards import ALONE, Shards
-from fxquant.core.spec import Choice
+from fxquant.core.facts import BitAllocation, Budget, Effort, Settings
+from fxquant.core.facts import effort as effort_preset
+from fxquant.core.host import ALONE, Reporter, Shards
+from fxquant.core.ir import Choice, Program
+from fxquant.core.run import collect, images_for
+from fxquant.core.storage import work_folder
+from fxquant.flow import algorithms, check_labels, choose, pipeline, round_plan, round_with_feedback
 from fxquant.passes.sensitivity import FLOAT_ONLY
 from fxquant.result import Result
-from fxquant.rounding import algorithms, round_plan, round_with_feedback
-from fxquant.smallest import check_labels, choose
-from fxquant.tracing import capture as capture_program
-from fxquant.tracing import input_names
 
 
 def quantize(
@@ -280,7 +273,7 @@ def lower(program: Program) -> GraphModule:
     Raises:
         LoweringError: the graph cannot be expressed there.
     """
-    from fxquant.backends.fx_int8 import FxInt8Backend
+    from fxquant.backends.int8 import FxInt8Backend
 
     return FxInt8Backend().lower(program.module)
 

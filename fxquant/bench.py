@@ -10,14 +10,13 @@ from functools import partial
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.backends.base import backend
-from fxquant.core.allocation import BitAllocation
+from fxquant.backends import backend
 from fxquant.core.errors import OptionError
-from fxquant.core.settings import Settings
-from fxquant.core.spec import Sites
-from fxquant.core.timing import sample_interleaved
-from fxquant.passes.allocate_bits import uniform_plans
-from fxquant.pipeline import simulate
+from fxquant.core.facts import BitAllocation, Settings
+from fxquant.core.host import sample_interleaved
+from fxquant.core.ir import Sites
+from fxquant.flow import simulate
+from fxquant.passes import uniform_plans
 from fxquant.result import Result
 
 ROUNDS = 25

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxquant.core.data import LARGEST, CalibrationSet, collect
+from fxquant.capture import input_names
 from fxquant.core.errors import CalibrationError, CaptureError, MemoryLimitError, OptionError
-from fxquant.tracing import input_names
+from fxquant.core.run import LARGEST, CalibrationSet, collect
 
 BATCH = 32
 

@@ -13,32 +13,43 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from fxquant import pipeline
-from fxquant.backends.described import keep_target, kept_target
-from fxquant.backends.onnx_qdq import write_onnx
-from fxquant.core.allocation import BitAllocation, Finalists
-from fxquant.core.cost import CostTable, CostTables
-from fxquant.core.data import CalibrationSet
+from fxquant.backends import keep_target, kept_target
+from fxquant.backends.onnx import write_onnx
+from fxquant.capture import capture
 from fxquant.core.errors import CalibrationError, FileFormatError, OptionError, PipelineError
-from fxquant.core.exported import load_exported, save_exported
-from fxquant.core.grids import WeightGrids
-from fxquant.core.limits import usage
-from fxquant.core.oracle import model_outputs
-from fxquant.core.program import Program
-from fxquant.core.ranges import Ranges
-from fxquant.core.rounding import Rounding
-from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
-from fxquant.core.settings import Settings
-from fxquant.core.spec import Candidate, Choice, Sites
-from fxquant.core.staging import RESULT, finish, staged
-from fxquant.core.store import read_json, read_tensors, text_digest, write_json, write_tensors
-from fxquant.passes.verify_and_refine import measured_loss
-from fxquant.tracing import capture
-from fxquant.trained import METHOD, TrainedValues, gather, trainable, with_values
+from fxquant.core.facts import (
+    BitAllocation,
+    CostTable,
+    CostTables,
+    Finalists,
+    Ranges,
+    Rounding,
+    SensitivityMatrix,
+    Settings,
+    Surrogates,
+    WeightGrids,
+    usage,
+)
+from fxquant.core.ir import Candidate, Choice, Program, Sites
+from fxquant.core.run import CalibrationSet, model_outputs
+from fxquant.core.storage import (
+    RESULT,
+    finish,
+    load_exported,
+    read_json,
+    read_tensors,
+    save_exported,
+    staged,
+    text_digest,
+    write_json,
+    write_tensors,
+)
+from fxquant.flow import pipeline
+from fxquant.passes import measured_loss
+from fxquant.qat import METHOD, TrainedValues, gather, trainable, with_values
 
 if TYPE_CHECKING:
-    from fxquant.backends.onnx_export import ExportReport
-    from fxquant.backends.onnx_options import OnnxOptions
+    from fxquant.backends.onnx import ExportReport, OnnxOptions
 
 FORMAT_VERSION = 1
 HELD_OUT_LIMIT = 64 * 10**6
@@ -97,7 +108,7 @@ class Result:
         Raises:
             LoweringError: the graph cannot be expressed there.
         """
-        from fxquant.backends.fx_int8 import FxInt8Backend
+        from fxquant.backends.int8 import FxInt8Backend
 
         return FxInt8Backend().lower(self.simulated)
 
@@ -187,18 +198,18 @@ class Result:
         return tuple(torch.zeros(2, *(int(s) for s in v.shape[1:]), dtype=v.dtype) for v in values)
 
     def __repr__(self) -> str:
-        from fxquant.report.notebook import one_line
+        from fxquant.report import one_line
 
         return one_line(self)
 
     def _repr_html_(self) -> str:
-        from fxquant.report.notebook import page
+        from fxquant.report import page
 
         return page(self)
 
     def summary(self) -> str:
         """Return the plan as a table for the terminal."""
-        from fxquant.report.summary import summary
+        from fxquant.report import summary
 
         return summary(self)
 
@@ -209,7 +220,7 @@ class Result:
             OutputError: the path cannot be written.
             MissingDependencyError: the report extra is not installed.
         """
-        from fxquant.report.html import write_report
+        from fxquant.report import write_report
 
         return write_report(self, Path(path))
 

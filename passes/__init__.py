@@ -3,3 +3,50 @@
 # Importing this folder by its top-level name would create a second, unequal copy of every class.
 if not __name__.startswith("fxquant."):
     raise ImportError("import fxquant.passes, not passes: the top-level folder is only where the package lives")
+
+from fxquant.passes.allocate_bits import AllocateBits, uniform_plans
+from fxquant.passes.base import Pass
+from fxquant.passes.calibrate import Calibrate
+from fxquant.passes.canonicalize import Canonicalize
+from fxquant.passes.estimate_cost import EstimateCost
+from fxquant.passes.find_edges import FindEdges
+from fxquant.passes.find_sites import FindSites
+from fxquant.passes.fold_batchnorm import FoldBatchnorm
+from fxquant.passes.fold_constants import FoldConstants
+from fxquant.passes.insert_fake_quant import InsertFakeQuant, group_bits
+from fxquant.passes.insert_observers import CollectRanges, InsertObservers
+from fxquant.passes.measure_latency import CHOSEN_RATIOS, MeasureLatency, chosen_plans, mixed_plans
+from fxquant.passes.measure_sensitivity import MeasureSensitivity
+from fxquant.passes.scale_weights import ScaleWeights
+from fxquant.passes.tie_edges import TieEdges, UnionFind
+from fxquant.passes.verify_and_refine import Meter, VerifyAndRefine, image_losses, is_better, measured_loss
+
+__all__ = [
+    "CHOSEN_RATIOS",
+    "AllocateBits",
+    "Calibrate",
+    "Canonicalize",
+    "CollectRanges",
+    "EstimateCost",
+    "FindEdges",
+    "FindSites",
+    "FoldBatchnorm",
+    "FoldConstants",
+    "InsertFakeQuant",
+    "InsertObservers",
+    "MeasureLatency",
+    "MeasureSensitivity",
+    "Meter",
+    "Pass",
+    "ScaleWeights",
+    "TieEdges",
+    "UnionFind",
+    "VerifyAndRefine",
+    "chosen_plans",
+    "group_bits",
+    "image_losses",
+    "is_better",
+    "measured_loss",
+    "mixed_plans",
+    "uniform_plans",
+]

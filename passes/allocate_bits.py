@@ -8,18 +8,24 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fxquant.core.allocation import BitAllocation, Finalists
-from fxquant.core.budget import Budget
-from fxquant.core.cost import CostTables
-from fxquant.core.edges import QuantizedEdges
 from fxquant.core.errors import InfeasibleBudgetError, OptionError, SolverError
-from fxquant.core.limits import agrees, fits, infeasible_message, limit_products, limit_rows, tie_rows, usage
-from fxquant.core.program import Program
-from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
-from fxquant.core.spec import Choice, Site, Sites
-from fxquant.passes.allocation import SOLVERS
-from fxquant.passes.allocation.borders import border_cost, borders_of, one_hot
-from fxquant.passes.allocation.fill import fill
+from fxquant.core.facts import (
+    BitAllocation,
+    Budget,
+    CostTables,
+    Finalists,
+    SensitivityMatrix,
+    Surrogates,
+    agrees,
+    fits,
+    infeasible_message,
+    limit_products,
+    limit_rows,
+    tie_rows,
+    usage,
+)
+from fxquant.core.ir import Choice, Program, QuantizedEdges, Site, Sites
+from fxquant.passes.allocation import SOLVERS, border_cost, borders_of, fill, one_hot
 from fxquant.passes.base import Pass
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fxquant.core.errors import PipelineError
-from fxquant.core.graphs import finish, fork
-from fxquant.core.memory import memory_named
-from fxquant.core.program import PassRecord, Program
+from fxquant.core.host import memory_named
+from fxquant.core.ir import PassRecord, Program, finish, fork
 
 LESS_MEMORY = "give fewer or smaller calibration images; what is finished is kept in the workdir"
 """What helps in every pass: what it holds grows with the images, in number and size."""

@@ -6,13 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import CalibrationError
-from fxquant.core.footprint import live_bytes
-from fxquant.core.memory import is_shortage
-from fxquant.core.oracle import first_tensor
-from fxquant.core.program import Program
-from fxquant.core.progress import SILENT, Reporter
+from fxquant.core.host import SILENT, Reporter, is_shortage
+from fxquant.core.ir import Program
+from fxquant.core.run import CalibrationSet, first_tensor, live_bytes
 from fxquant.passes.base import Pass
 
 WORKING_LIMIT = 10**9

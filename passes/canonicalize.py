@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fxquant.core.graphs import erase_dead, is_constant
-from fxquant.core.ops import shape_of
-from fxquant.core.program import Program
+from fxquant.core.ir import Program, erase_dead, is_constant, shape_of
 from fxquant.passes.base import Pass
 
 aten = torch.ops.aten

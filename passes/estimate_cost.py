@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxquant.core.cost import CostTables
-from fxquant.core.edges import EdgeGroups
-from fxquant.core.program import Program
-from fxquant.core.spec import Sites
-from fxquant.core.target import Target
+from fxquant.core.facts import CostTables, Target
+from fxquant.core.ir import EdgeGroups, Program, Sites
 from fxquant.passes.base import Pass
-from fxquant.passes.cost import COSTS
-from fxquant.passes.cost.told_latency import told_latency
+from fxquant.passes.cost import COSTS, told_latency
 
 
 @dataclass(frozen=True)

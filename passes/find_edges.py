@@ -19,12 +19,23 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from fxquant.core.edges import QuantizedEdges
-from fxquant.core.graphs import consumers, edges_between, is_constant
-from fxquant.core.ops import OPS, REFUSED, OpRule, ScaleRule, activation_inputs, rule_of, shape_of
-from fxquant.core.program import Program
-from fxquant.core.spec import Edge, site_name
-from fxquant.core.target import Target
+from fxquant.core.facts import Target
+from fxquant.core.ir import (
+    OPS,
+    REFUSED,
+    Edge,
+    OpRule,
+    Program,
+    QuantizedEdges,
+    ScaleRule,
+    activation_inputs,
+    consumers,
+    edges_between,
+    is_constant,
+    rule_of,
+    shape_of,
+    site_name,
+)
 from fxquant.passes.base import Pass
 
 PASS_THROUGH = (ScaleRule.KEEP, ScaleRule.SHARE)

@@ -8,14 +8,23 @@ from dataclasses import dataclass, field, replace
 
 from torch.fx import Node
 
-from fxquant.core.edges import EdgeGroups, QuantizedEdges
 from fxquant.core.errors import OptionError
-from fxquant.core.graphs import tensor_at
-from fxquant.core.ops import REFUSED, rule_of, traced_images
-from fxquant.core.patterns import Types, matching, site_types
-from fxquant.core.program import Program
-from fxquant.core.spec import FLOAT, FLOAT_BITS, Choice, Site, Sites, site_name
-from fxquant.core.target import Target
+from fxquant.core.facts import Target, Types, matching, site_types
+from fxquant.core.ir import (
+    FLOAT,
+    FLOAT_BITS,
+    REFUSED,
+    Choice,
+    EdgeGroups,
+    Program,
+    QuantizedEdges,
+    Site,
+    Sites,
+    rule_of,
+    site_name,
+    tensor_at,
+    traced_images,
+)
 from fxquant.passes.base import Pass
 
 

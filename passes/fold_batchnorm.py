@@ -12,11 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from fxquant.core.batchnorm import NormStatistics, Statistics
 from fxquant.core.errors import CaptureError
-from fxquant.core.graphs import constant, erase_dead, set_parameter, tensor_at
-from fxquant.core.ops import rule_of, shape_of
-from fxquant.core.program import Program
+from fxquant.core.facts import NormStatistics, Statistics
+from fxquant.core.ir import Program, constant, erase_dead, rule_of, set_parameter, shape_of, tensor_at
 from fxquant.passes.base import Pass
 
 aten = torch.ops.aten

@@ -15,9 +15,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from fxquant.core.graphs import erase_dead, fork, is_constant, tensor_at
-from fxquant.core.ops import rule_of
-from fxquant.core.program import Program
+from fxquant.core.ir import Program, erase_dead, fork, is_constant, rule_of, tensor_at
 from fxquant.passes.base import Pass
 
 ROOM = 2**20

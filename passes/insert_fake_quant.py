@@ -8,17 +8,24 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.edges import EdgeGroups
 from fxquant.core.errors import OptionError
-from fxquant.core.fake_quant import FakeQuantize
-from fxquant.core.graphs import constant, erase_dead, insert_after, resolve, set_parameter, tensor_at
-from fxquant.core.grids import FakeQuantNodes, WeightGrid, WeightGrids
-from fxquant.core.ops import rule_of
-from fxquant.core.program import Program
-from fxquant.core.ranges import Ranges
-from fxquant.core.rounding import Rounding
-from fxquant.core.spec import Choice, Site, Sites, activation_spec
+from fxquant.core.facts import BitAllocation, FakeQuantNodes, Ranges, Rounding, WeightGrid, WeightGrids
+from fxquant.core.ir import (
+    Choice,
+    EdgeGroups,
+    FakeQuantize,
+    Program,
+    Site,
+    Sites,
+    activation_spec,
+    constant,
+    erase_dead,
+    insert_after,
+    resolve,
+    rule_of,
+    set_parameter,
+    tensor_at,
+)
 from fxquant.passes.base import Pass
 
 BIAS_LIMIT = 2.0**31

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxquant.core.edges import QuantizedEdges
-from fxquant.core.graphs import insert_after, resolve
-from fxquant.core.observers import OBSERVERS, Observer
-from fxquant.core.program import Program
-from fxquant.core.ranges import Ranges
+from fxquant.core.facts import Ranges
+from fxquant.core.ir import Program, QuantizedEdges, insert_after, resolve
+from fxquant.core.run import OBSERVERS, Observer
 from fxquant.passes.base import Pass
 
 

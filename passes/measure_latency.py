@@ -20,21 +20,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxquant.core.cost import CostTables, Noise
 from fxquant.core.errors import OptionError, SolverError
-from fxquant.core.extract import cut_out
-from fxquant.core.graphs import consumers, resolve
-from fxquant.core.ops import rule_of, shape_of
-from fxquant.core.program import Program
-from fxquant.core.progress import SILENT, Reporter
-from fxquant.core.spec import FLOAT, Candidate, Choice, Site, Sites
-from fxquant.core.store import text_digest
-from fxquant.core.timing import Timing, time_runs, warn_if_busy
-from fxquant.core.timing_cache import TimingCache
+from fxquant.core.facts import CostTables, Noise
+from fxquant.core.host import SILENT, Reporter, Timing, TimingCache, time_runs, warn_if_busy
+from fxquant.core.ir import FLOAT, Candidate, Choice, Program, Site, Sites, consumers, resolve, rule_of, shape_of
+from fxquant.core.run import cut_out
+from fxquant.core.storage import text_digest
 from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.base import Pass
-from fxquant.passes.cost.hand_overs import HandOver, hand_overs
-from fxquant.passes.cost.latency import LatencyModel, Observation, fit
+from fxquant.passes.cost import HandOver, LatencyModel, Observation, fit, hand_overs
 
 Compile = Callable[[GraphModule, tuple[Tensor, ...]], Callable[[tuple[Tensor, ...]], Tensor]]
 """Makes a float or simulated graph run in the runtime that is measured."""

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.data import CalibrationSet
-from fxquant.core.edges import EdgeGroups
-from fxquant.core.grids import FakeQuantNodes, WeightGrids
-from fxquant.core.losses import LOSSES
-from fxquant.core.memory import give_back
-from fxquant.core.program import Program
-from fxquant.core.progress import SILENT, Reporter
-from fxquant.core.ranges import Ranges
-from fxquant.core.score_store import ScoreStore
-from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
-from fxquant.core.shards import ALONE, Shards
-from fxquant.core.spec import Sites
+from fxquant.core.facts import BitAllocation, FakeQuantNodes, Ranges, SensitivityMatrix, Surrogates, WeightGrids
+from fxquant.core.host import ALONE, SILENT, Reporter, Shards, give_back
+from fxquant.core.ir import EdgeGroups, Program, Sites
+from fxquant.core.run import LOSSES, CalibrationSet
+from fxquant.core.storage import ScoreStore
 from fxquant.passes.base import Pass
-from fxquant.passes.sensitivity import ESTIMATORS
-from fxquant.passes.sensitivity.scorer import Scorer
+from fxquant.passes.sensitivity import ESTIMATORS, Scorer
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fxquant.core.graphs import resolve, tensor_at
-from fxquant.core.grids import WeightGrid, WeightGrids
-from fxquant.core.numerics import weight_parameters
-from fxquant.core.ops import rule_of
-from fxquant.core.program import Program
-from fxquant.core.spec import QuantSpec, Sites, weight_spec
+from fxquant.core.facts import WeightGrid, WeightGrids
+from fxquant.core.ir import Program, QuantSpec, Sites, resolve, rule_of, tensor_at, weight_parameters, weight_spec
 from fxquant.passes.base import Pass
 
 

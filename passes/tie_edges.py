@@ -12,10 +12,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from fxquant.core.edges import EdgeGroups, QuantizedEdges
-from fxquant.core.graphs import nodes_by_name
-from fxquant.core.ops import ScaleRule, activation_inputs, rule_of
-from fxquant.core.program import Program
+from fxquant.core.ir import EdgeGroups, Program, QuantizedEdges, ScaleRule, activation_inputs, nodes_by_name, rule_of
 from fxquant.passes.base import Pass
 
 

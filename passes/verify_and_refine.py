@@ -11,20 +11,22 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.core.allocation import BitAllocation, Finalists
-from fxquant.core.cost import CostTables
-from fxquant.core.data import CalibrationSet
-from fxquant.core.edges import QuantizedEdges
 from fxquant.core.errors import OptionError
-from fxquant.core.limits import agrees, fits, limit_rows, tie_rows, usage
-from fxquant.core.losses import LOSSES
-from fxquant.core.oracle import model_outputs
-from fxquant.core.program import Program
-from fxquant.core.progress import SILENT, Reporter
-from fxquant.core.sensitivity import Surrogates
-from fxquant.core.spec import Choice, Sites
-from fxquant.passes.allocation.borders import border_cost, borders_of, one_hot
-from fxquant.passes.allocation.swaps import swaps
+from fxquant.core.facts import (
+    BitAllocation,
+    CostTables,
+    Finalists,
+    Surrogates,
+    agrees,
+    fits,
+    limit_rows,
+    tie_rows,
+    usage,
+)
+from fxquant.core.host import SILENT, Reporter
+from fxquant.core.ir import Choice, Program, QuantizedEdges, Sites
+from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
+from fxquant.passes.allocation import border_cost, borders_of, one_hot, swaps
 from fxquant.passes.base import Pass
 
 Simulate = Callable[[BitAllocation], GraphModule]

@@ -6,21 +6,22 @@ from functools import cache
 
 import torch
 
-from fxquant.core.data import CalibrationSet
-from fxquant.core.graphs import show
-from fxquant.core.program import Program
-from fxquant.core.spec import Choice, Sites
-from fxquant.core.target import Target
-from fxquant.passes.base import Pass
-from fxquant.passes.calibrate import Calibrate
-from fxquant.passes.canonicalize import Canonicalize
-from fxquant.passes.find_edges import FindEdges
-from fxquant.passes.find_sites import FindSites
-from fxquant.passes.fold_batchnorm import FoldBatchnorm
-from fxquant.passes.insert_observers import CollectRanges, InsertObservers
-from fxquant.passes.scale_weights import ScaleWeights
-from fxquant.passes.tie_edges import TieEdges
-from fxquant.tracing import capture
+from fxquant.capture import capture
+from fxquant.core.facts import Target
+from fxquant.core.ir import Choice, Program, Sites, show
+from fxquant.core.run import CalibrationSet
+from fxquant.passes import (
+    Calibrate,
+    Canonicalize,
+    CollectRanges,
+    FindEdges,
+    FindSites,
+    FoldBatchnorm,
+    InsertObservers,
+    Pass,
+    ScaleWeights,
+    TieEdges,
+)
 from tests.models import MODELS, built
 
 TARGET = Target(

@@ -14,27 +14,18 @@ import torch
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten
 
-from fxquant import pipeline
-from fxquant.backends.base import backend
-from fxquant.backends.edge_trace import run_traced
-from fxquant.backends.fx_int8 import FxInt8Backend
-from fxquant.backends.reference import to_qdq
-from fxquant.check import compare
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.budget import Budget
-from fxquant.core.cost import CostTables
-from fxquant.core.data import CalibrationSet
-from fxquant.core.edges import QuantizedEdges
+from fxquant.backends import backend, to_qdq
+from fxquant.backends.exact import run_traced
+from fxquant.backends.int8 import FxInt8Backend
+from fxquant.capture import capture
 from fxquant.core.errors import InfeasibleBudgetError
-from fxquant.core.limits import agrees, fits
-from fxquant.core.ops import rule_of
-from fxquant.core.program import Program
-from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
-from fxquant.core.settings import Settings
-from fxquant.core.spec import Choice, Sites
-from fxquant.passes.allocate_bits import AllocateBits
+from fxquant.core.facts import BitAllocation, Budget, CostTables, SensitivityMatrix, Settings, Surrogates, agrees, fits
+from fxquant.core.ir import Choice, Program, QuantizedEdges, Sites, rule_of
+from fxquant.core.run import CalibrationSet
+from fxquant.flow import pipeline
+from fxquant.parity import compare
+from fxquant.passes import AllocateBits
 from fxquant.result import Result
-from fxquant.tracing import capture
 from tests.random_graphs import Recipe, images, network
 
 TARGETS = ("onnxruntime", "fx_int8", "reference", "simulation")

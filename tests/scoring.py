@@ -8,21 +8,24 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant import pipeline
-from fxquant.core.data import CalibrationSet
-from fxquant.core.edges import EdgeGroups
-from fxquant.core.fake_quant import FakeQuantize
-from fxquant.core.graphs import finish, fork, resolve, set_module
-from fxquant.core.grids import FakeQuantNodes, WeightGrids
-from fxquant.core.losses import LOSSES
-from fxquant.core.oracle import model_outputs
-from fxquant.core.program import Program
-from fxquant.core.ranges import Ranges
-from fxquant.core.score_store import ScoreStore
-from fxquant.core.settings import Settings
-from fxquant.core.spec import Candidate, Sites, activation_spec
-from fxquant.passes.sensitivity.scorer import Scorer
-from fxquant.tracing import capture
+from fxquant.capture import capture
+from fxquant.core.facts import FakeQuantNodes, Ranges, Settings, WeightGrids
+from fxquant.core.ir import (
+    Candidate,
+    EdgeGroups,
+    FakeQuantize,
+    Program,
+    Sites,
+    activation_spec,
+    finish,
+    fork,
+    resolve,
+    set_module,
+)
+from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
+from fxquant.core.storage import ScoreStore
+from fxquant.flow import pipeline
+from fxquant.passes.sensitivity import Scorer
 from tests.models import MODELS
 from tests.programs import captured
 

@@ -1,4 +1,4 @@
-"""What each of two processes under torchrun does in `tests.core.test_shards`; prints one line when all held."""
+"""What each of two processes under torchrun does in `tests.core.host.test_shards`; prints one line when all held."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from fxquant.core.errors import WorkerError
-from fxquant.core.shards import Shards
+from fxquant.core.host import Shards
 
 CPU = torch.device("cpu")
 

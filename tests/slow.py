@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fxquant.passes.sensitivity.scorer import Scorer
+from fxquant.passes.sensitivity import Scorer
 from tests import small
 
 PAUSE = 0.05

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.core.budget import Budget
+from fxquant.core.facts import Budget
 from fxquant.result import Result
 
 

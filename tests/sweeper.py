@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fxquant.core.data import CalibrationSet
-from fxquant.core.score_store import Arrays, ScoreStore
-from fxquant.passes.sensitivity.pairs import pairs
-from fxquant.passes.sensitivity.scorer import Scorer
-from fxquant.passes.sensitivity.sweep import Cell
+from fxquant.core.run import CalibrationSet
+from fxquant.core.storage import Arrays, ScoreStore
+from fxquant.passes.sensitivity import ESTIMATORS, Cell, Scorer
 from tests.scoring import inputs, simulated
+
+pairs = ESTIMATORS["pairs"]
+
 
 IDENTITY = {"model": "plain", "data": "six images"}
 IMAGES = 6

@@ -17,15 +17,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxquant
 from fxquant import Budget, Choice, Result, Settings
-from fxquant.core.allocation import BitAllocation
 from fxquant.core.errors import CalibrationError, FileFormatError, InfeasibleBudgetError, OptionError
-from fxquant.core.oracle import model_outputs
-from fxquant.core.progress import Reporter
-from fxquant.core.score_store import ScoreStore
-from fxquant.core.settings import EFFORTS
-from fxquant.core.spec import FLOAT, Sites
-from fxquant.passes.sensitivity import ESTIMATORS, FLOAT_ONLY
-from fxquant.passes.sensitivity.scorer import Scorer
+from fxquant.core.facts import EFFORTS, BitAllocation
+from fxquant.core.host import Reporter
+from fxquant.core.ir import FLOAT, Sites
+from fxquant.core.run import model_outputs
+from fxquant.core.storage import ScoreStore
+from fxquant.passes.sensitivity import ESTIMATORS, FLOAT_ONLY, Scorer
 from tests.models import MODELS, built
 from tests.scoring import inputs, plain_net
 

@@ -18,14 +18,13 @@ from typing import Any, NoReturn
 import pytest
 
 import fxquant
-from fxquant.arguments import build_parser
-from fxquant.backends.base import BACKENDS
-from fxquant.cli import COMMANDS
-from fxquant.core.ops import OPS
-from fxquant.core.settings import EFFORTS
+from fxquant.backends import BACKENDS
+from fxquant.cli import COMMANDS, build_parser
+from fxquant.core.facts import EFFORTS
+from fxquant.core.ir import OPS
 from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.rounding import ROUNDERS
-from fxquant.passes.rounding.options import Reconstruction
+from fxquant.passes.rounding.learned import Reconstruction
 from fxquant.passes.sensitivity import ESTIMATORS
 from tests.small import images, small
 

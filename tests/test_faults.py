@@ -16,20 +16,13 @@ import pulp
 import pytest
 
 import fxquant
-from fxquant.cli import INTERRUPTED, main
-from fxquant.core.allocation import BitAllocation
+from fxquant.cli import INTERRUPTED, inspect, main, write_outputs
 from fxquant.core.errors import FileFormatError
-from fxquant.core.files import UNFINISHED
-from fxquant.core.lock import LOCK, only_writer
-from fxquant.core.ranges import Ranges
-from fxquant.core.rounding import Rounding
-from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
-from fxquant.core.spec import Choice
-from fxquant.core.store import read_json, read_tensors, write_json
-from fxquant.inspect_onnx import inspect
-from fxquant.outputs import write_outputs
+from fxquant.core.facts import BitAllocation, Ranges, Rounding, SensitivityMatrix, Surrogates
+from fxquant.core.ir import Choice
+from fxquant.core.storage import LOCK, UNFINISHED, only_writer, read_json, read_tensors, write_json
 from fxquant.passes import allocate_bits
-from fxquant.passes.allocation.solution import Solution
+from fxquant.passes.allocation import Solution
 from tests.small import images, small, small_result
 
 Captured = pytest.CaptureFixture[str]

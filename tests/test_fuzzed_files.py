@@ -17,16 +17,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fxquant.core.allocation import BitAllocation
+from fxquant.cli import as_text, inspect, known_extras, write_outputs
 from fxquant.core.errors import InputError
-from fxquant.core.ranges import Ranges
-from fxquant.core.score_store import ScoreStore
-from fxquant.core.sensitivity import SensitivityMatrix
-from fxquant.core.spec import Choice
-from fxquant.core.target_file import read_target
-from fxquant.core.timing_cache import TimingCache
-from fxquant.inspect_onnx import as_text, inspect
-from fxquant.outputs import known_extras, write_outputs
+from fxquant.core.facts import BitAllocation, Ranges, SensitivityMatrix, read_target
+from fxquant.core.host import TimingCache
+from fxquant.core.ir import Choice
+from fxquant.core.storage import ScoreStore
 from fxquant.result import Result
 from tests.small import small_result
 

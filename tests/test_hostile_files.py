@@ -18,18 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fxquant.cli import main
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.data import collect
+from fxquant.cli import ImageOptions, inspect, load_calibration, load_model, main, write_outputs
 from fxquant.core.errors import FileFormatError, FxquantError
-from fxquant.core.ranges import Ranges
-from fxquant.core.rounding import Rounding
-from fxquant.core.sensitivity import SensitivityMatrix
-from fxquant.core.store import read_arrays, read_json, read_tensors
-from fxquant.core.target_file import read_target
-from fxquant.inputs import ImageOptions, load_calibration, load_model
-from fxquant.inspect_onnx import inspect
-from fxquant.outputs import write_outputs
+from fxquant.core.facts import BitAllocation, Ranges, Rounding, SensitivityMatrix, read_target
+from fxquant.core.run import collect
+from fxquant.core.storage import read_arrays, read_json, read_tensors
 from fxquant.result import Result
 from tests.small import small_result
 from tests.test_layering import NAMES, ROOT

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.backends.onnx_session import executable
+from fxquant.backends.onnx import executable
 from tests.outside_models import package
 
 CLASSIFY = "ForImageClassification"

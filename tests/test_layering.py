@@ -38,11 +38,11 @@ MAY_IMPORT = {
 WHEN_ASKED = {("fxquant/result.py", "report")}
 """A result writes its report when asked: the import stands in the method, so that results load without templates."""
 
-ATEN = {"fxquant/core/ops.py", "passes/canonicalize.py", "passes/fold_batchnorm.py", "fxquant/tracing.py"}
+ATEN = {"fxquant/core/ir/ops.py", "passes/canonicalize.py", "passes/fold_batchnorm.py", "fxquant/capture/trace.py"}
 
 TESTED_ELSEWHERE = {
     "fxquant/core/errors.py": "classes without code; every message is matched where it is raised",
-    "fxquant/core/target.py": "tests/core/test_spec.py",
+    "fxquant/core/facts/target.py": "tests/core/ir/test_spec.py",
     "passes/base.py": "tests/passes/test_pipeline_order.py",
     "passes/cost": "tests/passes/test_estimate_cost.py",
     "passes/sensitivity": "tests/passes/test_measure_sensitivity.py",
@@ -104,7 +104,7 @@ def _may_read_pass(reader: str, other: str) -> bool:
 
 def test_there_are_sources_of_every_room() -> None:
     assert len(SOURCES) > 40
-    assert {"fxquant/core/ops.py", "passes/find_edges.py", "backends/base.py"} <= set(NAMES)
+    assert {"fxquant/core/ir/ops.py", "passes/find_edges.py", "backends/base.py"} <= set(NAMES)
     assert len(set(NAMES)) == len(NAMES)
 
 
@@ -117,13 +117,13 @@ def test_imports_go_downwards(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("fxquant/core/ops.py", "from fxquant.passes.base import Pass"),
-        ("fxquant/core/ops.py", "from fxquant import capture"),
+        ("fxquant/core/ir/ops.py", "from fxquant.passes.base import Pass"),
+        ("fxquant/core/ir/ops.py", "from fxquant import capture"),
         ("passes/calibrate.py", "from fxquant.passes.find_edges import FindEdges"),
         ("passes/calibrate.py", "import fxquant.backends.base"),
         ("backends/base.py", "from fxquant.passes.base import Pass"),
         ("passes/cost/size.py", "from fxquant.passes.sensitivity import ESTIMATORS"),
-        ("fxquant/pipeline.py", "from fxquant.api import quantize"),
+        ("fxquant/flow/pipeline.py", "from fxquant.api import quantize"),
     ],
 )
 def test_the_checker_has_teeth(name: str, text: str) -> None:
@@ -144,7 +144,7 @@ def test_house_rules(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith(("backends", "fxquant/demo"))])
 def test_only_the_op_table_knows_ops(name: str) -> None:
     uses = re.search(r"\baten\.\w", (ROOT / name).read_text())
-    assert uses is None or name in ATEN, "ask fxquant.core.ops for a property instead"
+    assert uses is None or name in ATEN, "ask fxquant.core.ir.ops for a property instead"
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith("__init__.py")])

@@ -15,11 +15,10 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 import fxquant
-from fxquant.backends.base import backend
-from fxquant.check import check
+from fxquant.backends import backend
 from fxquant.core.errors import CalibrationError, CaptureError, FxquantError
-from fxquant.core.fake_quant import FakeQuantize
-from fxquant.core.numerics import SMALLEST_SCALE
+from fxquant.core.ir import SMALLEST_SCALE, FakeQuantize
+from fxquant.parity import check
 from fxquant.result import Result
 from tests.small import SmallNet, images
 

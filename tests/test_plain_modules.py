@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fxquant
-from fxquant.backends.onnx_session import executable
-from fxquant.core.spec import Sites
+from fxquant.backends.onnx import executable
+from fxquant.core.ir import Sites
 from tests.models import Classifier
 
 

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
-from fxquant.core.spec import Sites
+from fxquant.core.ir import Sites
 from tests.random_checks import (
     TARGETS,
     is_what_the_reference_computes,

@@ -14,10 +14,9 @@ import torch
 import fxquant
 from fxquant import Budget, Choice, FxquantError, Result
 from fxquant.core.errors import FileFormatError, OutputError
-from fxquant.core.oracle import model_outputs
-from fxquant.core.sensitivity import Surrogates
-from fxquant.core.settings import EFFORTS
-from fxquant.core.spec import Sites
+from fxquant.core.facts import EFFORTS, Surrogates
+from fxquant.core.ir import Sites
+from fxquant.core.run import model_outputs
 from tests.models import MODELS, built
 from tests.scoring import inputs, plain_net
 

@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant.backends.onnx_session import executable
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.oracle import first_tensor
-from fxquant.core.settings import Settings
-from fxquant.core.spec import Choice, Sites
+from fxquant.backends.onnx import executable
+from fxquant.core.facts import BitAllocation, Settings
+from fxquant.core.ir import Choice, Sites
+from fxquant.core.run import first_tensor
 from tests.outside_models import package
 
 timm = package("timm")

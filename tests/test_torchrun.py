@@ -15,7 +15,7 @@ import torch
 
 import fxquant
 from fxquant.cli import main
-from fxquant.core.sensitivity import Surrogates
+from fxquant.core.facts import Surrogates
 from tests.small import images, small
 
 ROOT = Path(__file__).parent.parent

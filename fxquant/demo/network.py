@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.core.errors import FileFormatError
-from fxquant.core.store import read_tensors
+from fxquant.core.storage import read_tensors
 
 WEIGHTS = Path(__file__).with_name("digits_net.safetensors")
 
@@ -60,7 +60,7 @@ class SeparableBlock(nn.Module):
 
 
 class DigitsNet(nn.Module):
-    """Handwritten digits `(N, 1, 32, 32)`, normalised by `fxquant.demo.data`, to logits `(N, 10)`."""
+    """Handwritten digits `(N, 1, 32, 32)`, normalised by `fxquant.demo.digits`, to logits `(N, 10)`."""
 
     def __init__(self) -> None:
         super().__init__()

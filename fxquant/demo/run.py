@@ -13,18 +13,17 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.api import quantize
-from fxquant.backends.base import backend
-from fxquant.backends.onnx_qdq import write_onnx
+from fxquant.backends import backend
+from fxquant.backends.onnx import write_onnx
 from fxquant.bench import measure_speed
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.budget import Budget
-from fxquant.core.oracle import model_outputs
-from fxquant.core.progress import Reporter
-from fxquant.core.spec import Choice, Sites
-from fxquant.demo.data import DigitsData, digits_data
+from fxquant.cli import check_packages, output_folder, write_outputs
+from fxquant.core.facts import BitAllocation, Budget
+from fxquant.core.host import Reporter
+from fxquant.core.ir import Choice, Sites
+from fxquant.core.run import model_outputs
+from fxquant.demo.digits import DigitsData, digits_data
 from fxquant.demo.network import digits_network
-from fxquant.outputs import check_packages, output_folder, write_outputs
-from fxquant.report.speed import comparison, runtime_text, speed_table
+from fxquant.report import comparison, runtime_text, speed_table
 from fxquant.result import Result
 
 BUDGET = Budget(average_bits=4)

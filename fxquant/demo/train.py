@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant.core.store import write_tensors
-from fxquant.demo.data import DigitsData, digits_data
+from fxquant.core.storage import write_tensors
+from fxquant.demo.digits import DigitsData, digits_data
 from fxquant.demo.network import WEIGHTS, DigitsNet
 
 SEED = 0

@@ -1,1 +1,60 @@
 """One self-contained HTML page and a table for the terminal."""
+
+from __future__ import annotations
+
+from fxquant.report.budget_curve import POINTS, axis, frontier
+from fxquant.report.curve_geometry import HEIGHT, WIDTH, curve
+from fxquant.report.html import render, tiles, write_report
+from fxquant.report.layers import layer_rows, model_bytes, most_sensitive
+from fxquant.report.notebook import one_line, page
+from fxquant.report.operands import operand_rows
+from fxquant.report.page_data import FORMAT_VERSION, average_bits, content, coverage, overview
+from fxquant.report.pictures import FULL_MATRIX, MOST_ROWS, bars, heat_map
+from fxquant.report.quantizer_tables import edge_rows, weight_noise
+from fxquant.report.rounded_units import rounding
+from fxquant.report.speed import comparison, runtime_text, speed_table
+from fxquant.report.terminal import COLUMNS, summary, table_text
+from fxquant.report.text import bytes_text, count_text, latency_text, limit_text, loss_text, percent_text, safe
+
+__all__ = [
+    "COLUMNS",
+    "FORMAT_VERSION",
+    "FULL_MATRIX",
+    "HEIGHT",
+    "MOST_ROWS",
+    "POINTS",
+    "WIDTH",
+    "average_bits",
+    "axis",
+    "bars",
+    "bytes_text",
+    "comparison",
+    "content",
+    "count_text",
+    "coverage",
+    "curve",
+    "edge_rows",
+    "frontier",
+    "heat_map",
+    "latency_text",
+    "layer_rows",
+    "limit_text",
+    "loss_text",
+    "model_bytes",
+    "most_sensitive",
+    "one_line",
+    "operand_rows",
+    "overview",
+    "page",
+    "percent_text",
+    "render",
+    "rounding",
+    "runtime_text",
+    "safe",
+    "speed_table",
+    "summary",
+    "table_text",
+    "tiles",
+    "weight_noise",
+    "write_report",
+]

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxquant.core.errors import MissingDependencyError
-from fxquant.core.files import atomic_path
-from fxquant.core.markup import printable
-from fxquant.report.content import content
-from fxquant.report.curve import curve
+from fxquant.core.host import printable
+from fxquant.core.storage import atomic_path
+from fxquant.report.curve_geometry import curve
+from fxquant.report.page_data import content
 from fxquant.report.pictures import bars, heat_map
 from fxquant.report.text import bytes_text, count_text, decibels_text, latency_text, limit_text, loss_text, percent_text
 
@@ -32,7 +32,7 @@ def write_report(result: Result, path: Path, extras: Mapping[str, Any] | None = 
     Args:
         result: what `quantize` returned.
         path: the file to write.
-        extras: measurements the result does not hold; `fxquant.report.content.EXTRAS` names them.
+        extras: measurements the result does not hold; `fxquant.report.page_data.EXTRAS` names them.
 
     Raises:
         OutputError: the path cannot be written.
@@ -49,7 +49,7 @@ def render(data: Mapping[str, Any]) -> str:
     """Return the page of a report's data.
 
     Args:
-        data: from `fxquant.report.content.content`.
+        data: from `fxquant.report.page_data.content`.
 
     Raises:
         MissingDependencyError: jinja2 is not installed.

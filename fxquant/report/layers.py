@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fxquant.backends.base import backend
-from fxquant.core.settings import Settings
-from fxquant.core.spec import FLOAT_BITS, Choice, Site, Sites
-from fxquant.passes.cost.size import FLOAT_BYTES, site_bytes
+from fxquant.backends import backend
+from fxquant.core.facts import Settings
+from fxquant.core.ir import FLOAT_BITS, Choice, Site, Sites
+from fxquant.passes.cost import FLOAT_BYTES, site_bytes
 
 if TYPE_CHECKING:
     from fxquant.result import Result

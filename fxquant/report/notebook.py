@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fxquant.core.markup import card, line, printable, table
-from fxquant.core.markup import tiles as tiles_html
-from fxquant.report.content import overview
+from fxquant.core.host import card, line, printable, table
+from fxquant.core.host import tiles as tiles_html
 from fxquant.report.html import tiles
+from fxquant.report.page_data import overview
 from fxquant.report.text import bytes_text, count_text, loss_text, percent_text
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fxquant.core.spec import Choice
+from fxquant.core.ir import Choice
 
 
 def operand_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

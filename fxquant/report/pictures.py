@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fxquant.core.spec import FLOAT_BITS
+from fxquant.core.ir import FLOAT_BITS
 from fxquant.report.text import bytes_text, count_text, loss_text, percent_text
 
 BAR_HEIGHT = 150

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxquant.core.settings import Settings
-from fxquant.report.summary import table_text
+from fxquant.core.facts import Settings
+from fxquant.report.terminal import table_text
 from fxquant.report.text import bytes_text, percent_text
 
 if TYPE_CHECKING:

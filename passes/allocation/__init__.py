@@ -3,17 +3,52 @@
 `solve_iqp` is the solver of the product; `SOLVERS` lists all by name, with one signature.
 """
 
-from fxquant.core.registry import Registry
+from __future__ import annotations
+
+from fxquant.passes.allocation.borders import border_cost, border_terms, borders_of, neighbours, one_hot
+from fxquant.passes.allocation.convexify import Lift, certify
 from fxquant.passes.allocation.exhaustive import solve_exhaustive
-from fxquant.passes.allocation.greedy import solve_greedy
 from fxquant.passes.allocation.iqp import solve_iqp
-from fxquant.passes.allocation.linear import solve_linear
-from fxquant.passes.allocation.solution import Solution, Solver
+from fxquant.passes.allocation.leftover import fill
+from fxquant.passes.allocation.linear_program import add_choices
+from fxquant.passes.allocation.linearise import solve_linearised
+from fxquant.passes.allocation.local_search import LocalSearch
+from fxquant.passes.allocation.plan_swaps import swaps
+from fxquant.passes.allocation.presolve import reduce
+from fxquant.passes.allocation.registry import SOLVERS
+from fxquant.passes.allocation.relaxation import cold, relax
+from fxquant.passes.allocation.rescore import Step, trust_region
+from fxquant.passes.allocation.solution import BoolArray, Clock, FloatArray, Problem, Solution, Solver
+from fxquant.passes.allocation.subproblem import Subproblem
+from fxquant.passes.allocation.without_cbc import solve_by_branching
 
-SOLVERS: Registry[Solver] = Registry("allocation solver")
-SOLVERS.register("iqp")(solve_iqp)
-SOLVERS.register("linear")(solve_linear)
-SOLVERS.register("greedy")(solve_greedy)
-SOLVERS.register("exhaustive")(solve_exhaustive)
-
-__all__ = ["SOLVERS", "Solution", "Solver", "solve_iqp"]
+__all__ = [
+    "SOLVERS",
+    "BoolArray",
+    "Clock",
+    "FloatArray",
+    "Lift",
+    "LocalSearch",
+    "Problem",
+    "Solution",
+    "Solver",
+    "Step",
+    "Subproblem",
+    "add_choices",
+    "border_cost",
+    "border_terms",
+    "borders_of",
+    "certify",
+    "cold",
+    "fill",
+    "neighbours",
+    "one_hot",
+    "reduce",
+    "relax",
+    "solve_by_branching",
+    "solve_exhaustive",
+    "solve_iqp",
+    "solve_linearised",
+    "swaps",
+    "trust_region",
+]

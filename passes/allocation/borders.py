@@ -11,10 +11,17 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from torch.fx import Graph, Node
 
-from fxquant.core.edges import QuantizedEdges
-from fxquant.core.ops import ScaleRule, activation_inputs, rule_of
-from fxquant.core.program import Program
-from fxquant.core.spec import Candidate, Choice, Site, Sites
+from fxquant.core.ir import (
+    Candidate,
+    Choice,
+    Program,
+    QuantizedEdges,
+    ScaleRule,
+    Site,
+    Sites,
+    activation_inputs,
+    rule_of,
+)
 from fxquant.passes.allocation.solution import BoolArray, FloatArray
 
 CARRIES = (ScaleRule.KEEP, ScaleRule.ABSORB, ScaleRule.SHARE)

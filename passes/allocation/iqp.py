@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from fxquant.core.errors import SolverError
 from fxquant.passes.allocation import cbc
 from fxquant.passes.allocation.branch_and_bound import BranchAndBound
-from fxquant.passes.allocation.linear import solve_diagonal
+from fxquant.passes.allocation.linear_program import solve_diagonal
 from fxquant.passes.allocation.linearise import pair_count, solve_linearised
 from fxquant.passes.allocation.local_search import LocalSearch
 from fxquant.passes.allocation.presolve import reduce

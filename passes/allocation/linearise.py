@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fxquant.passes.allocation import cbc
-from fxquant.passes.allocation.linear import add_choices, add_pairs, interacting
+from fxquant.passes.allocation.linear_program import add_choices, add_pairs, interacting
 from fxquant.passes.allocation.solution import BoolArray, Clock, Problem
 
 

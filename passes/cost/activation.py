@@ -12,12 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fxquant.core.cost import CostTable
-from fxquant.core.edges import EdgeGroups
-from fxquant.core.ops import ScaleRule, rule_of, sample_elements
-from fxquant.core.program import Program
-from fxquant.core.spec import FLOAT_BITS, Sites
-from fxquant.core.target import Target
+from fxquant.core.facts import CostTable, Target
+from fxquant.core.ir import FLOAT_BITS, EdgeGroups, Program, ScaleRule, Sites, rule_of, sample_elements
 from fxquant.passes.cost.registry import COSTS
 
 FloatArray = NDArray[np.float64]

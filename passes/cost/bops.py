@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fxquant.core.cost import CostTable
-from fxquant.core.program import Program
-from fxquant.core.spec import FLOAT_BITS, Sites
-from fxquant.core.target import Target
+from fxquant.core.facts import CostTable, Target
+from fxquant.core.ir import FLOAT_BITS, Program, Sites
 from fxquant.passes.cost.registry import COSTS
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fxquant.core.cost import CostTable
-from fxquant.core.program import Program
+from fxquant.core.facts import CostTable, Target
+from fxquant.core.ir import Program
 from fxquant.core.registry import Registry
-from fxquant.core.target import Target
 
 CostModel = Callable[[Program, Target], CostTable]
 """(program with Sites and EdgeGroups, target) -> table over the program's candidates."""

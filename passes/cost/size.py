@@ -7,12 +7,8 @@ from math import ceil
 import numpy as np
 from torch import Tensor
 
-from fxquant.core.cost import CostTable
-from fxquant.core.edges import EdgeGroups
-from fxquant.core.graphs import tensor_at
-from fxquant.core.program import Program
-from fxquant.core.spec import Choice, Site, Sites
-from fxquant.core.target import Target
+from fxquant.core.facts import CostTable, Target
+from fxquant.core.ir import Choice, EdgeGroups, Program, Site, Sites, tensor_at
 from fxquant.passes.cost.registry import COSTS
 
 FLOAT_BYTES = 4

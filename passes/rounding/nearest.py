@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fxquant.core.program import Program
-from fxquant.core.rounding import Rounding
+from fxquant.core.facts import Rounding
+from fxquant.core.ir import Program
 from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.data import CalibrationSet
-from fxquant.core.program import Program
-from fxquant.core.progress import SILENT, Reporter
+from fxquant.core.facts import BitAllocation, Rounding
+from fxquant.core.host import SILENT, Reporter
+from fxquant.core.ir import Choice, Program, Site, Sites
 from fxquant.core.registry import Registry
-from fxquant.core.rounding import Rounding
-from fxquant.core.score_store import ScoreStore
-from fxquant.core.spec import Choice, Site, Sites
+from fxquant.core.run import CalibrationSet
+from fxquant.core.storage import ScoreStore
 
 Simulate = Callable[[Program, BitAllocation, bool], Program]
 """(calibrated program, plan, whether rounded weights and biases are put in) -> the plan's simulated program."""

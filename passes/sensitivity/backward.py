@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from fxquant.core.grids import FakeQuantNodes
-from fxquant.core.ops import images_axis, rule_of
-from fxquant.core.spec import Sites
+from fxquant.core.facts import FakeQuantNodes
+from fxquant.core.ir import Sites, images_axis, rule_of
 from fxquant.passes.sensitivity.columns import Column
 from fxquant.passes.sensitivity.scorer import Part, Scorer
 

@@ -19,15 +19,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.fx import Node
 
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.edges import EdgeGroups
-from fxquant.core.fake_quant import FakeQuantize
-from fxquant.core.graphs import resolve, tensor_at
-from fxquant.core.grids import FakeQuantNodes, WeightGrids
-from fxquant.core.ops import ScaleRule, activation_inputs, rule_of
-from fxquant.core.program import Program
-from fxquant.core.ranges import Ranges
-from fxquant.core.spec import FLOAT_BITS, Sites, activation_spec
+from fxquant.core.facts import BitAllocation, FakeQuantNodes, Ranges, WeightGrids
+from fxquant.core.ir import (
+    FLOAT_BITS,
+    EdgeGroups,
+    FakeQuantize,
+    Program,
+    ScaleRule,
+    Sites,
+    activation_inputs,
+    activation_spec,
+    resolve,
+    rule_of,
+    tensor_at,
+)
 
 Replacement = Callable[[Tensor], Tensor]
 

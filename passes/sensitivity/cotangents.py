@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxquant.core.losses import LOSSES
+from fxquant.core.run import LOSSES
 from fxquant.passes.sensitivity.scorer import Part, Scorer
 
 _APART = 1_000_003

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.core.facts import SensitivityMatrix
 from fxquant.passes.sensitivity.pairs import measure_pairs
 from fxquant.passes.sensitivity.registry import ESTIMATORS
 from fxquant.passes.sensitivity.scorer import Scorer, standard_error

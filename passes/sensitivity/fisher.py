@@ -17,12 +17,13 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from fxquant.core.losses import sample_cotangent
-from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.core.facts import SensitivityMatrix
+from fxquant.core.run import sample_cotangent
 from fxquant.passes.sensitivity.backward import Tape
+from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.cotangents import image_generators, loss_gradient, stream_of
 from fxquant.passes.sensitivity.registry import ESTIMATORS
-from fxquant.passes.sensitivity.scorer import Cell, Part, Scorer, standard_error
+from fxquant.passes.sensitivity.scorer import Part, Scorer, standard_error
 
 SAMPLES = 1
 """Cotangents drawn for each image, one backward pass each."""

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.core.facts import SensitivityMatrix
 from fxquant.passes.sensitivity.backward import Gradients, Tape, per_image
+from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.columns import Column
 from fxquant.passes.sensitivity.float_only import refuse_context
 from fxquant.passes.sensitivity.mpqco import label_cotangents
 from fxquant.passes.sensitivity.registry import ESTIMATORS
-from fxquant.passes.sensitivity.scorer import Cell, Part, Scorer, standard_error
+from fxquant.passes.sensitivity.scorer import Part, Scorer, standard_error
 
 
 @ESTIMATORS.register("fisher_out")

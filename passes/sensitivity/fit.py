@@ -6,12 +6,13 @@ from functools import partial
 
 import numpy as np
 
-from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.core.facts import SensitivityMatrix
+from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.float_only import refuse_context
 from fxquant.passes.sensitivity.leaves import Leaves, activation_noise, weight_noise
 from fxquant.passes.sensitivity.mpqco import label_cotangents
 from fxquant.passes.sensitivity.registry import ESTIMATORS
-from fxquant.passes.sensitivity.scorer import Cell, Part, Scorer, standard_error
+from fxquant.passes.sensitivity.scorer import Part, Scorer, standard_error
 
 
 @ESTIMATORS.register("fit")

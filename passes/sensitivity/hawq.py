@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxquant.core.losses import LOSSES
-from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.core.facts import SensitivityMatrix
+from fxquant.core.run import LOSSES
+from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.cotangents import generator, image_generators, stream_of
 from fxquant.passes.sensitivity.float_only import refuse_context
 from fxquant.passes.sensitivity.leaves import Leaves, activation_noise, weight_noise
 from fxquant.passes.sensitivity.registry import ESTIMATORS
-from fxquant.passes.sensitivity.scorer import Cell, Part, Scorer, standard_error
+from fxquant.passes.sensitivity.scorer import Part, Scorer, standard_error
 
 PROBES = 16
 """Random sign vectors."""

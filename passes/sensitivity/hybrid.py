@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.core.facts import SensitivityMatrix
 from fxquant.passes.sensitivity.columns import Column
 from fxquant.passes.sensitivity.monotone import repaired
 from fxquant.passes.sensitivity.pairs import measure_pairs

@@ -16,12 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fxquant.core.data import CalibrationSet
-from fxquant.core.graphs import tensor_at
-from fxquant.core.grids import FakeQuantNodes
-from fxquant.core.ops import images_axis
-from fxquant.core.oracle import Environment
-from fxquant.core.spec import Sites
+from fxquant.core.facts import FakeQuantNodes
+from fxquant.core.ir import Sites, images_axis, tensor_at
+from fxquant.core.run import CalibrationSet, Environment
 from fxquant.passes.sensitivity.columns import Replacement
 from fxquant.passes.sensitivity.scorer import Scorer
 

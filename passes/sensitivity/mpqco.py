@@ -13,13 +13,14 @@ from math import prod, sqrt
 import numpy as np
 from torch import Tensor
 
-from fxquant.core.losses import sample_cotangent, sample_label_cotangent
-from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.core.facts import SensitivityMatrix
+from fxquant.core.run import sample_cotangent, sample_label_cotangent
 from fxquant.passes.sensitivity.backward import Tape
+from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.cotangents import image_generators, loss_gradient
 from fxquant.passes.sensitivity.float_only import refuse_context
 from fxquant.passes.sensitivity.registry import ESTIMATORS
-from fxquant.passes.sensitivity.scorer import Cell, Part, Scorer, standard_error
+from fxquant.passes.sensitivity.scorer import Part, Scorer, standard_error
 
 
 @ESTIMATORS.register("mpqco")

@@ -14,10 +14,11 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from fxquant.core.sensitivity import SensitivityMatrix
-from fxquant.core.store import text_digest
+from fxquant.core.facts import SensitivityMatrix
+from fxquant.core.storage import text_digest
+from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.registry import ESTIMATORS
-from fxquant.passes.sensitivity.scorer import Cell, Part, Scorer, standard_error
+from fxquant.passes.sensitivity.scorer import Part, Scorer, standard_error
 from fxquant.passes.sensitivity.singles import Singles, measure_singles
 
 

@@ -20,14 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fxquant.core.losses import LOSSES
-from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.core.facts import SensitivityMatrix
+from fxquant.core.run import LOSSES
 from fxquant.passes.sensitivity.backward import Tape
+from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.columns import Column, Constant, Replacement
 from fxquant.passes.sensitivity.cotangents import loss_gradient
 from fxquant.passes.sensitivity.float_only import refuse_context
 from fxquant.passes.sensitivity.registry import ESTIMATORS
-from fxquant.passes.sensitivity.scorer import Cell, Part, Scorer
+from fxquant.passes.sensitivity.scorer import Part, Scorer
 
 POINTS = (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)
 """Gauss-Legendre nodes on 0..1, of weight 1/2 each: exact for integrands up to the third power of t."""

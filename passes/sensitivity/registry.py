@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fxquant.core.facts import SensitivityMatrix
 from fxquant.core.registry import Registry
-from fxquant.core.sensitivity import SensitivityMatrix
 from fxquant.passes.sensitivity.scorer import Scorer
 
 Estimator = Callable[[Scorer], SensitivityMatrix]

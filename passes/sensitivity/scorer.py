@@ -16,22 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.data import CalibrationSet
-from fxquant.core.grids import FakeQuantNodes
-from fxquant.core.losses import LOSSES, UNITS
-from fxquant.core.ops import rule_of, shape_of
-from fxquant.core.oracle import Environment, GraphReplay
-from fxquant.core.program import Program
-from fxquant.core.progress import SILENT, Reporter
-from fxquant.core.score_store import Arrays, ScoreStore
-from fxquant.core.sensitivity import SensitivityMatrix
-from fxquant.core.shards import ALONE, Shards
-from fxquant.core.spec import Candidate, Sites
-from fxquant.core.store import text_digest
+from fxquant.core.facts import BitAllocation, FakeQuantNodes, SensitivityMatrix
+from fxquant.core.host import ALONE, SILENT, Reporter, Shards
+from fxquant.core.ir import Candidate, Program, Sites, rule_of, shape_of
+from fxquant.core.run import LOSSES, UNITS, CalibrationSet, Environment, GraphReplay
+from fxquant.core.storage import Arrays, ScoreStore, text_digest
+from fxquant.passes.sensitivity.cell_sweep import Cell, Memory, Work, sweep
 from fxquant.passes.sensitivity.columns import Column, Quantizers, Replacement, columns_of
-from fxquant.passes.sensitivity.sweep import Cell as Cell
-from fxquant.passes.sensitivity.sweep import Memory, Work, sweep
 
 ENVIRONMENT_LIMIT = 384 * 10**6
 """Bytes of intermediate values kept for one batch; a pair sweep keeps two such sets. Where those of a single image take

@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fxquant.core.losses import embed_shift
-from fxquant.passes.sensitivity.scorer import Cell, Part, Scorer
+from fxquant.core.run import embed_shift
+from fxquant.passes.sensitivity.cell_sweep import Cell
+from fxquant.passes.sensitivity.scorer import Part, Scorer
 
 
 @dataclass(frozen=True)

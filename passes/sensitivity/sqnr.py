@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fxquant.core.sensitivity import SensitivityMatrix
+from fxquant.core.facts import SensitivityMatrix
 from fxquant.passes.sensitivity.float_only import refuse_context
 from fxquant.passes.sensitivity.registry import ESTIMATORS
 from fxquant.passes.sensitivity.scorer import Scorer, standard_error

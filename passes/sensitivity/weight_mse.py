@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fxquant.core.fake_quant import FakeQuantize
-from fxquant.core.graphs import tensor_at
-from fxquant.core.ranges import Histogram, Ranges
-from fxquant.core.sensitivity import SensitivityMatrix
-from fxquant.core.spec import Sites
+from fxquant.core.facts import Histogram, Ranges, SensitivityMatrix
+from fxquant.core.ir import FakeQuantize, Sites, tensor_at
 from fxquant.passes.sensitivity.columns import Column, Constant
 from fxquant.passes.sensitivity.float_only import refuse_context
 from fxquant.passes.sensitivity.registry import ESTIMATORS

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.backends.onnx_qdq import ONNXRUNTIME_TARGET
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.data import CalibrationSet
-from fxquant.core.fake_quant import FakeQuantize
-from fxquant.core.program import Program
-from fxquant.core.spec import Choice, Sites
-from fxquant.passes.calibrate import Calibrate
-from fxquant.passes.find_edges import FindEdges
-from fxquant.passes.find_sites import FindSites
-from fxquant.passes.insert_fake_quant import InsertFakeQuant
-from fxquant.passes.insert_observers import CollectRanges, InsertObservers
-from fxquant.passes.scale_weights import ScaleWeights
-from fxquant.passes.tie_edges import TieEdges
+from fxquant.backends.onnx import ONNXRUNTIME_TARGET
+from fxquant.core.facts import BitAllocation
+from fxquant.core.ir import Choice, FakeQuantize, Program, Sites
+from fxquant.core.run import CalibrationSet
+from fxquant.passes import (
+    Calibrate,
+    CollectRanges,
+    FindEdges,
+    FindSites,
+    InsertFakeQuant,
+    InsertObservers,
+    ScaleWeights,
+    TieEdges,
+)
 from tests.models import MODELS
 from tests.programs import folded
 

@@ -7,11 +7,10 @@ import torch
 
 from benchmarks.data import data_folder
 from benchmarks.zoo import NETWORKS
-from fxquant.backends.base import BACKENDS, backend
-from fxquant.core.oracle import model_outputs
-from fxquant.passes.canonicalize import Canonicalize
-from fxquant.passes.fold_batchnorm import FoldBatchnorm
-from fxquant.tracing import capture
+from fxquant.backends import BACKENDS, backend
+from fxquant.capture import capture
+from fxquant.core.run import model_outputs
+from fxquant.passes import Canonicalize, FoldBatchnorm
 from tests.backends.lowered import QUANTIZED, calibrated, error_in_steps, example, plan_of, simulated
 
 

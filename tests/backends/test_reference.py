@@ -5,14 +5,22 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.backends.qdq_ops import INT32_LIMIT, dequantize, dequantize_channels, quantize
-from fxquant.backends.reference import ReferenceBackend, to_qdq
+from fxquant.backends import INT32_LIMIT, ReferenceBackend, dequantize, dequantize_channels, quantize, to_qdq
+from fxquant.capture import capture
 from fxquant.core.errors import LoweringError
-from fxquant.core.fake_quant import FakeQuantize
-from fxquant.core.graphs import finish, fork, insert_after, nodes_by_name, show, tensor_at
-from fxquant.core.oracle import model_outputs
-from fxquant.core.spec import QuantSpec, activation_spec, weight_spec
-from fxquant.tracing import capture
+from fxquant.core.ir import (
+    FakeQuantize,
+    QuantSpec,
+    activation_spec,
+    finish,
+    fork,
+    insert_after,
+    nodes_by_name,
+    show,
+    tensor_at,
+    weight_spec,
+)
+from fxquant.core.run import model_outputs
 from tests.backends.lowered import QUANTIZED, error_in_steps, example, quantizers, simulated
 from tests.programs import folded
 

@@ -10,9 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from fxquant.core.errors import FileFormatError, MissingDependencyError
-from fxquant.demo import digits_data, digits_network, network
-from fxquant.demo.data import TRAIN_IMAGES, digits_split
-from fxquant.demo.train import augmented, held_out_accuracy, trained
+from fxquant.demo import (
+    TRAIN_IMAGES,
+    augmented,
+    digits_data,
+    digits_network,
+    digits_split,
+    held_out_accuracy,
+    network,
+    trained,
+)
 
 
 def test_weights_and_parameters_are_small() -> None:

@@ -10,8 +10,7 @@ import pytest
 
 import fxquant
 from fxquant.cli import main
-from fxquant.demo import run
-from fxquant.demo.data import DigitsData, digits_data
+from fxquant.demo import DigitsData, digits_data, run
 
 
 @pytest.fixture

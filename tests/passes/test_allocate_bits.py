@@ -7,18 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fxquant.core.allocation import BitAllocation, Finalists
-from fxquant.core.budget import Budget
-from fxquant.core.cost import CostTables
 from fxquant.core.errors import InfeasibleBudgetError, OptionError
-from fxquant.core.limits import fits, reachable, usage
-from fxquant.core.program import Program
-from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
-from fxquant.core.spec import Choice, Sites
-from fxquant.passes.allocate_bits import AllocateBits, uniform_plans
+from fxquant.core.facts import (
+    BitAllocation,
+    Budget,
+    CostTables,
+    Finalists,
+    SensitivityMatrix,
+    Surrogates,
+    fits,
+    reachable,
+    usage,
+)
+from fxquant.core.ir import Choice, Program, Sites
+from fxquant.passes import AllocateBits, EstimateCost, FindSites, uniform_plans
 from fxquant.passes.allocation import SOLVERS, Solution
-from fxquant.passes.estimate_cost import EstimateCost
-from fxquant.passes.find_sites import FindSites
 from tests.programs import TARGET, check_pass, tied
 
 

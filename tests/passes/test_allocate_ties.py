@@ -8,16 +8,11 @@ from itertools import product
 import numpy as np
 import pytest
 
-from fxquant import pipeline
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.budget import Budget
-from fxquant.core.cost import CostTable, CostTables
 from fxquant.core.errors import InfeasibleBudgetError
-from fxquant.core.limits import fits, usage
-from fxquant.core.program import Program
-from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
-from fxquant.core.spec import FLOAT, Choice, Site, Sites
-from fxquant.passes.allocate_bits import AllocateBits, uniform_plans
+from fxquant.core.facts import BitAllocation, Budget, CostTable, CostTables, SensitivityMatrix, Surrogates, fits, usage
+from fxquant.core.ir import FLOAT, Choice, Program, Site, Sites
+from fxquant.flow import pipeline
+from fxquant.passes import AllocateBits, uniform_plans
 from tests.scoring import scored
 
 Plan = dict[str, Choice]

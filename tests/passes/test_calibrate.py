@@ -5,15 +5,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import CalibrationError
-from fxquant.core.footprint import live_bytes
-from fxquant.core.graphs import show
-from fxquant.core.program import Program
-from fxquant.core.ranges import Ranges
-from fxquant.passes import calibrate
-from fxquant.passes.calibrate import Calibrate
-from fxquant.passes.insert_observers import CollectRanges, InsertObservers
+from fxquant.core.facts import Ranges
+from fxquant.core.ir import Program, show
+from fxquant.core.run import CalibrationSet, live_bytes
+from fxquant.passes import Calibrate, CollectRanges, InsertObservers, calibrate
 from tests.models import MODELS
 from tests.programs import check_pass, tied
 

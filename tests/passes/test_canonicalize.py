@@ -8,13 +8,11 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from fxquant import pipeline
-from fxquant.core.graphs import resolve, show
-from fxquant.core.program import Program
-from fxquant.core.settings import Settings
-from fxquant.core.spec import Sites
-from fxquant.passes.canonicalize import Canonicalize
-from fxquant.tracing import capture
+from fxquant.capture import capture
+from fxquant.core.facts import Settings
+from fxquant.core.ir import Program, Sites, resolve, show
+from fxquant.flow import pipeline
+from fxquant.passes import Canonicalize
 from tests.models import MODELS
 from tests.programs import captured, check_pass
 

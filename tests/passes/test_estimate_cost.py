@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from fxquant.core.cost import CostTables
-from fxquant.core.edges import EdgeGroups
-from fxquant.core.spec import FLOAT, Choice, Sites
-from fxquant.passes.cost.size import site_bytes
-from fxquant.passes.estimate_cost import EstimateCost
-from fxquant.passes.find_sites import FindSites
+from fxquant.core.facts import CostTables
+from fxquant.core.ir import FLOAT, Choice, EdgeGroups, Sites
+from fxquant.passes import EstimateCost, FindSites
+from fxquant.passes.cost import site_bytes
 from tests.programs import TARGET, check_pass, folded, tied, uniform
 
 

@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from fxquant.core.edges import QuantizedEdges
-from fxquant.core.program import Program
-from fxquant.core.target import Target
-from fxquant.passes.canonicalize import Canonicalize
-from fxquant.passes.find_edges import FindEdges
-from fxquant.tracing import capture
+from fxquant.capture import capture
+from fxquant.core.facts import Target
+from fxquant.core.ir import Program, QuantizedEdges
+from fxquant.passes import Canonicalize, FindEdges
 from tests.models import MODELS
 from tests.programs import TARGET, check_pass, folded
 

@@ -7,13 +7,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fxquant.capture import capture
 from fxquant.core.errors import OptionError
-from fxquant.core.spec import FLOAT, Choice, Site, Sites
-from fxquant.passes.canonicalize import Canonicalize
-from fxquant.passes.find_edges import FindEdges
-from fxquant.passes.find_sites import FindSites
-from fxquant.passes.tie_edges import TieEdges
-from fxquant.tracing import capture
+from fxquant.core.ir import FLOAT, Choice, Site, Sites
+from fxquant.passes import Canonicalize, FindEdges, FindSites, TieEdges
 from tests.models import MODELS
 from tests.programs import TARGET, check_pass, folded, tied
 

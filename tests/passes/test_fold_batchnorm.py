@@ -4,12 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from fxquant.capture import capture
 from fxquant.core.errors import CaptureError
-from fxquant.core.graphs import show
-from fxquant.core.program import Program
-from fxquant.passes.canonicalize import Canonicalize
-from fxquant.passes.fold_batchnorm import FoldBatchnorm
-from fxquant.tracing import capture
+from fxquant.core.ir import Program, show
+from fxquant.passes import Canonicalize, FoldBatchnorm
 from tests.models import MODELS
 from tests.programs import captured, check_pass
 

@@ -5,14 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxquant import pipeline
-from fxquant.core.graphs import show
-from fxquant.core.program import Program
-from fxquant.core.settings import Settings
-from fxquant.core.spec import Sites
-from fxquant.passes.canonicalize import Canonicalize
-from fxquant.passes.fold_constants import FoldConstants
-from fxquant.tracing import capture
+from fxquant.capture import capture
+from fxquant.core.facts import Settings
+from fxquant.core.ir import Program, Sites, show
+from fxquant.flow import pipeline
+from fxquant.passes import Canonicalize, FoldConstants
 from tests.models import MODELS
 from tests.programs import captured, check_pass
 

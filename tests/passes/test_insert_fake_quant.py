@@ -3,19 +3,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.edges import EdgeGroups
 from fxquant.core.errors import OptionError
-from fxquant.core.fake_quant import FakeQuantize
-from fxquant.core.graphs import resolve, show, tensor_at
-from fxquant.core.grids import FakeQuantNodes, WeightGrids
-from fxquant.core.numerics import round_trip
-from fxquant.core.ops import rule_of
-from fxquant.core.oracle import first_tensor
-from fxquant.core.program import Program
-from fxquant.core.spec import FLOAT, Choice, Sites
-from fxquant.passes.find_sites import FindSites
-from fxquant.passes.insert_fake_quant import InsertFakeQuant, group_bits
+from fxquant.core.facts import BitAllocation, FakeQuantNodes, WeightGrids
+from fxquant.core.ir import (
+    FLOAT,
+    Choice,
+    EdgeGroups,
+    FakeQuantize,
+    Program,
+    Sites,
+    resolve,
+    round_trip,
+    rule_of,
+    show,
+    tensor_at,
+)
+from fxquant.core.run import first_tensor
+from fxquant.passes import FindSites, InsertFakeQuant, group_bits
 from tests.models import MODELS
 from tests.programs import TARGET, calibrated, check_pass, tied, uniform
 

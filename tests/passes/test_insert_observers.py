@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from fxquant.core.errors import CalibrationError, OptionError
-from fxquant.core.graphs import show
-from fxquant.core.observers import OBSERVERS
-from fxquant.core.ranges import Ranges
-from fxquant.passes.insert_observers import CollectRanges, InsertObservers
+from fxquant.core.facts import Ranges
+from fxquant.core.ir import show
+from fxquant.core.run import OBSERVERS
+from fxquant.passes import CollectRanges, InsertObservers
 from tests.models import MODELS
 from tests.programs import check_pass, tied
 

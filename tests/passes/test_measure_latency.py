@@ -8,17 +8,13 @@ import pytest
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant import pipeline
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.cost import CostTable, CostTables
 from fxquant.core.errors import OptionError
-from fxquant.core.spec import FLOAT, Choice, Sites
-from fxquant.core.timing import Timing
-from fxquant.core.timing_cache import TimingCache
-from fxquant.passes import measure_latency
-from fxquant.passes.cost.hand_overs import HandOver
-from fxquant.passes.cost.latency import LatencyModel
-from fxquant.passes.measure_latency import CHOSEN_RATIOS, MeasureLatency, chosen_plans, mixed_plans
+from fxquant.core.facts import BitAllocation, CostTable, CostTables
+from fxquant.core.host import Timing, TimingCache
+from fxquant.core.ir import FLOAT, Choice, Sites
+from fxquant.flow import pipeline
+from fxquant.passes import CHOSEN_RATIOS, MeasureLatency, chosen_plans, measure_latency, mixed_plans
+from fxquant.passes.cost import HandOver, LatencyModel
 from tests.programs import check_pass
 from tests.scoring import calibrated, inputs
 

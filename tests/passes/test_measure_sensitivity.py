@@ -9,17 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import CalibrationError, OptionError, PipelineError
-from fxquant.core.program import Program
-from fxquant.core.score_store import ScoreStore
-from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
-from fxquant.core.spec import Sites
-from fxquant.passes.insert_fake_quant import InsertFakeQuant
-from fxquant.passes.measure_sensitivity import MeasureSensitivity
+from fxquant.core.facts import BitAllocation, SensitivityMatrix, Surrogates
+from fxquant.core.ir import Program, Sites
+from fxquant.core.run import CalibrationSet
+from fxquant.core.storage import ScoreStore
+from fxquant.passes import InsertFakeQuant, MeasureSensitivity
 from fxquant.passes.sensitivity import ESTIMATORS
-from tests.core.test_store import names_in
+from tests.core.storage.test_codecs import names_in
 from tests.models import MODELS
 from tests.programs import calibrated, check_pass, uniform
 

@@ -10,9 +10,8 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 from fxquant.core.errors import PipelineError
-from fxquant.core.graphs import show
-from fxquant.core.program import Program
-from fxquant.passes.base import Pass
+from fxquant.core.ir import Program, show
+from fxquant.passes import Pass
 
 
 @dataclass(frozen=True)

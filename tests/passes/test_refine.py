@@ -13,20 +13,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant import pipeline
-from fxquant.core.allocation import BitAllocation, Finalists
-from fxquant.core.budget import Budget
-from fxquant.core.cost import CostTables
-from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import OptionError
-from fxquant.core.limits import agrees, fits, usage
-from fxquant.core.program import Program
-from fxquant.core.sensitivity import Surrogates
-from fxquant.core.spec import Choice, Sites
-from fxquant.passes import verify_and_refine
-from fxquant.passes.allocate_bits import AllocateBits
-from fxquant.passes.allocation.borders import border_cost, borders_of, one_hot
-from fxquant.passes.verify_and_refine import VerifyAndRefine, is_better
+from fxquant.core.facts import BitAllocation, Budget, CostTables, Finalists, Surrogates, agrees, fits, usage
+from fxquant.core.ir import Choice, Program, Sites
+from fxquant.core.run import CalibrationSet
+from fxquant.flow import pipeline
+from fxquant.passes import AllocateBits, VerifyAndRefine, is_better, verify_and_refine
+from fxquant.passes.allocation import border_cost, borders_of, one_hot
 from tests.programs import check_pass
 from tests.scoring import inputs, scored
 

@@ -3,12 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxquant.core.graphs import tensor_at
-from fxquant.core.grids import WeightGrids
-from fxquant.core.numerics import round_trip, weight_parameters
-from fxquant.core.spec import Choice, Sites
-from fxquant.passes.find_sites import FindSites
-from fxquant.passes.scale_weights import ScaleWeights
+from fxquant.core.facts import WeightGrids
+from fxquant.core.ir import Choice, Sites, round_trip, tensor_at, weight_parameters
+from fxquant.passes import FindSites, ScaleWeights
 from tests.programs import TARGET, calibrated, check_pass, tied
 
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from fxquant.core.edges import EdgeGroups, QuantizedEdges
 from fxquant.core.errors import PipelineError
-from fxquant.passes.tie_edges import TieEdges, UnionFind
+from fxquant.core.ir import EdgeGroups, QuantizedEdges
+from fxquant.passes import TieEdges, UnionFind
 from tests.models import MODELS
 from tests.programs import check_pass, folded, tied
 

@@ -5,16 +5,10 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from fxquant.core.allocation import BitAllocation, Finalists
-from fxquant.core.data import CalibrationSet
-from fxquant.core.losses import LOSSES
-from fxquant.core.oracle import model_outputs
-from fxquant.core.program import Program
-from fxquant.core.sensitivity import SensitivityMatrix, Surrogates
-from fxquant.core.spec import Sites
-from fxquant.passes.estimate_cost import EstimateCost
-from fxquant.passes.insert_fake_quant import InsertFakeQuant
-from fxquant.passes.verify_and_refine import VerifyAndRefine, measured_loss
+from fxquant.core.facts import BitAllocation, Finalists, SensitivityMatrix, Surrogates
+from fxquant.core.ir import Program, Sites
+from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
+from fxquant.passes import EstimateCost, InsertFakeQuant, VerifyAndRefine, measured_loss
 from tests.models import MODELS
 from tests.programs import TARGET, calibrated, check_pass, uniform
 

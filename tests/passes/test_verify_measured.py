@@ -8,17 +8,12 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from fxquant import pipeline
-from fxquant.core.allocation import BitAllocation, Finalists
-from fxquant.core.budget import Budget
-from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import PipelineError
-from fxquant.core.fake_quant import FakeQuantize
-from fxquant.core.losses import LOSSES
-from fxquant.core.oracle import model_outputs
-from fxquant.core.program import Program
-from fxquant.passes.allocate_bits import AllocateBits
-from fxquant.passes.verify_and_refine import VerifyAndRefine
+from fxquant.core.facts import BitAllocation, Budget, Finalists
+from fxquant.core.ir import FakeQuantize, Program
+from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
+from fxquant.flow import pipeline
+from fxquant.passes import AllocateBits, VerifyAndRefine
 from tests.programs import check_pass, uniform
 from tests.scoring import inputs, scored, traced
 

@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 
-from fxquant.core.markup import printable
-from fxquant.report import content as contents
-from fxquant.report.content import content, overview
-from fxquant.report.html import render
-from fxquant.report.notebook import one_line, page
-from fxquant.report.summary import summary
+from fxquant.core.host import printable
+from fxquant.report import content, one_line, overview, page, render, summary
+from fxquant.report import page_data as contents
 from tests.report.test_html import COMPARISON, Page
 from tests.small import small_result
 

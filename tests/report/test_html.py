@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 
 from fxquant.core.errors import MissingDependencyError, OutputError
-from fxquant.report.content import content
-from fxquant.report.html import render, tiles, write_report
-from fxquant.report.pictures import FULL_MATRIX, MOST_ROWS, bars, heat_map
+from fxquant.report import FULL_MATRIX, MOST_ROWS, bars, content, heat_map, render, tiles, write_report
 from tests.small import small_result
 
 COMPARISON = [

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from fxquant import BitAllocation, Choice
-from fxquant.core.sensitivity import SensitivityMatrix
-from fxquant.core.spec import Candidate
-from fxquant.report.content import overview
-from fxquant.report.notebook import one_line, page
+from fxquant.core.facts import SensitivityMatrix
+from fxquant.core.ir import Candidate
+from fxquant.report import one_line, overview, page
 from tests.small import small_result
 
 HOSTILE = "</table><script>alert('x')</script>\"onload=\"\x1b[2J"

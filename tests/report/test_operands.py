@@ -3,9 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import fxquant
-from fxquant.core.spec import Choice
-from fxquant.report.layers import layer_rows
-from fxquant.report.operands import operand_rows
+from fxquant.core.ir import Choice
+from fxquant.report import layer_rows, operand_rows
 from tests.small import images, small, small_result
 
 

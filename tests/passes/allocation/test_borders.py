@@ -5,10 +5,9 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
-from fxquant.core.edges import QuantizedEdges
-from fxquant.core.spec import FLOAT, Candidate, Choice, Sites
-from fxquant.passes.allocation.borders import border_terms, neighbours
-from fxquant.passes.find_sites import FindSites
+from fxquant.core.ir import FLOAT, Candidate, Choice, QuantizedEdges, Sites
+from fxquant.passes import FindSites
+from fxquant.passes.allocation import border_terms, neighbours
 from tests.programs import TARGET, tied
 
 A4, A8 = Choice(8, 4), Choice(8, 8)

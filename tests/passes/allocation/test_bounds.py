@@ -5,12 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxquant.passes.allocation import SOLVERS
-from fxquant.passes.allocation.convexify import Lift, certify
-from fxquant.passes.allocation.presolve import reduce
-from fxquant.passes.allocation.relaxation import cold, relax
-from fxquant.passes.allocation.solution import Clock, Problem, Solution
-from fxquant.passes.allocation.subproblem import Subproblem
+from fxquant.passes.allocation import SOLVERS, Clock, Lift, Problem, Solution, Subproblem, certify, cold, reduce, relax
 from tests.passes.allocation.instances import Instance, random_instance, random_instances
 
 

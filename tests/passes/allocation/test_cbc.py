@@ -8,10 +8,7 @@ import pulp
 import pytest
 
 from fxquant.core.errors import MissingDependencyError, SolverError
-from fxquant.passes.allocation import SOLVERS, cbc
-from fxquant.passes.allocation.linear import add_choices
-from fxquant.passes.allocation.linearise import solve_linearised
-from fxquant.passes.allocation.solution import Clock, Problem
+from fxquant.passes.allocation import SOLVERS, Clock, Problem, add_choices, cbc, solve_linearised
 from tests.passes.allocation.instances import needs_data, random_instance, real_instance
 
 

@@ -6,11 +6,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from fxquant.passes.allocation import SOLVERS, branch_and_bound, iqp, solve_iqp
-from fxquant.passes.allocation.linearise import solve_linearised
-from fxquant.passes.allocation.local_search import LocalSearch
-from fxquant.passes.allocation.presolve import reduce
-from fxquant.passes.allocation.solution import Clock, Problem
+from fxquant.passes.allocation import (
+    SOLVERS,
+    Clock,
+    LocalSearch,
+    Problem,
+    branch_and_bound,
+    iqp,
+    reduce,
+    solve_iqp,
+    solve_linearised,
+)
 from tests.passes.allocation.instances import (
     Instance,
     needs_data,

@@ -8,9 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from fxquant.core.errors import OptionError, SolverError
-from fxquant.passes.allocation import SOLVERS, Solution, solve_iqp
-from fxquant.passes.allocation.exhaustive import solve_exhaustive
-from fxquant.passes.allocation.solution import Problem
+from fxquant.passes.allocation import SOLVERS, Problem, Solution, solve_exhaustive, solve_iqp
 from tests.passes.allocation.instances import (
     Instance,
     golden_instance,

@@ -11,10 +11,7 @@ import numpy as np
 import pulp
 import pytest
 
-from fxquant.passes.allocation import SOLVERS, Solution, cbc, iqp, solve_iqp
-from fxquant.passes.allocation.presolve import reduce
-from fxquant.passes.allocation.solution import Clock, Problem
-from fxquant.passes.allocation.without_cbc import solve_by_branching
+from fxquant.passes.allocation import SOLVERS, Clock, Problem, Solution, cbc, iqp, reduce, solve_by_branching, solve_iqp
 from tests.passes.allocation.instances import Instance, random_instance
 
 SCRIPT = f"""#!{sys.executable} -ISs

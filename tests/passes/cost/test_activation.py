@@ -14,17 +14,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.fx import Interpreter, Node
 
-from fxquant.core.edges import EdgeGroups
-from fxquant.core.limits import agrees
-from fxquant.core.program import Program
-from fxquant.core.spec import FLOAT, Choice, Sites
-from fxquant.passes.cost.activation import activation, stored_bytes, worst_rows
-from fxquant.passes.find_edges import FindEdges
-from fxquant.passes.find_sites import FindSites
-from fxquant.passes.tie_edges import TieEdges
-from fxquant.tracing import capture
+from fxquant.capture import capture
+from fxquant.core.facts import agrees
+from fxquant.core.ir import FLOAT, Choice, EdgeGroups, Program, Sites
+from fxquant.passes import FindEdges, FindSites, TieEdges
+from fxquant.passes.cost import COSTS, stored_bytes, worst_rows
 from tests.models import MODELS
 from tests.programs import TARGET, folded, tied, uniform
+
+activation = COSTS["activation"]
+
 
 PACKING = replace(TARGET, name="packing", activation_storage_bits={4: 4})
 

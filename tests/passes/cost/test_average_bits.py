@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from fxquant.core.spec import FLOAT, Choice, Sites
-from fxquant.passes.cost.average_bits import average_bits
+from fxquant.core.ir import FLOAT, Choice, Sites
+from fxquant.passes.cost import COSTS
 from tests.programs import TARGET, calibrated, uniform
 from tests.scoring import calibrated as for_reference
+
+average_bits = COSTS["average_bits"]
 
 
 def test_stem_and_classifier_count() -> None:

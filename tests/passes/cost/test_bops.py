@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from fxquant.core.spec import FLOAT, Choice, Sites
-from fxquant.passes.cost.bops import bops
+from fxquant.core.ir import FLOAT, Choice, Sites
+from fxquant.passes.cost import COSTS
 from tests.programs import TARGET, calibrated
 from tests.scoring import calibrated as for_reference
+
+bops = COSTS["bops"]
+
 
 MACS = {"conv1": 8 * 27 * 64, "conv2": 8 * 72 * 64, "conv3": 8 * 8 * 64, "fc": 8 * 5}
 

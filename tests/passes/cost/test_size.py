@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from fxquant.backends.base import backend
-from fxquant.core.cost import CostTable
-from fxquant.core.spec import FLOAT, Choice, Site, Sites
-from fxquant.core.target import Target
-from fxquant.passes.cost.size import site_bytes, size
+from fxquant.backends import backend
+from fxquant.core.facts import CostTable, Target
+from fxquant.core.ir import FLOAT, Choice, Site, Sites
+from fxquant.passes.cost import COSTS, site_bytes
 from tests.programs import TARGET, calibrated, uniform
 from tests.scoring import calibrated as for_reference
+
+size = COSTS["size"]
+
 
 W2, W3, W4, W5, W8 = (Choice(bits, 8) for bits in (2, 3, 4, 5, 8))
 REFERENCE = backend("reference").target

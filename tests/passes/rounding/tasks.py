@@ -9,11 +9,10 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
-from fxquant import pipeline
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.data import CalibrationSet
-from fxquant.core.program import Program
-from fxquant.core.spec import Choice, Sites
+from fxquant.core.facts import BitAllocation
+from fxquant.core.ir import Choice, Program, Sites
+from fxquant.core.run import CalibrationSet
+from fxquant.flow import pipeline
 from fxquant.passes.rounding import RoundingTask
 from tests import scoring
 

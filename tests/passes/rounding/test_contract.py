@@ -8,17 +8,11 @@ from functools import cache
 import pytest
 import torch
 
-from fxquant.backends.base import backend
-from fxquant.core.allocation import BitAllocation
+from fxquant.backends import backend
 from fxquant.core.errors import LoweringError
-from fxquant.core.graphs import resolve, tensor_at
-from fxquant.core.grids import FakeQuantNodes, WeightGrids
-from fxquant.core.losses import LOSSES
-from fxquant.core.numerics import round_trip
-from fxquant.core.oracle import model_outputs
-from fxquant.core.program import Program
-from fxquant.core.rounding import Rounding
-from fxquant.core.spec import Sites
+from fxquant.core.facts import BitAllocation, FakeQuantNodes, Rounding, WeightGrids
+from fxquant.core.ir import Program, Sites, resolve, round_trip, tensor_at
+from fxquant.core.run import LOSSES, model_outputs
 from fxquant.passes.rounding import ROUNDERS, RoundingTask
 from tests.passes.rounding.tasks import images, task_of
 

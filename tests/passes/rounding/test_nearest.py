@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from fxquant.core.rounding import Rounding
+from fxquant.core.facts import Rounding
 from fxquant.passes.rounding import ROUNDERS
 from tests.passes.rounding.tasks import after, task_of
 

@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fxquant.core.allocation import BitAllocation
 from fxquant.core.errors import OptionError
-from fxquant.core.rounding import Rounding
-from fxquant.core.spec import Choice
+from fxquant.core.facts import BitAllocation, Rounding
+from fxquant.core.ir import Choice
 from fxquant.passes.rounding import ROUNDERS
 from tests.passes.rounding.tasks import task_of
 

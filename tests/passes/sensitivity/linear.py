@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxquant.core.data import CalibrationSet
-from fxquant.core.graphs import tensor_at
-from fxquant.passes.sensitivity.scorer import Scorer
+from fxquant.core.ir import tensor_at
+from fxquant.core.run import CalibrationSet
+from fxquant.passes.sensitivity import Scorer
 from tests.scoring import inputs, scorer, simulated
 
 

@@ -6,13 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.data import CalibrationSet
-from fxquant.core.score_store import ScoreStore
-from fxquant.core.spec import Choice, Sites
-from fxquant.passes.sensitivity.backward import Tape
-from fxquant.passes.sensitivity.columns import Constant
-from fxquant.passes.sensitivity.scorer import Part, Scorer
+from fxquant.core.facts import BitAllocation
+from fxquant.core.ir import Choice, Sites
+from fxquant.core.run import CalibrationSet
+from fxquant.core.storage import ScoreStore
+from fxquant.passes.sensitivity import Constant, Part, Scorer, Tape
 from tests.scoring import inputs, scorer, simulated
 
 

@@ -5,16 +5,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxquant import pipeline
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.data import CalibrationSet
-from fxquant.core.edges import EdgeGroups
-from fxquant.core.graphs import resolve
-from fxquant.core.grids import FakeQuantNodes
-from fxquant.core.settings import Settings
-from fxquant.core.spec import Choice, Sites
-from fxquant.passes.sensitivity.columns import Quantizers, columns_of
-from fxquant.tracing import capture
+from fxquant.capture import capture
+from fxquant.core.facts import BitAllocation, FakeQuantNodes, Settings
+from fxquant.core.ir import Choice, EdgeGroups, Sites, resolve
+from fxquant.core.run import CalibrationSet
+from fxquant.flow import pipeline
+from fxquant.passes.sensitivity import Quantizers, columns_of
 from tests.scoring import inputs, scorer, simulated
 
 

@@ -8,16 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import OptionError
-from fxquant.core.losses import UNITS
-from fxquant.core.oracle import GraphReplay
-from fxquant.core.score_store import ScoreStore
-from fxquant.core.sensitivity import SensitivityMatrix
-from fxquant.core.spec import Choice, Sites
-from fxquant.passes.sensitivity import ESTIMATORS, FLOAT_ONLY
-from fxquant.passes.sensitivity.scorer import Scorer
+from fxquant.core.facts import BitAllocation, SensitivityMatrix
+from fxquant.core.ir import Choice, Sites
+from fxquant.core.run import UNITS, CalibrationSet, GraphReplay
+from fxquant.core.storage import ScoreStore
+from fxquant.passes.sensitivity import ESTIMATORS, FLOAT_ONLY, Scorer
 from tests.scoring import columns, full_forward_losses, inputs, scorer, simulated
 
 NETS = ["plain", "shared", "two_inputs"]

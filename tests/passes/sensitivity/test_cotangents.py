@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxquant.core.losses import LOSSES
-from fxquant.passes.sensitivity.cotangents import generator, image_generators, loss_gradient, stream_of
+from fxquant.core.run import LOSSES
+from fxquant.passes.sensitivity import generator, image_generators, loss_gradient, stream_of
 from tests.passes.sensitivity.linear import answer, split_scorer
 
 

@@ -5,14 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.data import CalibrationSet
-from fxquant.core.score_store import ScoreStore
-from fxquant.core.spec import Choice, Sites
-from fxquant.passes.sensitivity.coverage import coverage, link
-from fxquant.passes.sensitivity.pairs import pairs
-from fxquant.passes.sensitivity.scorer import Scorer
+from fxquant.core.facts import BitAllocation
+from fxquant.core.ir import Choice, Sites
+from fxquant.core.run import CalibrationSet
+from fxquant.core.storage import ScoreStore
+from fxquant.passes.sensitivity import ESTIMATORS, Scorer, link
 from tests.scoring import full_forward_losses, inputs, scorer, simulated
+
+coverage = ESTIMATORS["coverage"]
+pairs = ESTIMATORS["pairs"]
+
 
 IMAGES = CalibrationSet(inputs("plain", 6))
 

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from fxquant.core.data import CalibrationSet
-from fxquant.passes.sensitivity.diagonal import diagonal
-from fxquant.passes.sensitivity.scorer import standard_error
+from fxquant.core.run import CalibrationSet
+from fxquant.passes.sensitivity import ESTIMATORS, standard_error
 from tests.scoring import inputs, scorer, simulated
+
+diagonal = ESTIMATORS["diagonal"]
 
 
 def test_nothing_off_the_diagonal() -> None:

@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.data import CalibrationSet
-from fxquant.core.losses import sample_label_cotangent
-from fxquant.core.score_store import ScoreStore
-from fxquant.core.spec import Choice, Sites
+from fxquant.core.facts import BitAllocation
+from fxquant.core.ir import Choice, Sites
+from fxquant.core.run import CalibrationSet, sample_label_cotangent
+from fxquant.core.storage import ScoreStore
+from fxquant.passes.sensitivity import ESTIMATORS, Scorer
 from fxquant.passes.sensitivity import fisher as module
-from fxquant.passes.sensitivity.fisher import fisher
-from fxquant.passes.sensitivity.gram import gram
-from fxquant.passes.sensitivity.pairs import pairs
-from fxquant.passes.sensitivity.scorer import Scorer
 from tests.scoring import inputs, scorer, simulated
+
+fisher = ESTIMATORS["fisher"]
+gram = ESTIMATORS["gram"]
+pairs = ESTIMATORS["pairs"]
+
 
 # The images it was calibrated on, many times over: no clipping, whose rare large shifts would need many more images.
 MANY = CalibrationSet((inputs("split", 8)[0].repeat(250, 1),))

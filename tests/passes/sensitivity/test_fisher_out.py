@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from fxquant.core.data import CalibrationSet
-from fxquant.core.sensitivity import SensitivityMatrix
-from fxquant.passes.sensitivity.backward import Tape
-from fxquant.passes.sensitivity.fisher_out import fisher_out
-from fxquant.passes.sensitivity.mpqco import label_cotangents
-from fxquant.passes.sensitivity.scorer import Part
+from fxquant.core.facts import SensitivityMatrix
+from fxquant.core.run import CalibrationSet
+from fxquant.passes.sensitivity import ESTIMATORS, Part, Tape, label_cotangents
 from tests.passes.sensitivity.linear import layer, split_scorer
 from tests.scoring import inputs, plain_net, scorer, simulated
+
+fisher_out = ESTIMATORS["fisher_out"]
 
 
 def test_squares_are_taken_before_the_sum() -> None:

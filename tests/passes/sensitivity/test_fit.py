@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxquant.passes.sensitivity.fit import fit
-from fxquant.passes.sensitivity.mpqco import label_cotangents
+from fxquant.passes.sensitivity import ESTIMATORS, label_cotangents
 from tests.passes.sensitivity.linear import answer_hessian, layer, split_scorer
+
+fit = ESTIMATORS["fit"]
 
 
 @pytest.mark.parametrize("loss", ["kl", "mse"])

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.data import CalibrationSet
 from fxquant.core.errors import OptionError
-from fxquant.core.score_store import ScoreStore
-from fxquant.core.spec import Choice, Sites
-from fxquant.passes.sensitivity.float_only import refuse_context
-from fxquant.passes.sensitivity.scorer import Scorer
+from fxquant.core.facts import BitAllocation
+from fxquant.core.ir import Choice, Sites
+from fxquant.core.run import CalibrationSet
+from fxquant.core.storage import ScoreStore
+from fxquant.passes.sensitivity import Scorer, refuse_context
 from tests.scoring import inputs, simulated
 
 

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from fxquant.core.data import CalibrationSet
-from fxquant.passes.sensitivity.gram import gram
+from fxquant.core.run import CalibrationSet
+from fxquant.passes.sensitivity import ESTIMATORS
 from tests.scoring import full_forward, inputs, scorer, simulated
+
+gram = ESTIMATORS["gram"]
+
 
 IMAGES = CalibrationSet(inputs("plain", 6))
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from fxquant.core.data import CalibrationSet
+from fxquant.core.run import CalibrationSet
+from fxquant.passes.sensitivity import ESTIMATORS, Leaves, Part, probe
 from fxquant.passes.sensitivity import hawq as module
-from fxquant.passes.sensitivity.hawq import hawq, probe
-from fxquant.passes.sensitivity.leaves import Leaves
-from fxquant.passes.sensitivity.scorer import Part
 from tests.passes.sensitivity.linear import answer_hessian, layer, split_scorer
 from tests.scoring import inputs, scorer, simulated
+
+hawq = ESTIMATORS["hawq"]
 
 
 @pytest.mark.parametrize("loss", ["kl", "mse", "ce"])

@@ -6,14 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fxquant.core.data import CalibrationSet
+from fxquant.core.run import CalibrationSet
+from fxquant.passes.sensitivity import ESTIMATORS, Part, Scorer, choose_pairs, slope, suffix_cost
 from fxquant.passes.sensitivity import hybrid as module
-from fxquant.passes.sensitivity.gram import gram
-from fxquant.passes.sensitivity.hybrid import choose_pairs, hybrid, slope, suffix_cost
-from fxquant.passes.sensitivity.monotone import monotone
-from fxquant.passes.sensitivity.pairs import pairs
-from fxquant.passes.sensitivity.scorer import Part, Scorer
 from tests.scoring import inputs, scorer, simulated
+
+gram = ESTIMATORS["gram"]
+hybrid = ESTIMATORS["hybrid"]
+monotone = ESTIMATORS["monotone"]
+pairs = ESTIMATORS["pairs"]
+
 
 Array = NDArray[np.float64]
 IMAGES = CalibrationSet(inputs("plain", 6))

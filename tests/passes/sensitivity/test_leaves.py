@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from fxquant.core.data import CalibrationSet
-from fxquant.core.fake_quant import FakeQuantize
-from fxquant.core.graphs import tensor_at
-from fxquant.core.grids import WeightGrids
-from fxquant.core.spec import Sites
-from fxquant.passes.sensitivity.leaves import Leaves, activation_noise, rounded_values, weight_noise
+from fxquant.core.facts import WeightGrids
+from fxquant.core.ir import FakeQuantize, Sites, tensor_at
+from fxquant.core.run import CalibrationSet
+from fxquant.passes.sensitivity import Leaves, activation_noise, rounded_values, weight_noise
 from tests.scoring import inputs, plain_net, scorer, simulated
 
 IMAGES = CalibrationSet(inputs("plain", 6))

@@ -7,10 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxquant.core.data import CalibrationSet
-from fxquant.passes.sensitivity.monotone import falling, monotone, repair
-from fxquant.passes.sensitivity.pairs import pairs
+from fxquant.core.run import CalibrationSet
+from fxquant.passes.sensitivity import ESTIMATORS, falling, repair
 from tests.scoring import inputs, scorer, simulated
+
+monotone = ESTIMATORS["monotone"]
+pairs = ESTIMATORS["pairs"]
+
 
 GROUPS = [np.array([0, 1]), np.array([2, 3, 4]), np.array([5, 6])]
 

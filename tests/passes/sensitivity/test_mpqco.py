@@ -3,9 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxquant.passes.sensitivity.diagonal import diagonal
-from fxquant.passes.sensitivity.mpqco import label_cotangents, mpqco
+from fxquant.passes.sensitivity import ESTIMATORS, label_cotangents
 from tests.passes.sensitivity.linear import answer, answer_hessian, layer, split_scorer
+
+diagonal = ESTIMATORS["diagonal"]
+mpqco = ESTIMATORS["mpqco"]
 
 
 def test_with_true_labels_it_is_the_published_formula() -> None:

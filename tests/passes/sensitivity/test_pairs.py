@@ -9,14 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxquant.core.data import CalibrationSet
-from fxquant.core.edges import EdgeGroups
-from fxquant.core.grids import WeightGrids
-from fxquant.core.ranges import Ranges
-from fxquant.core.spec import Candidate, activation_spec
-from fxquant.passes.sensitivity.gram import gram
-from fxquant.passes.sensitivity.pairs import pairs, positive_part
+from fxquant.core.facts import Ranges, WeightGrids
+from fxquant.core.ir import Candidate, EdgeGroups, activation_spec
+from fxquant.core.run import CalibrationSet
+from fxquant.passes.sensitivity import ESTIMATORS, positive_part
 from tests.scoring import full_forward_losses, inputs, plain_net, scorer, simulated
+
+gram = ESTIMATORS["gram"]
+pairs = ESTIMATORS["pairs"]
+
 
 IMAGES = CalibrationSet(inputs("plain", 6))
 

@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxquant import pipeline
-from fxquant.core.data import CalibrationSet
-from fxquant.core.score_store import Arrays
-from fxquant.core.sensitivity import SensitivityMatrix
-from fxquant.core.settings import Settings
-from fxquant.passes.sensitivity.diagonal import diagonal
-from fxquant.passes.sensitivity.path import _jackknife, attribution, formats, path
-from fxquant.passes.sensitivity.scorer import Scorer
-from fxquant.passes.sensitivity.singles import measure_singles
-from fxquant.passes.sensitivity.sweep import Work
-from fxquant.tracing import capture
+from fxquant.capture import capture
+from fxquant.core.facts import SensitivityMatrix, Settings
+from fxquant.core.run import CalibrationSet
+from fxquant.core.storage import Arrays
+from fxquant.flow import pipeline
+from fxquant.passes.sensitivity import ESTIMATORS, Scorer, Work, attribution, formats, measure_singles
+from fxquant.passes.sensitivity.path import _jackknife
 from tests.scoring import full_forward, inputs, scorer, simulated
+
+diagonal = ESTIMATORS["diagonal"]
+path = ESTIMATORS["path"]
+
 
 IMAGES = CalibrationSet(inputs("plain", 6))
 

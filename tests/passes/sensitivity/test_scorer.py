@@ -6,21 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from fxquant import pipeline
-from fxquant.core.allocation import BitAllocation
-from fxquant.core.data import CalibrationSet
-from fxquant.core.losses import LOSSES
-from fxquant.core.oracle import environment_bytes, model_outputs
-from fxquant.core.program import Program
-from fxquant.core.score_store import ScoreStore
-from fxquant.core.sensitivity import SensitivityMatrix
-from fxquant.core.spec import Candidate, Choice, Sites
+from fxquant.core.facts import BitAllocation, SensitivityMatrix
+from fxquant.core.ir import Candidate, Choice, Program, Sites
+from fxquant.core.run import LOSSES, CalibrationSet, environment_bytes, model_outputs
+from fxquant.core.storage import ScoreStore
+from fxquant.flow import pipeline
+from fxquant.passes.sensitivity import ESTIMATORS, Part, Scorer
 from fxquant.passes.sensitivity import scorer as scorer_module
-from fxquant.passes.sensitivity.diagonal import diagonal
-from fxquant.passes.sensitivity.fisher import fisher
-from fxquant.passes.sensitivity.pairs import pairs
-from fxquant.passes.sensitivity.scorer import Part, Scorer
 from tests.scoring import calibrated, columns, full_forward, inputs, scorer, simulated, traced
+
+diagonal = ESTIMATORS["diagonal"]
+fisher = ESTIMATORS["fisher"]
+pairs = ESTIMATORS["pairs"]
+
 
 IMAGES = CalibrationSet(inputs("plain", 6))
 

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from fxquant.core.data import CalibrationSet
-from fxquant.passes.sensitivity.pairs import pairs
-from fxquant.passes.sensitivity.shrunk import shrunk
+from fxquant.core.run import CalibrationSet
+from fxquant.passes.sensitivity import ESTIMATORS
 from tests.scoring import inputs, scorer, simulated
+
+pairs = ESTIMATORS["pairs"]
+shrunk = ESTIMATORS["shrunk"]
+
 
 IMAGES = CalibrationSet(inputs("plain", 6))
 

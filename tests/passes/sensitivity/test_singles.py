@@ -3,9 +3,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fxquant.core.data import CalibrationSet
-from fxquant.core.losses import embed_shift
-from fxquant.passes.sensitivity.singles import measure_singles
+from fxquant.core.run import CalibrationSet, embed_shift
+from fxquant.passes.sensitivity import measure_singles
 from tests.scoring import full_forward, full_forward_losses, inputs, scorer, simulated
 
 IMAGES = CalibrationSet(inputs("plain", 6))

@@ -3,9 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fxquant.core.data import CalibrationSet
-from fxquant.passes.sensitivity.sqnr import sqnr
+from fxquant.core.run import CalibrationSet
+from fxquant.passes.sensitivity import ESTIMATORS
 from tests.scoring import full_forward, inputs, scorer, simulated
+
+sqnr = ESTIMATORS["sqnr"]
+
 
 IMAGES = CalibrationSet(inputs("plain", 6))
 

@@ -4,16 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from fxquant.core.data import CalibrationSet
-from fxquant.core.edges import EdgeGroups
-from fxquant.core.fake_quant import FakeQuantize
-from fxquant.core.graphs import tensor_at
-from fxquant.core.grids import WeightGrids
-from fxquant.core.ranges import BINS, Histogram, Ranges
-from fxquant.core.spec import Choice, Sites, activation_spec
-from fxquant.passes.sensitivity.columns import Column, Constant
-from fxquant.passes.sensitivity.weight_mse import mean_square, relative_error, weight_mse
+from fxquant.core.facts import BINS, Histogram, Ranges, WeightGrids
+from fxquant.core.ir import Choice, EdgeGroups, FakeQuantize, Sites, activation_spec, tensor_at
+from fxquant.core.run import CalibrationSet
+from fxquant.passes.sensitivity import ESTIMATORS, Column, Constant, mean_square, relative_error
 from tests.scoring import inputs, scorer, simulated
+
+weight_mse = ESTIMATORS["weight_mse"]
+
 
 IMAGES = CalibrationSet(inputs("split", 6))
 IMAGES_OF_PLAIN = CalibrationSet(inputs("plain", 6))

@@ -1,0 +1,192 @@
+"""What a graph computes on every quantized edge, as integers, and what it would compute from another's integers.
+
+An edge is named after its quantizer in the simulated graph. Every form of the graph is read the same way: simulated,
+explicit (`to_qdq`), exact (`exact_graph`) and lowered to PyTorch's kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_leaves
+
+from fxquant.backends.int8 import compiled
+from fxquant.backends.qdq_ops import EDGE, quantize
+from fxquant.backends.reference import to_qdq
+from fxquant.core.ir import FakeQuantize, ScaleRule, finish, fork, is_constant, rule_of, site_name
+
+Integers = dict[str, Tensor]
+"""Edge -> uint8 tensor."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One run: the outputs, and the integers of the edges that were seen.
+
+    Args:
+        output: the first output, float32.
+        edges: what was on the edges.
+        others: the further outputs, float32.
+    """
+
+    output: Tensor
+    edges: Integers = field(default_factory=dict)
+    others: tuple[Tensor, ...] = ()
+
+
+Tracer = Callable[[tuple[Tensor, ...]], Trace]
+"""Runs a graph somewhere and tells what was on its edges."""
+
+
+def edge_labels(module: GraphModule) -> dict[str, str]:
+    """Return edge -> where it is in the user's model, for example `layer1.0.conv1 (conv + relu)`, in graph order.
+
+    Args:
+        module: simulated graph.
+    """
+    return {node.name: _label(node) for node in _activation_quantizers(module)}
+
+
+def _label(node: Node) -> str:
+    source, kinds = node.args[0], list[str]()
+    assert isinstance(source, Node)
+    while True:
+        rule = rule_of(source)
+        kinds.append(rule.kind if rule is not None else "input" if source.op == "placeholder" else source.name)
+        first = source.args[0] if source.args else None
+        if rule is None or rule.scale is not ScaleRule.ABSORB or not isinstance(first, Node):
+            break
+        source = first
+    return f"{_place(source)} ({' + '.join(reversed(kinds))})"
+
+
+def _place(node: Node) -> str:
+    """Return the module path of a layer's weight, else of the module that calls the op, else the node's name."""
+    rule = rule_of(node)
+    weight = node.args[rule.weight] if rule is not None and rule.weight is not None else None
+    holder = weight.args[0] if isinstance(weight, Node) and weight.op == "call_module" else weight
+    if isinstance(holder, Node) and is_constant(holder):
+        return site_name(str(holder.target))
+    stack = node.meta.get("nn_module_stack")
+    path = str(list(stack.values())[-1][0]) if isinstance(stack, Mapping) and stack else ""
+    # Paths are written as torch.export does: L['self'].layer1.0, or layer1.0.
+    return path.removeprefix("L['self']").strip(".") or node.name
+
+
+def _activation_quantizers(module: GraphModule) -> list[Node]:
+    return [n for n in module.graph.nodes if _fake(module, n) is not None]
+
+
+def _fake(module: GraphModule, node: Node) -> FakeQuantize | None:
+    found = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return found if isinstance(found, FakeQuantize) and not is_constant(node.args[0]) else None
+
+
+def run_traced(module: GraphModule, inputs: tuple[Tensor, ...], forced: Integers | None = None) -> Trace:
+    """Run a simulated, explicit or exact graph and return the integers on its edges.
+
+    Args:
+        module: the graph; its nodes are run one by one.
+        inputs: its inputs.
+        forced: integers to put on edges in the place of what was computed, after that was noted: then every layer
+            computes from these (teacher forcing), and a difference is its own.
+    """
+    with torch.no_grad():
+        interpreter = _Reader(module, forced or {})
+        first, *others = outputs(interpreter.run(*inputs))
+    return Trace(first, interpreter.edges, tuple(others))
+
+
+def outputs(answer: object) -> list[Tensor]:
+    """Return the tensors of a graph's answer as float32, in the order in which the graph returns them."""
+    return [leaf.float() for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)]
+
+
+class _Reader(Interpreter):
+    def __init__(self, module: GraphModule, forced: Mapping[str, Tensor]) -> None:
+        super().__init__(module)
+        self.source, self.forced, self.edges = module, forced, Integers()
+
+    def run_node(self, node: Node) -> Any:
+        value = super().run_node(node)
+        fake = _fake(self.source, node)
+        name = node.name if fake is not None else node.meta.get(EDGE)
+        if not isinstance(name, str):
+            return value
+        self.edges[name] = value if fake is None else _integers(value, fake)
+        known = self.forced.get(name)
+        if known is None or known.shape != value.shape:
+            return value
+        return known if fake is None else (known.float() - fake.zero_point) * fake.scale
+
+
+def _integers(value: Tensor, fake: FakeQuantize) -> Tensor:
+    return (torch.round(value / fake.scale) + fake.zero_point - fake.spec.qmin).to(torch.uint8)
+
+
+def value_names(module: GraphModule) -> dict[str, str]:
+    """Return edge -> name of the node that makes its integers in the explicit graph, and so of its ONNX value."""
+    return {str(n.meta[EDGE]): n.name for n in to_qdq(module).graph.nodes if n.target is quantize and EDGE in n.meta}
+
+
+def lowered_edges(module: GraphModule, lowered: GraphModule) -> dict[str, str]:
+    """Return edge -> node of a graph lowered to PyTorch's kernels that makes its integers, where there is one."""
+    places = {node.name: index for index, node in enumerate(lowered.graph.nodes)}
+    found = {}
+    for node in _activation_quantizers(module):
+        name = next((name for name in _makers(node) if name in places), None)
+        if name is not None:
+            found[node.name] = name
+    return found
+
+
+def _makers(node: Node) -> list[str]:
+    """Return what the maker of a quantizer's integers may be called: itself, or the op that writes for it."""
+    names, source = [node.name], node.args[0]
+    while isinstance(source, Node):
+        names.append(source.name)
+        rule = rule_of(source)
+        if rule is None or rule.scale is not ScaleRule.ABSORB or len(source.users) > 1:
+            break
+        source = source.args[0]
+    return names
+
+
+def lowered_tracer(module: GraphModule, lowered: GraphModule, inductor: bool = False) -> Tracer:
+    """Return what runs a lowered graph and tells its edges.
+
+    The edges are returned as further outputs of one graph, so that the same form runs eagerly and compiled.
+
+    Args:
+        module: the simulated graph it was made of.
+        lowered: from `FxInt8Backend.lower`; its kernels no longer reuse the memory of their operands.
+        inductor: run it through torch.compile.
+    """
+    watched = fork(lowered)
+    for part in watched.modules():
+        if "may_overwrite" in vars(part):
+            # Edges are read when all is done: no kernel may write over its operand.
+            vars(part)["may_overwrite"] = False
+    graph: Graph = watched.graph
+    by_name = {node.name: node for node in graph.nodes}
+    edges = lowered_edges(module, lowered)
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    output.args = ((output.args[0], tuple(by_name[name] for name in edges.values())),)
+    # The answer is a pair now, whatever structure the model's own has.
+    graph.set_codegen(torch.fx.graph.CodeGen())
+    finish(watched)
+    call = compiled(watched) if inductor else watched
+
+    def run(inputs: tuple[Tensor, ...]) -> Trace:
+        with torch.no_grad():
+            answer, integers = call(*inputs)
+        seen = {name: value for name, value in zip(edges, integers, strict=True) if value.dtype is torch.uint8}
+        first, *others = outputs(answer)
+        return Trace(first, seen, tuple(others))
+
+    return run

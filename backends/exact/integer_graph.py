@@ -1,0 +1,336 @@
+"""The exact reference: the explicit integer graph, accumulated without error and requantized as one runtime does it.
+
+Two computations that round by different formulas part at the first tie, and every integer that flips flips others
+behind it; a network of 50 layers ends as far from itself as quantization noise. So the reference of a runtime takes
+over the runtime's formula (`fxquant.backends.exact.requantize`) and nothing else: then all integers are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxquant.backends.exact.requantize import FORMS, Requantization, Sums, requantization
+from fxquant.backends.int8 import UINT8_MAX, Grid, clip_bounds
+from fxquant.backends.qdq_ops import dequantize, dequantize_channels, quantize
+from fxquant.backends.reference import to_qdq
+from fxquant.core.ir import ScaleRule, constant, erase_dead, finish, rule_of
+
+FORM = "form"
+"""Key of a node's meta: how a runtime computes it."""
+
+WHOLE = 2.0**24
+"""float32 holds every integer up to here, and so every sum that stays below, in whatever order it is formed."""
+
+Weighted = Callable[[Tensor, Tensor], Tensor]
+"""A convolution or linear layer without bias, of float tensors."""
+
+
+class ExactQuantize(nn.Module):
+    """float32 in, uint8 out."""
+
+    def __init__(self, rule: Requantization, grid: Grid) -> None:
+        super().__init__()
+        self.rule, self.grid = rule, grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x on the grid."""
+        return _clamped(self.rule.quantize(x, self.grid), self.grid)
+
+
+class ExactLayer(nn.Module):
+    """A convolution or linear layer: uint8 in, uint8 out, or float32 where there is no output grid.
+
+    Args:
+        rule: how sums are requantized.
+        op: the layer without bias.
+        linear: whether it is a linear layer, whose channels come last.
+        weight: int8, output channels first.
+        scales: float32 `(channels,)`.
+        bias: int32 `(channels,)`, or None.
+        grid: of the input.
+        out: of the output, None for float32.
+        addend: of a second operand that is added, None for none.
+    """
+
+    def __init__(
+        self,
+        rule: Requantization,
+        op: Weighted,
+        linear: bool,
+        weight: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        grid: Grid,
+        out: Grid | None,
+        addend: Grid | None = None,
+    ) -> None:
+        super().__init__()
+        #: how a compiler is told, see `FORMS`; any other word stands for the kernel itself
+        self.form = "call"
+        self.rule, self.op, self.linear, self.grid, self.out, self.addend = rule, op, linear, grid, out, addend
+        rows = weight.flatten(1).double()
+        largest = rows.abs().sum(dim=1) * UINT8_MAX + (0 if bias is None else bias.double().abs())
+        # Most layers stay below; others take float64, exact up to 2^53 and slower.
+        kind = torch.float64 if float(largest.max()) >= WHOLE else torch.float32
+        channels = (-1,) if linear else (-1, *[1] * (weight.dim() - 2))
+        self.weight, self.scales = weight.to(kind), scales.float().view(channels)
+        self.bias = None if bias is None else bias.to(kind).view(channels)
+        self.shift = (grid.zero_point * rows.sum(dim=1)).to(kind).view(channels)
+
+    def forward(self, q: Tensor, addend: Tensor | None = None) -> Tensor:
+        """Return the layer's answer, the addend added before it is rounded."""
+        centred = q.to(self.weight.dtype) - self.grid.zero_point
+        sums = self.op(centred, self.weight)
+        found = Sums(sums, self.grid.scale, self.scales, self.bias, self.shift)
+        if self.form in FORMS:
+            levels = FORMS[self.form](found, addend, self.addend, self.out)
+            return levels if self.out is None else _clamped(levels, self.out)
+        if addend is not None:
+            assert self.rule.conv_add is not None
+            assert self.addend is not None
+            assert self.out is not None
+            return _clamped(self.rule.conv_add(found, addend, self.addend, self.out), self.out)
+        if self.out is None:
+            return (self.rule.linear_real if self.linear else self.rule.conv_real)(found)
+        return _clamped((self.rule.linear if self.linear else self.rule.conv)(found, self.out), self.out)
+
+
+class ExactJoin(nn.Module):
+    """A sum, product or mean of uint8 tensors, each on a grid of its own.
+
+    Args:
+        levels: the runtime's formula.
+        out: grid of the result.
+    """
+
+    def __init__(self, levels: Callable[..., Tensor], out: Grid) -> None:
+        super().__init__()
+        self.levels, self.out = levels, out
+
+    def forward(self, *operands: Tensor) -> Tensor:
+        """Return the result as uint8."""
+        return _clamped(self.levels(*operands), self.out)
+
+
+def _clamped(levels: Tensor, grid: Grid) -> Tensor:
+    return levels.clamp(grid.low, grid.high).to(torch.uint8)
+
+
+def exact_graph(module: GraphModule, runtime: str, forms: Mapping[str, str] = MappingProxyType({})) -> GraphModule:
+    """Return the graph whose integers are those that a runtime computes.
+
+    Layers, sums, products and poolings between quantizers are computed on integers; what the plan or the op leaves in
+    float is computed in float32, as accurately as PyTorch does, which no runtime repeats to the last bit. Nodes that
+    make an edge's integers carry its name in `meta[EDGE]`.
+
+    Args:
+        module: simulated graph; it is not changed.
+        runtime: `onnxruntime`, `fx_int8` or `compiled`.
+        forms: name of a convolution -> how the runtime computes it where that is not by the kernel (`told_forms`).
+
+    Raises:
+        OptionError: no formula is known for the runtime.
+        LoweringError: a quantizer's grid does not fit uint8.
+    """
+    rule = requantization(runtime)
+    exact = to_qdq(module)
+    for node in exact.graph.nodes:
+        node.meta[FORM] = forms.get(node.name, "call")
+    for node in list(exact.graph.nodes):
+        if node.target is quantize:
+            _replace_quantize(exact, node, rule)
+    for node in list(exact.graph.nodes):
+        layer = _layer(exact, node, rule, None)
+        if layer is not None:
+            made = _call(exact, node, layer, (_integers(node.args[0]),))
+            made.meta = dict(node.meta)
+            node.replace_all_uses_with(made)
+    erase_dead(exact)
+    return finish(exact)
+
+
+def _replace_quantize(exact: GraphModule, node: Node, rule: Requantization) -> None:
+    source, scale, zero_point, qmin, qmax = node.args
+    assert isinstance(source, Node)
+    assert isinstance(qmin, int)
+    assert isinstance(qmax, int)
+    grid = Grid(_number(exact, scale), int(_number(exact, zero_point)), qmin, qmax)
+    base, clipped = _behind_clips(source, grid)
+    made = None
+    if base is not None:
+        layer = _layer(exact, base, rule, clipped)
+        fused = _fused_sum(exact, base, rule, clipped)
+        join = _join(exact, base, rule, clipped) if layer is None else None
+        if layer is not None:
+            made = _call(exact, node, layer, (_integers(base.args[0]),))
+        elif fused is not None:
+            made = _call(exact, node, *fused)
+        elif join is not None:
+            made = _call(exact, node, join, tuple(_integers(source) for source in _operands(base)))
+    if made is None:
+        made = _call(exact, node, ExactQuantize(rule, grid), (source,))
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    exact.graph.erase_node(node)
+
+
+def _call(exact: GraphModule, node: Node, made: nn.Module, inputs: tuple[Node, ...]) -> Node:
+    exact.add_submodule(f"exact.{node.name}", made)
+    with exact.graph.inserting_before(node):
+        return exact.graph.create_node("call_module", f"exact.{node.name}", inputs, name=f"exact_{node.name}")
+
+
+def _number(exact: GraphModule, node: object) -> float:
+    value = constant(exact, node)
+    assert value is not None
+    return float(value)
+
+
+def _integers(node: object) -> Node:
+    """Return the node with the integers that a dequantize node reads."""
+    assert isinstance(node, Node)
+    assert isinstance(node.args[0], Node)
+    return node.args[0]
+
+
+def _grid(exact: GraphModule, node: Node) -> Grid:
+    """Return the grid of a dequantize node; all of uint8, for clamping was done where the integers were made."""
+    _, scale, zero_point = node.args
+    return Grid(_number(exact, scale), int(_number(exact, zero_point)), 0, UINT8_MAX)
+
+
+def _behind_clips(source: Node, grid: Grid) -> tuple[Node | None, Grid]:
+    """Return the op that a quantizer writes for, None where others read it too, and the grid behind the clips."""
+    clips: list[tuple[float, float]] = []
+    while len(source.users) == 1:
+        rule = rule_of(source)
+        if rule is None or rule.scale is not ScaleRule.ABSORB or not isinstance(source.args[0], Node):
+            low, high = -torch.inf, torch.inf
+            for first, last in reversed(clips):
+                # The later clip wins where two do not overlap.
+                low, high = (min(max(bound, first), last) for bound in (low, high))
+            return source, grid.clipped(low, high)
+        clips.append(clip_bounds(source))
+        source = source.args[0]
+    return None, grid
+
+
+def _operands(node: Node) -> tuple[Node, ...]:
+    rule = rule_of(node)
+    positions = rule.activations if rule is not None else ()
+    return tuple(n for n in (node.args[k] for k in positions if k < len(node.args)) if isinstance(n, Node))
+
+
+def _layer(exact: GraphModule, node: Node, rule: Requantization, out: Grid | None) -> ExactLayer | None:
+    """Return a weighted op with integer input and weights as a module, None for any other node."""
+    row = rule_of(node)
+    if row is None or row.weight is None or row.bias is None or node.kwargs:
+        return None
+    source, weight, *rest = node.args
+    bias = rest[0] if rest else None
+    if not _is(source, dequantize) or not _is(weight, dequantize_channels) or (bias is not None and not _is(bias)):
+        return None
+    assert isinstance(source, Node)
+    assert isinstance(weight, Node)
+    integers, scales = constant(exact, weight.args[0]), constant(exact, weight.args[1])
+    offsets = constant(exact, bias.args[0]) if isinstance(bias, Node) else None
+    if integers is None or scales is None or weight.args[2] != 0:
+        return None
+    assert callable(node.target)
+    op = partial(_weighted, node.target, tuple(rest[1:]))
+    layer = ExactLayer(rule, op, row.kind == "linear", integers, scales, offsets, _grid(exact, source), out)
+    layer.form = node.meta[FORM]
+    return layer
+
+
+def _fused_sum(
+    exact: GraphModule, node: Node, rule: Requantization, out: Grid
+) -> tuple[ExactLayer, tuple[Node, Node]] | None:
+    """Return a convolution that adds a uint8 operand, and what both read, for a sum of that form; None otherwise."""
+    row, operands = rule_of(node), _operands(node)
+    if rule.conv_add is None or row is None or row.kind != "add" or row.scale is not ScaleRule.OWN:
+        return None
+    for conv, other in (operands, operands[::-1]) if len(operands) == 2 else ():
+        kind = rule_of(conv)
+        if kind is None or kind.kind != "conv" or len(conv.users) > 1 or not _is(other, dequantize):
+            continue
+        layer = _layer(exact, conv, rule, out)
+        if layer is not None:
+            layer.addend = _grid(exact, other)
+            return layer, (_integers(conv.args[0]), _integers(other))
+    return None
+
+
+def _weighted(target: Callable[..., Tensor], rest: tuple[object, ...], x: Tensor, weight: Tensor) -> Tensor:
+    return target(x, weight, None, *rest)
+
+
+def _is(node: object, target: object = dequantize_channels) -> bool:
+    return isinstance(node, Node) and node.target is target
+
+
+def _join(exact: GraphModule, node: Node, rule: Requantization, out: Grid) -> ExactJoin | None:
+    """Return an op without weights on integer inputs as a module, None where it has no integer form."""
+    row, sources = rule_of(node), _operands(node)
+    maker = JOINS.get(row.kind) if row is not None and row.scale is ScaleRule.OWN else None
+    if maker is None or not sources or not all(_is(source, dequantize) for source in sources):
+        return None
+    return ExactJoin(maker(rule, node, [_grid(exact, source) for source in sources], out), out)
+
+
+def _pair(
+    formula: Callable[[tuple[Tensor, Grid, Tensor, Grid], Grid], Tensor], grids: list[Grid], out: Grid
+) -> Callable[..., Tensor]:
+    def levels(a: Tensor, b: Tensor) -> Tensor:
+        return formula((a, grids[0], b, grids[1]), out)
+
+    return levels
+
+
+def _add(rule: Requantization, node: Node, grids: list[Grid], out: Grid) -> Callable[..., Tensor]:
+    del node
+    return _pair(rule.add, grids, out)
+
+
+def _mul(rule: Requantization, node: Node, grids: list[Grid], out: Grid) -> Callable[..., Tensor]:
+    del node
+    return _pair(rule.mul, grids, out)
+
+
+def _mean(rule: Requantization, node: Node, grids: list[Grid], out: Grid) -> Callable[..., Tensor]:
+    keep = node.target is not torch.ops.aten.mean.dim or (len(node.args) > 2 and bool(node.args[2]))
+
+    def levels(q: Tensor) -> Tensor:
+        total = (q.to(torch.int32) - grids[0].zero_point).sum((-2, -1), keepdim=keep).float()
+        return rule.mean(total, q.shape[-1] * q.shape[-2], grids[0], out)
+
+    return levels
+
+
+def _average(rule: Requantization, node: Node, grids: list[Grid], out: Grid) -> Callable[..., Tensor]:
+    target, rest = node.target, node.args[1:]
+    assert callable(target)
+
+    def pool(x: Tensor) -> Tensor:
+        pooled: Tensor = target(x, *rest)
+        return pooled
+
+    def levels(q: Tensor) -> Tensor:
+        return rule.average(q, grids[0], pool, out)
+
+    return levels
+
+
+JOINS: dict[str, Callable[[Requantization, Node, list[Grid], Grid], Callable[..., Tensor]]] = {
+    "add": _add,
+    "mul": _mul,
+    "global_pool": _mean,
+    "avg_pool": _average,
+}
+"""Kind of an op without weights -> what makes its formula for one node."""

@@ -1,0 +1,67 @@
+"""The PyTorch backend: an FX graph of integer kernels."""
+
+from __future__ import annotations
+
+from fxquant.backends.int8.affine import ROUNDER, UINT8_MAX, Grid, dequantize_u8, quantize_u8
+from fxquant.backends.int8.attention import fuse_attention
+from fxquant.backends.int8.backend import TARGET, FxInt8Backend, kernel_report, told_forms
+from fxquant.backends.int8.conv import IntegerConv, traced_form
+from fxquant.backends.int8.custom_ops import conv2d_op
+from fxquant.backends.int8.dynamic_linear import DynamicLinear, lower_dynamic
+from fxquant.backends.int8.first_use import OnFirstUse
+from fxquant.backends.int8.inductor import compiled
+from fxquant.backends.int8.kernels import (
+    EXACT_KERNEL,
+    ONE_PASS_FROM,
+    ConvGeometry,
+    ConvGrids,
+    LinearEnd,
+    conv_kernel_is_exact,
+)
+from fxquant.backends.int8.linear import ACTIVATIONS, IntegerLinear
+from fxquant.backends.int8.modules import (
+    Dequantize,
+    IntegerAdd,
+    IntegerAveragePool,
+    IntegerMaxPool,
+    IntegerMul,
+    IntegerPad,
+    Quantize,
+)
+from fxquant.backends.int8.rules import clip_bounds
+
+__all__ = [
+    "ACTIVATIONS",
+    "EXACT_KERNEL",
+    "ONE_PASS_FROM",
+    "ROUNDER",
+    "TARGET",
+    "UINT8_MAX",
+    "ConvGeometry",
+    "ConvGrids",
+    "Dequantize",
+    "DynamicLinear",
+    "FxInt8Backend",
+    "Grid",
+    "IntegerAdd",
+    "IntegerAveragePool",
+    "IntegerConv",
+    "IntegerLinear",
+    "IntegerMaxPool",
+    "IntegerMul",
+    "IntegerPad",
+    "LinearEnd",
+    "OnFirstUse",
+    "Quantize",
+    "clip_bounds",
+    "compiled",
+    "conv2d_op",
+    "conv_kernel_is_exact",
+    "dequantize_u8",
+    "fuse_attention",
+    "kernel_report",
+    "lower_dynamic",
+    "quantize_u8",
+    "told_forms",
+    "traced_form",
+]

@@ -1,0 +1,198 @@
+"""How ATen ops that pool, move or rearrange values are written in ONNX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from fxquant.backends.onnx.emitters import EMITTERS, arguments, emits
+from fxquant.backends.onnx.lowering import Lowering, dims, static_shape
+from fxquant.backends.onnx.rewrites import spread
+from fxquant.backends.onnx.stem import BLOCK, space_to_depth
+
+aten = torch.ops.aten
+
+__all__ = ["EMITTERS"]
+
+PAD_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+
+
+@emits(aten.max_pool1d.default, aten.max_pool2d.default, aten.avg_pool1d.default, aten.avg_pool2d.default)
+def _pool(lowering: Lowering, node: Node) -> str | None:
+    given = arguments(node)
+    axes = 1 if "1d" in str(node.target) else 2
+    kernel, padding = spread(given["kernel_size"], axes), spread(given["padding"], axes)
+    stride = spread(given["stride"], axes) if given["stride"] else kernel
+    dilation = spread(given.get("dilation", 1), axes)
+    if len(dims(node.args[0])) != axes + 2:
+        return None
+    before, after = static_shape(node.args[0])[2:], static_shape(node)[2:]
+    ends = list(padding)
+    if given["ceil_mode"]:
+        if -1 in before:
+            return None
+        # Runtimes count windows that hang over the end otherwise than torch; padding says where each of them lies.
+        reach = [(o - 1) * s + d * (k - 1) + 1 for o, s, d, k in zip(after, stride, dilation, kernel, strict=True)]
+        ends = [max(p, r - p - size) for p, r, size in zip(padding, reach, before, strict=True)]
+    x = [lowering.value(node.args[0])]
+    if any(e >= k for e, k in zip(ends, kernel, strict=True)):
+        # Runtimes take less padding than a kernel; only dilated windows, of the maximum, reach out further.
+        widths = [width for pair in zip(reversed(padding), reversed(ends), strict=True) for width in pair]
+        lowest = lowering.number(float(np.finfo(np.float32).min))
+        x = [lowering.write(node, "Pad", [*x, lowering.pads(node, widths), lowest], mode="constant")]
+        padding = ends = [0] * axes
+    shape: dict[str, Any] = {"kernel_shape": kernel, "strides": stride, "pads": padding + ends}
+    if "max_pool" in str(node.target):
+        return lowering.write(node, "MaxPool", x, **shape, dilations=dilation)
+    divisor, counted = given.get("divisor_override"), given["count_include_pad"]
+    if divisor is None and (ends == padding or not counted):
+        return lowering.write(node, "AveragePool", x, **shape, count_include_pad=int(counted))
+    pooled = lowering.write(node, "AveragePool", x, **shape, count_include_pad=1)
+    whole = float(np.prod(kernel))
+    if divisor is not None:
+        return lowering.write(node, "Mul", [pooled, lowering.number(whole / divisor)])
+    # Torch divides by what of a window lies within image and padding, not by what hangs over.
+    inside = [
+        np.array([min(o * s + k, size + 2 * p) - o * s for o in range(count)], np.float32)
+        for count, s, k, size, p in zip(after, stride, kernel, before, padding, strict=True)
+    ]
+    share = whole / (inside[0] if axes == 1 else np.outer(*inside))
+    factor = lowering.constant(share[None, None].astype(np.float32), f"{node.name}_share")
+    return lowering.write(node, "Mul", [pooled, factor])
+
+
+@emits(aten.adaptive_avg_pool2d.default)
+def _adaptive_pool(lowering: Lowering, node: Node) -> str | None:
+    if spread(node.args[1], 2) != [1, 1] or len(dims(node.args[0])) != 4:
+        return None
+    return lowering.write(node, "GlobalAveragePool", [lowering.value(node.args[0])])
+
+
+@emits(aten.adaptive_max_pool2d.default)
+def _adaptive_max_pool(lowering: Lowering, node: Node) -> str | None:
+    size, wanted = static_shape(node.args[0]), spread(node.args[1], 2)
+    # Which pixel won has no form here.
+    if -1 in size[-2:] or any(user.args[1] != 0 for user in node.users):
+        return None
+    x = lowering.value(node.args[0])
+    for axis, count in zip((len(size) - 2, len(size) - 1), wanted, strict=True):
+        ends = [(k * size[axis] // count, -(-(k + 1) * size[axis] // count)) for k in range(count)]
+        # Windows of unlike sizes are taken one by one.
+        parts = [[lowering.integers([end]) for end in (*window, axis)] for window in ends]
+        cut = [lowering.write(node, "Slice", [x, *window]) for window in parts]
+        axes = lowering.integers([axis])
+        x = lowering.write(node, "Concat", [lowering.write(node, "ReduceMax", [c, axes]) for c in cut], axis=axis)
+    return x
+
+
+@emits(aten.mean.dim)
+def _mean(lowering: Lowering, node: Node) -> str | None:
+    given = arguments(node)
+    rank = len(dims(node.args[0]))
+    if given["dtype"] is not None or not given["dim"]:
+        return None
+    axes = sorted(axis % rank for axis in given["dim"])
+    x = lowering.value(node.args[0])
+    # ReduceMean has no integer kernel, its special case has.
+    if rank == 4 and axes == [2, 3] and given["keepdim"]:
+        return lowering.write(node, "GlobalAveragePool", [x])
+    return lowering.write(node, "ReduceMean", [x, lowering.integers(axes)], keepdims=int(given["keepdim"]))
+
+
+@emits(space_to_depth)
+def _space_to_depth(lowering: Lowering, node: Node) -> str | None:
+    return lowering.write(node, "SpaceToDepth", [lowering.value(node.args[0])], blocksize=BLOCK)
+
+
+@emits(aten.pad.default, aten.constant_pad_nd.default)
+def _pad(lowering: Lowering, node: Node) -> str | None:
+    given = arguments(node)
+    mode = PAD_MODES.get(given.get("mode", "constant"))
+    if mode is None or any(not isinstance(w, int) for w in given["pad"]) or node.meta["val"].dtype != torch.float32:
+        return None
+    inputs = [lowering.value(node.args[0]), lowering.pads(node, given["pad"])]
+    if mode == "constant":
+        inputs.append(lowering.number(given.get("value") or 0.0))
+    return lowering.write(node, "Pad", inputs, mode=mode)
+
+
+@emits(aten.cat.default)
+def _cat(lowering: Lowering, node: Node) -> str | None:
+    given = arguments(node)
+    if any(part.meta["val"].dtype != node.meta["val"].dtype for part in given["tensors"]):
+        return None
+    return lowering.write(node, "Concat", [lowering.value(part) for part in given["tensors"]], axis=given["dim"])
+
+
+@emits(aten.slice.Tensor)
+def _slice(lowering: Lowering, node: Node) -> str | None:
+    given = arguments(node)
+    start, end = given["start"] or 0, 2**63 - 1 if given["end"] is None else given["end"]
+    parts = (start, end, given["dim"], given["step"])
+    if any(not isinstance(part, int) for part in parts):
+        return None
+    starts, ends, axes, steps = (lowering.integers([part]) for part in parts)
+    return lowering.write(node, "Slice", [lowering.value(node.args[0]), starts, ends, axes, steps])
+
+
+@emits(aten.select.int)
+def _select(lowering: Lowering, node: Node) -> str | None:
+    given = arguments(node)
+    if not isinstance(given["index"], int):
+        return None
+    index = lowering.constant(np.array(given["index"], np.int64), f"i{given['index']}")
+    return lowering.write(node, "Gather", [lowering.value(node.args[0]), index], axis=given["dim"])
+
+
+@emits(
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
+def _reshape(lowering: Lowering, node: Node) -> str | None:
+    shape = static_shape(node)
+    # One unknown size is what -1 stands for; an empty tensor would make it ambiguous.
+    if shape.count(-1) > 1 or 0 in shape:
+        return None
+    return lowering.write(node, "Reshape", [lowering.value(node.args[0]), lowering.integers(shape)])
+
+
+@emits(aten.permute.default)
+def _permute(lowering: Lowering, node: Node) -> str | None:
+    rank = len(dims(node))
+    order = node.args[1]
+    assert isinstance(order, list | tuple)
+    return lowering.write(node, "Transpose", [lowering.value(node.args[0])], perm=[int(str(a)) % rank for a in order])
+
+
+@emits(aten.transpose.int, aten.t.default)
+def _transpose(lowering: Lowering, node: Node) -> str | None:
+    rank = len(dims(node))
+    order = list(range(rank))
+    if node.target is aten.t.default:
+        order.reverse()
+    else:
+        one, other = (int(str(axis)) % rank for axis in node.args[1:3])
+        order[one], order[other] = other, one
+    return lowering.write(node, "Transpose", [lowering.value(node.args[0])], perm=order)
+
+
+@emits(aten.expand.default)
+def _expand(lowering: Lowering, node: Node) -> str | None:
+    sizes = node.args[1]
+    assert isinstance(sizes, list | tuple)
+    if any(isinstance(size, Node) and size.target is not aten.sym_size.int for size in sizes):
+        return None
+    # Expand reads a size of 1 as "keep", as torch reads -1.
+    parts = [
+        lowering.size(s) if isinstance(s, Node) else lowering.integers([1 if s == -1 else int(str(s))]) for s in sizes
+    ]
+    shape = parts[0] if len(parts) == 1 else lowering.write(node, "Concat", parts, axis=0)
+    return lowering.write(node, "Expand", [lowering.value(node.args[0]), shape])

@@ -1,0 +1,262 @@
+"""Capture: a trained model in, a functional ATen graph with a dynamic batch out."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+from torch.nn import functional
+
+from fxquant.capture.model_outputs import plain_answer
+from fxquant.capture.weights import check_finite, check_storage
+from fxquant.core.errors import CaptureError
+from fxquant.core.ir import Program, differentiable
+
+
+def input_names(model: nn.Module | ExportedProgram) -> list[str]:
+    """Return the names of the inputs a model must be given, in order.
+
+    Raises:
+        CaptureError: it is no model.
+    """
+    if isinstance(model, ExportedProgram):
+        names = list(model.graph_signature.user_inputs)
+        return [str(name) for name in names]
+    _require_module(model)
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p.name for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
+    # forward(*args) and forward(x=None) say nothing about what is needed; one image tensor is the usual case.
+    first = [p.name for p in parameters if p.kind in positional][:1] or ["input"]
+    return required or first
+
+
+def _require_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"model is a {type(model).__name__}; give a torch.nn.Module or an ExportedProgram")
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Write scaled-dot-product attention as products and a softmax: `softmax(q k' scale + mask) v`."""
+    del dropout_p
+    if enable_gqa:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+    # Scaling the small query instead of the large score matrix gives the same product for fewer multiplications.
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.matmul(query * factor, key.transpose(-2, -1))
+    if is_causal:
+        allowed = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    if attn_mask is not None:
+        masked = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if masked else scores + attn_mask
+    return torch.matmul(torch.softmax(scores, dim=-1), value)
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {torch.ops.aten.scaled_dot_product_attention.default: _attention}
+"""Ops taken apart at capture, so that their parts can be quantized."""
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Sequence[Tensor],
+    dynamic_batch: bool = True,
+    dynamic_image: bool = False,
+) -> Program:
+    """Trace a model to a functional ATen graph; the caller's model is neither modified nor switched to eval.
+
+    Args:
+        model: a module, or an ExportedProgram, which is taken as it is.
+        example_inputs: one tensor per input, images along axis 0; two images at least are traced so that the batch
+            stays dynamic.
+        dynamic_batch: False keeps the example's batch size.
+        dynamic_image: True leaves height and width free too; for fully convolutional models, or those that pool to one
+            pixel.
+
+    Raises:
+        CaptureError: the model does not export, holds weights that are not finite, or needs images of one size though
+            `dynamic_image` was asked for.
+    """
+    exported = model
+    if not isinstance(model, ExportedProgram):
+        exported = _export(model, tuple(example_inputs), dynamic_batch, dynamic_image)
+    assert isinstance(exported, ExportedProgram)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = exported.run_decompositions(DECOMPOSITIONS).module(check_guards=False)
+    except Exception as error:
+        raise CaptureError(f"the exported program cannot be brought to functional ATen: {_summary(error)}") from error
+    assert isinstance(module, GraphModule)
+    check_storage(module)
+    check_finite(module)
+    _leave_inference_mode(module)
+    return Program(GraphModule(module, module.graph), {ExportedProgram: exported})
+
+
+def _leave_inference_mode(module: GraphModule) -> None:
+    """Replace weights that were made under `torch.inference_mode`; scoring needs gradients to pass them."""
+    for path, weight in [*module.named_parameters(), *module.named_buffers()]:
+        if weight.is_inference():
+            parent, _, leaf = path.rpartition(".")
+            copied = differentiable(weight)
+            setattr(
+                module.get_submodule(parent), leaf, nn.Parameter(copied) if isinstance(weight, nn.Parameter) else copied
+            )
+
+
+def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, dynamic_image: bool) -> ExportedProgram:
+    _require_module(model)
+    check_storage(model)
+    try:
+        own = copy.deepcopy(model).eval()
+    except Exception as error:
+        raise CaptureError(f"the model cannot be copied: {_summary(error)}; fxquant works on a copy of it") from error
+    _ = own.register_forward_hook(lambda *given: plain_answer(given[-1]))
+    # Export specialises sizes 0 and 1, so a single image is doubled to keep the batch free.
+    inputs = tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in inputs)
+    free = [[0] * (dynamic_batch and t.dim() > 0) + [2, 3] * (dynamic_image and t.dim() == 4) for t in inputs]
+    shapes = _dynamic_shapes(own, [dict.fromkeys(axes, Dim.AUTO) or None for axes in free])
+    try:
+        exported = _traced(own, inputs, shapes, strict=False)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(_export_advice(model, inputs, error)) from error
+    if dynamic_batch and _one_batch_size(exported):
+        exported = _with_free_batch(own, inputs, shapes)
+    if dynamic_image:
+        _check_sizes(exported, inputs)
+    return exported
+
+
+def _traced(model: nn.Module, inputs: tuple[Tensor, ...], shapes: tuple[Any, ...], strict: bool) -> ExportedProgram:
+    # Where export fails, torch prints the graph so far; what a user can act on is in the error.
+    with torch.no_grad(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=strict)
+
+
+def _one_batch_size(exported: ExportedProgram) -> bool:
+    """Whether the program takes as many images as it was traced with and no other number."""
+    inputs = set(exported.graph_signature.user_inputs)
+    values = [node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder" and node.name in inputs]
+    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
+    # A size that was fixed while tracing may still be a symbolic one, whose value is a number.
+    return bool(sizes) and all(isinstance(size, int) or not size.node.expr.free_symbols for size in sizes)
+
+
+def _with_free_batch(model: nn.Module, inputs: tuple[Tensor, ...], shapes: tuple[Any, ...]) -> ExportedProgram:
+    """Trace a model that fixed the batch by reading the bytecode, which follows `len(x)` where plain calls cannot.
+
+    Raises:
+        CaptureError: the batch is fixed all the same.
+    """
+    try:
+        exported = _traced(model, inputs, shapes, strict=True)
+    except Exception as error:
+        raise CaptureError(_fixed_advice(inputs, _summary(error))) from error
+    if _one_batch_size(exported):
+        raise CaptureError(_fixed_advice(inputs, "the graph holds it as a number"))
+    return exported
+
+
+def _fixed_advice(inputs: tuple[Tensor, ...], reason: str) -> str:
+    return (
+        f"the model takes {inputs[0].shape[0] if inputs[0].dim() else 1} images at a time and no other number "
+        f"({reason}); use x.shape[0] or -1 where it writes the number of images into a shape, not len(x) or int(...)"
+    )
+
+
+LARGER = 32
+"""Pixels by which images are enlarged to see whether a program takes them: what networks divide their images by."""
+
+
+def _check_sizes(exported: ExportedProgram, inputs: tuple[Tensor, ...]) -> None:
+    """Refuse a program whose images have one size: torch fixes a size, or guards it, without a word."""
+    if not any(t.dim() == 4 for t in inputs):
+        raise CaptureError("dynamic_image needs an input (N, C, H, W); the model has none")
+    larger = tuple(functional.pad(t, [0, LARGER, 0, LARGER]) if t.dim() == 4 else t for t in inputs)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exported.module()(*larger)
+    except Exception as error:
+        size = "x".join(str(s) for s in next(t.shape[2:] for t in inputs if t.dim() == 4))
+        raise CaptureError(
+            f"the model takes images of {size} only ({_summary(error)}); leave dynamic_image off"
+        ) from error
+
+
+def _dynamic_shapes(model: nn.Module, axes: list[dict[int, Any] | None]) -> tuple[Any, ...]:
+    """Return the free axes in the shape of forward's parameters: those of `*inputs` form a tuple of their own."""
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(axes)
+    first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*axes[:first], tuple(axes[first:])) if len(axes) > first else tuple(axes)
+
+
+def _export_advice(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> str:
+    shapes = [tuple(t.shape) for t in inputs]
+    types = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in inputs}))
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).eval()(*inputs)
+    except Exception as eager:
+        return (
+            f"the model does not run on inputs of shape {shapes} and type {types}: {_summary(eager)}; "
+            "check the shape and type of the calibration images"
+        )
+    line = _user_line(error)
+    return (
+        f"the model does not export to a graph{f' at {line}' if line else ''}: {_summary(error)}; "
+        "replace control flow that depends on tensor values by torch.where or torch.cond, "
+        "or keep that part outside the model"
+    )
+
+
+def _summary(error: BaseException) -> str:
+    """Return the first line of an error that says something, without torch's log hints."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+def _user_line(error: Exception) -> str:
+    """Return `file:line: code` of the deepest frame that is not torch's own."""
+    text = str(error)
+    quoted = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]+)', text)
+    own = [f"{file}:{line}: {code}" for file, line, code in quoted if not file.startswith(_NOT_THE_USERS)]
+    if own:
+        return own[-1]
+    trace, found = error.__traceback__, ""
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if not code.co_filename.startswith(_NOT_THE_USERS):
+            found = f"{code.co_filename}:{trace.tb_lineno} in {code.co_name}"
+        trace = trace.tb_next
+    return found

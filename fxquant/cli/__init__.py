@@ -1,0 +1,43 @@
+"""The command line: arguments in, the API called, results printed."""
+
+from __future__ import annotations
+
+from fxquant.cli.arguments import HELP, build_parser, forbidden, image_options, pins, rounding_options
+from fxquant.cli.commands import COMMANDS, INTERRUPTED, main
+from fxquant.cli.inputs import ImageOptions, load_calibration, load_model, read_image
+from fxquant.cli.inspect_onnx import SHOWN, as_text, inspect
+from fxquant.cli.interrupts import stopped_in_order
+from fxquant.cli.outputs import (
+    check_packages,
+    known_extras,
+    output_folder,
+    told_in_report,
+    write_outputs,
+    write_reports,
+)
+
+__all__ = [
+    "COMMANDS",
+    "HELP",
+    "INTERRUPTED",
+    "SHOWN",
+    "ImageOptions",
+    "as_text",
+    "build_parser",
+    "check_packages",
+    "forbidden",
+    "image_options",
+    "inspect",
+    "known_extras",
+    "load_calibration",
+    "load_model",
+    "main",
+    "output_folder",
+    "pins",
+    "read_image",
+    "rounding_options",
+    "stopped_in_order",
+    "told_in_report",
+    "write_outputs",
+    "write_reports",
+]

@@ -1,0 +1,293 @@
+"""`fxquant`: arguments in, the API called, results printed. Nothing is computed here.
+
+Exit codes: 0 done, 1 the work failed, 2 bad input, 3 no plan keeps the budget, 4 a runtime does not
+compute what the plan says, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NoReturn
+
+from fxquant import api
+from fxquant.backends.onnx import OnnxOptions
+from fxquant.bench import bench
+from fxquant.cli.arguments import build_parser, forbidden, image_options, pins, rounding_options
+from fxquant.cli.inputs import load_calibration, load_model
+from fxquant.cli.inspect_onnx import as_json, as_text, inspect
+from fxquant.cli.interrupts import stopped_in_order
+from fxquant.cli.outputs import (
+    ROUNDING,
+    SCORES,
+    check_packages,
+    export,
+    known_extras,
+    output_folder,
+    told_in_report,
+    write_outputs,
+    write_reports,
+)
+from fxquant.core.errors import FxquantError, OptionError
+from fxquant.core.facts import Budget, effort
+from fxquant.core.host import Shards, memory_named
+from fxquant.core.storage import check_writable
+from fxquant.parity import as_json as parity_json
+from fxquant.parity import check
+from fxquant.report import safe
+from fxquant.result import Result
+
+INTERRUPTED = 130
+GO_ON = {
+    "quantize": "--resume goes on from there",
+    "analyze": "--resume goes on from there",
+    "reconstruct": "the same command goes on from there",
+}
+"""Command that keeps what it has finished -> how to go on with it."""
+LESS_MEMORY = "give fewer or smaller calibration images, or a lower --effort"
+ROUNDING_IMAGES = 1024
+"""Images of a calibration set that `reconstruct` takes at most."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    if not debug:
+        logging.getLogger("torch").setLevel(logging.ERROR)
+    args, stopped = argparse.Namespace(), False
+    try:
+        build_parser(COMMANDS, _refuse).parse_args(arguments, args)
+        with warnings.catch_warnings():
+            # What torch warns about in its own code is nothing a user of the command line can act on.
+            warnings.simplefilter("ignore")
+            # How torchrun stops the others when one process dies is said as a stop by hand is.
+            shared = Shards.from_environment().world_size > 1
+            with stopped_in_order(terminate=shared), memory_named(args.command, LESS_MEMORY):
+                COMMANDS[args.command](args)
+    except KeyboardInterrupt:
+        stopped = True
+    except FxquantError as error:
+        return _failed(str(error), error.exit_code, debug)
+    except Exception as error:
+        return _failed(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1, debug)
+    if stopped:
+        # Said last: the stages that were left tell how far they came once the interrupt's traceback is gone.
+        print(safe(f"fxquant: stopped; {_kept(args)}"), file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _kept(args: argparse.Namespace) -> str:
+    """Return what a stopped command leaves, and how to go on."""
+    command = getattr(args, "command", None)
+    if command not in GO_ON:
+        return "what was there before is as it was"
+    place: Path = getattr(args, "workdir", None) or args.output or args.folder
+    count = sum(1 for name in (SCORES, ROUNDING) for _ in (place / name).rglob("[!.]*.npz"))
+    return f"{count} finished parts are kept in {place}: {GO_ON[command]}" if count else "nothing was finished yet"
+
+
+def _failed(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"fxquant: error: {safe(' '.join(message.split()))}", file=sys.stderr)
+    return code
+
+
+def _refuse(message: str) -> NoReturn:
+    raise OptionError(message)
+
+
+def _scored(args: argparse.Namespace, budget: Budget | None) -> None:
+    """Run the pipeline on a model and fill the output folder; under torchrun the first process does so."""
+    shards = Shards.from_environment()
+    quiet = args.quiet or not shards.is_first
+    with ExitStack() as held:
+        folder = held.enter_context(output_folder(args.output, args.resume, shards.is_first))
+        if args.workdir is not None:
+            # Two runs may share it: they measure the same, and the last one's file stays.
+            held.enter_context(output_folder(args.workdir, resume=True, writer=False))
+        check_packages(args.target)
+        images = load_calibration(args.calibration, image_options(args), effort(args.effort).images)
+        result = api.quantize(
+            load_model(args.model),
+            images,
+            budget if shards.is_first else None,
+            bits=args.bits,
+            activation_bits=args.activation_bits,
+            target=args.target,
+            seed=args.seed,
+            effort=args.effort,
+            progress=not quiet,
+            workdir=args.workdir or folder,
+            pins=pins(args.pin),
+            pin_ends=args.pin_ends,
+            keep_float=args.keep_float,
+            forbid=forbidden(args.forbid),
+            observer=args.observer,
+            loss=args.loss,
+            estimators=args.estimators,
+            context=args.context,
+            time_limit=args.time_limit,
+            rounding=getattr(args, "rounding", None),
+            rounding_options=rounding_options(getattr(args, "rounding_option", ())),
+            threads=args.threads,
+            distributed=True,
+        )
+        if shards.is_first:
+            _tell(args, result, write_outputs(result, folder))
+
+
+def _tell(args: argparse.Namespace, result: Result, written: list[Path]) -> None:
+    if not args.quiet:
+        print(result.summary())
+        print("\nwrote " + ", ".join(map(str, written)))
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    _scored(args, Budget.parse(args.budget))
+
+
+def _analyze(args: argparse.Namespace) -> None:
+    _scored(args, None)
+
+
+def _allocate(args: argparse.Namespace) -> None:
+    budget = Budget.parse(args.budget)
+    known = Result.load(args.folder)
+    with output_folder(args.output or args.folder, resume=args.output is None) as folder:
+        result = api.resolve(known, budget, progress=not args.quiet)
+        _tell(args, result, write_outputs(result, folder))
+
+
+def _reconstruct(args: argparse.Namespace) -> None:
+    known = Result.load(args.folder)
+    with output_folder(args.output or args.folder, resume=args.output is None) as folder:
+        images = load_calibration(args.calibration, image_options(args), ROUNDING_IMAGES)
+        options = rounding_options(args.rounding_option)
+        result = api.reconstruct(
+            known,
+            images,
+            args.rounding,
+            options=options,
+            feedback=args.feedback,
+            workdir=folder,
+            progress=not args.quiet,
+        )
+        _tell(args, result, write_outputs(result, folder))
+
+
+def _pareto(args: argparse.Namespace) -> None:
+    budgets = [Budget.parse(text.split(",")) for text in args.budget]
+    if args.output is not None:
+        check_writable(args.output)
+    plans = api.pareto(args.folder, budgets)
+    for number, (budget, plan) in enumerate(zip(budgets, plans, strict=True), start=1):
+        if args.output is not None:
+            plan.to_json(args.output / f"plan_{number}.json")
+        if not args.quiet:
+            print(f"{budget}: {plan.summary()}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    result = Result.load(args.folder)
+    if args.plan is not None:
+        result = result.with_plan(args.plan)
+    path = args.output or args.folder / "model.onnx"
+    check_writable(path.parent)
+    options = OnnxOptions(args.runtime, args.weight_only, args.block_size, args.external_data)
+    measured = export(result, path, options)
+    if not args.quiet:
+        kernels = measured["kernels"]
+        integer = sum(kernel != "float" for kernel in kernels.values())
+        print(f"wrote {path}, {measured['bytes_on_disk']} bytes; {integer} of {len(kernels)} layers on integer kernels")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from fxquant.report import comparison, runtime_text, speed_table
+
+    result = Result.load(args.folder)
+    check_writable(args.folder)
+    speeds = bench(result, args.threads, args.rounds)
+    extras = known_extras(result, args.folder)
+    extras["comparison"] = comparison(extras.get("comparison", []), speeds)
+    extras["runtime"] = runtime_text(result, args.threads)
+    write_reports(result, args.folder, extras)
+    print(speed_table(extras["comparison"]))
+
+
+def _check(args: argparse.Namespace) -> None:
+    result = Result.load(args.folder)
+    given = None
+    if args.data is not None:
+        given = load_calibration(args.data, image_options(args), args.images, "--data")
+    model = args.onnx or args.folder / "model.onnx"
+    known = model if args.onnx is not None or model.is_file() else None
+    parity = check(result, given, args.against, known, args.threads, args.images)
+    if args.json:
+        print(parity_json(parity))
+    elif not args.quiet:
+        print(parity.summary())
+    # The report is about the folder's own model, not about another file.
+    if args.onnx is None:
+        try:
+            told_in_report(result, args.folder, {"check": parity.to_json()})
+        except FxquantError as error:
+            # What was found is worth more than its place in the report.
+            print(safe(f"fxquant: the report does not tell of it: {error}"), file=sys.stderr)
+    parity.require()
+
+
+def _report(args: argparse.Namespace) -> None:
+    result = Result.load(args.folder)
+    folder = args.output or args.folder
+    with output_folder(folder, resume=True):
+        write_reports(result, folder, known_extras(result, args.folder))
+    if not args.quiet:
+        print(f"wrote {folder / 'report.html'}, {folder / 'report.json'}")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    found = inspect(args.file, runtime=not args.no_runtime)
+    print(as_json(found) if args.json else as_text(found))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    # Imported here because only the demo needs scikit-learn's digits.
+    from fxquant.demo import run_demo
+
+    outcome = run_demo(args.output, Budget.parse(args.budget) if args.budget else None, progress=not args.quiet)
+    print(outcome.table)
+    if not args.quiet:
+        print("\nwrote " + ", ".join(map(str, outcome.written)) + f" in {outcome.seconds:.0f} s")
+
+
+COMMANDS = {
+    "demo": _demo,
+    "quantize": _quantize,
+    "analyze": _analyze,
+    "allocate": _allocate,
+    "reconstruct": _reconstruct,
+    "pareto": _pareto,
+    "export": _export,
+    "bench": _bench,
+    "check": _check,
+    "report": _report,
+    "inspect": _inspect,
+}
+"""Command -> what runs it."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

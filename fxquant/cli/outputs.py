@@ -1,0 +1,192 @@
+"""The folder a command writes: checked before the work, filled at its end, whole or not at all."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fxquant.backends.int8 import kernel_report
+from fxquant.backends.onnx import OnnxOptions, onnx_module
+from fxquant.core.errors import FileFormatError, MissingDependencyError, OptionError
+from fxquant.core.facts import Settings
+from fxquant.core.ir import Sites
+from fxquant.core.storage import (
+    OUTPUT,
+    atomic_path,
+    check_writable,
+    finish,
+    only_writer,
+    read_json,
+    staged,
+    sweep,
+    write_json,
+)
+from fxquant.report import FORMAT_VERSION, content, render
+from fxquant.result import Result
+
+SCORES, ROUNDING = "scores", "rounding"
+"""Folders of finished work, which a run goes on from."""
+
+
+def check_packages(target: str) -> None:
+    """Fail before the long work if a package for the outputs is missing.
+
+    Raises:
+        MissingDependencyError: jinja2, or for the target "onnxruntime" the ONNX packages, are not installed.
+    """
+    if target == "onnxruntime":
+        _ = onnx_module("session")
+    try:
+        _ = importlib.import_module("jinja2")
+    except ImportError as error:
+        raise MissingDependencyError('report.html needs jinja2; pip install "fxquant[report]"') from error
+
+
+@contextmanager
+def output_folder(folder: Path, resume: bool = False, writer: bool = True) -> Iterator[Path]:
+    """Make a folder and try to write to it; folders made here that are still empty go away if the block fails.
+
+    Args:
+        folder: where results will be written.
+        resume: take a folder that already holds a result or scores.
+        writer: hold the folder against other runs, and clear away what killed ones left; False for those that only
+            help the one that does.
+
+    Raises:
+        OptionError: the folder holds an earlier result and `resume` is False.
+        BusyFolderError: another run is writing to it.
+        OutputError: it cannot be written.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        with ExitStack() as held:
+            check_writable(folder)
+            if writer:
+                held.enter_context(only_writer(folder))
+                _ = finish(folder)
+                sweep(folder)
+            earlier = [name for name in (SCORES, "result.json") if (folder / name).exists()]
+            if earlier and not resume:
+                raise OptionError(
+                    f"{folder} holds {' and '.join(earlier)} of an earlier run; "
+                    "give --resume to go on with its scores and replace its results, or another folder"
+                )
+            yield folder
+    except BaseException:
+        for place in missing:
+            # Another process may be quicker, or put something in.
+            with suppress(OSError):
+                place.rmdir()
+        raise
+
+
+def write_outputs(result: Result, folder: Path, extras: Mapping[str, Any] | None = None) -> list[Path]:
+    """Write the saved result, `model.onnx` for the target "onnxruntime", `report.html` and `report.json`.
+
+    Everything is made in a folder beside and moved in at the end, so a failure leaves an earlier result as it was.
+
+    Args:
+        result: what to write.
+        folder: where to; files of an earlier result are replaced or removed.
+        extras: measurements for the report.
+
+    Returns:
+        The files a person will look for.
+
+    Raises:
+        OutputError: the folder cannot be written.
+        LoweringError: an op has no ONNX form.
+        MissingDependencyError: a package for the outputs is missing.
+    """
+    measured = dict(extras or {})
+    with staged(folder, OUTPUT) as staging:
+        _ = result.save(staging)
+        seen = SEEN.get(result.program[Settings].target)
+        measured |= {} if seen is None else seen(result, staging)
+        write_reports(result, staging, measured)
+    shown = [folder / name for name in ("plan.json", "model.onnx", "report.html", "report.json")]
+    return [path for path in shown if path.exists()]
+
+
+def export(result: Result, path: Path, options: OnnxOptions | None = None) -> dict[str, Any]:
+    """Write the ONNX model and return what it measures: its bytes, and the kernel ONNX Runtime runs for each layer.
+
+    Raises:
+        OptionError: an option that does not fit the network.
+        OutputError: the path cannot be written.
+        LoweringError: an op has no ONNX form.
+        MissingDependencyError: the onnx extra is not installed.
+    """
+    session = onnx_module("session")
+    written = result.to_onnx(path, options)
+    return {"bytes_on_disk": written.bytes, "kernels": dict(session.kernel_report(path).kernels)}
+
+
+def fx_kernels(result: Result) -> dict[str, str]:
+    """Return the kernel that PyTorch's integer graph calls for each layer, "float" with the reason where it has none.
+
+    Raises:
+        LoweringError: the graph cannot be expressed there.
+    """
+    ran = kernel_report(result.lowered)
+    return {site.name: next((ran[n] for n in site.nodes if n in ran), "float") for site in result.program[Sites].sites}
+
+
+SEEN: Mapping[str, Callable[[Result, Path], dict[str, Any]]] = {
+    "onnxruntime": lambda result, folder: export(result, folder / "model.onnx"),
+    "fx_int8": lambda result, _: {"kernels": fx_kernels(result)},
+}
+"""Target -> what its runtime was seen to make of a result, files included that it runs."""
+
+
+def write_reports(result: Result, folder: Path, extras: Mapping[str, Any] | None = None) -> None:
+    """Write `report.html` and `report.json`.
+
+    Raises:
+        OutputError: the folder cannot be written.
+        OptionError: an extra of unknown name.
+        MissingDependencyError: jinja2 is not installed.
+    """
+    data = content(result, extras)
+    page = render(data)
+    with atomic_path(folder / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    write_json(folder / "report.json", "report", FORMAT_VERSION, data)
+
+
+def told_in_report(result: Result, folder: Path, found: Mapping[str, Any]) -> bool:
+    """Write the folder's report again with what was measured since, and return whether that was done.
+
+    A folder without a report is left alone.
+
+    Args:
+        result: what the folder holds.
+        folder: where the report is.
+        found: measurements by name, as for `write_reports`; numbers that are not finite are left empty.
+
+    Raises:
+        OutputError: the folder cannot be written.
+        MissingDependencyError: jinja2 is not installed.
+    """
+    if not (folder / "report.json").is_file():
+        return False
+    plain = json.loads(json.dumps(dict(found)), parse_constant=lambda _: None)
+    write_reports(result, folder, known_extras(result, folder) | plain)
+    return True
+
+
+def known_extras(result: Result, folder: Path) -> dict[str, Any]:
+    """Return what an earlier report of this plan measured; nothing if there is none, or it was about another plan."""
+    try:
+        document = read_json(folder / "report.json", "report", FORMAT_VERSION)
+        told = {row["name"]: row["choice"] for row in document["layers"]}
+        measured = document["measured"]
+    except (FileFormatError, KeyError, TypeError):
+        # The report is made anew from the result; an old one only helps.
+        return {}
+    plan = {name: choice.label for name, choice in result.allocation.choices.items()}
+    return dict(measured) if told == plan and isinstance(measured, dict) else {}

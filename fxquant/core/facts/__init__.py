@@ -1,0 +1,83 @@
+"""The facts that passes read and write: settings, target, sites' costs and scores, plans, ranges, grids, roundings."""
+
+from __future__ import annotations
+
+from fxquant.core.facts.budget import Budget
+from fxquant.core.facts.cost_tables import CostTable, CostTables, Noise
+from fxquant.core.facts.expressions import matcher
+from fxquant.core.facts.grids import FakeQuantNodes, WeightGrid, WeightGrids
+from fxquant.core.facts.limits import (
+    LIMIT_TABLES,
+    agrees,
+    fits,
+    infeasible_message,
+    limit_products,
+    limit_rows,
+    reachable,
+    tie_rows,
+    unit_of,
+    usage,
+)
+from fxquant.core.facts.norm_statistics import NormStatistics, Statistics
+from fxquant.core.facts.patterns import Types, found, matching, module_types, site_types
+from fxquant.core.facts.plan import BitAllocation, Finalists
+from fxquant.core.facts.ranges import BINS, Histogram, Ranges, clip_error, merged, mse_range
+from fxquant.core.facts.rounding import Affine, Rounding, UnitRecord
+from fxquant.core.facts.sensitivity_matrix import SensitivityMatrix, Surrogates
+from fxquant.core.facts.settings import CHEAP, CONTEXTS, EFFORTS, Effort, Settings, effort
+from fxquant.core.facts.target import LatencyRow, Target
+from fxquant.core.facts.target_file import SUFFIX, Described, read_target, to_json, write_target
+
+__all__ = [
+    "BINS",
+    "CHEAP",
+    "CONTEXTS",
+    "EFFORTS",
+    "LIMIT_TABLES",
+    "SUFFIX",
+    "Affine",
+    "BitAllocation",
+    "Budget",
+    "CostTable",
+    "CostTables",
+    "Described",
+    "Effort",
+    "FakeQuantNodes",
+    "Finalists",
+    "Histogram",
+    "LatencyRow",
+    "Noise",
+    "NormStatistics",
+    "Ranges",
+    "Rounding",
+    "SensitivityMatrix",
+    "Settings",
+    "Statistics",
+    "Surrogates",
+    "Target",
+    "Types",
+    "UnitRecord",
+    "WeightGrid",
+    "WeightGrids",
+    "agrees",
+    "clip_error",
+    "effort",
+    "fits",
+    "found",
+    "infeasible_message",
+    "limit_products",
+    "limit_rows",
+    "matcher",
+    "matching",
+    "merged",
+    "module_types",
+    "mse_range",
+    "reachable",
+    "read_target",
+    "site_types",
+    "tie_rows",
+    "to_json",
+    "unit_of",
+    "usage",
+    "write_target",
+]

@@ -1,0 +1,168 @@
+"""The plan: a precision for every site, with the proof that came with it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fxquant.core.errors import FileFormatError, OptionError
+from fxquant.core.host import card, printable, table, tiles
+from fxquant.core.ir import Choice
+from fxquant.core.storage import read_json, write_json
+
+FORMAT_VERSION = 1
+STATUSES = ("optimal", "feasible", "uniform", "manual")
+
+
+@dataclass(frozen=True)
+class BitAllocation:
+    """Precision per site: the file a person reviews, edits and feeds back.
+
+    Args:
+        choices: site name -> precision, for every site.
+        estimator: sensitivity estimator behind the plan, or how else it came about.
+        objective: modelled loss of the plan.
+        bound: proven lower bound of the modelled loss and `border_cost` together, over all plans within the budget.
+        gap: `(objective + border_cost - bound)` against its own size, 0 when proved.
+        status: "optimal" (proved), "feasible" (time ran out), "uniform" (a uniform plan measured better) or "manual".
+        used: limit name -> what the plan uses, in the limit's unit.
+        limits: limit name -> what was allowed.
+        measured_loss: real loss on calibration images not used for scoring; None if not measured.
+        finalists: name of each plan that was measured -> its real loss.
+        border_cost: modelled cost of requantization between layers, in the unit of the loss; not part of `objective`.
+        notes: what did not go as usual when the plan was solved for.
+        quality: name of each limit on answers -> what held-out images measured.
+        quality_limits: name of each limit on answers -> what was allowed.
+
+    Raises:
+        OptionError: no sites, or an unknown status.
+    """
+
+    choices: dict[str, Choice]
+    estimator: str = "manual"
+    objective: float = math.nan
+    bound: float = math.nan
+    gap: float = math.nan
+    status: str = "manual"
+    used: dict[str, float] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
+    measured_loss: float | None = None
+    finalists: dict[str, float] = field(default_factory=dict)
+    border_cost: float = 0.0
+    notes: tuple[str, ...] = ()
+    quality: dict[str, float] = field(default_factory=dict)
+    quality_limits: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.choices:
+            raise OptionError("a plan needs at least one site")
+        if self.status not in STATUSES:
+            raise OptionError(f"plan status {self.status!r} is unknown; allowed: {', '.join(STATUSES)}")
+
+    @property
+    def slack(self) -> dict[str, float]:
+        """Limit name -> what the plan leaves unused."""
+        return {name: limit - self.used[name] for name, limit in self.limits.items() if name in self.used}
+
+    def __repr__(self) -> str:
+        counts = Counter(choice.label for choice in self.choices.values())
+        held = ", ".join(f"{count} x {label}" for label, count in sorted(counts.items()))
+        return printable(f"BitAllocation({len(self.choices)} layers: {held}; {self.summary()})")
+
+    def _repr_html_(self) -> str:
+        numbers = [
+            ("Plan", self.status, self.estimator),
+            ("Modelled loss", _shown(self.objective), f"proven bound {_shown(self.bound)}"),
+        ]
+        if self.measured_loss is not None:
+            numbers.append(("Held-out loss", _shown(self.measured_loss), "0 is the float model"))
+        for name, limit in self.limits.items():
+            numbers.append((name, _shown(self.used.get(name, math.nan)), f"of {_shown(limit)}"))
+        for name, limit in self.quality_limits.items():
+            numbers.append((name, _shown(self.quality.get(name, math.nan)), f"of {_shown(limit)}, held-out images"))
+        rows = [(site, choice.label) for site, choice in self.choices.items()]
+        return card("fxquant plan", tiles(numbers), table(("layer", "precision"), rows))
+
+    def summary(self) -> str:
+        """Return status, losses and what is used of each limit in one line."""
+        measured = "" if self.measured_loss is None else f", measured {self.measured_loss:.4g}"
+        used = "".join(f", {name} {value:.4g}" for name, value in {**self.used, **self.quality}.items())
+        return f"{self.status}, loss {self.objective:.4g}{measured}{used}"
+
+    def to_json(self, path: str | Path | None = None) -> dict[str, Any]:
+        """Return the plan as plain JSON values, and write it if a path is given.
+
+        Raises:
+            OutputError: the path cannot be written.
+        """
+        numbers = {"objective": self.objective, "bound": self.bound, "gap": self.gap}
+        document: dict[str, Any] = {
+            "choices": {site: choice.label for site, choice in self.choices.items()},
+            "estimator": self.estimator,
+            # JSON has no NaN; a hand-made plan simply has no objective.
+            **{name: _plain(value) for name, value in numbers.items()},
+            "status": self.status,
+            "used": self.used,
+            "limits": self.limits,
+            "measured_loss": _plain(self.measured_loss),
+            "finalists": {name: _plain(loss) for name, loss in self.finalists.items()},
+            "border_cost": self.border_cost,
+            "notes": list(self.notes),
+            "quality": self.quality,
+            "quality_limits": self.quality_limits,
+        }
+        if path is not None:
+            write_json(Path(path), "plan", FORMAT_VERSION, document)
+        return document
+
+    @staticmethod
+    def from_json(source: str | Path | Mapping[str, Any]) -> BitAllocation:
+        """Read a plan back from a file or from the values `to_json` gave.
+
+        Raises:
+            FileFormatError: the file is missing, damaged, or holds a precision that is not understood.
+        """
+        origin = "the plan" if isinstance(source, Mapping) else str(source)
+        document = source if isinstance(source, Mapping) else read_json(Path(source), "plan", FORMAT_VERSION)
+        try:
+            numbers = {name: _number(document.get(name)) for name in ("objective", "bound", "gap")}
+            loss = document.get("measured_loss")
+            return BitAllocation(
+                choices={str(site): Choice.parse(label) for site, label in document["choices"].items()},
+                estimator=str(document.get("estimator", "manual")),
+                status=str(document.get("status", "manual")),
+                used={str(k): float(v) for k, v in document.get("used", {}).items()},
+                limits={str(k): float(v) for k, v in document.get("limits", {}).items()},
+                measured_loss=None if loss is None else float(loss),
+                finalists={str(k): _number(v) for k, v in document.get("finalists", {}).items()},
+                border_cost=float(document.get("border_cost", 0.0)),
+                notes=tuple(map(str, document.get("notes", ()))),
+                quality={str(k): float(v) for k, v in document.get("quality", {}).items()},
+                quality_limits={str(k): float(v) for k, v in document.get("quality_limits", {}).items()},
+                **numbers,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, OptionError) as error:
+            raise FileFormatError(f"{origin} is not an intact plan ({type(error).__name__}: {error})") from error
+
+
+def _shown(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "–"
+
+
+def _plain(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class Finalists:
+    """Plans within the budget that are worth measuring, by name."""
+
+    plans: dict[str, BitAllocation]

@@ -1,0 +1,165 @@
+"""What calibration saw on each value: a histogram that grows without storing activations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fxquant.core.errors import CalibrationError, FileFormatError
+from fxquant.core.ir import QuantSpec, affine_parameters
+from fxquant.core.storage import checked_document, parse_json, read_arrays, write_arrays
+
+BINS = 2048
+FORMAT_VERSION = 1
+SEARCH_STEPS = 64
+SEARCH_LOWEST = 0.2
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Distribution of one value: `counts[k]` elements in `[low + k * width, low + (k + 1) * width)`.
+
+    Args:
+        low: lower end of the first bin.
+        width: width of a bin, above 0.
+        counts: shape (2048,), float64.
+        minimum: smallest element seen, or the observer's estimate of it.
+        maximum: largest element seen, or the observer's estimate of it.
+
+    Raises:
+        CalibrationError: an end is not finite, or nothing was counted.
+    """
+
+    low: float
+    width: float
+    counts: NDArray[np.float64]
+    minimum: float
+    maximum: float
+
+    def __post_init__(self) -> None:
+        if not np.isfinite([self.low, self.width, self.minimum, self.maximum]).all() or self.width <= 0:
+            raise CalibrationError(f"histogram ends are not finite: low={self.low}, width={self.width}")
+        if self.counts.shape != (BINS,) or self.counts.sum() <= 0:
+            raise CalibrationError("histogram is empty; run calibration images through the prepared graph first")
+
+    @property
+    def centres(self) -> NDArray[np.float64]:
+        """Middle of each bin, shape (2048,)."""
+        return self.low + (np.arange(BINS, dtype=np.float64) + 0.5) * self.width
+
+    def rebinned(self, low: float, width: float) -> NDArray[np.float64]:
+        """Return the counts on another grid of 2048 bins that covers this one."""
+        index = np.clip(((self.centres - low) / width).astype(np.int64), 0, BINS - 1)
+        return np.bincount(index, weights=self.counts, minlength=BINS).astype(np.float64)
+
+
+def merged(histograms: Iterable[Histogram]) -> Histogram:
+    """Return one histogram over the union: what a group of edges with one scale sees."""
+    members = list(histograms)
+    if len(members) == 1:
+        return members[0]
+    low = min(h.low for h in members)
+    high = max(h.low + BINS * h.width for h in members)
+    width = (high - low) / BINS
+    # Each member counts the same, whatever its size: a large map must not drown a small one.
+    counts = sum((h.rebinned(low, width) / h.counts.sum() for h in members), np.zeros(BINS))
+    return Histogram(low, width, counts, min(h.minimum for h in members), max(h.maximum for h in members))
+
+
+def clip_error(histogram: Histogram, low: float, high: float, spec: QuantSpec) -> float:
+    """Return the expected squared error of quantizing the histogram's bin centres on the grid of `[low, high]`."""
+    scale_t, zero_t = affine_parameters(torch.tensor(low), torch.tensor(high), spec)
+    scale, zero_point = float(scale_t), int(zero_t)
+    centres = histogram.centres
+    q = np.clip(np.round(centres / scale) + zero_point, spec.qmin, spec.qmax)
+    return float((histogram.counts * np.square((q - zero_point) * scale - centres)).sum())
+
+
+def mse_range(histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:
+    """Return the clip of least squared error: `argmin_r error(r * minimum, r * maximum)`, r in [0.2, 1]."""
+    low, high = min(histogram.minimum, 0.0), max(histogram.maximum, 0.0)
+    ratios = np.linspace(1.0, SEARCH_LOWEST, SEARCH_STEPS)
+    errors = [clip_error(histogram, low * r, high * r, spec) for r in ratios]
+    best = float(ratios[int(np.argmin(errors))])
+    return low * best, high * best
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Calibrated distribution of every value that may carry a quantizer.
+
+    Args:
+        histograms: producer node name -> what was seen there.
+        clip: "mse" searches the clip of least squared error per grid, "full" uses minimum and maximum as they are.
+    """
+
+    histograms: dict[str, Histogram]
+    clip: str = "mse"
+    _memo: dict[tuple[tuple[str, ...], QuantSpec], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def parameters(self, producers: Iterable[str], spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        """Return scale and zero_point, shape `()`, for values that share one grid.
+
+        Raises:
+            CalibrationError: one of the values was never observed.
+        """
+        names = tuple(producers)
+        if (names, spec) not in self._memo:
+            self._memo[names, spec] = self._search(names, spec)
+        return self._memo[names, spec]
+
+    def _search(self, names: tuple[str, ...], spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        missing = [name for name in names if name not in self.histograms]
+        if missing:
+            raise CalibrationError(f"values {missing} were never observed; calibrate after prepare, on the same graph")
+        histogram = merged(self.histograms[name] for name in names)
+        low, high = mse_range(histogram, spec) if self.clip == "mse" else (histogram.minimum, histogram.maximum)
+        return affine_parameters(torch.tensor(low), torch.tensor(high), spec)
+
+    def save(self, path: Path) -> None:
+        """Write the ranges as npz.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        names = list(self.histograms)
+        rows = [self.histograms[name] for name in names]
+        header = {"kind": "ranges", "version": FORMAT_VERSION, "names": names, "clip": self.clip}
+        write_arrays(
+            path,
+            {
+                "header": np.array(json.dumps(header)),
+                "ends": np.array([[h.low, h.width, h.minimum, h.maximum] for h in rows]).reshape(-1, 4),
+                "counts": np.array([h.counts for h in rows]).reshape(-1, BINS),
+            },
+        )
+
+    @staticmethod
+    def load(path: Path) -> Ranges:
+        """Read what `save` wrote.
+
+        Raises:
+            FileFormatError: missing, truncated, of another version or inconsistent.
+        """
+        arrays = read_arrays(path)
+        try:
+            header: dict[str, Any] = checked_document(
+                parse_json(str(arrays["header"])), "ranges", FORMAT_VERSION, str(path)
+            )
+            histograms = {
+                str(name): Histogram(float(e[0]), float(e[1]), counts, float(e[2]), float(e[3]))
+                for name, e, counts in zip(header["names"], arrays["ends"], arrays["counts"], strict=True)
+            }
+            return Ranges(histograms, str(header["clip"]))
+        except (KeyError, ValueError, TypeError, IndexError, CalibrationError) as error:
+            raise FileFormatError(f"{path} is not an intact ranges file ({error}); calibrate again") from error

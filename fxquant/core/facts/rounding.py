@@ -1,0 +1,176 @@
+"""`Rounding`: the weights, biases and grids that a rounding algorithm chose for one plan."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxquant.core.errors import FileFormatError, OptionError
+from fxquant.core.facts.grids import WeightGrid
+from fxquant.core.ir import Choice, Program, QuantSpec
+from fxquant.core.storage import checked_document, parse_json, read_arrays, write_arrays
+
+FORMAT_VERSION = 1
+
+Affine = tuple[Tensor, Tensor]
+"""scale and zero_point of an activation, each of shape ()."""
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """What became of one unit of the network.
+
+    Args:
+        name: the unit's first site.
+        method: the algorithm.
+        before: held-out loss of the network, quantized up to this unit, with the unit as it was; NaN if not measured.
+        after: the same with the unit's result in place.
+        kept: whether the result stayed.
+        reason: why it did not, "" where it did.
+        seconds: wall time.
+        sites: the sites whose weights it holds.
+    """
+
+    name: str
+    method: str
+    before: float
+    after: float
+    kept: bool
+    reason: str = ""
+    seconds: float = 0.0
+    sites: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What a rounding algorithm chose; it holds for one plan, and `simulate` puts it into that plan's graph.
+
+    Args:
+        choices: the plan it was made for.
+        method: the algorithms, in order, joined by "+".
+        weights: site name -> weight in float32, on its grid, or anywhere where the nearest grid value is meant.
+        grids: site name -> grid of that weight where it is not the plan's own.
+        biases: op node name -> bias in float32, shape (channels,).
+        activations: group name -> scale and zero_point of its values.
+        parameters: attribute path -> float parameter that took the place of the model's own, so that the float network
+            computes the same with them (equalization).
+        units: what became of each unit.
+        notes: what else a person should know, for example which step was left out and why.
+
+    Raises:
+        OptionError: no plan, or a tensor that is not finite.
+    """
+
+    choices: dict[str, Choice]
+    method: str
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    grids: dict[str, WeightGrid] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    activations: dict[str, Affine] = field(default_factory=dict)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    units: tuple[UnitRecord, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.choices:
+            raise OptionError("a rounding needs the plan it was made for")
+        for kind, tensors in (("weight", self.weights), ("bias", self.biases), ("parameter", self.parameters)):
+            for name, tensor in tensors.items():
+                if not torch.isfinite(tensor).all():
+                    raise OptionError(f"rounding {self.method!r} gives a {kind} of {name!r} that is not finite")
+
+    @staticmethod
+    def of(program: Program, choices: dict[str, Choice]) -> Rounding:
+        """Return the program's rounding if it was made for these choices, else one that changes nothing.
+
+        Parameters that took the place of the model's own are in the program's graph whatever the plan, and stay.
+        """
+        known: Rounding | None = program.facts.get(Rounding)
+        if known is None or known.holds_for(choices):
+            return known or Rounding(choices, "nearest")
+        return Rounding(choices, "nearest", parameters=known.parameters)
+
+    def holds_for(self, choices: dict[str, Choice]) -> bool:
+        """Whether this was made for these choices."""
+        return self.choices == choices
+
+    def save(self, path: Path) -> None:
+        """Write the rounding as npz.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        header = {
+            "kind": "rounding",
+            "version": FORMAT_VERSION,
+            "method": self.method,
+            "choices": {site: choice.label for site, choice in self.choices.items()},
+            "notes": list(self.notes),
+            "specs": {site: asdict(grid.spec) for site, grid in self.grids.items()},
+            # JSON has no NaN; a unit that was not measured simply has no loss.
+            "units": [{k: _plain(v) for k, v in asdict(unit).items()} for unit in self.units],
+        }
+        arrays = {"header": np.array(json.dumps(header))}
+        for kind in ("weights", "biases", "parameters"):
+            arrays |= {f"{kind}:{name}": _array(tensor) for name, tensor in getattr(self, kind).items()}
+        for name, grid in self.grids.items():
+            arrays |= {f"grid_scale:{name}": _array(grid.scale), f"grid_zero:{name}": _array(grid.zero_point)}
+        for name, (scale, zero_point) in self.activations.items():
+            arrays |= {f"scale:{name}": _array(scale), f"zero:{name}": _array(zero_point)}
+        write_arrays(path, arrays)
+
+    @staticmethod
+    def load(path: Path) -> Rounding:
+        """Read what `save` wrote.
+
+        Raises:
+            FileFormatError: missing, truncated, of another version or inconsistent.
+        """
+        arrays = read_arrays(path)
+        try:
+            header: dict[str, Any] = checked_document(
+                parse_json(str(arrays["header"])), "rounding", FORMAT_VERSION, str(path)
+            )
+            members: dict[str, dict[str, Tensor]] = {}
+            for key, array in arrays.items():
+                kind, colon, name = key.partition(":")
+                if colon:
+                    members.setdefault(kind, {})[name] = torch.from_numpy(np.array(array))
+            scales, zeros = members.get("grid_scale", {}), members.get("grid_zero", {})
+            steps, points = members.get("scale", {}), members.get("zero", {})
+            return Rounding(
+                {str(site): Choice.parse(label) for site, label in header["choices"].items()},
+                str(header["method"]),
+                members.get("weights", {}),
+                {
+                    site: WeightGrid(QuantSpec(**spec), scales[site], zeros[site])
+                    for site, spec in header["specs"].items()
+                },
+                members.get("biases", {}),
+                {name: (step, points[name]) for name, step in steps.items()},
+                members.get("parameters", {}),
+                tuple(_record(unit) for unit in header["units"]),
+                tuple(str(note) for note in header["notes"]),
+            )
+        except (KeyError, ValueError, TypeError, AttributeError, OptionError) as error:
+            raise FileFormatError(f"{path} is not an intact rounding ({error}); quantize again") from error
+
+
+def _record(document: dict[str, Any]) -> UnitRecord:
+    read: dict[str, Any] = {name: float("nan") if value is None else value for name, value in document.items()}
+    return UnitRecord(**{**read, "sites": tuple(read["sites"])})
+
+
+def _plain(value: object) -> object:
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    found: np.ndarray[Any, Any] = tensor.detach().cpu().contiguous().numpy()
+    return found

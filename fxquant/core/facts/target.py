@@ -1,0 +1,99 @@
+"""What a backend can execute: data that passes read, so that no pass imports a backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fxquant.core.errors import OptionError
+from fxquant.core.ir import FLOAT_BITS, MAX_BITS
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """What one kind of layer takes at one precision, where it is known beforehand and not measured here.
+
+        milliseconds = ms + ms_per_million_macs x MACs / 10^6 + ms_per_megabyte x bytes / 10^6
+
+    Args:
+        layers: pattern of layers (see `core.patterns`).
+        precision: glob over precisions, for example "W8A8", "W4A*" or "float".
+        ms: milliseconds for each call, at least 0.
+        ms_per_million_macs: milliseconds for a million multiply-accumulates of one sample, at least 0.
+        ms_per_megabyte: milliseconds to fetch 10^6 bytes of weights as they are stored, at least 0.
+
+    Raises:
+        OptionError: a time that is negative or not finite, or a row in which all are 0.
+    """
+
+    layers: str
+    precision: str
+    ms: float = 0.0
+    ms_per_million_macs: float = 0.0
+    ms_per_megabyte: float = 0.0
+
+    def __post_init__(self) -> None:
+        times = (self.ms, self.ms_per_million_macs, self.ms_per_megabyte)
+        if not all(math.isfinite(time) and time >= 0 for time in times) or not any(times):
+            raise OptionError(
+                f"latency row {self.layers!r} {self.precision!r} has times {times}; give numbers of at least 0, "
+                "one of them above"
+            )
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one runtime executes in integers.
+
+    Args:
+        name: name in the registry, for example "onnxruntime".
+        kernels: kind of a weighted op (`conv`, `linear`) -> name of its integer kernel; others stay in float.
+        joins: kinds of ops without weights that run in integers when all their inputs and their output are quantized.
+        weight_bits: widths that execute.
+        activation_bits: widths that execute.
+        storage_bits: weight width -> width it is stored in; a width without a type takes the next one.
+        output_quantized: kinds whose kernel can only write integers, so that their output carries a quantizer.
+        fused_sums: kinds whose kernel adds a second operand before it rounds: what only a sum reads needs no quantizer.
+        refuse_joins: kind -> why it stays in float although it could be quantized.
+        products: kinds of ops on two activations whose inputs are quantized for their own sake.
+        activation_storage_bits: activation width -> width it is stored in; a width that is not named takes 8.
+        per_channel: whether weights have a scale for each output channel; else one for the tensor.
+        latency: rows that say what a layer takes, the first that matches; without any it is measured on this machine.
+
+    Raises:
+        OptionError: a storage width that is narrower than the width it stores, or one of a weight that is missing.
+    """
+
+    name: str
+    kernels: Mapping[str, str]
+    joins: frozenset[str]
+    weight_bits: tuple[int, ...]
+    activation_bits: tuple[int, ...]
+    storage_bits: Mapping[int, int]
+    output_quantized: frozenset[str] = frozenset()
+    fused_sums: frozenset[str] = frozenset()
+    refuse_joins: Mapping[str, str] = field(default_factory=dict)
+    activation_storage_bits: Mapping[int, int] = field(default_factory=dict)
+    products: frozenset[str] = frozenset()
+    per_channel: bool = True
+    latency: tuple[LatencyRow, ...] = ()
+
+    def __post_init__(self) -> None:
+        for bits in self.weight_bits:
+            stored = self.storage_bits.get(bits)
+            if stored is None or stored < bits:
+                raise OptionError(
+                    f"target {self.name!r} stores {bits}-bit weights in {stored} bits; give a width >= {bits}"
+                )
+        for bits in self.activation_bits:
+            stored = self.activation_storage(bits)
+            if stored < bits:
+                raise OptionError(
+                    f"target {self.name!r} stores {bits}-bit activations in {stored} bits; give a width >= {bits}"
+                )
+
+    def activation_storage(self, bits: int) -> int:
+        """Return the bits that hold one element of an activation of this width, 2..8, or 32 for float."""
+        # Runtimes for this machine hold every integer activation in a byte; an accelerator may pack narrower ones.
+        return FLOAT_BITS if bits == FLOAT_BITS else self.activation_storage_bits.get(bits, MAX_BITS)

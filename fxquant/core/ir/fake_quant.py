@@ -1,0 +1,148 @@
+"""The fake-quant node: quantize and dequantize in float, differentiable through the straight-through estimator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.core.ir.spec import QuantSpec
+
+FINEST_SHARE = 2.0**-8
+"""How fine a learned step may become, against where it began: beyond, the optimizer's stride was too long for it."""
+
+
+class FakeQuantize(nn.Module):
+    """Simulates one integer grid: `(clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale`.
+
+    The gradient with respect to x is 1 inside the grid and 0 outside (straight-through, Bengio et al. 2013). After
+    `learn()` scale is a parameter with the gradient of `round_learned`; the values are the same to the bit.
+
+    Args:
+        spec: the grid.
+        scale: float32, shape `()` or `(channels,)`, above 0.
+        zero_point: int32 of the shape of scale.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    finest: Tensor | None
+
+    def __init__(self, spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("scale", scale.detach().float().clone())
+        self.register_buffer("zero_point", zero_point.detach().to(torch.int32).clone())
+        # Not part of the state: a checkpoint has the same tensors whether steps are learned or not.
+        self.register_buffer("finest", None, persistent=False)
+
+    def learn(self, on: bool = True) -> None:
+        """Make scale a parameter, or a buffer again with the values that `step` has then."""
+        scale = self.step.detach().clone()
+        del self.scale
+        if on:
+            self.scale, self.finest = nn.Parameter(scale), scale * FINEST_SHARE
+        else:
+            self.register_buffer("scale", scale)
+            self.finest = None
+
+    @property
+    def step(self) -> Tensor:
+        """The scale in force: a learned one never lies below `FINEST_SHARE` of where it began."""
+        if self.finest is None:
+            return self.scale
+        # An optimizer may overshoot below zero. The gradient goes through all the same: with a plain clamp such a step
+        # would get none and never come back.
+        return torch.where(self.scale < self.finest, self.scale - self.scale.detach() + self.finest, self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x on the grid, of the same shape and type."""
+        spec, scale, with_gradient = self.spec, self.step, torch.is_grad_enabled()
+        if with_gradient and self.finest is not None:
+            return round_learned(x, scale, self.zero_point, spec)
+        if spec.channel_axis is None and x.dtype == torch.float32 and not (with_gradient and x.requires_grad):
+            return _rounded(x, scale, self.zero_point, spec.qmin, spec.qmax)
+        if spec.channel_axis is None:
+            return torch.fake_quantize_per_tensor_affine(x, scale, self.zero_point, spec.qmin, spec.qmax)
+        return torch.fake_quantize_per_channel_affine(
+            x, scale, self.zero_point, spec.channel_axis, spec.qmin, spec.qmax
+        )
+
+    def extra_repr(self) -> str:
+        """Return the grid in one line."""
+        return f"bits={self.spec.bits}, signed={self.spec.signed}, channel_axis={self.spec.channel_axis}"
+
+
+def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Return the same to the bit by plain arithmetic: PyTorch's own op writes a mask for the gradient besides.
+
+    Five passes in place, each of them vectorised, take a fifth of the time.
+    """
+    q = (x * scale.reciprocal()).round_().add_(zero_point).clamp_(qmin, qmax)
+    return q.sub_(zero_point).mul_(scale).to(x.dtype)
+
+
+class _LearnedRound(torch.autograd.Function):
+    """One scale for all of x; PyTorch's own op takes thrice the time, half of that of training ResNet-20."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        rounded: Tensor | None,
+        ends: tuple[int, int],
+        pace: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point, rounded)
+        ctx.ends, ctx.pace = ends, pace
+        y = _rounded(x, scale, zero_point, *ends)
+        return y if rounded is None else torch.lerp(x, y, rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None, None, None]:
+        (gradient,), (x, scale, zero_point, rounded) = gradients, ctx.saved_tensors
+        # Made again from x, which the op in front keeps anyway, so that training needs no more memory.
+        exact = x * scale.reciprocal()
+        level = exact.round().add_(zero_point)
+        ended = level.clamp(*ctx.ends)
+        # A mask of floats: products with booleans take ten times as long.
+        inside = level.eq_(ended)
+        slope = ended.sub_(zero_point).sub_(exact.mul_(inside)).mul_(gradient)
+        if rounded is not None:
+            slope.mul_(rounded)
+            inside.sub_(1).mul_(rounded).add_(1)
+        to_x = inside.mul_(gradient) if ctx.needs_input_grad[0] else None
+        return to_x, (slope.sum() * ctx.pace).reshape(scale.shape), None, None, None, None
+
+
+_learned_round: Callable[[Tensor, Tensor, Tensor, Tensor | None, tuple[int, int], float], Tensor] = _LearnedRound.apply
+
+
+def round_learned(
+    x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, rounded: Tensor | None = None
+) -> Tensor:
+    """Return x on the grid, differentiable in x and in scale (learned step size, arXiv 1902.08153, eq. 3).
+
+    `d/dx = 1` inside the grid and 0 outside; `d/dscale = (q - zero_point) - x / scale` inside and `q - zero_point`
+    outside, times `1 / sqrt(elements per scale x qmax)`, which keeps steps and weights learning at one pace.
+
+    Args:
+        x: float32.
+        scale: float32, shape `()` or `(channels,)`, above 0.
+        zero_point: int32 of the shape of scale.
+        spec: the grid.
+        rounded: ones where x is rounded, zeros where it passes as it is (QDrop), of the shape and type of x; None
+            rounds everywhere. Only for one scale.
+    """
+    pace = (x.numel() / max(1, scale.numel()) * max(1, spec.qmax)) ** -0.5
+    if spec.channel_axis is None:
+        per_tensor: Tensor = _learned_round(x, scale, zero_point, rounded, (spec.qmin, spec.qmax), pace)
+        return per_tensor
+    per_channel: Tensor = torch._fake_quantize_learnable_per_channel_affine(
+        x, scale, zero_point.to(scale.dtype), spec.channel_axis, spec.qmin, spec.qmax, pace
+    )
+    return per_channel

@@ -1,0 +1,76 @@
+"""Running a graph or a part of it: calibration data, replay of a changed suffix, spans, losses, observers."""
+
+from __future__ import annotations
+
+from fxquant.core.run.answer_quality import NO_LABELS, keeps, quality
+from fxquant.core.run.data import LARGEST, CalibrationSet, collect
+from fxquant.core.run.extract import cut_out
+from fxquant.core.run.footprint import Footprint, live_bytes, storages
+from fxquant.core.run.losses import (
+    LOSSES,
+    UNITS,
+    default_loss,
+    embed_shift,
+    kl,
+    sample_cotangent,
+    sample_label_cotangent,
+)
+from fxquant.core.run.model_inputs import images_for
+from fxquant.core.run.observers import (
+    DENSE_LIMIT,
+    OBSERVERS,
+    MinMaxObserver,
+    MovingAverageObserver,
+    MseObserver,
+    Observer,
+    PercentileObserver,
+)
+from fxquant.core.run.replay import (
+    Environment,
+    GraphReplay,
+    Substitution,
+    environment_bytes,
+    first_tensor,
+    model_outputs,
+)
+from fxquant.core.run.spans import Span, cut_span, is_quantizer, is_size, is_tensor, varying_nodes
+
+__all__ = [
+    "DENSE_LIMIT",
+    "LARGEST",
+    "LOSSES",
+    "NO_LABELS",
+    "OBSERVERS",
+    "UNITS",
+    "CalibrationSet",
+    "Environment",
+    "Footprint",
+    "GraphReplay",
+    "MinMaxObserver",
+    "MovingAverageObserver",
+    "MseObserver",
+    "Observer",
+    "PercentileObserver",
+    "Span",
+    "Substitution",
+    "collect",
+    "cut_out",
+    "cut_span",
+    "default_loss",
+    "embed_shift",
+    "environment_bytes",
+    "first_tensor",
+    "images_for",
+    "is_quantizer",
+    "is_size",
+    "is_tensor",
+    "keeps",
+    "kl",
+    "live_bytes",
+    "model_outputs",
+    "quality",
+    "sample_cotangent",
+    "sample_label_cotangent",
+    "storages",
+    "varying_nodes",
+]

@@ -1,0 +1,210 @@
+"""Calibration data: any iterable of batches, brought to one set of tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from fxquant.core.errors import CalibrationError
+from fxquant.core.ir import differentiable
+
+DATASET_BATCH = 32
+LARGEST = 2 * 10**9
+"""Bytes of images that are collected from a loader at most."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationSet:
+    """Images for calibration, all inputs of equal length along axis 0.
+
+    Args:
+        inputs: one tensor per model input, each of shape (images, ...).
+        labels: shape (images,), or None.
+
+    Raises:
+        CalibrationError: no images, inputs of different length, or values that are not finite.
+    """
+
+    inputs: tuple[Tensor, ...]
+    labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", tuple(differentiable(tensor) for tensor in self.inputs))
+        if any(tensor.dim() == 0 for tensor in self.inputs):
+            raise CalibrationError("a calibration input is a single number; give images with a batch axis in front")
+        if not self.inputs or self.inputs[0].shape[0] == 0:
+            raise CalibrationError("calibration holds no images; give at least one batch")
+        lengths = {int(t.shape[0]) for t in self.inputs}
+        if len(lengths) != 1 or (self.labels is not None and int(self.labels.shape[0]) not in lengths):
+            raise CalibrationError(f"calibration inputs and labels differ in length: {sorted(lengths)}")
+        for position, tensor in enumerate(self.inputs):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                bad = int((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(dim=1).nonzero()[0])
+                raise CalibrationError(
+                    f"calibration input {position} holds NaN or infinity, first in image {bad}; remove or repair it"
+                )
+
+    def __len__(self) -> int:
+        return int(self.inputs[0].shape[0])
+
+    def batches(self, size: int) -> Iterator[CalibrationSet]:
+        """Yield the set in batches of `size`, the last one possibly smaller."""
+        for start in range(0, len(self), size):
+            yield self.slice(start, start + size)
+
+    def slice(self, start: int, stop: int) -> CalibrationSet:
+        """Return images start..stop-1."""
+        labels = None if self.labels is None else self.labels[start:stop]
+        return CalibrationSet(tuple(t[start:stop] for t in self.inputs), labels)
+
+    def take(self, index: Sequence[int]) -> CalibrationSet:
+        """Return the images at these positions."""
+        rows = torch.as_tensor(list(index), dtype=torch.long)
+        return CalibrationSet(tuple(t[rows] for t in self.inputs), None if self.labels is None else self.labels[rows])
+
+    def split(self, held_out: float, seed: int) -> tuple[CalibrationSet, CalibrationSet]:
+        """Return (scoring, held-out) parts in a seeded order; with one image both are that image."""
+        if len(self) == 1:
+            return self, self
+        count = min(max(1, round(held_out * len(self))), len(self) - 1)
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        return self.take(sorted(order[count:])), self.take(sorted(order[:count]))
+
+
+FAULTS: tuple[tuple[Callable[[Tensor], bool], str], ...] = (
+    (lambda t: t.is_meta, "has no values (device meta); give images, not their shapes"),
+    (lambda t: t.is_nested, "is nested; resize the images to one size and stack them"),
+    (lambda t: t.is_quantized, "is quantized; give .dequantize()"),
+    (lambda t: t.layout != torch.strided, "is stored sparsely; give .to_dense()"),
+)
+"""What a tensor of images may not be -> what is said of it."""
+
+
+def _tensor(value: object) -> Tensor:
+    if isinstance(value, Tensor):
+        for has_fault, told in FAULTS:
+            if has_fault(value):
+                raise CalibrationError(f"a calibration tensor {told}")
+        try:
+            _ = torch.empty(0, dtype=value.dtype).numpy()
+        except TypeError as error:
+            # Runtimes take their inputs by way of NumPy.
+            kind = str(value.dtype).removeprefix("torch.")
+            raise CalibrationError(
+                f"calibration images are {kind}, which no runtime here takes; give them as float32, with .float()"
+            ) from error
+        return value.detach()
+    if isinstance(value, np.ndarray | np.generic | int | float):
+        try:
+            # A copy, for torch shares neither reversed nor, without a warning, read-only arrays.
+            return torch.as_tensor(np.array(value, order="C"))
+        except TypeError as error:
+            raise CalibrationError(f"calibration batch holds an array that is not numeric ({error})") from error
+    raise CalibrationError(f"calibration batch holds a {type(value).__name__}; give tensors or numpy arrays")
+
+
+def _label(value: object) -> Tensor | None:
+    """Return class numbers as a tensor, None for labels of any other kind."""
+    try:
+        return _tensor(np.asarray(value) if isinstance(value, list | tuple) else value)
+    except (CalibrationError, ValueError, TypeError):
+        return None
+
+
+def collect(calibration: object, names: Sequence[str], limit: int | None = None) -> CalibrationSet:
+    """Bring any iterable of batches to one set.
+
+    Args:
+        calibration: iterable of Tensor | tuple | list | dict batches, a torch Dataset of single images, or one tensor
+            or array of images. Of a tuple, the first `len(names)` members are inputs and one more is taken as labels; a
+            dict is read by input name.
+        names: the model's input names, in order.
+        limit: stop after this many images. Whatever it says, no more than `LARGEST` bytes of several batches are held;
+            what is left out is said in a warning of the log.
+
+    Raises:
+        CalibrationError: empty, too few inputs in a batch, a missing name, ragged or non-finite tensors.
+    """
+    if isinstance(calibration, CalibrationSet):
+        return calibration if limit is None else calibration.slice(0, limit)
+    if isinstance(calibration, Tensor | np.ndarray):
+        calibration = [calibration]
+    if isinstance(calibration, Dataset) and not isinstance(calibration, IterableDataset):
+        calibration = _batched(calibration)
+    if isinstance(calibration, Mapping) or not isinstance(calibration, Iterable):
+        raise CalibrationError(f"calibration is a {type(calibration).__name__}; give an iterable of batches")
+    columns: list[list[Tensor]] = [[] for _ in names]
+    labels: list[Tensor] = []
+    seen, held = 0, 0
+    for batch in calibration:
+        inputs, label = _unpack(batch, names)
+        held += sum(tensor.nbytes for tensor in inputs)
+        if held > LARGEST and seen:
+            # A loader may be endless, or larger than memory: the rest is not even asked for.
+            log.warning(
+                "calibration ends after %d images: %.1f GB of them are held at most; smaller images let more in",
+                seen,
+                LARGEST / 1e9,
+            )
+            break
+        for column, tensor in zip(columns, inputs, strict=True):
+            if tensor.dim() == 0:
+                raise CalibrationError("a calibration batch is a single number; give images with a batch axis in front")
+            column.append(tensor)
+        if label is not None:
+            labels.append(label)
+        seen += int(inputs[0].shape[0])
+        if limit is not None and seen >= limit:
+            break
+    if seen == 0:
+        raise CalibrationError("calibration holds no images; give at least one batch")
+    try:
+        joined = tuple(torch.cat(column)[:limit] for column in columns)
+    except (RuntimeError, TypeError) as error:
+        shapes = sorted({tuple(t.shape[1:]) for column in columns for t in column})
+        raise CalibrationError(
+            f"calibration batches do not fit together, image shapes {shapes}; resize to one"
+        ) from error
+    # Labels are class numbers, one for each image; whatever else a loader brings along is ignored.
+    target = torch.cat(labels)[:limit] if labels and all(label.dim() == 1 for label in labels) else None
+    keep = target is not None and target.shape[0] == joined[0].shape[0]
+    return CalibrationSet(joined, target if keep else None)
+
+
+def _batched(dataset: Dataset[object]) -> Iterator[object]:
+    """Yield a dataset's samples in batches.
+
+    Raises:
+        CalibrationError: samples that are no tensors or arrays, or not of one shape.
+    """
+    try:
+        yield from DataLoader(dataset, batch_size=DATASET_BATCH)
+    except (TypeError, RuntimeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise CalibrationError(
+            f"the dataset's samples make no batch ({first}); give it a transform that returns tensors of one size"
+        ) from error
+
+
+def _unpack(batch: object, names: Sequence[str]) -> tuple[list[Tensor], Tensor | None]:
+    if isinstance(batch, Mapping):
+        missing = [name for name in names if name not in batch]
+        if missing:
+            raise CalibrationError(f"calibration batch lacks inputs {missing}; it has {sorted(map(str, batch))}")
+        label = next((batch[key] for key in ("labels", "label", "y") if key in batch and key not in names), None)
+        return [_tensor(batch[name]) for name in names], None if label is None else _label(label)
+    members = list(batch) if isinstance(batch, list | tuple) else [batch]
+    if len(members) < len(names):
+        raise CalibrationError(
+            f"calibration batch has {len(members)} members, the model has {len(names)} inputs {list(names)}"
+        )
+    inputs = [_tensor(member) for member in members[: len(names)]]
+    return inputs, _label(members[len(names)]) if len(members) == len(names) + 1 else None

@@ -1,0 +1,149 @@
+"""Observers: graph nodes that watch a value pass and keep a growing histogram of it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fxquant.core.errors import CalibrationError
+from fxquant.core.facts import BINS, Histogram
+from fxquant.core.registry import Registry
+
+DENSE_LIMIT = 1 << 20
+"""Elements of one batch that are counted one by one."""
+
+
+LARGEST = 1e37
+"""Values beyond this leave no room for the histogram's own arithmetic in float32."""
+
+
+class Observer(nn.Module):
+    """Passes its input through and counts it: streaming, no activation is stored.
+
+    The histogram starts on the first batch's range and doubles its bin width whenever a later batch falls outside,
+    so that old counts move to the new grid without loss of their sum.
+
+    Raises:
+        CalibrationError: a value is NaN or infinite; the message names the observed node.
+    """
+
+    clip: ClassVar[str] = "full"
+
+    def __init__(self, producer: str) -> None:
+        super().__init__()
+        self.producer = producer
+        self.minimum = 0.0
+        self.maximum = 0.0
+        self._low = 0.0
+        self._width = 0.0
+        self._counts = np.zeros(BINS)
+        self.batches = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Count x, of any shape, and return it unchanged."""
+        if x.numel() == 0:
+            return x
+        flat = x.detach().float()
+        low, high = (float(v) for v in torch.aminmax(flat))
+        if not max(abs(low), abs(high)) <= LARGEST:
+            raise CalibrationError(
+                f"value {self.producer!r} is not finite during calibration, or beyond {LARGEST:g} ({low}..{high}); "
+                "check the images and the model's weights"
+            )
+        self._cover(low, high)
+        # A large map is counted at a stride; the stride is odd so that it walks through rows and channels alike.
+        stride = 1 if flat.numel() <= DENSE_LIMIT else flat.numel() // DENSE_LIMIT | 1
+        top = self._low + BINS * self._width
+        # Rounding can leave the ends short of the extremes, and histc drops what lies outside.
+        seen = flat.flatten()[::stride].clamp(self._low, top)
+        counts = torch.histc(seen, bins=BINS, min=self._low, max=top)
+        self._counts += counts.double().cpu().numpy() * stride
+        self._track(low, high)
+        self.batches += 1
+        return x
+
+    def _cover(self, low: float, high: float) -> None:
+        """Widen the grid to hold `[low, high]`."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        if self._width == 0.0:
+            # A constant value still needs bins of some width.
+            span = max(high - low, 1e-6 * max(abs(low), abs(high)), 1e-12)
+            self._low, self._width = low, span / BINS
+            return
+        old_low, old_high = self._low, self._low + BINS * self._width
+        if low >= old_low and high <= old_high:
+            return
+        new_low, new_high = min(low, old_low), max(high, old_high)
+        width = self._width
+        while new_low + BINS * width < new_high:
+            width *= 2.0
+        centres = old_low + (np.arange(BINS) + 0.5) * self._width
+        index = np.clip(((centres - new_low) / width).astype(np.int64), 0, BINS - 1)
+        self._counts = np.bincount(index, weights=self._counts, minlength=BINS).astype(np.float64)
+        self._low, self._width = new_low, width
+
+    def _track(self, low: float, high: float) -> None:
+        """Fold one batch's extremes into the observer's own estimate."""
+        if self.batches == 0:
+            self.minimum, self.maximum = low, high
+        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+
+    def histogram(self) -> Histogram:
+        """Return what was seen.
+
+        Raises:
+            CalibrationError: nothing was.
+        """
+        if self.batches == 0:
+            raise CalibrationError(
+                f"value {self.producer!r} was never observed; run calibration images through the prepared graph"
+            )
+        return Histogram(self._low, self._width, self._counts.copy(), self.minimum, self.maximum)
+
+
+OBSERVERS: Registry[type[Observer]] = Registry("observer")
+"""Name -> observer class, built with the name of the value it watches."""
+
+
+@OBSERVERS.register("minmax")
+class MinMaxObserver(Observer):
+    """Uses the smallest and the largest element ever seen."""
+
+
+@OBSERVERS.register("mse")
+class MseObserver(Observer):
+    """Leaves the clip to a search for the least squared error over the histogram."""
+
+    clip = "mse"
+
+
+@OBSERVERS.register("moving_average")
+class MovingAverageObserver(Observer):
+    """Averages the extremes of batches: `m <- 0.9 m + 0.1 batch`."""
+
+    momentum: ClassVar[float] = 0.1
+
+    def _track(self, low: float, high: float) -> None:
+        if self.batches == 0:
+            self.minimum, self.maximum = low, high
+        self.minimum += self.momentum * (low - self.minimum)
+        self.maximum += self.momentum * (high - self.maximum)
+
+
+@OBSERVERS.register("percentile")
+class PercentileObserver(Observer):
+    """Cuts 0.01 % of the elements off each end."""
+
+    tail: ClassVar[float] = 1e-4
+
+    def histogram(self) -> Histogram:
+        """Return what was seen, its ends cut at the percentiles."""
+        seen = super().histogram()
+        share = np.cumsum(seen.counts) / seen.counts.sum()
+        first = int(np.searchsorted(share, self.tail))
+        last = int(np.searchsorted(share, 1.0 - self.tail))
+        low, high = seen.low + first * seen.width, seen.low + (last + 1) * seen.width
+        return Histogram(seen.low, seen.width, seen.counts, max(low, seen.minimum), min(high, seen.maximum))

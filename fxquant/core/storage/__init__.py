@@ -1,0 +1,64 @@
+"""Files: atomic writes, strict codecs, resumable cells, staged folders, exported programs."""
+
+from __future__ import annotations
+
+from fxquant.core.storage.cells import Arrays, ScoreStore
+from fxquant.core.storage.codecs import (
+    checked_document,
+    pack_arrays,
+    parse_json,
+    read_array,
+    read_arrays,
+    read_json,
+    read_tensors,
+    tensor_digest,
+    text_digest,
+    unpack_arrays,
+    write_arrays,
+    write_json,
+    write_json_once,
+    write_tensors,
+)
+from fxquant.core.storage.exported import load_exported, save_exported
+from fxquant.core.storage.files import UNFINISHED, atomic_path, check_writable, flush_to_disk, unwritable, work_folder
+from fxquant.core.storage.lock import LOCK, only_writer
+from fxquant.core.storage.pt2_audit import LONGEST, is_arithmetic, is_operator
+from fxquant.core.storage.staging import OUTPUT, READY, RESULT, finish, staged, sweep
+
+__all__ = [
+    "LOCK",
+    "LONGEST",
+    "OUTPUT",
+    "READY",
+    "RESULT",
+    "UNFINISHED",
+    "Arrays",
+    "ScoreStore",
+    "atomic_path",
+    "check_writable",
+    "checked_document",
+    "finish",
+    "flush_to_disk",
+    "is_arithmetic",
+    "is_operator",
+    "load_exported",
+    "only_writer",
+    "pack_arrays",
+    "parse_json",
+    "read_array",
+    "read_arrays",
+    "read_json",
+    "read_tensors",
+    "save_exported",
+    "staged",
+    "sweep",
+    "tensor_digest",
+    "text_digest",
+    "unpack_arrays",
+    "unwritable",
+    "work_folder",
+    "write_arrays",
+    "write_json",
+    "write_json_once",
+    "write_tensors",
+]

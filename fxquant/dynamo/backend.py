@@ -1,0 +1,311 @@
+"""The `torch.compile(model, backend="fxquant", options={...})` hook: quantize each graph that Dynamo hands over.
+
+    {"budget": {"average_bits": 4}, "calibration": images}     what `fxquant.quantize` does
+    {"plan": "plan.json", "calibration": images}               a plan made elsewhere; nothing is scored
+    {"result": "folder"}                                       a result that `Result.save` wrote
+    {}                                                         linear layers on int8, scaled as values come
+
+`"inductor": False` runs the integer graph eagerly; `"quantize": {...}` holds further arguments of `fxquant.quantize`.
+
+The work is done at the first call of a graph, and again for other weights: those are taken as they are then. A graph
+in training mode, or one that does not export, runs as it was, with a warning. Answers carry no gradient.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from fxquant.api import quantize
+from fxquant.backends.int8 import FxInt8Backend, compiled, lower_dynamic
+from fxquant.capture import capture
+from fxquant.core.errors import CalibrationError, CaptureError, OptionError
+from fxquant.core.facts import BitAllocation, Budget, Settings
+from fxquant.core.ir import Sites, rule_of
+from fxquant.core.run import CalibrationSet, collect
+from fxquant.core.storage import tensor_digest, text_digest
+from fxquant.dynamo.boundary import DynamoGraph, caller_arguments, free_batch
+from fxquant.dynamo.transfer import graph_of, input_nodes, renamed
+from fxquant.flow import pipeline
+from fxquant.result import Result
+
+Run = Callable[..., Any]
+"""Takes a graph's inputs, returns its outputs."""
+
+KEPT = 8
+"""Integer graphs that are kept, so that a recompilation for another batch size quantizes nothing anew."""
+
+TARGET = "fx_int8"
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What `options=` may hold.
+
+    Args:
+        budget: limits, a `Budget` or its arguments.
+        calibration: as in `fxquant.quantize`; a re-iterable, for every graph reads it.
+        plan: a plan or the path of a plan.json.
+        result: a result or the folder of one.
+        inductor: hand what comes out to Inductor; where that fails it runs eagerly, with a warning.
+        quantize: further arguments of `fxquant.quantize`.
+
+    Raises:
+        OptionError: options that exclude or lack each other.
+    """
+
+    budget: Budget | Mapping[str, float] | None = None
+    calibration: object = None
+    plan: BitAllocation | str | Path | None = None
+    result: Result | str | Path | None = None
+    inductor: bool = True
+    quantize: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sources = [name for name in ("budget", "plan", "result") if getattr(self, name) is not None]
+        if len(sources) > 1:
+            raise OptionError(f"options {' and '.join(sources)} exclude each other; give one of them")
+        wanted = sources in (["budget"], ["plan"])
+        if wanted != (self.calibration is not None):
+            raise OptionError(
+                f"option {sources[0]!r} needs calibration images; give them as 'calibration'"
+                if wanted
+                else f"calibration is not read with {sources or 'no budget'}; give 'budget' or 'plan' with it"
+            )
+        if self.quantize and sources != ["budget"]:
+            raise OptionError("option 'quantize' holds arguments of fxquant.quantize and needs a 'budget'")
+
+    @staticmethod
+    def of(given: Mapping[str, Any] | None) -> CompileOptions:
+        """Return the options that torch.compile was given.
+
+        Raises:
+            OptionError: a name that is not known, or a combination that makes no sense.
+        """
+        unknown = sorted(set(given or {}) - set(CompileOptions.__dataclass_fields__))
+        if unknown:
+            known = ", ".join(CompileOptions.__dataclass_fields__)
+            raise OptionError(f"unknown option {', '.join(map(repr, unknown))}; known: {known}")
+        return CompileOptions(**(given or {}))
+
+
+def compile_graph(
+    graph: GraphModule, inputs: Sequence[object], *, options: Mapping[str, Any] | None = None
+) -> CompiledGraph:
+    """Return what runs in a graph's place: the `fxquant` backend of torch.compile.
+
+    Args:
+        graph: as Dynamo made it.
+        inputs: the values it was traced with.
+        options: see `CompileOptions`.
+    """
+    return CompiledGraph(DynamoGraph(graph, inputs), options)
+
+
+class CompiledGraph:
+    """One graph: quantized at its first call, and again when it is called with other weights.
+
+    Args:
+        source: the graph.
+        options: as torch.compile got them; checked at the first call, from where errors reach the caller as they are.
+    """
+
+    def __init__(self, source: DynamoGraph, options: Mapping[str, Any] | None) -> None:
+        self.source = source
+        self._given = options
+        self._made: OrderedDict[tuple[object, ...], tuple[dict[str, Tensor], Run]] = OrderedDict()
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Return the graph's outputs.
+
+        Raises:
+            InputError: options, calibration images or a plan that cannot be used.
+            InfeasibleBudgetError: no plan keeps the budget.
+        """
+        options, inputs = CompileOptions.of(self._given), self.source.inputs(arguments)
+        refusal = self.source.refusal
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+            refusal = "an input asks for its gradient"
+        if refusal is not None:
+            _warn(f"a graph stays as it is, for {refusal}; switch to eval() and torch.no_grad() to have it quantized")
+            return self.source.graph(*arguments)
+        weights = self.source.weights(arguments)
+        shapes = tuple((tensor.shape[1:], tensor.dtype) for tensor in inputs)
+        held = tuple((id(tensor), _version(tensor)) for tensor in weights.values())
+        key = (held, shapes, self.source.numbers(arguments))
+        if key not in self._made:
+            # The weights are held, so that another tensor cannot take the place, and the id, of one of them.
+            self._made[key] = (weights, self._build(options, arguments, inputs))
+            if len(self._made) > KEPT:
+                self._made.popitem(last=False)
+        with torch.no_grad():
+            return self._made[key][1](*inputs)
+
+    def _build(self, options: CompileOptions, arguments: Sequence[Any], inputs: tuple[Tensor, ...]) -> Run:
+        module = self.source.bind(arguments)
+        try:
+            made = _integer_graph(options, module, inputs)
+        except CaptureError as error:
+            _warn(f"a graph stays in float: {error}")
+            made = module
+        return _Outputs(_Inductor(made) if options.inductor else made)
+
+
+def _integer_graph(options: CompileOptions, module: GraphModule, inputs: tuple[Tensor, ...]) -> GraphModule:
+    """Return what runs in a graph's place.
+
+    Raises:
+        CaptureError: the graph does not export, or only for one batch size.
+    """
+    if options.result is not None:
+        known = options.result if isinstance(options.result, Result) else Result.load(options.result)
+        return graph_of(known, module)
+    images = _images(options, module, inputs)
+    freed = free_batch(module, inputs, inputs if images is None else images.inputs)
+    captured = capture(freed, tuple(t[:2] for t in (inputs if images is None else images.inputs)))
+    if not any(rule is not None and rule.weight is not None for rule in map(rule_of, captured.module.graph.nodes)):
+        _warn("a graph has no convolution or linear layer; it stays in float")
+        return module
+    if images is None:
+        if options.budget is not None or options.plan is not None:
+            reason = "the first call of a graph behind a graph break gives one image, too few to calibrate with"
+        else:
+            reason = "neither a budget nor a plan was given"
+        made, layers = lower_dynamic(captured.module)
+        done = f"{len(layers)} linear layers run on int8 weights with activations scaled as they come" if layers else ""
+        _warn(f"{reason}: {done or 'there is no linear layer, and the graph stays in float'}")
+        return made if layers else module
+    wanted = (_budget(options), sorted(options.quantize.items()), options.plan, captured.module.graph)
+    names = dict(captured.module.named_parameters()) | dict(captured.module.named_buffers())
+    calibration = {f"input {k}": tensor for k, tensor in enumerate(images.inputs)}
+    key = text_digest(" ".join(map(str, wanted))) + tensor_digest(names) + tensor_digest(calibration)
+    if key not in _LOWERED:
+        exported = captured[ExportedProgram]
+        made = (
+            _planned(options.plan, exported, images)
+            if options.plan is not None
+            else _budgeted(options, exported, images)
+        )
+        _LOWERED[key] = made
+        if len(_LOWERED) > KEPT:
+            _LOWERED.popitem(last=False)
+    return _LOWERED[key]
+
+
+_LOWERED: OrderedDict[str, GraphModule] = OrderedDict()
+"""Digest of weights, graph, images and options -> integer graph."""
+
+
+def _budget(options: CompileOptions) -> Budget | None:
+    given = options.budget
+    if given is None or isinstance(given, Budget):
+        return given
+    return Budget.parse(f"{name}={value}" for name, value in given.items())
+
+
+def _images(options: CompileOptions, module: GraphModule, inputs: tuple[Tensor, ...]) -> CalibrationSet | None:
+    """Return calibration images in the order of the graph's inputs, None without any.
+
+    Behind a graph break calibration images are not what a graph reads; the values of its first call are.
+
+    Raises:
+        CalibrationError: images of another size than the model is called with, or nothing to calibrate with.
+    """
+    if options.calibration is None:
+        return None
+    names, arguments = list(input_nodes(module)), caller_arguments()
+    if arguments is None:
+        count = int(inputs[0].shape[0])
+        if count < 2:
+            return None
+        _warn(
+            f"a graph behind a graph break is calibrated on the {count} images of its first call; break the graph less"
+        )
+        return CalibrationSet(tuple(tensor.detach().clone() for tensor in inputs))
+    # Dynamo lists inputs as they are read, a batch as they are declared.
+    ordered = [*(name for name in arguments if name in names), *(name for name in names if name not in arguments)]
+    images = collect(options.calibration, ordered)
+    found = tuple(images.inputs[ordered.index(name)] for name in names)
+    for name, given, called in zip(names, found, inputs, strict=True):
+        if given.shape[1:] != called.shape[1:] or given.dtype != called.dtype:
+            raise CalibrationError(
+                f"calibration images for {name!r} are {given.dtype} of shape {tuple(given.shape[1:])}, the compiled "
+                f"model is called with {called.dtype} of shape {tuple(called.shape[1:])}; make them alike"
+            )
+    return CalibrationSet(found, images.labels)
+
+
+def _budgeted(options: CompileOptions, exported: ExportedProgram, images: CalibrationSet) -> GraphModule:
+    arguments = {"target": TARGET, "progress": False, **options.quantize}
+    return quantize(exported, images, _budget(options), **arguments).lowered
+
+
+def _planned(plan: BitAllocation | str | Path, exported: ExportedProgram, images: CalibrationSet) -> GraphModule:
+    """Return the integer graph of a plan made elsewhere, its ranges taken from these images.
+
+    Raises:
+        OptionError: the plan is for other layers, or leaves them all in float.
+    """
+    known = plan if isinstance(plan, BitAllocation) else BitAllocation.from_json(plan)
+    integers = [choice for choice in known.choices.values() if not choice.is_float]
+    if not integers:
+        raise OptionError("the plan leaves every layer in float; give at least one of them an integer precision")
+    settings = Settings(
+        bits=tuple(sorted({choice.weight_bits for choice in known.choices.values()})),
+        activation_bits=tuple(sorted({choice.activation_bits for choice in integers})),
+        target=TARGET,
+    )
+    program = pipeline.calibrate(pipeline.prepare(capture(exported, ()), settings), images)
+    program = pipeline.impose(program, renamed(known, [site.name for site in program[Sites].sites]))
+    return FxInt8Backend().lower(pipeline.simulate(program, program[BitAllocation]).module)
+
+
+def _version(tensor: Tensor) -> int:
+    # Inference tensors cannot be written to outside inference mode and count nothing.
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class _Inductor:
+    """Runs a graph through Inductor; eagerly from the first failure on."""
+
+    def __init__(self, graph: GraphModule) -> None:
+        self._eager, self._compiled = graph, compiled(graph)
+        self._works = True
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Return the graph's output."""
+        if self._works:
+            try:
+                return self._compiled(*inputs)
+            except Exception as error:
+                self._works = False
+                first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                _warn(
+                    f"Inductor fails on a graph, which runs eagerly instead ({first}); 'inductor': False keeps it out"
+                )
+        return self._eager(*inputs)
+
+
+class _Outputs:
+    """Brings what a graph returns to the tuple that Dynamo expects."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
+        """Return the outputs."""
+        return tuple(pytree.tree_leaves(self._run(*inputs)))
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"fxquant: {message}", UserWarning, stacklevel=2)

@@ -1,0 +1,253 @@
+"""Choose the plan: solve the program of every surrogate, let the measured loss decide, keep the clock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from torch.fx import GraphModule
+
+from fxquant.backends import backend
+from fxquant.core.errors import CalibrationError, InfeasibleBudgetError, OptionError
+from fxquant.core.facts import BitAllocation, Budget, CostTables, Finalists, Settings, Surrogates
+from fxquant.core.host import SILENT, Reporter, time_runs, warn_if_busy
+from fxquant.core.ir import Program
+from fxquant.core.run import CalibrationSet, model_outputs
+from fxquant.core.storage import ScoreStore
+from fxquant.flow.latency import measure_latency
+from fxquant.flow.pipeline import loss_name, run, score_identity, simulate, widest_plan
+from fxquant.passes import AllocateBits, MeasureSensitivity, Meter, VerifyAndRefine, image_losses, is_better
+from fxquant.passes.allocation import trust_region
+
+LATENCY_ROUNDS = 4
+"""Times a plan that takes longer than predicted is measured, and the limit tightened for the next."""
+LATENCY_TOLERANCE = 1.03
+"""A measured time counts as kept within the noise of its median."""
+
+
+AROUND = ("gram",)
+"""Estimators of the scores around a plan: n runs, exact for one changed site."""
+RADIUS_SHARE = 0.25
+"""Share of the sites that may change at first when a plan is re-scored around itself."""
+
+
+def allocate(
+    program: Program,
+    budget: Budget,
+    held_out: CalibrationSet | None = None,
+    reporter: Reporter = SILENT,
+    scoring: CalibrationSet | None = None,
+    folder: Path | None = None,
+) -> Program:
+    """Choose the plan: solve the integer program of every surrogate, then let the measured loss decide.
+
+    Args:
+        program: with sensitivity, and latency where the budget needs it.
+        budget: the limits.
+        held_out: images not used for scoring; None trusts the preferred surrogate.
+        reporter: shows progress.
+        scoring: images to score the plan around itself with, `Settings.rounds` times at most; None does not.
+        folder: where those scores are kept, so that a killed run goes on; None keeps none.
+
+    Raises:
+        InfeasibleBudgetError: no plan keeps the limits.
+        CalibrationError: the budget needs milliseconds and there is no image to measure them with.
+    """
+    if budget.needs_latency and "latency" not in program[CostTables].tables:
+        if held_out is None:
+            raise CalibrationError("a latency budget needs one image to measure with; give calibration images")
+        program = measure_latency(program, held_out, reporter)
+    solved = _solve(program, budget, held_out, reporter, scoring, folder)
+    told = backend(program[Settings].target).target.latency
+    # What a description tells of other hardware, no clock here can check.
+    if budget.needs_latency and held_out is not None and not told:
+        solved = _keep_measured_latency(program, solved, budget, held_out, reporter)
+    if all(choice.is_float for choice in solved[BitAllocation].choices.values()):
+        raise OptionError(f"budget {budget} is met by the float model as it is; tighten it, or leave 32 out of bits")
+    return solved
+
+
+def _solve(
+    program: Program,
+    budget: Budget,
+    held_out: CalibrationSet | None,
+    reporter: Reporter,
+    scoring: CalibrationSet | None = None,
+    folder: Path | None = None,
+) -> Program:
+    settings = program[Settings]
+    program = run(program, _allocator(settings, budget))
+    if held_out is None:
+        return program
+    loss = loss_name(program, held_out)
+    step = VerifyAndRefine(
+        held_out,
+        simulator(program),
+        loss,
+        reporter,
+        settings.refine_moves,
+        requantization_cost=settings.requantization_cost,
+    )
+    solved = run(program, step)
+    if scoring is None or not settings.rounds:
+        return solved
+    return rescore_around(solved, budget, scoring, held_out, reporter, folder)
+
+
+def _allocator(settings: Settings, budget: Budget, near: tuple[BitAllocation, int] | None = None) -> AllocateBits:
+    return AllocateBits(
+        budget, settings.solver, settings.time_limit, settings.seed, settings.requantization_cost, near=near
+    )
+
+
+def rescore_around(
+    program: Program,
+    budget: Budget,
+    scoring: CalibrationSet,
+    held_out: CalibrationSet,
+    reporter: Reporter = SILENT,
+    folder: Path | None = None,
+) -> Program:
+    """Score the plan's neighbours with everything else quantized as the plan says, and solve again near it.
+
+    A trust-region search (see `passes.allocation.trust_region`): what it tried is listed among the plan's finalists as
+    "round 1, 5 sites" with the measured loss, whether it helped or not.
+
+    Args:
+        program: with a verified plan.
+        budget: the limits.
+        scoring: images to score with.
+        held_out: images that decide; a plan is taken only if its loss there, the cost of its requantization included,
+            falls by more than the noise.
+        reporter: shows progress.
+        folder: where finished scores are kept; None keeps none.
+    """
+    settings, loss = program[Settings], loss_name(program, held_out)
+    reference = model_outputs(program.module, held_out.inputs, 32)
+    simulated = simulator(program)
+    meter = Meter(lambda plan: image_losses(simulated(plan), held_out, reference, loss))
+
+    def solve(model: Surrogates, plan: BitAllocation, radius: int) -> BitAllocation | None:
+        near = _allocator(settings, budget, (plan, radius))
+        found = run(program.with_facts(model), near)[BitAllocation]
+        return None if found.choices == plan.choices else found
+
+    start = program[BitAllocation]
+    if any(choice.is_float for choice in start.choices.values()):
+        # The simulated graph of such a plan has other quantizers than the one that scores are taken in.
+        return program
+    best, steps = trust_region(
+        start,
+        partial(_scored_around, program, scoring, reporter, folder),
+        solve,
+        lambda plan: meter.losses(plan) + plan.border_cost,
+        is_better,
+        rounds=settings.rounds,
+        radius=max(2, round(RADIUS_SHARE * len(start.choices))),
+    )
+    # What is told of a plan is its loss alone, as of every other finalist.
+    tried = {f"round {s.round}, {s.radius} sites": float(meter.losses(s.plan).mean()) for s in steps}
+    if best is not start:
+        named = f"{best.estimator} around the plan"
+        best = replace(best, measured_loss=float(meter.losses(best).mean()), estimator=named)
+    return program.with_facts(replace(best, finalists={**start.finalists, **tried}))
+
+
+def _scored_around(
+    program: Program, scoring: CalibrationSet, reporter: Reporter, folder: Path | None, plan: BitAllocation
+) -> Surrogates:
+    seed, loss = program[Settings].seed, loss_name(program, scoring)
+    store = ScoreStore(folder, score_identity(program, scoring, loss) if folder is not None else {})
+    simulated = simulate(program, widest_plan(program), round_biases=False)
+    step = MeasureSensitivity(scoring, AROUND, loss, store, reporter, seed, context=plan)
+    return run(simulated, step)[Surrogates]
+
+
+def measured_latency(program: Program, plan: BitAllocation, images: CalibrationSet) -> dict[str, float]:
+    """Return what a plan really takes on one image: `latency_ms`, and `latency_ratio` against float in the same run."""
+    settings, one = program[Settings], images.slice(0, 1).inputs
+    graphs = (program.module, simulate(program, plan).module)
+    runs = [backend(settings.target).compile(graph, one, threads=settings.threads) for graph in graphs]
+    timings = time_runs([partial(run_graph, one) for run_graph in runs], settings.threads)
+    warn_if_busy(timings)
+    float_ms, plan_ms = (timing.milliseconds for timing in timings)
+    return {"latency_ms": plan_ms, "latency_ratio": plan_ms / float_ms}
+
+
+def _keep_measured_latency(
+    program: Program, solved: Program, budget: Budget, images: CalibrationSet, reporter: Reporter
+) -> Program:
+    """Measure the plan whole, and solve again with a tighter limit while it takes longer than it may.
+
+    The table is a model of layers and of the borders between float and integers; the clock has the last word. Where no
+    plan keeps the tightened limit in the table, those that were compared on the way are clocked, the least loss first.
+
+    Raises:
+        InfeasibleBudgetError: no plan was found that keeps the limit on the clock.
+    """
+    limits = {name: limit for name, limit in budget.limits.items() if name.startswith("latency")}
+    clocked: list[Program] = []
+
+    def clock(candidate: Program) -> float:
+        """Return how many times the limit a plan takes, and keep it with what it really used."""
+        plan = candidate[BitAllocation]
+        measured = measured_latency(program, plan, images)
+        used = {**plan.used, **{name: measured[name] for name in limits}}
+        clocked.append(candidate.with_facts(replace(plan, used=used, limits=budget.limits)))
+        return excess_of(clocked[-1])
+
+    def excess_of(candidate: Program) -> float:
+        return max(candidate[BitAllocation].used[name] / limit for name, limit in limits.items())
+
+    known: list[Program] = []
+    tightened = budget
+    for attempt in range(LATENCY_ROUNDS):
+        if attempt:
+            tightened = replace(
+                tightened, **{name: getattr(tightened, name) / excess_of(clocked[-1]) for name in limits}
+            )
+            try:
+                solved = _solve(program, tightened, images, reporter)
+            except InfeasibleBudgetError:
+                break
+        known += _compared(solved)
+        if clock(solved) <= LATENCY_TOLERANCE:
+            return clocked[-1]
+    for candidate in sorted(known, key=_total_loss):
+        new = all(candidate[BitAllocation].choices != done[BitAllocation].choices for done in clocked)
+        if new and clock(candidate) <= LATENCY_TOLERANCE:
+            return clocked[-1]
+    fastest = min(clocked, key=excess_of)[BitAllocation]
+    taken = ", ".join(f"{name}={fastest.used[name]:.4g}" for name in limits)
+    raise InfeasibleBudgetError(
+        f"no plan was found that keeps {budget} when measured; the fastest of {len(clocked)} took {taken}; "
+        "raise the limit"
+    )
+
+
+def _compared(solved: Program) -> list[Program]:
+    """Return the program with each of its finalists in the plan's place, those without a loss left out."""
+    losses = solved[BitAllocation].finalists
+    return [
+        solved.with_facts(replace(plan, measured_loss=losses[name], finalists=losses))
+        for name, plan in solved[Finalists].plans.items()
+        if name in losses and not math.isnan(losses[name])
+    ]
+
+
+def _total_loss(solved: Program) -> float:
+    plan = solved[BitAllocation]
+    assert plan.measured_loss is not None
+    return plan.measured_loss + plan.border_cost
+
+
+def simulator(program: Program) -> Callable[[BitAllocation], GraphModule]:
+    """Return what makes the simulated graph of a plan."""
+
+    def simulated(plan: BitAllocation) -> GraphModule:
+        return simulate(program, plan).module
+
+    return simulated

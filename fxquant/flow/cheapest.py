@@ -1,0 +1,164 @@
+"""The cheapest plan that keeps a limit on the answers: a search along one cost, each step solved and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from fxquant.core.errors import CalibrationError, InfeasibleBudgetError
+from fxquant.core.facts import LIMIT_TABLES, BitAllocation, Budget, CostTables, reachable, unit_of, usage
+from fxquant.core.host import SILENT, Reporter
+from fxquant.core.ir import Program, Sites
+from fxquant.core.run import NO_LABELS, CalibrationSet, keeps, model_outputs, quality
+from fxquant.flow import allocate as search
+from fxquant.flow.latency import measure_latency
+from fxquant.flow.pipeline import loss_name, simulate
+
+STEPS = 8
+"""Budgets tried between the least and the most a plan can cost."""
+CLOSE_ENOUGH = 0.01
+"""The search ends where the budgets that keep the limit and those that do not are this close, against the larger."""
+
+Finish = Callable[[Program], Program]
+"""What is done to a plan before its answers count, for example rounding."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Measures answers of plans on held-out images.
+
+    Args:
+        budget: whose limits on answers are meant.
+        images: held-out images.
+        reference: the float model's answers to them.
+        loss: name of the loss.
+    """
+
+    budget: Budget
+    images: CalibrationSet
+    reference: Tensor
+    loss: str
+
+    def verdict(self, program: Program) -> Program:
+        """Return the program with what its plan's answers measure and what was allowed noted on the plan."""
+        plan, limits = program[BitAllocation], self.budget.quality
+        outputs = model_outputs(simulate(program, plan).module, self.images.inputs, 32)
+        found = quality(limits, self.reference, outputs, self.images.labels, self.loss)
+        return program.with_facts(replace(plan, quality=found, quality_limits=limits))
+
+
+def check_labels(budget: Budget | None, images: CalibrationSet) -> None:
+    """Fail before the long work where a limit needs labels that the images lack.
+
+    Raises:
+        CalibrationError: it does.
+    """
+    if budget is not None and "accuracy_drop" in budget.quality and images.labels is None:
+        raise CalibrationError(NO_LABELS)
+
+
+def choose(
+    program: Program,
+    budget: Budget,
+    held_out: CalibrationSet | None,
+    reporter: Reporter = SILENT,
+    scoring: CalibrationSet | None = None,
+    folder: Path | None = None,
+    finish: Finish = lambda solved: solved,
+) -> Program:
+    """Choose the plan: within limits on costs, or the cheapest that keeps limits on answers.
+
+    Args:
+        program: with sensitivity.
+        budget: the limits; see `search.allocate` for those on costs.
+        held_out: images that scoring did not see, on which answers are measured.
+        reporter: shows progress.
+        scoring: images to score the plan around itself with; None does not.
+        folder: where those scores are kept.
+        finish: what is done to a plan before it is handed back, and before its answers count.
+
+    Raises:
+        InfeasibleBudgetError: no plan keeps the limits; names the best that was measured.
+        CalibrationError: answers are limited, and there are no images to measure them on, or no labels.
+    """
+    if not budget.quality:
+        return finish(search.allocate(program, budget, held_out, reporter, scoring, folder))
+    if held_out is None:
+        raise CalibrationError(f"a limit on {', '.join(budget.quality)} needs held-out images; give calibration images")
+    if budget.needs_latency and "latency" not in program[CostTables].tables:
+        program = measure_latency(program, held_out, reporter)
+    loss = loss_name(program, held_out)
+    judge = Judge(budget, held_out, model_outputs(program.module, held_out.inputs, 32), loss)
+    # Labels and shape of the answers are checked before the first plan is solved.
+    _ = quality(budget.quality, judge.reference, judge.reference, held_out.labels, loss)
+    low, high = _range(program, budget)
+
+    def attempt(bound: float, around: CalibrationSet | None = None) -> Program | None:
+        limit = Budget.of({**budget.limits, budget.minimize: bound * (1 + 1e-9)})
+        try:
+            solved = search.allocate(program, limit, held_out, reporter, around, folder)
+        except InfeasibleBudgetError:
+            return None
+        judged = judge.verdict(finish(solved))
+        if not _kept(judged):
+            # What lowers the loss may still turn an image at the border.
+            plain = judge.verdict(solved)
+            judged = plain if _kept(plain) else judged
+        told = ", ".join(f"{name} {value:.4g}" for name, value in judged[BitAllocation].quality.items())
+        word = "kept" if _kept(judged) else "broken"
+        reporter.say(f"{budget.minimize} within {bound:.4g}: {told} on {len(held_out)} held-out images, {word}")
+        return judged
+
+    return _bisect(attempt, low, high, budget, scoring)
+
+
+def _bisect(
+    attempt: Callable[..., Program | None], low: float, high: float, budget: Budget, scoring: CalibrationSet | None
+) -> Program:
+    """Return the cheapest plan found; answers get better with room, but for the noise of the images."""
+    best = attempt(high)
+    if best is None:
+        # Only the limits on costs can have done this: let the solver say which.
+        raise InfeasibleBudgetError(f"no plan keeps {budget}; raise a limit on costs or allow narrower bits")
+    if not _kept(best):
+        told = ", ".join(f"{name}={value:.4g}" for name, value in best[BitAllocation].quality.items())
+        raise InfeasibleBudgetError(
+            f"no plan keeps {budget}: the widest measured {told}; raise the limit, allow wider bits or float (32 among "
+            "bits), or round better (rounding='pdquant')"
+        )
+    high = min(high, _cost(best, budget))
+    for step in range(STEPS):
+        if high - low <= CLOSE_ENOUGH * high:
+            break
+        # The least of all first; then geometric means, since a step in bits is a factor.
+        middle = (low * high) ** 0.5 if step else low
+        found = attempt(middle)
+        if found is not None and _kept(found):
+            best, high = found, min(middle, _cost(found, budget))
+        else:
+            low = max(low, middle)
+    if scoring is None:
+        return best
+    around = attempt(high, scoring)
+    return around if around is not None and _kept(around) and _cost(around, budget) <= high * (1 + 1e-6) else best
+
+
+def _kept(program: Program) -> bool:
+    plan = program[BitAllocation]
+    return keeps(plan.quality, plan.quality_limits)
+
+
+def _cost(program: Program, budget: Budget) -> float:
+    name = budget.minimize
+    return usage(program[BitAllocation].choices, {name: 1.0}, program[CostTables])[name]
+
+
+def _range(program: Program, budget: Budget) -> tuple[float, float]:
+    """Return the least and the most of what is minimized, the budget's own limit on it included."""
+    name, tables = budget.minimize, program[CostTables]
+    ends = reachable(tables[LIMIT_TABLES[name][0]], program[Sites])
+    low, high = (end / unit_of(name, tables) for end in ends)
+    return low, max(low, min(high, budget.limits.get(name, high)))

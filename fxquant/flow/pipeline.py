@@ -1,0 +1,299 @@
+"""The default pipeline, stage by stage: the table of contents of the compiler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fxquant.backends import backend, identity
+from fxquant.core.errors import InfeasibleBudgetError, OptionError, PipelineError
+from fxquant.core.facts import (
+    LIMIT_TABLES,
+    BitAllocation,
+    Budget,
+    CostTables,
+    Ranges,
+    SensitivityMatrix,
+    Settings,
+    Surrogates,
+    Target,
+    WeightGrids,
+    fits,
+    found,
+    infeasible_message,
+    matching,
+    reachable,
+    site_types,
+    unit_of,
+    usage,
+)
+from fxquant.core.host import ALONE, SILENT, Reporter, Shards
+from fxquant.core.ir import Choice, Program, Sites, gradients
+from fxquant.core.run import LOSSES, CalibrationSet, default_loss, model_outputs
+from fxquant.core.storage import ScoreStore, tensor_digest, text_digest
+from fxquant.passes import (
+    Calibrate,
+    Canonicalize,
+    CollectRanges,
+    EstimateCost,
+    FindEdges,
+    FindSites,
+    FoldBatchnorm,
+    FoldConstants,
+    InsertFakeQuant,
+    InsertObservers,
+    MeasureSensitivity,
+    Pass,
+    ScaleWeights,
+    TieEdges,
+)
+from fxquant.passes.allocation import SOLVERS
+from fxquant.passes.rounding.closed_form import METHODS as BANK_METHODS
+from fxquant.passes.rounding.closed_form import RoundWeights
+from fxquant.passes.sensitivity import ESTIMATORS
+
+KEPT = "kept in float as asked"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order; a wrong order fails when the pipeline is built, not after an hour of calibration.
+
+    Args:
+        passes: in the order they run.
+        given: facts that are there before the first pass.
+
+    Raises:
+        PipelineError: a pass reads what no earlier pass writes.
+    """
+
+    passes: tuple[Pass, ...]
+    given: frozenset[type] = frozenset()
+
+    def __post_init__(self) -> None:
+        known = set(self.given)
+        for position, step in enumerate(self.passes):
+            for kind in step.reads:
+                if kind not in known:
+                    name = type(step).__name__
+                    raise PipelineError(f"pass {position} ({name}) reads {kind.__name__} before any pass writes it")
+            known |= set(step.writes)
+
+    def __call__(self, program: Program) -> Program:
+        """Run the passes one after the other."""
+        for step in self.passes:
+            program = step(program)
+        return program
+
+
+def run(program: Program, *passes: Pass) -> Program:
+    """Check the order against the program's facts and run the passes."""
+    with gradients():
+        return Pipeline(passes, frozenset(program.facts))(program)
+
+
+def _site_passes(target: Target, settings: Settings, keep_float: dict[str, str]) -> tuple[Pass, ...]:
+    return (
+        FindEdges(target, keep_float),
+        TieEdges(),
+        FindSites(target, settings.bits, settings.activation_bits, settings.pins, settings.pin_ends, settings.forbid),
+    )
+
+
+def check_names(settings: Settings) -> None:
+    """Fail on a misspelt name before any work is done.
+
+    Raises:
+        OptionError: an unknown target, solver, estimator or way of rounding.
+    """
+    _ = backend(settings.target)
+    _ = SOLVERS[settings.solver]
+    if settings.scoring_rounding not in ("nearest", *BANK_METHODS):
+        known = ", ".join(("nearest", *BANK_METHODS))
+        raise OptionError(f"unknown scoring_rounding {settings.scoring_rounding!r}; known: {known}")
+    for name in settings.estimators:
+        _ = ESTIMATORS[name]
+
+
+def find_sites(program: Program, settings: Settings) -> Program:
+    """Bring a captured graph to canonical form and find its edges, ties and sites.
+
+    Raises:
+        OptionError: a pattern matches nothing, the target does not execute a width, or no layer can be quantized.
+    """
+    target = backend(settings.target).target
+    program = run(program, Canonicalize(), FoldConstants(), FoldBatchnorm()).with_facts(settings)
+    program = run(program, *_site_passes(target, settings, {}))
+    names = [site.name for site in program[Sites].sites]
+    types = site_types(program.module.graph, program[Sites].sites)
+    kept = [name for pattern in settings.keep_float for name in matching(pattern, names, types)]
+    # Float as the only choice is no choice: nothing is measured there.
+    kept += [site.name for site in program[Sites].sites if all(choice.is_float for choice in site.choices)]
+    if kept:
+        left = [name for name in names if name not in kept]
+        pins = {pattern: choice for pattern, choice in settings.pins.items() if found(pattern, left, types)}
+        forbid = {pattern: choices for pattern, choices in settings.forbid.items() if found(pattern, left, types)}
+        narrowed = replace(settings, pins=pins, forbid=forbid)
+        program = run(program, *_site_passes(target, narrowed, dict.fromkeys(kept, KEPT)))
+    if not program[Sites].sites:
+        reasons = "; ".join(f"{node}: {why}" for node, why in program[Sites].refusals.items())
+        raise OptionError(f"no layer can be quantized ({reasons or 'the graph has no convolution or linear layer'})")
+    return program
+
+
+def prepare(program: Program, settings: Settings) -> Program:
+    """Find what to quantize and insert an observer on each edge."""
+    return run(find_sites(program, settings), InsertObservers(settings.observer))
+
+
+def calibrate(program: Program, images: CalibrationSet | None, reporter: Reporter = SILENT) -> Program:
+    """Run images through the observers (None: they have run already), take them out, and fix all grids and costs."""
+    settings = program[Settings]
+    feed = () if images is None else (Calibrate(images, reporter=reporter),)
+    program = run(program, *feed, CollectRanges(), *scaling(settings))
+    if settings.scoring_rounding == "nearest":
+        return program
+    if images is None:
+        raise OptionError(
+            f"scoring_rounding={settings.scoring_rounding!r} needs calibration images; give them, or use 'nearest'"
+        )
+    return run(program, RoundWeights(images, settings.scoring_rounding, reporter))
+
+
+def scaling(settings: Settings) -> tuple[Pass, Pass]:
+    """Return the passes that fix weight grids and costs for a target."""
+    target = backend(settings.target).target
+    return ScaleWeights(target.per_channel), EstimateCost(target)
+
+
+def simulate(program: Program, plan: BitAllocation, round_biases: bool = True) -> Program:
+    """Return the simulated graph of a plan: edges as the plan needs them, fake-quant on each.
+
+    Raises:
+        OptionError: the plan lacks a site, names an unknown one, or a precision without a grid.
+    """
+    settings, sites = program[Settings], program[Sites].sites
+    unknown = sorted(set(plan.choices) - {site.name for site in sites})
+    if unknown:
+        raise OptionError(f"the plan names sites the model does not have: {', '.join(unknown)}")
+    floats = [site.name for site in sites if site.name in plan.choices and plan.choices[site.name].is_float]
+    if floats:
+        target, narrowed = backend(settings.target).target, replace(settings, pins={}, pin_ends=False, forbid={})
+        every = run(program, *_site_passes(target, narrowed, {}))[Sites].sites
+        kept = dict.fromkeys({site.name for site in every} - {site.name for site in sites}, KEPT)
+        kept |= dict.fromkeys(floats, "the plan keeps it in float")
+        program = run(program, *_site_passes(target, narrowed, kept))
+    return run(program.with_facts(plan), InsertFakeQuant(max(settings.activation_bits), round_biases))
+
+
+def widest_plan(program: Program) -> BitAllocation:
+    """Return the plan with every site at its widest integer precision, sites that read one value at a common width."""
+    common: dict[str, set[int]] = {}
+    for site in program[Sites].sites:
+        widths = {choice.activation_bits for choice in site.choices if not choice.is_float}
+        known = common.setdefault(site.input_tie, widths)
+        common[site.input_tie] = known & widths if widths else known
+    widest: dict[str, Choice] = {}
+    for site in program[Sites].sites:
+        width = max(common[site.input_tie], default=0)
+        integers = [choice for choice in site.choices if not choice.is_float]
+        agreeing = [choice for choice in integers if choice.activation_bits == width]
+        widest[site.name] = (agreeing or integers or list(site.choices))[-1]
+    return BitAllocation(widest)
+
+
+def loss_name(program: Program, images: CalibrationSet) -> str:
+    """Return the loss in use: the one asked for, or the one that fits the model's output."""
+    asked = program[Settings].loss
+    if asked is not None:
+        _ = LOSSES[asked]
+        return asked
+    return default_loss(model_outputs(program.module, images.slice(0, 1).inputs))
+
+
+def measure_sensitivity(
+    program: Program,
+    images: CalibrationSet,
+    folder: Path | None = None,
+    reporter: Reporter = SILENT,
+    shards: Shards = ALONE,
+) -> Program:
+    """Score every candidate, alone and in pairs, as the settings' estimators do.
+
+    Args:
+        program: calibrated.
+        images: the images to score on.
+        folder: where finished scores are kept, so that a killed run goes on; None keeps none.
+        reporter: shows progress.
+        shards: this process among those that share the work; all of them return the same.
+
+    Raises:
+        FileFormatError: the folder holds scores of something else; the message names what.
+        WorkerError: another process that shares the work was lost, or was given something else.
+    """
+    loss, settings, device = loss_name(program, images), program[Settings], images.inputs[0].device
+    with shards.group(device):
+        identity = score_identity(program, images, loss) if folder is not None or shards.world_size > 1 else {}
+        # Before any of them writes: a folder that all of them found empty is still empty until here.
+        shards.agree(text_digest(f"{identity} {settings.estimators} {settings.seed}"), device)
+        store = ScoreStore(folder, identity)
+        # Scores are taken against the exact float network, so nothing but the substitutions may differ from it.
+        simulated = simulate(program, widest_plan(program), round_biases=False)
+        around = widest_plan(program) if settings.context == "widest" else None
+        step = MeasureSensitivity(images, settings.estimators, loss, store, reporter, settings.seed, shards, around)
+        scored = run(simulated, step)
+    # The simulated graph is done with, but how long scoring took belongs in the log.
+    return replace(program.with_facts(scored[SensitivityMatrix], scored[Surrogates]), log=scored.log)
+
+
+def score_identity(program: Program, images: CalibrationSet, loss: str) -> dict[str, str]:
+    """Return field -> digest of what scores depend on."""
+    module = program.module
+    columns = [f"{c.site}:{c.choice.label}" for c in program[Sites].candidates]
+    tensors = {f"input {i}": tensor for i, tensor in enumerate(images.inputs)}
+    if loss == "ce" and images.labels is not None:
+        tensors["labels"] = images.labels
+    weights = {name: tensor for name, tensor in module.state_dict().items() if tensor.numel()}
+    settings = program[Settings]
+    # Rounded, so that another summation order on the same images stays the same calibration.
+    seen = [
+        f"{name} {h.minimum:.4g} {h.maximum:.4g} {h.counts.sum():g}" for name, h in program[Ranges].histograms.items()
+    ]
+    return {
+        "calibration": text_digest(f"{seen} {program[Ranges].clip}"),
+        "model": tensor_digest(weights) + text_digest(str(module.graph)),
+        "data": tensor_digest(tensors),
+        "settings": text_digest(
+            f"{columns} {loss} {settings.observer} {identity(settings.target)} {program[WeightGrids].digest()}"
+        ),
+    }
+
+
+def check_budget(program: Program, budget: Budget) -> None:
+    """Fail before the long work if a limit lies below what any plan can reach; milliseconds are not known yet.
+
+    Raises:
+        InfeasibleBudgetError: a limit is out of reach; the message names the reachable range.
+    """
+    tables, sites = program[CostTables], program[Sites]
+    known = {name: limit for name, limit in budget.limits.items() if LIMIT_TABLES[name][0] in tables.tables}
+    for name, limit in known.items():
+        lowest = reachable(tables[LIMIT_TABLES[name][0]], sites)[0] / unit_of(name, tables)
+        if lowest > limit * (1 + 1e-9):
+            raise InfeasibleBudgetError(infeasible_message(Budget.of(known), sites, tables))
+
+
+def impose(program: Program, plan: BitAllocation, budget: Budget | None = None) -> Program:
+    """Use a plan made elsewhere, for example edited by hand.
+
+    Raises:
+        OptionError: the plan does not fit the model, or breaks the budget.
+    """
+    missing = sorted({site.name for site in program[Sites].sites} - set(plan.choices))
+    if missing:
+        raise OptionError(f"the plan lacks sites {', '.join(missing)}; name every one of them")
+    limits = budget.limits if budget is not None else {}
+    if not fits(plan.choices, limits, program[CostTables]):
+        used = usage(plan.choices, limits, program[CostTables])
+        raise OptionError(f"the plan uses {used}, the budget allows {limits}")
+    return program.with_facts(plan)

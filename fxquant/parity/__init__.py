@@ -1,0 +1,7 @@
+"""Parity: do the runtimes compute what the simulated graph says?"""
+
+from __future__ import annotations
+
+from fxquant.parity.edge_check import AGREEMENT, BATCH, RUNTIMES, Pair, Parity, as_json, check, compare
+
+__all__ = ["AGREEMENT", "BATCH", "RUNTIMES", "Pair", "Parity", "as_json", "check", "compare"]

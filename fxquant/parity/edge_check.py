@@ -1,0 +1,399 @@
+"""Do the runtimes compute what the plan says? Compared edge by edge, in steps of each edge's own grid.
+
+Two ways of looking. *Forced*: every layer of the reference gets the integers that the runtime had in front of the same
+layer, so a difference is that layer's own; one step is allowed, where a value lies on the edge between two integers.
+*Free*: both run on their own, and every integer that flips flips others behind it. The exact reference rounds by the
+runtime's own formula, so that nothing flips; the simulation rounds in float32, and drifts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxquant.backends.exact import (
+    Integers,
+    Trace,
+    Tracer,
+    edge_labels,
+    exact_graph,
+    lowered_tracer,
+    run_traced,
+    value_names,
+)
+from fxquant.backends.int8 import FxInt8Backend, told_forms
+from fxquant.backends.onnx import onnx_module
+from fxquant.core.errors import FileFormatError, OptionError, ParityError
+from fxquant.core.run import CalibrationSet, images_for
+from fxquant.report import percent_text, safe, table_text
+from fxquant.result import Result
+
+FORMAT_VERSION = 1
+STEPS = 1
+"""Steps that a layer may differ by when it gets the same integers."""
+AGREEMENT = 0.995
+"""Share of images on which a runtime and its exact reference must name the same class."""
+SHARE = 0.001
+"""Share of an edge's values that may differ, by a step, before two free runs count as diverged there."""
+ROUNDING = 2.0**-18
+"""What an output that hardly varies may be off by, relative to its size: a few of float32's own roundings."""
+BATCH = 16
+OUTPUT = "output"
+SHOWN = 30
+"""Letters of an edge's label that the table shows at most."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """How far a reference and a runtime are apart.
+
+    Args:
+        reference: `exact` (the runtime's own rounding) or `simulated` (float32 fake-quant).
+        runtime: what it was compared with.
+        agreement: share of images with the same top-1 class, None where the output is not one row per image.
+        mean_step: mean difference of the outputs, in steps of 1/255 of their range.
+        max_step: the largest.
+        layer_step: largest difference of an edge, or of any output, when every layer gets the runtime's integers.
+        layer: where that is, None where there is none.
+        broken: first edge in graph order that then differs by more than a step; None where the limits are kept.
+        first: first edge at which the free runs diverge: by more than a step, or in more than 0.1 % of values.
+        edges: edges that were compared.
+        within: whether the limits are kept.
+
+    Raises:
+        OptionError: a negative difference.
+    """
+
+    reference: str
+    runtime: str
+    agreement: float | None
+    mean_step: float
+    max_step: float
+    layer_step: float
+    layer: str | None
+    broken: str | None
+    first: str | None
+    edges: int
+    within: bool
+
+    def __post_init__(self) -> None:
+        if min(self.mean_step, self.max_step, self.layer_step) < 0 or self.edges < 0:
+            raise OptionError(f"a difference is 0 or more, not {self.mean_step}, {self.max_step}, {self.layer_step}")
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What `check` found.
+
+    Args:
+        images: images compared.
+        edges: quantized edges of the plan.
+        pairs: reference against runtime.
+        accuracy: computation -> top-1 accuracy 0..1; empty without labels.
+
+    Raises:
+        OptionError: nothing was compared.
+    """
+
+    images: int
+    edges: int
+    pairs: tuple[Pair, ...]
+    accuracy: dict[str, float]
+
+    def __post_init__(self) -> None:
+        if not self.pairs or self.images < 1:
+            raise OptionError("nothing was compared; give at least one image and one runtime")
+
+    @property
+    def within(self) -> bool:
+        """Whether every pair keeps the limits."""
+        return all(pair.within for pair in self.pairs)
+
+    def require(self) -> None:
+        """Do nothing where the limits are kept.
+
+        Raises:
+            ParityError: they are not; names the runtime and the first edge that differs.
+        """
+        wrong = next((pair for pair in self.pairs if not pair.within), None)
+        if wrong is None:
+            return
+        if wrong.broken is not None:
+            found = f"{wrong.broken} differs although it gets the same integers; largest difference"
+            raise ParityError(
+                f"{wrong.runtime} does not compute what the plan says: {found} {wrong.layer_step:.3g} steps, "
+                f"{STEPS} is allowed; export again"
+            )
+        raise ParityError(
+            f"{wrong.runtime} names another class than its {wrong.reference} reference on "
+            f"{1 - (wrong.agreement or 0):.1%} of {self.images} images, {1 - AGREEMENT:.1%} is allowed; "
+            f"they diverge first at {wrong.first or OUTPUT}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        limits = {"layer_step": STEPS, "agreement": AGREEMENT}
+        return {"kind": "parity", "version": FORMAT_VERSION, "within": self.within, "limits": limits, **asdict(self)}
+
+    def summary(self) -> str:
+        """Return a table for the terminal."""
+        rows = [
+            (
+                pair.reference,
+                pair.runtime,
+                "-" if pair.agreement is None else percent_text(pair.agreement),
+                f"{pair.mean_step:.3g}",
+                f"{pair.max_step:.3g}",
+                f"{pair.layer_step:.3g}",
+                _cut(safe(pair.broken or pair.first or "nowhere")),
+                "ok" if pair.within else "WRONG",
+            )
+            for pair in self.pairs
+        ]
+        head = ("reference", "runtime", "same", "mean", "max", "layer", "diverges at", "")
+        compared = min(pair.edges for pair in self.pairs)
+        lines = [
+            f"{self.images} images, {compared} of {self.edges} quantized edges seen; differences in steps",
+            table_text(head, rows, left=2),
+        ]
+        if self.accuracy:
+            lines.append("top-1: " + ", ".join(f"{k} {percent_text(v)}" for k, v in self.accuracy.items()))
+        return "\n".join(lines)
+
+
+def check(
+    result: Result,
+    images: object = None,
+    against: Sequence[str] = ("onnxruntime", "fx_int8"),
+    model: Path | None = None,
+    threads: int | None = None,
+    limit: int | None = None,
+) -> Parity:
+    """Compare the simulation and the exact reference of a result with the runtimes.
+
+    Args:
+        result: whose plan is checked.
+        images: iterable of batches, labelled or not; None takes the held-out images that came with the result.
+        against: runtimes: onnxruntime, fx_int8 (PyTorch, eager), compiled (the same through torch.compile).
+        model: the ONNX file to check; None exports one.
+        threads: threads of ONNX Runtime, None for its default.
+        limit: images to compare on at most.
+
+    Raises:
+        OptionError: an unknown runtime, or no images.
+        CalibrationError: the images cannot be used.
+        FileFormatError: the file cannot be read.
+        LoweringError: the graph cannot be expressed there, or ONNX Runtime refuses the model.
+        MissingDependencyError: the onnx extra is not installed.
+    """
+    given = images if images is not None else result.held_out
+    if given is None:
+        raise OptionError("the result carries no images; give some to check with")
+    if limit is not None and limit < 1:
+        raise OptionError(f"a check needs at least one image, not {limit}")
+    try:
+        data = None if model is None else model.read_bytes()
+    except OSError as error:
+        raise FileFormatError(f"cannot read {model}: {error.strerror or error}") from error
+    return compare(result.simulated, images_for(result.program.module, given, limit), against, data, threads)
+
+
+def compare(
+    simulated: GraphModule,
+    images: CalibrationSet,
+    against: Sequence[str] = ("onnxruntime", "fx_int8"),
+    model: bytes | None = None,
+    threads: int | None = None,
+) -> Parity:
+    """Compare a simulated graph and its exact references with the runtimes; see `check`."""
+    unknown = [name for name in against if name not in RUNTIMES]
+    if unknown or not against:
+        raise OptionError(f"unknown runtime {', '.join(unknown) or '(none)'}; known: {', '.join(RUNTIMES)}")
+    labels, runs = edge_labels(simulated), list[_Run]()
+    answers = {"simulated": _Answers()}
+    for name in dict.fromkeys(against):
+        run = _Run(
+            name,
+            RUNTIMES[name](simulated, model, threads),
+            _Comparison("exact", f"exact {name}", name, exact_graph(simulated, name, _forms(simulated, name))),
+            _Comparison("simulated", "simulated", name, simulated),
+        )
+        runs.append(run)
+        answers |= {run.exact.answer: _Answers(), name: _Answers()}
+    for part in images.batches(BATCH):
+        rounded = run_traced(simulated, part.inputs)
+        answers["simulated"].add(rounded.output)
+        for run in runs:
+            told, made = run.tracer(part.inputs), run_traced(run.exact.graph, part.inputs)
+            answers[run.name].add(told.output)
+            answers[run.exact.answer].add(made.output)
+            run.exact.add(part.inputs, made, told)
+            run.simulated.add(part.inputs, rounded, told)
+    pairs = tuple(found.pair(answers, labels) for run in runs for found in (run.exact, run.simulated))
+    accuracy = {}
+    if images.labels is not None and answers["simulated"].parts[0].dim() == 2:
+        right = {name: found.joined.argmax(1) == images.labels for name, found in answers.items()}
+        accuracy = {name: float(hits.double().mean()) for name, hits in right.items()}
+    return Parity(len(images), len(labels), pairs, accuracy)
+
+
+def _cut(label: str) -> str:
+    """Return a long label's end, which tells layers apart."""
+    return label if len(label) <= SHOWN else f"…{label[1 - SHOWN :]}"
+
+
+def as_json(parity: Parity) -> str:
+    """Return what was found as JSON of ASCII letters."""
+    return json.dumps(parity.to_json(), indent=2, ensure_ascii=True)
+
+
+class _Answers:
+    """The outputs of one computation, batch by batch."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+
+    def add(self, output: Tensor) -> None:
+        self.parts.append(output.flatten(1) if output.dim() > 2 else output)
+
+    @property
+    def joined(self) -> Tensor:
+        return torch.cat(self.parts)
+
+
+@dataclass
+class _Difference:
+    """What one edge has differed by so far."""
+
+    largest: int = 0
+    differing: int = 0
+    values: int = 0
+
+    def add(self, one: Tensor, other: Tensor) -> None:
+        apart = (one.to(torch.int16) - other.to(torch.int16)).abs()
+        self.largest = max(self.largest, int(apart.max()) if apart.numel() else 0)
+        self.differing += int(apart.count_nonzero())
+        self.values += apart.numel()
+
+    @property
+    def diverges(self) -> bool:
+        return self.largest > STEPS or self.differing > SHARE * self.values
+
+
+class _Comparison:
+    """Collects the differences of one reference and one runtime."""
+
+    def __init__(self, kind: str, answer: str, runtime: str, graph: GraphModule) -> None:
+        self.kind, self.answer, self.runtime, self.graph = kind, answer, runtime, graph
+        self.forced, self.free = dict[str, _Difference](), dict[str, _Difference]()
+        self.forced_outputs, self.runtime_outputs = list[_Answers](), list[_Answers]()
+
+    def add(self, inputs: tuple[Tensor, ...], free: Trace, runtime: Trace) -> None:
+        held = run_traced(self.graph, inputs, runtime.edges)
+        _add(self.forced_outputs, held)
+        _add(self.runtime_outputs, runtime)
+        _collect(self.free, free.edges, runtime.edges)
+        _collect(self.forced, held.edges, runtime.edges)
+
+    def pair(self, answers: dict[str, _Answers], labels: dict[str, str]) -> Pair:
+        expected, answer = answers[self.answer].joined, answers[self.runtime].joined
+        apart = _apart(answer, expected)
+        agreement = None
+        if answers[self.answer].parts[0].dim() == 2 and expected.shape[1] > 1:
+            agreement = float((answer.argmax(1) == expected.argmax(1)).double().mean())
+        order = [name for name in labels if name in self.forced]
+        steps = dict[str, float]()
+        for name in order:
+            # A module that is called twice gives two edges one label.
+            steps[labels[name]] = max(steps.get(labels[name], 0.0), float(self.forced[name].largest))
+        for index, (mine, its) in enumerate(zip(self.forced_outputs, self.runtime_outputs, strict=True)):
+            own = _apart(its.joined, mine.joined)
+            steps[f"{OUTPUT} {index}" if index else OUTPUT] = float(own.max()) if own.numel() else 0.0
+        layer = max(steps, key=lambda name: steps[name])
+        broken = next((name for name, largest in steps.items() if largest > STEPS), None)
+        others = 0 if agreement is None else round((1 - agreement) * len(expected))
+        alike = self.kind == "simulated" or others <= math.ceil((1 - AGREEMENT) * len(expected))
+        return Pair(
+            reference=self.kind,
+            runtime=self.runtime,
+            agreement=agreement,
+            mean_step=float(apart.mean()),
+            max_step=float(apart.max()),
+            layer_step=steps[layer],
+            layer=layer if steps[layer] > 0 else None,
+            broken=broken,
+            first=next((labels[name] for name in order if self.free[name].diverges), None),
+            edges=len(order),
+            within=broken is None and alike,
+        )
+
+
+def _add(answers: list[_Answers], trace: Trace) -> None:
+    every = (trace.output, *trace.others)
+    answers += [_Answers() for _ in every[len(answers) :]]
+    for answer, output in zip(answers, every, strict=True):
+        answer.add(output)
+
+
+def _apart(answer: Tensor, expected: Tensor) -> Tensor:
+    """Return how far an output is from what is expected, in steps of 1/255 of the range expected.
+
+    An output that is nearly constant has no range; there a step is what float32 sums are apart by themselves.
+    """
+    step = (expected.max() - expected.min()) / 255
+    return (answer - expected).abs() / step.clamp(min=max(float(expected.abs().max()) * ROUNDING, 1e-12))
+
+
+def _collect(found: dict[str, _Difference], one: Integers, other: Integers) -> None:
+    for name, integers in other.items():
+        mine = one.get(name)
+        if mine is not None and mine.shape == integers.shape:
+            found.setdefault(name, _Difference()).add(mine, integers)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One runtime and the references it is compared with."""
+
+    name: str
+    tracer: Tracer
+    exact: _Comparison
+    simulated: _Comparison
+
+
+def _onnx(simulated: GraphModule, model: bytes | None, threads: int | None) -> Tracer:
+    trace = onnx_module("runtime_trace")
+    data = model or onnx_module("export").to_onnx(simulated).SerializeToString()
+    tracer: Tracer = trace.onnx_tracer(data, value_names(simulated), threads)
+    return tracer
+
+
+def _eager(simulated: GraphModule, model: bytes | None, threads: int | None) -> Tracer:
+    del model, threads
+    return lowered_tracer(simulated, FxInt8Backend().lower(simulated, BATCH))
+
+
+def _compiled(simulated: GraphModule, model: bytes | None, threads: int | None) -> Tracer:
+    del model, threads
+    return lowered_tracer(simulated, FxInt8Backend().lower(simulated, BATCH), inductor=True)
+
+
+def _forms(simulated: GraphModule, runtime: str) -> dict[str, str]:
+    """Return which convolutions a runtime computes otherwise than by the kernel of eager execution."""
+    return told_forms(FxInt8Backend().lower(simulated, BATCH)) if runtime == "compiled" else {}
+
+
+RUNTIMES: dict[str, Callable[[GraphModule, bytes | None, int | None], Tracer]] = {
+    "onnxruntime": _onnx,
+    "fx_int8": _eager,
+    "compiled": _compiled,
+}
+"""Runtime -> what makes it run; each has its own rounding."""

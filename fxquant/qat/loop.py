@@ -1,0 +1,162 @@
+"""What a training loop of one's own needs beside PyTorch: parameter groups, a distillation step, norm statistics.
+
+    module = result.trainable()
+    optimizer = torch.optim.Adam(parameter_groups(module, weight_lr=1e-4, step_lr=1e-3))
+    for images in batches:
+        distill_step(module, result.program.module, images, optimizer)
+    result = result.with_trained(module)
+
+Batch norms that could be folded are gone before quantizers are inserted: the weights that are trained are those the
+kernels have, and there are no statistics to drift. One that stays behind another op runs on its stored statistics, in
+train mode too; `reestimate` takes them anew where training moved what it sees.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+from torch.optim import Optimizer
+
+from fxquant.core.errors import CalibrationError, FailureError, OptionError
+from fxquant.core.ir import FakeQuantize, is_constant
+from fxquant.core.run import LOSSES, collect, default_loss, first_tensor
+from fxquant.qat.training_graph import put_tensor
+
+STATISTICS = ("running_mean", "running_var")
+
+
+def parameter_groups(module: nn.Module, weight_lr: float, step_lr: float) -> list[dict[str, Any]]:
+    """Return groups for a PyTorch optimizer: weights at one rate, every step at a rate relative to its own size.
+
+    Steps range over orders of magnitude, from 8-bit weights to 2-bit activations. Each gets `step_lr * mean(scale)`,
+    so that an update of Adam, which is about its rate, moves any step by about `step_lr` of itself. Steps do not decay.
+
+    Args:
+        module: from `Result.trainable`.
+        weight_lr: rate of everything that is not a step, at least 0.
+        step_lr: rate of steps against their size, at least 0; 1e-3 is a good start.
+
+    Raises:
+        OptionError: a rate below 0 or not finite, or nothing to train.
+    """
+    for name, rate in (("weight_lr", weight_lr), ("step_lr", step_lr)):
+        if not 0 <= rate < math.inf:
+            raise OptionError(f"{name} is {rate}; give a finite rate of at least 0")
+    quantizers = [m for m in module.modules() if isinstance(m, FakeQuantize)]
+    steps = {q.scale: None for q in quantizers if isinstance(q.scale, nn.Parameter) and q.scale.requires_grad}
+    rest = [p for p in module.parameters() if p.requires_grad and p not in steps]
+    if not rest and not steps:
+        raise OptionError("the module has no parameter that takes gradients; give what Result.trainable made")
+    groups: list[dict[str, Any]] = [{"params": rest, "lr": weight_lr}] if rest else []
+    rates = {step: step_lr * float(step.detach().mean()) for step in steps}
+    return groups + [{"params": [step], "lr": rate, "weight_decay": 0.0} for step, rate in rates.items()]
+
+
+def distill_step(
+    module: nn.Module,
+    teacher: Callable[..., Any],
+    images: Tensor | tuple[Tensor, ...],
+    optimizer: Optimizer,
+    loss: str | None = None,
+) -> float:
+    """Take one optimizer step towards the float model's answers and return the mean loss before it; needs no labels.
+
+    Args:
+        module: from `Result.trainable`.
+        teacher: the float model, for example `result.program.module`.
+        images: one batch, or one tensor per input.
+        optimizer: over the module's parameters.
+        loss: "kl" or "mse"; None picks by the teacher's answer, as `quantize` does.
+
+    Raises:
+        OptionError: there is no such loss.
+        FailureError: the loss is not finite.
+    """
+    inputs = images if isinstance(images, tuple) else (images,)
+    with torch.no_grad():
+        reference = first_tensor(teacher(*inputs))
+    value = LOSSES[loss or default_loss(reference)](reference, first_tensor(module(*inputs)), None).mean()
+    found = float(value.detach())
+    if not math.isfinite(found):
+        raise FailureError(f"the loss became {found}; start again with lower rates")
+    optimizer.zero_grad()
+    torch.autograd.backward(value)
+    optimizer.step()
+    return found
+
+
+def reestimate(module: GraphModule, images: object, batch: int = 64) -> int:
+    """Take the statistics of all batch norms left in a graph anew from images, and return how many there are.
+
+    In one pass every norm normalizes by its batch, as in training; statistics become the mean over batches of the
+    batch's mean and unbiased variance, weighted by images (cumulative average, as `torch.optim.swa_utils.update_bn`).
+    Where folding left no batch norm, nothing is done and 0 returned.
+
+    Args:
+        module: from `Result.trainable`; it is changed.
+        images: batches as `quantize` takes them.
+        batch: images at a time.
+
+    Raises:
+        CalibrationError: the images cannot be used, or a batch has one value per channel.
+    """
+    norms = {node: _arguments(node) for node in module.graph.nodes if _is_norm(node)}
+    if not norms:
+        return 0
+    data = collect(images, [str(node.target) for node in module.graph.nodes if node.op == "placeholder"])
+    recorder = _Recorder(module, norms)
+    with torch.no_grad():
+        for start in range(0, len(data), batch):
+            recorder.run(*data.slice(start, start + batch).inputs)
+        for path, (total, weight) in recorder.sums.items():
+            put_tensor(module, path, (total / weight).float())
+    return len(norms)
+
+
+def _arguments(node: Node) -> list[str]:
+    schema = getattr(node.target, "_schema", None)
+    return [argument.name for argument in schema.arguments] if schema is not None else []
+
+
+def _is_norm(node: Node) -> bool:
+    # Told by what it reads, whatever the op is called; statistics that the graph computes are nobody's to set.
+    names = _arguments(node)
+    return all(name in names and is_constant(node.args[names.index(name)]) for name in STATISTICS)
+
+
+class _Recorder(Interpreter):
+    """Runs a graph with its norms on the statistics of the batch, and sums these up."""
+
+    def __init__(self, module: GraphModule, norms: dict[Node, list[str]]) -> None:
+        super().__init__(module)
+        self._norms = norms
+        #: path of a statistic -> sum over images, and images
+        self.sums: dict[str, tuple[Tensor, int]] = {}
+
+    def run_node(self, n: Node) -> Any:
+        """Run one node."""
+        if n not in self._norms:
+            return super().run_node(n)
+        arguments, _ = self.fetch_args_kwargs_from_env(n)
+        places, values = self._norms[n], list(arguments)
+        x: Tensor = values[0]
+        over = [axis for axis in range(x.dim()) if axis != 1]
+        count = x.numel() // x.shape[1]
+        if count < 2:
+            raise CalibrationError(f"{n.name}: a batch has one value per channel; give at least two images")
+        variance, mean = torch.var_mean(x.double(), dim=over, correction=0)
+        for name, value in zip(STATISTICS, (mean, variance * count / (count - 1)), strict=True):
+            place = places.index(name)
+            source = n.args[place]
+            assert isinstance(source, Node)
+            total, weight = self.sums.get(str(source.target), (torch.zeros_like(value), 0))
+            self.sums[str(source.target)] = total + value * len(x), weight + len(x)
+            # A batch is normalized by the variance of itself, not by that of where it came from.
+            values[place] = (mean if name == STATISTICS[0] else variance).to(x.dtype)
+        assert callable(n.target)
+        return n.target(*values)

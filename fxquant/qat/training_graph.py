@@ -1,0 +1,233 @@
+"""A simulated graph of its own to train, and what training changed in it as facts of a program."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxquant.core.errors import OptionError
+from fxquant.core.facts import Affine, BitAllocation, FakeQuantNodes, Rounding, WeightGrid
+from fxquant.core.ir import Choice, FakeQuantize, Program, Site, Sites, fork, resolve, rule_of, tensor_at
+
+METHOD = "trained"
+
+
+@dataclass(frozen=True)
+class TrainedValues:
+    """What training changed outside the quantized layers: norms and their statistics, tables, layers in float.
+
+    They belong to the simulated graph of one plan; the float graph, which losses compare with, keeps the model's own.
+
+    Args:
+        choices: the plan they were trained with.
+        values: attribute path -> tensor.
+    """
+
+    choices: dict[str, Choice]
+    values: dict[str, Tensor]
+
+
+def trainable(simulated: Program, learn_steps: bool = True) -> GraphModule:
+    """Return a deep copy of a simulated graph with everything in it that can be trained as a parameter.
+
+    Args:
+        simulated: with its quantizers; nothing of it is shared with the copy.
+        learn_steps: the quantizers' scales are parameters too; quantizers of one group share one.
+    """
+    module = fork(simulated.module)
+    known: dict[int, object] = {}
+    for path in {str(node.target): None for node in module.graph.nodes if node.op in ("get_attr", "call_module")}:
+        holder, leaf = _place(module, path)
+        # One memory of copies for all of them: what was one tensor stays one.
+        setattr(holder, leaf, copy.deepcopy(getattr(holder, leaf), known))
+    for _, path in _site_tensors(simulated, module):
+        holder, leaf = _place(module, path)
+        if not isinstance(getattr(holder, leaf), nn.Parameter):
+            value = tensor_at(module, path)
+            delattr(holder, leaf)
+            setattr(holder, leaf, nn.Parameter(value))
+    for parameter in module.parameters():
+        parameter.grad = None
+        parameter.requires_grad_(parameter.is_floating_point())
+    if learn_steps:
+        for names in (*simulated[FakeQuantNodes].weights.values(), *simulated[FakeQuantNodes].activations.values()):
+            quantizers = [_quantizer(module, name) for name in names]
+            for quantizer in dict.fromkeys(quantizers):
+                quantizer.learn()
+                # Values of one group meet in one kernel, which knows one grid.
+                quantizer.scale = quantizers[0].scale
+    return module
+
+
+def gather(simulated: Program, module: GraphModule) -> tuple[Rounding, TrainedValues]:
+    """Return what training a copy changed: weights (as trained, not rounded), biases and grids; and all else.
+
+    Latent weights are kept, so that training can go on; the nearest value of the learned grid is meant, which is what
+    the trained graph computes with and what backends lower.
+
+    Args:
+        simulated: what `trainable` was given.
+        module: its copy after training.
+
+    Raises:
+        OptionError: the module is a copy of something else, or holds a value or step that cannot be used.
+    """
+    _check_alike(simulated.module, module)
+    nodes, before = simulated[FakeQuantNodes], Rounding.of(simulated, simulated[BitAllocation].choices)
+    with torch.no_grad():
+        grids = {name: _grid(module, names) for name, names in nodes.weights.items()}
+        activations: dict[str, Affine] = {}
+        for group, names in nodes.activations.items():
+            found = [_grid(module, (name,)) for name in names]
+            if any(not torch.equal(each.scale, found[0].scale) for each in found):
+                raise OptionError(
+                    f"the quantizers {', '.join(names)} must share one step and have several; "
+                    "train a copy that trainable() made"
+                )
+            activations[group] = found[0].scale, found[0].zero_point
+        weights: dict[str, Tensor] = {}
+        biases: dict[str, Tensor] = {}
+        for (kind, name), path in _site_tensors(simulated, module):
+            (weights if kind == "weight" else biases)[name] = _finite(module, path)
+        others = {path: _finite(module, path) for path in _other_paths(simulated, module)}
+    changed = {
+        path: value for path, value in others.items() if not torch.equal(value, tensor_at(simulated.module, path))
+    }
+    methods = [method for method in before.method.split("+") if method not in ("nearest", METHOD)]
+    choices = simulated[BitAllocation].choices
+    rounding = replace(
+        before,
+        method="+".join([*methods, METHOD]),
+        weights=weights,
+        grids=grids,
+        biases=biases,
+        activations=activations,
+    )
+    known = simulated.facts.get(TrainedValues)
+    earlier = known.values if known is not None and known.choices == choices else {}
+    return rounding, TrainedValues(choices, {**earlier, **changed})
+
+
+def with_values(program: Program, values: Mapping[str, Tensor]) -> Program:
+    """Return the program with other tensors at some attribute paths.
+
+    Raises:
+        OptionError: a tensor does not fit what is at its path.
+        PipelineError: there is nothing at a path.
+    """
+    module = fork(program.module)
+    for path, value in values.items():
+        old = tensor_at(module, path)
+        if old.shape != value.shape or old.dtype != value.dtype:
+            raise OptionError(
+                f"{path} holds {tuple(old.shape)} of {old.dtype}, not {tuple(value.shape)} of {value.dtype}; "
+                "the values belong to another model"
+            )
+        put_tensor(module, path, value.detach().to(old.device).clone())
+    return Program(module, program.facts, program.log)
+
+
+def put_tensor(module: GraphModule, path: str, value: Tensor) -> None:
+    """Put a tensor at a path of a graph module of its own, as the parameter or buffer that stood there."""
+    holder, leaf = _place(module, path)
+    old = getattr(holder, leaf)
+    setattr(holder, leaf, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
+
+
+def _place(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    parents, _, leaf = path.rpartition(".")
+    return module.get_submodule(parents), leaf
+
+
+def _quantizer(module: GraphModule, name: str) -> FakeQuantize:
+    found = module.get_submodule(str(resolve(module.graph, name).target))
+    assert isinstance(found, FakeQuantize)
+    return found
+
+
+def _site_tensors(simulated: Program, module: GraphModule) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yield ("weight", site) or ("bias", op node) with the path of its tensor, for every site."""
+    for site in simulated[Sites].sites:
+        for name in simulated[FakeQuantNodes].weights[site.name]:
+            holder = resolve(module.graph, name).args[0]
+            assert isinstance(holder, Node)
+            yield ("weight", site.name), str(holder.target)
+        for node, bias in _biases(module, site):
+            yield ("bias", node), str(bias.target)
+
+
+def _biases(module: GraphModule, site: Site) -> Iterator[tuple[str, Node]]:
+    for node in (resolve(module.graph, name) for name in site.nodes):
+        rule = rule_of(node)
+        if rule is not None and rule.bias is not None and len(node.args) > rule.bias:
+            bias = node.args[rule.bias]
+            if isinstance(bias, Node) and bias.op == "get_attr":
+                yield node.name, bias
+
+
+def _other_paths(simulated: Program, module: GraphModule) -> list[str]:
+    """Return the paths that something else than the weight or bias of a site reads."""
+    quantizers = {name for names in simulated[FakeQuantNodes].weights.values() for name in names}
+    biases = {(name, bias) for site in simulated[Sites].sites for name, bias in _biases(module, site)}
+    return sorted(
+        {
+            str(node.target)
+            for node in module.graph.nodes
+            if node.op == "get_attr"
+            for user in node.users
+            if user.name not in quantizers and (user.name, node) not in biases
+        }
+    )
+
+
+def _check_alike(simulated: GraphModule, module: GraphModule) -> None:
+    if not isinstance(module, GraphModule):
+        raise OptionError(f"a {type(module).__name__} is not a trained copy of this result; give what trainable() made")
+    expected, found = _steps(simulated), _steps(module)
+    for one, other in zip(expected, found, strict=False):
+        if one != other:
+            raise OptionError(
+                f"the module has {other} where this result has {one}; give a module that trainable() of this very "
+                "result and plan made"
+            )
+    if len(expected) != len(found):
+        raise OptionError(
+            f"the module has {len(found)} nodes, this result {len(expected)}; train a copy of this result"
+        )
+
+
+def _steps(module: GraphModule) -> list[str]:
+    """Return one line for every node: what runs, at which precision, on constants of which shapes."""
+    lines = []
+    for node in module.graph.nodes:
+        detail = str(node.target)
+        if node.op == "get_attr":
+            detail += f" of shape {tuple(tensor_at(module, str(node.target)).shape)}"
+        elif node.op == "call_module":
+            detail += f" with {module.get_submodule(str(node.target)).extra_repr()}"
+        lines.append(f"{node.name} = {detail}")
+    return lines
+
+
+def _finite(module: GraphModule, path: str) -> Tensor:
+    value = tensor_at(module, path).detach().clone()
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        raise OptionError(f"training left values in {path!r} that are not finite; train again with a lower rate")
+    return value
+
+
+def _grid(module: GraphModule, names: tuple[str, ...]) -> WeightGrid:
+    quantizer = _quantizer(module, names[0])
+    scale = quantizer.step.detach().clone()
+    if not (torch.isfinite(scale) & (scale > 0)).all():
+        worst = scale.flatten()[~(torch.isfinite(scale) & (scale > 0)).flatten()][0]
+        raise OptionError(
+            f"the step of {names[0]!r} is {float(worst):g}; steps must be above 0 and finite: train again with a lower "
+            "rate for steps"
+        )
+    return WeightGrid(quantizer.spec, scale, quantizer.zero_point.clone())

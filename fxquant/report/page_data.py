@@ -1,0 +1,293 @@
+"""The report as data: everything the page and the terminal show, as plain JSON values."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from fxquant.core.errors import OptionError
+from fxquant.core.facts import (
+    LIMIT_TABLES,
+    BitAllocation,
+    CostTables,
+    Rounding,
+    Settings,
+    Surrogates,
+    fits,
+    reachable,
+    unit_of,
+)
+from fxquant.core.host import cpu_model, int8_instructions
+from fxquant.core.ir import Choice, Sites
+from fxquant.passes import uniform_plans
+from fxquant.report.budget_curve import frontier
+from fxquant.report.layers import finite, layer_rows, model_bytes, most_sensitive
+from fxquant.report.operands import operand_rows
+from fxquant.report.quantizer_tables import edge_rows, weight_noise
+from fxquant.report.rounded_units import rounding
+
+if TYPE_CHECKING:
+    from fxquant.result import Result
+
+FORMAT_VERSION = 1
+
+EXTRAS = {
+    "comparison": "rows {name, accuracy (0..1), bytes, milliseconds, low, high}; each but the name may be missing",
+    "data": "what accuracy was measured on, for example '1000 held-out digits'",
+    "runtime": "what milliseconds were measured in, for example 'onnxruntime, 1 image, 2 threads'",
+    "bytes_on_disk": "size of the exported file",
+    "kernels": "layer name -> kernel the runtime was seen to run",
+    "parity": "what was compared -> how far it is apart, as text or number",
+    "check": "what `fxquant check` found, as `Parity.to_json` gives it",
+}
+"""What a caller may add that the result itself does not know -> what it holds."""
+
+PACKAGES = ("fxquant", "torch", "numpy", "onnx", "onnxruntime", "PuLP")
+
+STATUS = {
+    "optimal": "proved: no plan within the budget has a lower modelled loss",
+    "feasible": "time ran out: the best plan found, at most the gap away from the best there is",
+    "uniform": "a uniform plan measured better on the held-out images than every searched plan",
+    "manual": "made by hand or for analysis only; nothing was optimised",
+}
+"""Status of a plan -> what it means."""
+
+
+def content(result: Result, extras: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the report as plain JSON values.
+
+    Takes some seconds where the program is hard to solve: the curve of budgets solves it anew at each of its points.
+
+    Args:
+        result: what `quantize` returned.
+        extras: measurements the result does not hold, with the keys of `EXTRAS`.
+
+    Raises:
+        OptionError: an extra of unknown name.
+    """
+    data = overview(result, extras)
+    noise = weight_noise(result)
+    for row in data["layers"]:
+        row["weight_sqnr_db"] = noise.get(row["name"])
+    return {
+        **data,
+        "frontier": frontier(result),
+        "operands": operand_rows(data["layers"]),
+        "edges": edge_rows(result),
+    }
+
+
+def overview(result: Result, extras: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the part of the report that costs nothing, for the terminal and notebooks.
+
+    Args:
+        result: as for `content`.
+        extras: as for `content`.
+
+    Raises:
+        OptionError: an extra of unknown name.
+    """
+    measured = dict(extras or {})
+    unknown = sorted(set(measured) - set(EXTRAS))
+    if unknown:
+        raise OptionError(f"report extras {unknown} are unknown; known: {', '.join(EXTRAS)}")
+    layers = layer_rows(result, measured.get("kernels"))
+    return {
+        "asked": _asked(result),
+        "outcome": _outcome(result),
+        "coverage": coverage(result),
+        "plans": _plans(result),
+        "layers": layers,
+        "sensitive": most_sensitive(result),
+        "sensitivity": _sensitivity(result),
+        "rounding": rounding(result),
+        "passes": [{"name": p.name, "rewrites": p.rewrites, "seconds": p.seconds} for p in result.program.log],
+        "versions": versions(),
+        "measured": measured,
+    }
+
+
+def _latency(costs: CostTables, choices: Mapping[str, Choice]) -> dict[str, Any] | None:
+    """Return what the latency model predicts of a plan and how sure it is, None where nothing was timed."""
+    table = costs.tables.get("latency")
+    if table is None:
+        return None
+    noise = None if table.noise is None else asdict(table.noise)
+    return {"predicted_ms": table.of(choices), "float_ms": table.float_cost, "noise": noise}
+
+
+def _asked(result: Result) -> dict[str, Any]:
+    settings = result.program[Settings]
+    values = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    plain["pins"] = {pattern: choice.label for pattern, choice in settings.pins.items()}
+    plain["forbid"] = {pattern: [c.label for c in choices] for pattern, choices in settings.forbid.items()}
+    return {"budget": dict(result.allocation.limits), "settings": plain, "inputs": _inputs(result)}
+
+
+def _inputs(result: Result) -> list[dict[str, Any]]:
+    nodes = [node for node in result.program.module.graph.nodes if node.op == "placeholder"]
+    return [
+        {
+            "name": str(node.target),
+            "shape": [s if isinstance(s, int) else "batch" for s in node.meta["val"].shape],
+            "type": str(node.meta["val"].dtype).removeprefix("torch."),
+        }
+        for node in nodes
+    ]
+
+
+def _outcome(result: Result) -> dict[str, Any]:
+    plan, costs, sites = result.allocation, result.costs, result.program[Sites]
+    limits = []
+    for name, limit in plan.limits.items():
+        row = {"name": name, "limit": limit, "used": plan.used.get(name), "slack": plan.slack.get(name)}
+        table = costs.tables.get(LIMIT_TABLES[name][0]) if name in LIMIT_TABLES else None
+        if table is not None:
+            low, high = (cost / unit_of(name, costs) for cost in reachable(table, sites))
+            row |= {"lowest": low, "highest": high}
+        limits.append(row)
+    for name, limit in plan.quality_limits.items():
+        measured = plan.quality.get(name)
+        slack = None if measured is None else limit - measured
+        limits.append({"name": name, "limit": limit, "used": measured, "slack": slack})
+    size = model_bytes(result, plan.choices)
+    return {
+        "status": plan.status,
+        "status_text": "; ".join([STATUS[plan.status], *_notes(result)]),
+        "estimator": plan.estimator,
+        "objective": finite(plan.objective),
+        "bound": finite(plan.bound),
+        "gap": finite(plan.gap),
+        "measured_loss": plan.measured_loss,
+        "unrounded_loss": _unrounded(result, plan),
+        "loss_unit": result.sensitivity.unit,
+        "held_out_images": None if result.held_out is None else len(result.held_out),
+        "limits": limits,
+        "latency": _latency(costs, plan.choices),
+        "bytes": size,
+        "float_bytes": costs["size"].float_cost,
+        "size_ratio": size / costs["size"].float_cost,
+        "average_bits": average_bits(result, plan),
+        "evaluations": result.sensitivity.evaluations,
+    }
+
+
+def _notes(result: Result) -> list[str]:
+    """Return what did not go as usual in any of the solves behind the plan, each once."""
+    plans = (result.allocation, *result.finalists.values())
+    return list(dict.fromkeys(note for plan in plans for note in plan.notes))
+
+
+def _unrounded(result: Result, plan: BitAllocation) -> float | None:
+    """Return the held-out loss of the plan before a rounding algorithm lowered it, None where none did."""
+    before = plan.finalists.get(plan.estimator)
+    rounded = Rounding in result.program and plan.measured_loss is not None
+    return before if rounded and before is not None and before != plan.measured_loss else None
+
+
+def average_bits(result: Result, plan: BitAllocation) -> float | None:
+    """Return the average weight bits over the layers a plan quantizes, None if it quantizes none."""
+    integer = [site for site in result.program[Sites].sites if not plan.choices[site.name].is_float]
+    weights = sum(site.weight_count for site in integer)
+    total = sum(site.weight_count * plan.choices[site.name].weight_bits for site in integer)
+    return total / weights if weights else None
+
+
+def coverage(result: Result) -> dict[str, Any]:
+    """Return how many layers are quantized and why the others are not; a layer is a weight or an op that multiplies."""
+    sites, choices = result.program[Sites], result.allocation.choices
+    reasons: dict[str, list[str]] = {}
+    for node, why in sites.refusals.items():
+        reasons.setdefault(why, []).append(node)
+    for site in sites.sites:
+        if choices[site.name].is_float:
+            reasons.setdefault("the plan keeps it in float", []).append(site.name)
+    in_float = sum(len(names) for names in reasons.values())
+    layers = len(sites.sites) + len(sites.refusals)
+    sentence = f"{layers - in_float} of {layers} layers quantized"
+    if in_float:
+        told = "; ".join(f"{why} ({len(names)})" for why, names in reasons.items())
+        sentence += f", {in_float} in float because: {told}"
+    return {
+        "quantized": layers - in_float,
+        "layers": layers,
+        "in_float": in_float,
+        "reasons": [{"reason": why, "layers": names} for why, names in reasons.items()],
+        "sentence": sentence,
+    }
+
+
+def _plans(result: Result) -> list[dict[str, Any]]:
+    """Return the chosen plan, the other finalists by measured loss, and uniform plans that did not fit."""
+    chosen, known = result.allocation, dict(result.finalists)
+    limits = chosen.limits
+    for name, choices in uniform_plans(result.program[Sites].sites).items():
+        known.setdefault(name, BitAllocation(choices, estimator=name, status="uniform"))
+    rows = []
+    for name, plan in known.items():
+        rows.append(
+            {
+                "name": name,
+                "chosen": plan.choices == chosen.choices,
+                "fits": fits(plan.choices, limits, result.costs),
+                "modelled_loss": result.sensitivity.predict(plan.choices),
+                "measured_loss": chosen.finalists.get(name),
+                "bytes": model_bytes(result, plan.choices),
+                "average_bits": average_bits(result, plan),
+            }
+        )
+    if not any(row["chosen"] for row in rows):
+        own = {
+            "name": chosen.estimator,
+            "chosen": True,
+            "fits": fits(chosen.choices, limits, result.costs),
+            "modelled_loss": finite(chosen.objective),
+            "measured_loss": chosen.measured_loss,
+            "bytes": model_bytes(result, chosen.choices),
+            "average_bits": average_bits(result, chosen),
+        }
+        rows.append(own)
+    return sorted(rows, key=lambda row: (not row["chosen"], row["name"] != chosen.estimator, *_rank(row)))
+
+
+def _rank(row: Mapping[str, Any]) -> tuple[bool, float, str]:
+    loss = row["measured_loss"] if row["measured_loss"] is not None else row["modelled_loss"]
+    return not row["fits"], float(loss or 0.0), str(row["name"])
+
+
+def _sensitivity(result: Result) -> dict[str, Any]:
+    matrix = result.sensitivity
+    return {
+        "estimator": matrix.estimator,
+        "unit": matrix.unit,
+        "evaluations": matrix.evaluations,
+        "candidates": [{"site": c.site, "choice": c.choice.label} for c in matrix.candidates],
+        "values": matrix.values.tolist(),
+        "scored": [
+            {"estimator": name, "evaluations": each.evaluations, "unit": each.unit, "notes": dict(each.notes)}
+            for name, each in result.program[Surrogates].matrices.items()
+        ],
+    }
+
+
+NO_INSTRUCTIONS = "none: integers may be no faster than float here; fxquant bench tells"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on; packages that are not installed are left out."""
+    found = {"machine": f"{cpu_model()}, {platform.system()} {platform.machine()}"}
+    instructions = int8_instructions()
+    if instructions is not None:
+        found["int8 instructions"] = instructions or NO_INSTRUCTIONS
+    found["python"] = platform.python_version()
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            if package == "fxquant":
+                found[package] = "run from its source tree"
+    return found

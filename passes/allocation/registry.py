@@ -1,0 +1,16 @@
+"""The table of allocation solvers: name -> solver, all with one signature."""
+
+from __future__ import annotations
+
+from fxquant.core.registry import Registry
+from fxquant.passes.allocation.exhaustive import solve_exhaustive
+from fxquant.passes.allocation.greedy import solve_greedy
+from fxquant.passes.allocation.iqp import solve_iqp
+from fxquant.passes.allocation.linear_program import solve_linear
+from fxquant.passes.allocation.solution import Solver
+
+SOLVERS: Registry[Solver] = Registry("allocation solver")
+SOLVERS.register("iqp")(solve_iqp)
+SOLVERS.register("linear")(solve_linear)
+SOLVERS.register("greedy")(solve_greedy)
+SOLVERS.register("exhaustive")(solve_exhaustive)

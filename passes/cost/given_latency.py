@@ -1,0 +1,39 @@
+"""`latency` as the description of a target tells it, for hardware that is not this machine."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from fxquant.core.errors import OptionError
+from fxquant.core.facts import CostTable, Target, Types, found, site_types
+from fxquant.core.ir import FLOAT, Choice, Program, Site, Sites
+from fxquant.passes.cost.size import site_bytes
+
+
+def told_latency(program: Program, target: Target) -> CostTable:
+    """Return milliseconds per candidate from the target's rows, the first that matches a layer and a precision.
+
+    Layers add up; what no choice changes is not told and counts as nothing. The float model's cost, which ratios are
+    against, is that of every layer by the row for "float".
+
+    Raises:
+        OptionError: no row matches a layer at one of its precisions, or in float.
+    """
+    sites = program[Sites]
+    types = site_types(program.module.graph, sites.sites)
+    values = [_milliseconds(sites.by_name(c.site), c.choice, target, types) for c in sites.candidates]
+    in_float = sum(_milliseconds(site, FLOAT, target, types) for site in sites.sites)
+    return CostTable(sites.candidates, np.array(values, dtype=np.float64), 0.0, in_float, "milliseconds")
+
+
+def _milliseconds(site: Site, choice: Choice, target: Target, types: Types) -> float:
+    for row in target.latency:
+        if fnmatchcase(choice.label, row.precision) and found(row.layers, [site.name], types):
+            megabytes = site_bytes(site, choice, target) / 1e6
+            return row.ms + row.ms_per_million_macs * site.macs / 1e6 + row.ms_per_megabyte * megabytes
+    raise OptionError(
+        f"target {target.name!r} has no latency row for layer {site.name!r} ({site.kind}) at {choice.label}; add one, "
+        'for example {"layers": "*", "precision": "*", "ms": 0.1} as the last'
+    )

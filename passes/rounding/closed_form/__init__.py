@@ -1,0 +1,60 @@
+"""Closed-form rounding algorithms: one file each, no training."""
+
+from __future__ import annotations
+
+from fxquant.passes.rounding.closed_form.bank import METHODS, RoundWeights
+from fxquant.passes.rounding.closed_form.bias_correction import channel_means
+from fxquant.passes.rounding.closed_form.chains import ScaleChain, scale_chains
+from fxquant.passes.rounding.closed_form.gpfq import gpfq_rows
+from fxquant.passes.rounding.closed_form.gptq import gptq_rows
+from fxquant.passes.rounding.closed_form.input_gram import (
+    GramAccumulator,
+    Moments,
+    channel_axis,
+    geometry_of,
+    patches,
+    squared_error,
+    to_rows,
+)
+from fxquant.passes.rounding.closed_form.layerwise import (
+    RowRounder,
+    grid_of,
+    moments_of,
+    nearest_rows,
+    on_grid,
+    round_layerwise,
+)
+from fxquant.passes.rounding.closed_form.prefix import FEWEST, Prefix, fitting
+from fxquant.passes.rounding.closed_form.rescale import RATIOS, rescaled
+from fxquant.passes.rounding.closed_form.verdict import first_site, held_out_losses, judged
+
+__all__ = [
+    "FEWEST",
+    "METHODS",
+    "RATIOS",
+    "GramAccumulator",
+    "Moments",
+    "Prefix",
+    "RoundWeights",
+    "RowRounder",
+    "ScaleChain",
+    "channel_axis",
+    "channel_means",
+    "first_site",
+    "fitting",
+    "geometry_of",
+    "gpfq_rows",
+    "gptq_rows",
+    "grid_of",
+    "held_out_losses",
+    "judged",
+    "moments_of",
+    "nearest_rows",
+    "on_grid",
+    "patches",
+    "rescaled",
+    "round_layerwise",
+    "scale_chains",
+    "squared_error",
+    "to_rows",
+]

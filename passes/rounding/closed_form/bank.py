@@ -1,0 +1,62 @@
+"""Weights rounded well at every candidate width before there is a plan, so that scores see what a plan would get.
+
+Scores of nearest rounding overstate what low widths cost after reconstruction. One walk through the float network gives
+the moments of every site's input, and they serve all widths (BRECQ, arXiv 2102.05426, likewise scores what was
+reconstructed).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from fxquant.core.errors import OptionError
+from fxquant.core.facts import WeightGrids
+from fxquant.core.host import SILENT, Reporter
+from fxquant.core.ir import Program, Sites, tensor_at
+from fxquant.core.run import CalibrationSet
+from fxquant.passes.base import Pass
+from fxquant.passes.rounding.closed_form import gpfq, gptq
+from fxquant.passes.rounding.closed_form.layerwise import Prepare, moments_of, on_grid
+from fxquant.passes.rounding.closed_form.prefix import Prefix, fitting
+
+METHODS: dict[str, Prepare] = {"gptq": gptq.gptq_rows, "gpfq": gpfq.gpfq_rows}
+"""Name -> moments of a site's input to a rounding of its weight on any grid."""
+
+
+@dataclass(frozen=True)
+class RoundWeights(Pass):
+    """Write `WeightGrids` whose grids hold every site's weight rounded layer by layer on the float network's inputs.
+
+    Args:
+        images: calibration images.
+        method: "gptq" or "gpfq" (which on inputs without error is GPFQ for the weights alone).
+        reporter: shows progress.
+
+    Raises:
+        OptionError: unknown method.
+    """
+
+    images: CalibrationSet = field(repr=False)
+    method: str = "gptq"
+    reporter: Reporter = field(default=SILENT, repr=False)
+    reads = (Sites, WeightGrids)
+    writes = (WeightGrids,)
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise OptionError(f"unknown weight rounding {self.method!r}; known: {', '.join(METHODS)}")
+
+    def run(self, program: Program) -> tuple[Program, int]:
+        """Return the program with rounded weights beside its grids; the graph stays as it is."""
+        sites, grids = program[Sites].sites, dict(program[WeightGrids].grids)
+        walk = Prefix(program.module, fitting(program.module, self.images))
+        for site in self.reporter.track(sites, f"{self.method} at every width", len(sites)):
+            walk.to(site.nodes[0])
+            moments = moments_of(site, program.module, walk)
+            rounder, weight = METHODS[self.method](moments), tensor_at(program.module, site.weight)
+            groups = moments.gram.shape[0]
+            grids[site.name] = {
+                bits: replace(grid, rounded=on_grid(weight, grid, groups, rounder))
+                for bits, grid in grids[site.name].items()
+            }
+        return program.with_facts(WeightGrids(grids)), 0

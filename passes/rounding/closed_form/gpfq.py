@@ -1,0 +1,57 @@
+"""GPFQ, greedy path following: every weight makes up for the error of those before it (arXiv 2201.11113)."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from fxquant.core.facts import WeightGrid
+from fxquant.core.ir import Program
+from fxquant.passes.rounding.closed_form.input_gram import Moments
+from fxquant.passes.rounding.closed_form.layerwise import RowRounder, nearest_rows, round_layerwise
+from fxquant.passes.rounding.closed_form.verdict import judged
+from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
+
+NEGLIGIBLE = 1e-12
+"""An input whose energy is below this share of the largest is taken as always zero."""
+
+
+@ROUNDERS.register("gpfq")
+def gpfq(task: RoundingTask) -> Program:
+    """Round each layer's weight so that its output on the quantized network follows the float network's.
+
+    Unlike GPTQ it also makes up for the error of the layers in front: the target is the float weight on the float
+    network's values. Scales stay those of the grid; arXiv 2010.11784 and 2201.11113, algorithm 1.
+    """
+    started = time.perf_counter()
+    rounding = round_layerwise(task, gpfq_rows, "gpfq", crossed=True)
+    return judged(task, rounding, "gpfq", time.perf_counter() - started)
+
+
+def gpfq_rows(moments: Moments) -> RowRounder:
+    """Return how GPFQ rounds weights that meet this input.
+
+    With `f_t` and `x_t` the float and the quantized network's t-th input over all images, and u = 0 at first:
+    `u += w_t f_t`, `q_t = round(<x_t, u> / |x_t|^2)`, `u -= q_t x_t`. Only inner products are needed:
+    `<x_t, u> = sum_{s <= t} w_s G_ts - sum_{s < t} q_s H_ts`. Inputs that were always zero are rounded to nearest.
+    """
+    gram = moments.gram
+    energy = gram.diagonal(dim1=1, dim2=2)
+    dead = energy <= NEGLIGIBLE * energy.amax(dim=1, keepdim=True)
+    strength = torch.where(dead, torch.ones_like(energy), energy)
+    followed = moments.cross.tril().transpose(1, 2)
+
+    def rounder(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: WeightGrid) -> Tensor:
+        wanted = rows @ followed
+        values, integers = torch.zeros_like(rows), torch.empty_like(rows)
+        for t in range(rows.shape[2]):
+            spent = values[:, :, :t] @ gram[:, t, :t].unsqueeze(2)
+            target = (wanted[:, :, t : t + 1] - spent) / strength[:, t].reshape(-1, 1, 1)
+            target = torch.where(dead[:, t].reshape(-1, 1, 1), rows[:, :, t : t + 1], target)
+            integers[:, :, t : t + 1] = q = nearest_rows(target, scale, zero_point, grid)
+            values[:, :, t : t + 1] = (q - zero_point) * scale
+        return integers
+
+    return rounder

@@ -1,0 +1,119 @@
+"""GPTQ: weights are rounded one by one, and those still to come make up for the error (arXiv 2210.17323)."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from fxquant.core.errors import FailureError
+from fxquant.core.facts import WeightGrid
+from fxquant.core.ir import Program
+from fxquant.passes.rounding.closed_form.input_gram import Moments, squared_error
+from fxquant.passes.rounding.closed_form.layerwise import RowRounder, nearest_rows, round_layerwise
+from fxquant.passes.rounding.closed_form.rescale import rescaled
+from fxquant.passes.rounding.closed_form.verdict import judged
+from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
+
+DAMPING = 0.01
+"""Share of the mean diagonal that is added to the diagonal (section 3, step 3)."""
+
+BLOCK = 128
+"""Columns whose corrections reach the columns behind them together (section 3, step 2)."""
+
+ATTEMPTS = 12
+
+
+@ROUNDERS.register("gptq")
+def gptq(task: RoundingTask) -> Program:
+    """Round each layer's weight so that its output on the quantized network's images stays near the float weight's.
+
+    `min_Q tr((W - Q) H (W - Q)')` greedily, damping 1 %, columns of large `H_jj` first ("act-order"); arXiv 2210.17323,
+    eq. 2 and algorithm 1. Scales stay those of the grid.
+    """
+    started = time.perf_counter()
+    rounding = round_layerwise(task, gptq_rows, "gptq")
+    return judged(task, rounding, "gptq", time.perf_counter() - started)
+
+
+@ROUNDERS.register("gptq_rescaled")
+def gptq_rescaled(task: RoundingTask) -> Program:
+    """GPTQ with each channel's scale searched too, for the least output error of GPTQ itself on that scale.
+
+    The paper takes scales as given; the grids found go with the rounding. Takes about ten times as long per layer.
+    """
+    started = time.perf_counter()
+    rounding = round_layerwise(task, gptq_rows, "gptq_rescaled", regrid=rescaled)
+    return judged(task, rounding, "gptq_rescaled", time.perf_counter() - started)
+
+
+def gptq_rows(moments: Moments, damping: float = DAMPING, ordered: bool = True, block: int = BLOCK) -> RowRounder:
+    """Return how GPTQ rounds weights that meet this input.
+
+    With `U' U = (H + damping mean(H_jj) I)^-1`, U upper triangular: column j is rounded to `q`, its error
+    `e = (w_j - q) / U_jj` is taken from the columns behind it, `w_k <- w_k - e U_jk`. A row whose output error would
+    then exceed nearest rounding's (the paper knows no such guard: damping and clamped corrections can do that) is
+    rounded to nearest. Inputs that were always zero are rounded to nearest and correct nothing.
+
+    Args:
+        moments: of the op's input; only `gram` is read.
+        damping: share of the mean diagonal added to it, above 0.
+        ordered: largest diagonal first, else the weight's own order.
+        block: columns of a block, at least 1; speed only.
+
+    Raises:
+        FailureError: H cannot be factored, however damped: it is not finite.
+    """
+    gram = moments.gram
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    order = diagonal.argsort(dim=1, descending=True, stable=True) if ordered else _positions(diagonal)
+    inverse_root = _inverse_root(_permuted(gram, order), damping)
+
+    def rounder(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: WeightGrid) -> Tensor:
+        index = order.unsqueeze(1).expand_as(rows)
+        left = rows.gather(2, index)
+        chosen = torch.empty_like(left)
+        for start in range(0, left.shape[2], block):
+            stop = min(start + block, left.shape[2])
+            errors = torch.empty_like(left[:, :, start:stop])
+            for j in range(start, stop):
+                column = left[:, :, j : j + 1]
+                chosen[:, :, j : j + 1] = q = nearest_rows(column, scale, zero_point, grid)
+                error = (column - (q - zero_point) * scale) / inverse_root[:, j : j + 1, j : j + 1]
+                left[:, :, j:stop] -= error * inverse_root[:, j : j + 1, j:stop]
+                errors[:, :, j - start : j - start + 1] = error
+            left[:, :, stop:] -= errors @ inverse_root[:, start:stop, stop:]
+        found = torch.empty_like(chosen).scatter_(2, index, chosen)
+        plain = nearest_rows(rows, scale, zero_point, grid)
+        ours, theirs = (squared_error(rows - (q - zero_point) * scale, gram) for q in (found, plain))
+        return torch.where((ours < theirs).unsqueeze(2), found, plain)
+
+    return rounder
+
+
+def _positions(diagonal: Tensor) -> Tensor:
+    return torch.arange(diagonal.shape[1], device=diagonal.device).expand_as(diagonal)
+
+
+def _permuted(gram: Tensor, order: Tensor) -> Tensor:
+    rows = gram.gather(1, order.unsqueeze(2).expand_as(gram))
+    return rows.gather(2, order.unsqueeze(1).expand_as(gram))
+
+
+def _inverse_root(gram: Tensor, damping: float) -> Tensor:
+    """Return U of `U' U = (H + damping)^-1`, upper triangular, each group on its own."""
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(dim=1, keepdim=True)
+    # A group that never saw anything but zeros is the identity: nothing corrects anything.
+    added = torch.where(mean > 0, damping * mean, torch.ones_like(mean)).expand_as(diagonal)
+    for _ in range(ATTEMPTS):
+        root, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(added))
+        if not failed.any():
+            upper: Tensor
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
+            if not failed.any() and torch.isfinite(upper).all():
+                return upper
+        # Round-off can make a nearly singular H indefinite.
+        added = added * 10.0
+    raise FailureError("the inputs' second moments cannot be factored; the network's activations are not finite")

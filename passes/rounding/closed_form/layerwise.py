@@ -1,0 +1,107 @@
+"""Layer by layer in graph order: every weight is rounded on what the network quantized in front of it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxquant.core.facts import FakeQuantNodes, Rounding, WeightGrid, WeightGrids
+from fxquant.core.ir import Site, resolve, tensor_at
+from fxquant.passes.rounding.closed_form.input_gram import GramAccumulator, Moments, geometry_of, to_rows
+from fxquant.passes.rounding.closed_form.prefix import Prefix, fitting
+from fxquant.passes.rounding.registry import RoundingTask
+
+Regrid = Callable[[Tensor, WeightGrid, Tensor, "RowRounder"], WeightGrid]
+"""(weight, grid, H, how it will be rounded) -> the grid to round it on."""
+
+RowRounder = Callable[[Tensor, Tensor, Tensor, WeightGrid], Tensor]
+"""(weight rows float64 (groups, rows, K), scale and zero point of each row (groups, rows, 1), grid) -> integers, same
+shape."""
+
+Prepare = Callable[[Moments], RowRounder]
+"""Moments of an op's input -> how to round weights that meet it; what all widths share is computed once."""
+
+
+def grid_of(task: RoundingTask, site: Site) -> WeightGrid:
+    """Return the grid of a site's weight: what an earlier algorithm found, or the plan's."""
+    known = task.rounding.grids.get(site.name)
+    return known or task.program[WeightGrids].at(site.name, task.choices[site.name].weight_bits)
+
+
+def on_grid(weight: Tensor, grid: WeightGrid, groups: int, rounder: RowRounder) -> Tensor:
+    """Return a weight rounded row by row, float32 of its shape, every value on the grid."""
+    rows = to_rows(weight.detach().double(), groups)
+    shape = (groups, rows.shape[1], 1)
+    scale, zero_point = (part.expand(weight.shape[0]).reshape(shape) for part in (grid.scale, grid.zero_point))
+    integers = rounder(rows, scale.double(), zero_point.double(), grid)
+    # The product is taken in float32, as the quantizer takes it.
+    return ((integers - zero_point).float() * scale.float()).reshape(weight.shape)
+
+
+def nearest_rows(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: WeightGrid) -> Tensor:
+    """Return the nearest integers of the grid, as float64."""
+    return (torch.round(rows / scale) + zero_point).clamp(grid.spec.qmin, grid.spec.qmax)
+
+
+def round_layerwise(
+    task: RoundingTask, prepare: Prepare, title: str, crossed: bool = False, regrid: Regrid | None = None
+) -> Rounding:
+    """Return the task's rounding with every weight rounded on the network that is quantized in front of it.
+
+    Ops that share a weight are all run up to, with the weights in between rounded as they are, before it is rounded.
+
+    Args:
+        task: the plan; biases, grids and activation ranges of earlier algorithms stay, weights are chosen anew.
+        prepare: the algorithm.
+        title: shown with the progress.
+        crossed: whether the algorithm also wants the float network's inputs.
+        regrid: chooses a grid for each weight; None leaves it on its own.
+    """
+    earlier = replace(task.rounding, weights={})
+    simulated = task.simulated(earlier)
+    images = fitting(simulated.module, task.images)
+    quantized = Prefix(simulated.module, images)
+    floating = Prefix(task.program.module, images) if crossed else None
+    weights: dict[str, Tensor] = {}
+    grids = dict(earlier.grids)
+    for site in task.reporter.track(task.sites, title, len(task.sites)):
+        quantized.to(site.nodes[0])
+        moments = moments_of(site, simulated.module, quantized, floating)
+        weight = tensor_at(task.program.module, site.weight)
+        rounder, grid = prepare(moments), grid_of(task, site)
+        if regrid is not None:
+            grids[site.name] = grid = regrid(weight, grid, moments.gram, rounder)
+        weights[site.name] = on_grid(weight, grid, len(moments.gram), rounder).to(weight.device)
+        # It takes the quantizer's place in the walk, whatever grid the quantizer has.
+        for name in simulated[FakeQuantNodes].weights[site.name]:
+            quantized.settle(name, weights[site.name])
+    notes = () if len(images) == len(task.images) else (f"{title} saw {len(images)} of {len(task.images)} images",)
+    return replace(earlier, weights=weights, grids=grids, notes=(*earlier.notes, *notes))
+
+
+def moments_of(site: Site, module: GraphModule, quantized: Prefix, floating: Prefix | None = None) -> Moments:
+    """Return the moments of what the ops of a site read, over all images.
+
+    Args:
+        site: its first op is where the walk of the quantized network stands, or later.
+        module: the graph that is walked.
+        quantized: the walk; ops behind the first are looked up ahead of it.
+        floating: the walk through the float network, if its inputs are wanted.
+    """
+    counted = GramAccumulator(floating is not None)
+    for position, name in enumerate(site.nodes):
+        if position == 1:
+            # Later ops read what the first one's weight, still to be rounded, leads to.
+            quantized, floating = quantized.ahead(), None if floating is None else floating.ahead()
+        quantized.to(name)
+        if floating is not None:
+            floating.to(name)
+        geometry = geometry_of(resolve(module.graph, name))
+        references = [None] * len(quantized.source(name)) if floating is None else floating.source(name)
+        for x, reference in zip(quantized.source(name), references, strict=True):
+            counted.add(x, geometry, reference)
+    return counted.moments()

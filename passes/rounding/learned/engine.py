@@ -1,0 +1,323 @@
+"""The reconstruction engine: unit after unit, each tuned behind the quantized and in front of the float network."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxquant.core.errors import CalibrationError
+from fxquant.core.facts import FakeQuantNodes, NormStatistics, Statistics, UnitRecord, WeightGrid, WeightGrids
+from fxquant.core.ir import Program
+from fxquant.core.run import LOSSES, CalibrationSet, Span, cut_span, varying_nodes
+from fxquant.core.storage import Arrays, tensor_digest, text_digest
+from fxquant.passes.rounding.learned.asymmetric import with_asymmetric_weights
+from fxquant.passes.rounding.learned.correction import corrected, has_statistics
+from fxquant.passes.rounding.learned.cut import Cut, answer_of, feature_of
+from fxquant.passes.rounding.learned.options import Reconstruction
+from fxquant.passes.rounding.learned.outcome import Outcome, Quantizers
+from fxquant.passes.rounding.learned.sources import RUN, Source, kept_bytes, kept_type
+from fxquant.passes.rounding.learned.tune import Material, Pieces, Tuner, relative_error, softened_kl
+from fxquant.passes.rounding.learned.units import Unit, find_units
+from fxquant.passes.rounding.registry import RoundingTask
+
+CORRECTION_BATCH = {"cpu": 32}
+"""Device -> images corrected at a time: on a CPU as many as its cache holds, elsewhere all of them."""
+
+
+def reconstruct(task: RoundingTask, options: Reconstruction, method: str) -> Program:
+    """Tune every unit of the task's network and return its program with the rounding found.
+
+    Args:
+        task: the plan, the images and where finished units are kept.
+        options: how; the task's overrides take their place.
+        method: name for the records.
+
+    Raises:
+        CalibrationError: fewer images than a batch, or distribution correction without batch normalisation.
+    """
+    return Reconstructor(task, options.changed(task.overrides), method).run()
+
+
+class Reconstructor:
+    """One run of the engine.
+
+    Args:
+        task: the plan, the images and where finished units are kept.
+        options: how each unit is tuned.
+        method: name for the records, and of the cells in the store.
+
+    Raises:
+        CalibrationError: see `reconstruct`.
+    """
+
+    def __init__(self, task: RoundingTask, options: Reconstruction, method: str) -> None:
+        self.task, self.options, self.method = task, options, method
+        if len(task.images) < options.batch:
+            raise CalibrationError(
+                f"{method!r} draws {options.batch} images a step and was given {len(task.images)}; "
+                f"give at least {options.batch}, or a smaller batch"
+            )
+        bare = task.bare()
+        self.module, nodes = bare.module, bare[FakeQuantNodes]
+        self.grids: dict[str, WeightGrid] = {}
+        if options.asymmetric:
+            self.module, self.grids = with_asymmetric_weights(bare)
+        self.quantizers = Quantizers(self.module, nodes, task.sites, {} if options.asymmetric else _earlier(task))
+        self.units = find_units(self.module, task.sites, options.unit)
+        self.answer = answer_of(self.module)
+        self.feature = feature_of(self.module, task.sites) if options.feature else None
+        self.device = task.images.inputs[0].device
+        self.notes: list[str] = []
+        copies = 2 + (options.correction > 0)
+        needed = kept_bytes(self.module, self.units, len(task.images), copies)
+        self.keep = kept_type(needed, options.memory_mb * 10**6)
+        names = {torch.float32: "float32", torch.bfloat16: "bfloat16", None: "nowhere, they are run again"}
+        task.reporter.say(
+            f"{method}: {len(self.units)} units, {needed / 1e6:.0f} MB of values in float32, kept in {names[self.keep]}"
+        )
+        self.statistics: dict[str, Statistics] = {}
+        self.correct = self._may_correct()
+
+    def _may_correct(self) -> bool:
+        options, known = self.options, self.task.program.facts.get(NormStatistics)
+        if not options.correction:
+            return False
+        self.statistics = {} if known is None else self._usable(known)
+        if not self.statistics:
+            why = "distribution correction needs batch normalisation behind convolutions, and the network has none left"
+            if options.needs_correction:
+                raise CalibrationError(f"{why}; use correction=0 or a profile without it")
+            self.notes.append(f"{why}: left out")
+            return False
+        if self.keep is None:
+            self.notes.append("distribution correction left out: its inputs do not fit into memory_mb")
+            return False
+        return True
+
+    def _usable(self, known: NormStatistics) -> dict[str, Statistics]:
+        """Return what is known of values with a deviation, and was not made untrue by scaling channels since."""
+        scaled = self.task.rounding.parameters
+        nodes = [node for node in self.module.graph.nodes if node.name in known.folded and has_statistics(node)]
+        own = {node.name: [str(source.target) for source in _constants(node)] for node in nodes}
+        return {name: known.folded[name] for name, paths in own.items() if not scaled.keys() & set(paths)}
+
+    def run(self) -> Program:
+        """Tune unit after unit."""
+        images, held_out = self.task.images, self.task.held_out
+        quantized, floats = Source(self._named(images), self.keep), Source(self._named(images), self.keep)
+        held = None if held_out is None or not self.options.guard else Source(self._named(held_out), self.keep)
+        decided, records = Outcome(), list[UnitRecord]()
+        for index, unit in enumerate(self.units):
+            cut = self.cut(index)
+            key = f"{self.method}-{index:03d}"
+            cell = self.task.store.get(key)
+            if cell is None:
+                outcome, record = self._tuned(cut, decided, quantized, floats, held)
+                cell = self.task.store.put(key, {**outcome.arrays(), **_to_arrays(record)})
+            records.append(_from_arrays(unit, self.method, cell))
+            decided = decided.joined(Outcome.from_arrays(cell, self.device))
+            final = cut.quantized(self.quantizers.in_place({}, decided))
+            needed = {name for later in self.units[index + 1 :] for name in later.inputs}
+            quantized.advance(final, needed)
+            floats.advance(cut.floats, needed)
+            if held is not None:
+                held.advance(final, needed)
+        return self._done(decided, tuple(records))
+
+    def cut(self, index: int) -> Cut:
+        """Return the graph cut around the unit at this position."""
+        wanted = tuple(name for name in (self.answer, self.feature) if name is not None)
+        return Cut(self.module, self.units, index, wanted, self.options.compile_suffix)
+
+    def seed(self, index: int) -> int:
+        """Return the seed of a unit: its own, so that a resumed run is the same as one in a piece."""
+        return int(text_digest(f"{self.task.seed} {self.method} {index}"), 16) % 2**62
+
+    def tuner(self, cut: Cut, decided: Outcome, quantized: Source, floats: Source) -> Tuner:
+        """Return what tunes a unit.
+
+        Args:
+            cut: around the unit.
+            decided: of earlier units.
+            quantized: values in front of the unit, of the quantized network.
+            floats: the same of the float network.
+        """
+        # What the answer does not depend on is tuned for its own outputs' sake.
+        options = self.options if cut.computes(self.answer) else replace(self.options, prediction=0.0, feature=0.0)
+        generator = torch.Generator(self.device).manual_seed(self.seed(cut.index))
+        learned = self.quantizers.learned(cut.unit, decided, options, generator)
+        pieces = Pieces(
+            cut.quantized(self.quantizers.in_place(learned, decided)),
+            self.nearest(cut, decided),
+            cut.suffix if options.wants_answers else None,
+            self.answer,
+            self.feature if cut.computes(self.feature) else None,
+            softened_kl(options.temperature) if self.task.loss != "mse" else relative_error,
+            learned,
+        )
+        material = self._material(cut, quantized, floats, options)
+        return Tuner(pieces, material, options, self.seed(cut.index), generator)
+
+    def nearest(self, cut: Cut, decided: Outcome) -> Span:
+        """Return a unit as it is without tuning."""
+        calibrated = self.quantizers.as_calibrated(cut.unit, decided)
+        return cut.quantized(self.quantizers.in_place({}, decided.joined(calibrated)))
+
+    def _tuned(
+        self, cut: Cut, decided: Outcome, quantized: Source, floats: Source, held: Source | None
+    ) -> tuple[Outcome, UnitRecord]:
+        """Tune one unit, and take what came of it only if it helps."""
+        started = time.perf_counter()
+        before = after = self._held_out_loss(cut, self.nearest(cut, decided), held)
+        outcome, reason = self._learned(cut, decided, quantized, floats)
+        if not reason and not math.isnan(before):
+            after = self._held_out_loss(cut, cut.quantized(self.quantizers.in_place({}, decided.joined(outcome))), held)
+            if not after < before:
+                reason = f"held-out loss {before:.4g} became {after:.4g}"
+        if reason:
+            outcome = self.quantizers.as_calibrated(cut.unit, decided)
+        seconds = time.perf_counter() - started
+        unit = cut.unit
+        return outcome, UnitRecord(unit.name, self.method, before, after, not reason, reason, seconds, unit.sites)
+
+    def _learned(self, cut: Cut, decided: Outcome, quantized: Source, floats: Source) -> tuple[Outcome, str]:
+        """Return what the loop comes to, and why it cannot be used, "" if it can."""
+        if not self.quantizers.has_open(cut.unit, decided, self.options):
+            return Outcome(), "earlier units decided its weights and steps"
+        tuner = self.tuner(cut, decided, quantized, floats)
+        title = f"{self.method} {cut.index + 1}/{len(self.units)} {cut.unit.name}"
+        trace = tuner.run(partial(self.task.reporter.track, title=title, total=self.options.iterations))
+        outcome = self.quantizers.decided(cut.unit, tuner.pieces.learned)
+        if trace.diverged or not outcome.finite:
+            return outcome, f"diverged: error {trace.first:.3g} at first, {trace.last:.3g} at last"
+        return outcome, ""
+
+    def _held_out_loss(self, cut: Cut, span: Span, held: Source | None) -> float:
+        """Return the loss of the network quantized up to this unit, NaN without images or an answer to tell."""
+        if held is None or not cut.computes(self.answer):
+            return math.nan
+        names = {*span.inputs, *(cut.suffix.inputs if cut.suffix is not None else ())} - set(span.outputs)
+        losses = []
+        with torch.no_grad():
+            for start in range(0, len(held), RUN):
+                index = torch.arange(start, min(start + RUN, len(held)))
+                values = held.take(names, index)
+                values |= span(values)
+                answer = {**values, **({} if cut.suffix is None else cut.suffix(values))}[self.answer]
+                assert self.task.held_out is not None
+                part = self.task.held_out.slice(start, start + RUN)
+                losses.append(LOSSES[self.task.loss](self._held_out_answers[start : start + RUN], answer, part.labels))
+        return float(torch.cat(losses).mean())
+
+    def _material(self, cut: Cut, quantized: Source, floats: Source, options: Reconstruction) -> Material:
+        unit, suffix = cut.unit, cut.suffix if options.wants_answers else None
+        reads = {*unit.inputs, *(suffix.inputs if suffix is not None else ())} - set(unit.outputs)
+        fixed = self._corrected(cut, floats)
+        source = floats if fixed is None else Source(fixed, self.keep)
+        targets = source.outputs(cut.floats)
+        answers = self._answers
+
+        def target(index: Tensor) -> dict[str, Tensor]:
+            if targets is not None:
+                return {name: value[index].float() for name, value in targets.items()}
+            with torch.no_grad():
+                return cut.floats(source.take(unit.inputs, index))
+
+        return Material(
+            len(quantized),
+            lambda index: quantized.take(reads, index),
+            lambda index: source.take(unit.inputs, index),
+            target,
+            lambda index: {name: value[index] for name, value in answers.items()},
+        )
+
+    def _corrected(self, cut: Cut, floats: Source) -> dict[str, Tensor] | None:
+        """Return the unit's corrected float inputs, None where nothing is corrected."""
+        options, task = self.options, self.task
+        known = self.statistics if self.correct else {}
+        statistics = {name: known[name] for name in cut.unit.nodes if name in known}
+        if not statistics:
+            return None
+        scaled = tensor_digest(task.rounding.parameters)
+        key = text_digest(f"{cut.unit.nodes} {options.correction} {options.correction_weight} {scaled}")
+        cell = task.corrections.get(key)
+        if cell is None:
+            span = cut_span(self.module, cut.unit.nodes, statistics, quantized=False)
+            every = floats.take(cut.unit.inputs, torch.arange(len(floats)))
+            batch = CORRECTION_BATCH.get(self.device.type, len(floats))
+            total = -(-len(floats) // batch)
+            track = partial(task.reporter.track, title=f"correct inputs of {cut.unit.name}", total=total)
+            found = corrected(span, every, statistics, options.correction, options.correction_weight, batch, track)
+            # What the unit reads besides stays as it is.
+            cell = task.corrections.put(key, {name: value.cpu().numpy() for name, value in {**every, **found}.items()})
+        return {name: torch.from_numpy(cell[name]).to(self.device) for name in cut.unit.inputs}
+
+    @cached_property
+    def _answers(self) -> dict[str, Tensor]:
+        return self._float_answers(self.task.images)
+
+    @cached_property
+    def _held_out_answers(self) -> Tensor:
+        assert self.task.held_out is not None
+        return self._float_answers(self.task.held_out)[self.answer]
+
+    def _float_answers(self, images: CalibrationSet) -> dict[str, Tensor]:
+        nodes = [node.name for node in varying_nodes(self.module.graph)]
+        outputs = dict.fromkeys((self.answer, *([self.feature] if self.feature in nodes else [])))
+        return cut_span(self.module, nodes, outputs, quantized=False).run(self._named(images), RUN)
+
+    def _named(self, images: CalibrationSet) -> dict[str, Tensor]:
+        names = [node.name for node in self.module.graph.nodes if node.op == "placeholder"]
+        return dict(zip(names, images.inputs, strict=False))
+
+    def _done(self, decided: Outcome, records: tuple[UnitRecord, ...]) -> Program:
+        known = self.task.rounding
+        grids = {**known.grids, **self.grids}
+        for site, scale in decided.scales.items():
+            grid = grids.get(site) or self.task.program[WeightGrids].at(site, self.task.choices[site].weight_bits)
+            grids[site] = WeightGrid(grid.spec, scale, grid.zero_point)
+        spec_of = self.quantizers.zero_points()
+        rounding = replace(
+            known,
+            weights=decided.weights,
+            grids=grids,
+            biases={},
+            activations={group: (scale, spec_of[group]) for group, scale in decided.steps.items()},
+            units=(*known.units, *records),
+            notes=(*known.notes, *self.notes),
+        )
+        return self.task.done(rounding, self.method)
+
+
+def _earlier(task: RoundingTask) -> dict[str, Tensor]:
+    """Return site name -> weight that the task's program has in the place of nearest rounding."""
+    rounding, grids, found = task.rounding, task.program[WeightGrids], dict[str, Tensor]()
+    for site in task.sites:
+        grid = rounding.grids.get(site.name) or grids.at(site.name, task.choices[site.name].weight_bits)
+        weight = rounding.weights.get(site.name, grid.rounded)
+        if weight is not None:
+            found[site.name] = weight
+    return found
+
+
+def _constants(node: Node) -> list[Node]:
+    """Return the constants that an op reads, through their quantizers too."""
+    sources = [s.all_input_nodes[0] if s.op == "call_module" else s for s in node.all_input_nodes]
+    return [source for source in sources if source.op == "get_attr"]
+
+
+def _to_arrays(record: UnitRecord) -> Arrays:
+    told = [record.before, record.after, float(record.kept), record.seconds]
+    return {"record": np.array(told), "reason": np.array(record.reason)}
+
+
+def _from_arrays(unit: Unit, method: str, cell: Arrays) -> UnitRecord:
+    before, after, kept, seconds = (float(value) for value in cell["record"])
+    return UnitRecord(unit.name, method, before, after, bool(kept), str(cell["reason"]), seconds, unit.sites)

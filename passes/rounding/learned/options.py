@@ -1,0 +1,137 @@
+"""The settings of the reconstruction engine; AdaRound, BRECQ, QDrop and PD-Quant are rows of them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from fxquant.core.errors import OptionError
+from fxquant.passes.rounding.learned.units import check_granularity
+
+LEARNED = ("rounding", "straight_through")
+"""What is learned of a weight: whether each value goes up or down, or the value and its scale."""
+INPUTS = ("quantized", "float", "mixed")
+"""What a unit reads while it is tuned."""
+PROBABILITIES = ("mix", "drop", "warmup")
+COUNTS = ("iterations", "batch", "prediction_every", "memory_mb")
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How each unit is tuned.
+
+    `loss = rec + prediction * pd + feature * feat + regulariser * sum(1 - |2h - 1|^beta)`, with `rec` the squared error
+    of the unit's outputs summed over channels, `pd = KL(softmax(p / T) || softmax(z / T))` of the network's answer, and
+    `feat` the squared error of the values in front of the last weighted op.
+
+    Args:
+        unit: "layer", "block", a number of neighbouring blocks, "stage" or "network".
+        iterations: steps of the optimizer for each unit.
+        batch: images of a step.
+        learned: "rounding" (AdaRound: up or down, scales fixed) or "straight_through" (values and scales, LSQ).
+        rounding_lr: Adam's rate for the rounding logits.
+        weight_lr: Adam's rate for straight-through weights, as a share of each channel's step.
+        step_lr: Adam's rate for activation steps, falling to 0 as a cosine; 0 keeps them as calibrated.
+        step_share: whether that rate is a share of each step, or absolute as published.
+        inputs: "quantized" (from the quantized network in front), "float", or "mixed" element by element.
+        mix: probability that an element of a mixed input is the quantized one.
+        drop: probability that an element of an activation passes its quantizer unrounded (QDrop); 0 is off.
+        regulariser: weight of the term that drives each h to 0 or 1.
+        warmup: share of the iterations without that term.
+        beta: its exponent at first and in the end, falling linearly after the warm-up.
+        prediction: weight of the prediction difference; 0 is off.
+        prediction_every: steps of which one carries the prediction term, then as many times as heavy.
+        temperature: T.
+        feature: weight of the penultimate features' error; 0 is off.
+        normalise: divide each error by its value at nearest rounding, so that the weights mean the same everywhere.
+        answer_by_prediction: tune the unit that holds the network's answer by the prediction term alone.
+        correction: Adam steps of distribution correction of the float inputs; 0 is off.
+        needs_correction: refuse a network without batch normalisation; False leaves the correction out and says so.
+        correction_weight: how strongly corrected inputs are held at the original ones, `1 / lambda_c`.
+        asymmetric: weights on asymmetric grids, which no integer backend takes: for simulation only.
+        guard: keep a unit's result only if the held-out loss of the network up to it falls.
+        memory_mb: megabytes that cached values may take; beyond it they are kept in bfloat16, then run again.
+        compile_suffix: run the suffix through torch.compile; pays after some ten thousand iterations of a unit.
+        half_suffix: run the suffix in bfloat16; pays where the processor multiplies such numbers (GPU, AMX).
+
+    Raises:
+        OptionError: a value out of range.
+    """
+
+    unit: str = "block"
+    iterations: int = 1000
+    batch: int = 32
+    learned: str = "rounding"
+    rounding_lr: float = 1e-2
+    weight_lr: float = 1e-2
+    step_lr: float = 5e-4
+    step_share: bool = True
+    inputs: str = "mixed"
+    mix: float = 0.5
+    drop: float = 0.5
+    regulariser: float = 0.05
+    warmup: float = 0.2
+    beta: tuple[float, float] = (20.0, 2.0)
+    prediction: float = 0.0
+    prediction_every: int = 1
+    temperature: float = 4.0
+    feature: float = 0.0
+    normalise: bool = True
+    answer_by_prediction: bool = False
+    correction: int = 0
+    needs_correction: bool = False
+    correction_weight: float = 50.0
+    asymmetric: bool = False
+    guard: bool = True
+    memory_mb: int = 2048
+    compile_suffix: bool = False
+    half_suffix: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("learned", LEARNED), ("inputs", INPUTS)):
+            if getattr(self, name) not in known:
+                raise OptionError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
+        check_granularity(self.unit)
+        for name in (*COUNTS, "correction"):
+            lowest = int(name in COUNTS)
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < lowest:
+                raise OptionError(f"{name}={getattr(self, name)!r} must be a whole number of at least {lowest}")
+        for name in PROBABILITIES:
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise OptionError(f"{name}={getattr(self, name)} must lie in 0..1")
+        rates = [f.name for f in fields(self) if f.type == "float" and f.name not in PROBABILITIES]
+        for name in rates:
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise OptionError(f"{name}={getattr(self, name)} must be a finite number of at least 0")
+        if self.temperature == 0:
+            raise OptionError("temperature=0 must be above 0")
+        if len(self.beta) != 2 or min(self.beta) <= 0:
+            raise OptionError(f"beta={self.beta} must be two numbers above 0, first and last")
+
+    def changed(self, overrides: Mapping[str, object]) -> Reconstruction:
+        """Return these settings with some of them replaced.
+
+        Raises:
+            OptionError: there is no such setting, or a value out of range.
+        """
+        known = [f.name for f in fields(self)]
+        for name in overrides:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise OptionError(f"unknown rounding option {name!r}{hint}; known: {', '.join(known)}")
+        values: dict[str, Any] = dict(overrides)
+        if isinstance(values.get("unit"), int):
+            values["unit"] = str(values["unit"])
+        try:
+            return replace(self, **values)
+        except (TypeError, AttributeError) as error:
+            raise OptionError(f"rounding options {values} hold a value of the wrong type ({error})") from error
+
+    @property
+    def wants_answers(self) -> bool:
+        """Whether the suffix of the network is run."""
+        return self.prediction > 0 or self.feature > 0

@@ -1,0 +1,280 @@
+"""Tune one unit: the loop that AdaRound, BRECQ, QDrop and PD-Quant share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fxquant.core.run import Span
+from fxquant.passes.rounding.learned.options import Reconstruction
+from fxquant.passes.rounding.learned.quantizers import (
+    LearnedActivation,
+    SoftRounding,
+    StraightThrough,
+    random_mask,
+)
+
+NORM_BATCHES = 4
+"""Batches over which the errors of nearest rounding are averaged."""
+DIVERGED = 1e3
+"""A unit whose error is this many times that of nearest rounding has diverged."""
+
+Draw = Callable[[Tensor], dict[str, Tensor]]
+"""Image indices -> values by name."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a unit is tuned on; every function returns the values of the images it is given the indices of.
+
+    Args:
+        images: how many there are.
+        quantized: inputs of the unit, and whatever else the suffix reads, from the quantized network.
+        floats: inputs of the unit from the float network, corrected where that was asked for.
+        targets: outputs of the float unit on those.
+        answers: answer and features of the float network on the original images.
+    """
+
+    images: int
+    quantized: Draw
+    floats: Draw
+    targets: Draw
+    answers: Draw
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The unit under way and what is behind it.
+
+    Args:
+        unit: the unit with learned modules in place of its quantizers; it returns the feature too where it holds it.
+        nearest: the unit as calibrated, weights rounded to nearest.
+        suffix: float network behind the unit; None where nothing is, or where nobody asks.
+        answer: name of the network's answer.
+        feature: name of the values in front of the last weighted op, None where neither the
+            unit nor the suffix computes them.
+        divergence: (float answer, answer) -> mean difference.
+        learned: the modules in place.
+    """
+
+    unit: Span
+    nearest: Span
+    suffix: Span | None
+    answer: str
+    feature: str | None
+    divergence: Callable[[Tensor, Tensor], Tensor]
+    learned: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def holds_answer(self) -> bool:
+        """Whether the unit computes the network's answer."""
+        return self.answer in self.unit.outputs
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Errors in the course of the tuning, without the regulariser.
+
+    Args:
+        first: mean weighted error over the first iterations.
+        last: the same over the last.
+        diverged: whether it stopped for lack of a finite or sensible error.
+        losses: of every iteration.
+    """
+
+    first: float
+    last: float
+    diverged: bool
+    losses: tuple[float, ...] = field(repr=False, default=())
+
+
+def channel_sums(error: Tensor) -> Tensor:
+    """Return squares summed over channels, mean over images and positions: shape ().
+
+    Channels stand on axis 1 of pictures and of vectors, on the last axis of token sequences.
+    """
+    channels = error.shape[-1] if error.dim() == 3 else error.shape[1] if error.dim() > 1 else 1
+    return error.square().sum() * (channels / error.numel())
+
+
+def softened_kl(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return `KL(softmax(p / T) || softmax(z / T))`, mean over images and positions, without a factor T^2."""
+
+    def divergence(reference: Tensor, answer: Tensor) -> Tensor:
+        p, q = (torch.log_softmax(x.float() / temperature, dim=1) for x in (reference, answer))
+        return (p.exp() * (p - q)).sum(dim=1).mean()
+
+    return divergence
+
+
+def relative_error(reference: Tensor, answer: Tensor) -> Tensor:
+    """Return the squared error of answers that are no class scores, as a share of their squares."""
+    return (answer - reference).square().sum() / reference.square().sum().clamp(min=1e-12)
+
+
+class Tuner:
+    """Runs the loop.
+
+    Args:
+        pieces: the unit and its surroundings.
+        material: what it is tuned on.
+        options: how.
+        seed: of the batches.
+        generator: draws mixtures, on the device of the values; the learned modules hold it too.
+    """
+
+    def __init__(
+        self, pieces: Pieces, material: Material, options: Reconstruction, seed: int, generator: torch.Generator
+    ) -> None:
+        self.pieces, self.material, self.options, self.generator = pieces, material, options, generator
+        # Drawn on the CPU, so that a seed picks the same images on every device.
+        self._batches = torch.Generator().manual_seed(seed)
+        self._soft = [m for m in pieces.learned.values() if isinstance(m, SoftRounding)]
+        self._rates = {"rec": 1.0, "prediction": options.prediction, "feature": options.feature}
+        if options.answer_by_prediction and pieces.holds_answer:
+            self._rates["rec"] = 0.0 if options.prediction else 1.0
+        # A unit that has nothing but its answer to go by gets it at every step.
+        self._every = options.prediction_every if self._rates["rec"] else 1
+        self._norms = self._at_nearest() if options.normalise else dict.fromkeys(self._rates, 1.0)
+
+    def run(self, track: Callable[[range], Iterable[int]] = lambda steps: steps) -> Trace:
+        """Tune, and return how it went.
+
+        Args:
+            track: yields the iterations, showing progress.
+        """
+        options = self.options
+        optimizer, schedule = self._optimizers()
+        losses: list[float] = []
+        for module in self.pieces.learned.values():
+            module.train()
+        for iteration in track(range(options.iterations)):
+            errors = self.errors(self._batch(), iteration)
+            loss = self.total(errors)
+            penalty = self._penalty(iteration)
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss if penalty is None else loss + penalty)
+            optimizer.step()
+            schedule.step()
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]) or (
+                options.normalise and losses[-1] > DIVERGED * sum(self._rates.values())
+            ):
+                return Trace(losses[0], losses[-1], True, tuple(losses))
+        for module in self.pieces.learned.values():
+            module.eval()
+        ends = max(1, len(losses) // 20)
+        return Trace(sum(losses[:ends]) / ends, sum(losses[-ends:]) / ends, False, tuple(losses))
+
+    def total(self, errors: Mapping[str, Tensor]) -> Tensor:
+        """Return the errors weighted and normalised, without the regulariser."""
+        return sum((self._rates[name] / self._norms[name] * error for name, error in errors.items()), torch.zeros(()))
+
+    def errors(self, index: Tensor, iteration: int) -> dict[str, Tensor]:
+        """Return the errors of one batch, each a scalar, prediction and feature only where their turn has come."""
+        options, unit = self.options, self.pieces.unit
+        turn = options.wants_answers and iteration % self._every == 0
+        quantized = self.material.quantized(index) if turn or options.inputs != "float" else {}
+        inputs = self._inputs(quantized, index)
+        if turn and options.inputs == "quantized":
+            outputs = answered = unit(inputs)
+        elif turn:
+            # One pass for both: what is compared with the targets, and what goes on to the answer.
+            both = unit({name: torch.cat([inputs[name], quantized[name]]) for name in unit.inputs})
+            outputs = {name: value[: len(index)] for name, value in both.items()}
+            answered = {name: value[len(index) :] for name, value in both.items()}
+        else:
+            outputs, answered = unit(inputs), {}
+        errors: dict[str, Tensor] = {}
+        if self._rates["rec"]:
+            targets = self.material.targets(index)
+            errors["rec"] = sum((channel_sums(outputs[n] - targets[n]) for n in targets), torch.zeros(()))
+        if turn:
+            errors |= self._answer_errors({**quantized, **answered}, index)
+        return errors
+
+    def _answer_errors(self, values: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+        pieces, options = self.pieces, self.options
+        if pieces.suffix is not None:
+            kind = next(iter(values.values())).device.type
+            with torch.autocast(kind, dtype=torch.bfloat16, enabled=options.half_suffix):
+                found = pieces.suffix(values)
+            # Differences of answers are small beside the answers: they are taken in float32.
+            values = {**values, **{name: value.float() for name, value in found.items()}}
+        reference = self.material.answers(index)
+        errors = {}
+        if options.prediction:
+            errors["prediction"] = pieces.divergence(reference[pieces.answer], values[pieces.answer])
+        if options.feature and pieces.feature is not None:
+            errors["feature"] = channel_sums(values[pieces.feature] - reference[pieces.feature])
+        # An unbiased share of the gradient, whatever the number of steps between.
+        return {name: error * self._every for name, error in errors.items()}
+
+    def _inputs(self, quantized: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+        names, options = self.pieces.unit.inputs, self.options
+        if options.inputs == "quantized":
+            return {name: quantized[name] for name in names}
+        floats = self.material.floats(index)
+        if options.inputs == "float":
+            return {name: floats[name] for name in names}
+        # Integers, such as token numbers, are the same in both networks.
+        return {
+            name: torch.lerp(floats[name], value, random_mask(value, options.mix, self.generator))
+            if value.is_floating_point()
+            else value
+            for name, value in ((name, quantized[name]) for name in names)
+        }
+
+    def _batch(self) -> Tensor:
+        return torch.randint(self.material.images, (self.options.batch,), generator=self._batches)
+
+    def _penalty(self, iteration: int) -> Tensor | None:
+        """Return the weighted regulariser, None during the warm-up or where nothing is rounded."""
+        options = self.options
+        passed = iteration / options.iterations
+        if not self._soft or passed < options.warmup or not options.regulariser:
+            return None
+        (high, low), share = options.beta, (passed - options.warmup) / max(1e-9, 1 - options.warmup)
+        beta = low + (high - low) * (1 - share)
+        return options.regulariser * sum((module.penalty(beta) for module in self._soft), torch.zeros(()))
+
+    def _optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        options, groups = self.options, list[dict[str, object]]()
+        for module in self.pieces.learned.values():
+            if isinstance(module, SoftRounding):
+                groups.append({"params": [module.logits], "lr": options.rounding_lr, "falls": False})
+            elif isinstance(module, StraightThrough):
+                rates = ((module.shift, options.weight_lr), (module.factor, options.step_lr))
+                groups += [{"params": [p], "lr": rate, "falls": True} for p, rate in rates]
+            elif isinstance(module, LearnedActivation) and options.step_lr:
+                rate = options.step_lr if options.step_share else options.step_lr / float(module.start)
+                groups.append({"params": [module.factor], "lr": rate, "falls": True})
+        optimizer = torch.optim.Adam(groups, fused=True)
+        total = options.iterations
+        curves = [
+            (lambda k: 0.5 * (1 + math.cos(math.pi * min(k, total) / total))) if group["falls"] else (lambda _: 1.0)
+            for group in groups
+        ]
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, curves)
+
+    def _at_nearest(self) -> dict[str, float]:
+        """Return each error of the unit rounded to nearest, on the inputs it will really have."""
+        pieces, totals = self.pieces, dict.fromkeys(self._rates, 0.0)
+        count = min(NORM_BATCHES, math.ceil(self.material.images / self.options.batch))
+        with torch.no_grad():
+            for k in range(count):
+                index = torch.arange(k * self.options.batch, min((k + 1) * self.options.batch, self.material.images))
+                quantized, targets = self.material.quantized(index), self.material.targets(index)
+                outputs = pieces.nearest(quantized)
+                errors = {"rec": sum((channel_sums(outputs[n] - targets[n]) for n in targets), torch.zeros(()))}
+                if self.options.wants_answers:
+                    found = self._answer_errors({**quantized, **outputs}, index)
+                    errors |= {n: e / self._every for n, e in found.items()}
+                for name, error in errors.items():
+                    totals[name] += float(error) / count
+        # A unit that nearest rounding leaves without error has nothing to be tuned for.
+        return {name: value if math.isfinite(value) and value > 0 else 1.0 for name, value in totals.items()}

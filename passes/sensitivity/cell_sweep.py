@@ -1,0 +1,103 @@
+"""One sweep over cells: those of the store as they are, the others measured, shared out where we are several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from fxquant.core.host import Reporter, Shards
+from fxquant.core.storage import Arrays, ScoreStore, pack_arrays, text_digest, unpack_arrays
+
+Cell = Mapping[str, NDArray[Any] | float]
+
+Work = Mapping[str, Callable[[], Cell]]
+"""Key -> measures the cell; the same keys in the same order in every process."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What scoring holds, in bytes.
+
+    Args:
+        batch: images in a batch.
+        activations: values kept for one batch; a sweep of pairs keeps two such sets.
+        working: most that a plain run of the batch holds at once, on top of what is kept.
+        joint: losses of all pairs on all images, float64 of shape (columns, columns, images); for pairs only.
+        recomputes: whether not all values are kept, so that some are computed again when they are read.
+    """
+
+    batch: int
+    activations: int
+    working: int
+    joint: int
+    recomputes: bool
+
+    @property
+    def total(self) -> int:
+        """Bytes of a sweep of pairs: `2 activations + working + joint`."""
+        return 2 * self.activations + self.working + self.joint
+
+    def text(self) -> str:
+        """Return it as a line for people, in MB of 10^6 bytes."""
+        kept, working, joint = (f"{size / 1e6:.1f} MB" for size in (self.activations, self.working, self.joint))
+        again = ", the rest computed again when read" if self.recomputes else ""
+        return (
+            f"batch size {self.batch}; memory: {kept} of kept activations{again} (twice for pairs), "
+            f"{working} at work, {joint} for all pairs' losses"
+        )
+
+
+def sweep(
+    title: str,
+    work: Work,
+    store: ScoreStore,
+    shards: Shards,
+    reporter: Reporter,
+    device: torch.device,
+) -> dict[str, Arrays]:
+    """Return all cells by key, each measured by one process and handed to the others.
+
+    Args:
+        title: shown with the progress.
+        work: what to measure.
+        store: finished cells; new ones are put there as they finish.
+        shards: this process among those that share the work.
+        reporter: shows progress.
+        device: where the tensors of the sweep live.
+
+    Raises:
+        WorkerError: another process was lost, or has another list of cells.
+    """
+    keys = list(work)
+    # What is left to measure may follow from what was measured; unlike machines could round to unlike lists.
+    shards.agree(text_digest("\n".join(keys)), device)
+    have = [store.get(key) is not None for key in keys]
+    reporter.say(f"{title}: {len(keys)} cells, {sum(have)} already finished")
+    owners, wanted = shards.owners(have, device)
+    new = [key for key, held, lacking in zip(keys, have, wanted, strict=True) if lacking or not held]
+    providers = dict(zip(keys, owners, strict=True))
+    bar = reporter.track(new, title, len(new))
+    # In a round each process has one cell to measure: nobody waits longer for another than a cell takes.
+    for start in range(0, len(new), shards.world_size):
+        turn = new[start : start + shards.world_size]
+        for key in turn:
+            if providers[key] == shards.rank and store.get(key) is None:
+                store.put(key, work[key]())
+        for key in turn:
+            _ = next(bar)
+            if shards.world_size > 1:
+                _hand_over(key, providers[key], store, shards, device)
+    _ = list(bar)
+    return {key: cell for key in keys if (cell := store.get(key)) is not None}
+
+
+def _hand_over(key: str, owner: int, store: ScoreStore, shards: Shards, device: torch.device) -> None:
+    mine = store.get(key) if owner == shards.rank else None
+    packed = shards.broadcast(owner, None if mine is None else pack_arrays(mine), device)
+    # In a shared folder it lies already; elsewhere it is kept, so that any of the folders can be gone on from.
+    if mine is None and store.get(key) is None:
+        store.put(key, unpack_arrays(packed))

@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fxquant
+from fxquant.cli import commands as cli
+from fxquant.cli import main, write_outputs
+from fxquant.core.ir import Choice
+from fxquant.report import render
+from tests.small import small, small_result
+
+Captured = pytest.CaptureFixture[str]
+REFERENCE = ["--target", "reference", "--effort", "fast"]
+BUDGET = ["--budget", "average_bits=5"]
+
+
+def scoring(output: Path, model: str = "small", loader: str = "images") -> list[str]:
+    place = "tests.small:"
+    model = model if "." in model else place + model
+    loader = loader if "/" in loader else place + loader
+    return ["--model", model, "--calibration", loader, "--output", str(output), *REFERENCE]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    write_outputs(small_result("onnxruntime"), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "result"
+    shutil.copytree(saved, copy)
+    return copy
+
+
+def files(place: Path) -> list[str]:
+    return sorted(str(path.relative_to(place)) for path in place.rglob("*"))
+
+
+def failure(arguments: list[str], code: int, capsys: Captured) -> str:
+    """Run a command that must fail and return its one line on stderr, behind those of the stages it came through."""
+    assert main(arguments) == code
+    told = capsys.readouterr()
+    assert told.out == ""
+    *stages, last = told.err.splitlines()
+    assert last.startswith("fxquant: error: ")
+    assert all(re.search(r": \d+ of \d+ in |cells, |candidates, ", line) for line in stages), stages
+    return last
+
+
+def test_quantize_writes_everything_and_prints_the_summary(tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "new" / "out"
+    arguments = ["quantize", *scoring(out), *BUDGET, "--target", "onnxruntime", "--pin", "st*=W8A8"]
+    assert main(arguments) == 0
+    told = capsys.readouterr()
+    assert "3 of 3 layers quantized" in told.out
+    assert str(out / "model.onnx") in told.out
+    # No terminal watches: a line for each stage.
+    assert re.search(r"^calibrate: \d+ of \d+ in [\d.]+ s$", told.err, re.MULTILINE)
+    assert {"plan.json", "model.onnx", "report.html", "report.json", "result.json", "scores"} <= set(files(out))
+    result = fxquant.load(out)
+    assert result.allocation.choices["stem"] == Choice(8, 8)
+    measured = json.loads((out / "report.json").read_text())["measured"]
+    assert measured["bytes_on_disk"] == (out / "model.onnx").stat().st_size
+    assert set(measured["kernels"]) == {"stem", "body", "head"}
+    # An earlier result is not overwritten unasked; --resume takes its scores.
+    assert "give --resume" in failure(arguments, 2, capsys)
+    assert main([*arguments, "--resume", "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_analyze_then_allocate(tmp_path: Path, capsys: Captured) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    assert main(["analyze", *scoring(out), "--quiet"]) == 0
+    assert fxquant.load(out).allocation.status == "manual"
+    before = (out / "plan.json").read_bytes()
+    assert main(["allocate", str(out), *BUDGET, "--output", str(other)]) == 0
+    assert "Budget average_bits" in capsys.readouterr().out
+    assert (out / "plan.json").read_bytes() == before
+    assert fxquant.load(other).allocation.used["average_bits"] <= 5.0
+    assert main(["allocate", str(out), *BUDGET, "--quiet"]) == 0
+    assert fxquant.load(out).allocation.choices == fxquant.load(other).allocation.choices
+    assert "model.onnx" not in files(out)
+
+
+def test_allocate_out_of_reach_leaves_the_result_as_it_was(folder: Path, capsys: Captured) -> None:
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    assert "reachable" in failure(["allocate", str(folder), "--budget", "size_ratio=0.01"], 3, capsys)
+    assert {name: (folder / name).read_bytes() for name in files(folder)} == before
+
+
+def test_export_takes_the_choices_of_a_file(folder: Path, tmp_path: Path, capsys: Captured) -> None:
+    path = tmp_path / "apart.onnx"
+    assert main(["export", str(folder), "--output", str(path), "--external-data", "--runtime", "openvino"]) == 0
+    weights = tmp_path / "apart.onnx.data"
+    # Weights as small as this network's stay in the graph, and the file beside it is empty.
+    assert weights.is_file()
+    assert f"{path.stat().st_size + weights.stat().st_size} bytes" in capsys.readouterr().out
+    command = ["export", str(folder), "--output", str(path), "--weight-only", "nose"]
+    assert "weight_only='nose' names no linear layer" in failure(command, 2, capsys)
+
+
+def test_export_with_an_edited_plan(folder: Path, tmp_path: Path, capsys: Captured) -> None:
+    document = json.loads((folder / "plan.json").read_text())
+    document["choices"] = dict.fromkeys(document["choices"], "W2A8")
+    plan = tmp_path / "edited.json"
+    plan.write_text(json.dumps(document))
+    path = tmp_path / "deep" / "edited.onnx"
+    assert main(["export", str(folder), "--plan", str(plan), "--output", str(path)]) == 0
+    assert "3 of 3 layers on integer kernels" in capsys.readouterr().out
+    assert path.stat().st_size > 0
+    document["choices"]["stem"] = "W3A8"
+    plan.write_text(json.dumps(document))
+    assert "'stem' W3A8, which was not measured" in failure(["export", str(folder), "--plan", str(plan)], 2, capsys)
+
+
+def test_a_plan_edited_in_place_loses_the_solvers_claims(folder: Path) -> None:
+    document = json.loads((folder / "plan.json").read_text())
+    document["choices"]["stem"] = "W2A8"
+    (folder / "plan.json").write_text(json.dumps(document))
+    assert main(["report", str(folder), "--quiet"]) == 0
+    report = json.loads((folder / "report.json").read_text())
+    assert report["outcome"]["status"] == "manual"
+    # What was measured on the earlier plan does not hold for this one.
+    assert report["measured"] == {}
+
+
+def test_bench_and_report_keep_what_was_measured(folder: Path, tmp_path: Path, capsys: Captured) -> None:
+    assert main(["bench", str(folder), "--rounds", "2", "--threads", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "float" in told
+    assert "mixed" in told
+    other = tmp_path / "page"
+    assert main(["report", str(folder), "--output", str(other)]) == 0
+    assert files(other) == ["report.html", "report.json"]
+    assert "wrote" in capsys.readouterr().out
+    measured = json.loads((other / "report.json").read_text())["measured"]
+    assert [row["name"] for row in measured["comparison"]] == ["float", "mixed", "uniform W4A8", "uniform W8A8"]
+    assert measured["bytes_on_disk"] > 0
+    assert "1 thread" in measured["runtime"]
+    assert "out of range" in failure(["bench", str(folder), "--rounds", "1"], 2, capsys)
+
+
+def test_corrupt_files_are_bad_input(folder: Path, capsys: Captured) -> None:
+    spoilt = {
+        "plan.json": b'{"kind": "plan", "version": 1}',
+        "result.json": b"{",
+        "model.pt2": b"PK",
+        "ranges.npz": b"",
+        "sensitivity_diagonal.npz": b"no",
+        "held_out.safetensors": b"\xff" * 40,
+    }
+    for name, garbage in spoilt.items():
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(garbage)
+        assert name in failure(["report", str(folder)], 2, capsys)
+        (folder / name).write_bytes(whole)
+    assert "not a folder" in failure(["report", str(folder / "nowhere")], 2, capsys)
+
+
+@pytest.mark.parametrize(
+    ("model", "loader", "told"),
+    [
+        ("branching", "images", "does not export"),
+        ("not_finite", "images", "'body.weight' holds 216 values that are NaN"),
+        ("no_model", "images", "gives a int"),
+        ("failing", "images", "RuntimeError: checkpoint is gone"),
+        ("absent", "images", "tests.small has no 'absent'"),
+        ("nowhere.at:all", "images", "importing nowhere.at failed"),
+        ("nowhere.pt2", "images", "no such file"),
+        ("small", "no_images", "holds no images"),
+        ("small", "one_image", "holds one image"),
+        ("small", "nan_images", "NaN or infinity, first in image 24"),
+        ("small", "wrong_shape", "does not run on inputs of shape"),
+        ("small", "failing_loader", "disk went away"),
+        ("small", "/nowhere.npz", "no such file"),
+        ("small", "/nowhere.npy", "not a readable npy"),
+        ("small", "/nowhere", "neither .npz, .npy, an existing folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    model: str, loader: str, told: str, tmp_path: Path, capsys: Captured
+) -> None:
+    arguments = ["quantize", *scoring(tmp_path / "a" / "out", model, loader), *BUDGET]
+    assert told in failure(arguments, 2, capsys)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "told"),
+    [
+        (["--budget", "average_bits=1"], 3, "reachable: 2 to 8"),
+        (["--budget", "bits=1"], 2, "'bits=1' is not understood"),
+        (["--budget", "size_mb=-1"], 2, "above 0"),
+        ([*BUDGET, "--bits", "2,x"], 2, "no list of whole numbers"),
+        ([*BUDGET, "--bits", "9"], 2, "does not execute"),
+        ([*BUDGET, "--pin", "nothing*=W8A8"], 2, "matches no site"),
+        ([*BUDGET, "--pin", "W8A8"], 2, "write GLOB=W8A8"),
+        ([*BUDGET, "--keep-float", "*"], 2, "no layer can be quantized"),
+        ([*BUDGET, "--target", "tpu"], 2, "unknown target 'tpu'; known: reference"),
+        ([*BUDGET, "--loss", "l7"], 2, "l7"),
+        ([*BUDGET, "--observer", "eye"], 2, "eye"),
+        ([*BUDGET, "--mean", "0,0"], 2, "1 or 3 channels"),
+        ([*BUDGET, "--image-size", "axb"], 2, "no size such as"),
+    ],
+)
+def test_bad_options_leave_nothing(more: list[str], code: int, told: str, tmp_path: Path, capsys: Captured) -> None:
+    arguments = ["quantize", *scoring(tmp_path / "out"), *more]
+    assert told in failure(arguments, code, capsys)
+    assert files(tmp_path) == []
+
+
+def test_missing_arguments_and_commands(capsys: Captured) -> None:
+    assert "required: command" in failure([], 2, capsys)
+    assert "required: --budget" in failure(["quantize"], 2, capsys)
+    assert "invalid choice" in failure(["quantise"], 2, capsys)
+
+
+def test_help_names_every_command(capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert done.value.code == 0
+    told = capsys.readouterr().out
+    assert all(command in told for command in cli.COMMANDS)
+
+
+def test_unwritable_output_is_found_before_the_work(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "file").write_text("")
+    told = failure(["quantize", *scoring(tmp_path / "file" / "out", model="failing"), *BUDGET], 1, capsys)
+    assert "cannot write" in told
+    assert files(tmp_path) == ["file"]
+
+
+def test_failure_at_the_end_keeps_scores_but_no_half_result(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fxquant.cli.outputs.render", full)
+    arguments = ["quantize", *scoring(tmp_path), *BUDGET]
+    assert "No space left" in failure(arguments, 1, capsys)
+    assert {name.split("/")[0] for name in files(tmp_path)} == {"scores"}
+    monkeypatch.setattr("fxquant.cli.outputs.render", render)
+    assert main([*arguments, "--resume", "--quiet"]) == 0
+
+
+def test_interrupt_and_unexpected_failure(tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(_: object) -> None:
+        raise KeyboardInterrupt
+
+    def broken(_: object) -> None:
+        raise ZeroDivisionError("a\nb")
+
+    monkeypatch.setitem(cli.COMMANDS, "report", stopped)
+    assert main(["report", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "fxquant: stopped; what was there before is as it was\n"
+    for command in ("analyze", "reconstruct"):
+        monkeypatch.setitem(cli.COMMANDS, command, stopped)
+    assert main(["analyze", *scoring(tmp_path)]) == 130
+    assert capsys.readouterr().err == "fxquant: stopped; nothing was finished yet\n"
+    (tmp_path / "scores").mkdir()
+    for name in ("a.npz", ".unfinished-b.npz", "identity.json"):
+        (tmp_path / "scores" / name).touch()
+    assert main(["analyze", *scoring(tmp_path)]) == 130
+    told = f"fxquant: stopped; 1 finished parts are kept in {tmp_path}: --resume goes on from there\n"
+    assert capsys.readouterr().err == told
+    (tmp_path / "rounding" / "deep").mkdir(parents=True)
+    (tmp_path / "rounding" / "deep" / "unit.npz").touch()
+    assert main(["reconstruct", str(tmp_path), "--calibration", "tests.small:images"]) == 130
+    assert "2 finished parts are kept" in (err := capsys.readouterr().err)
+    assert "the same command goes on" in err
+    monkeypatch.setitem(cli.COMMANDS, "report", broken)
+    assert "unexpected ZeroDivisionError: a b (--debug" in failure(["report", str(tmp_path)], 1, capsys)
+    assert main(["report", str(tmp_path), "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_pt2_model_and_npz_images(tmp_path: Path) -> None:
+    images = torch.randn(12, 1, 8, 8)
+    exported = torch.export.export(small(), (images[:2],), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    torch.export.save(exported, tmp_path / "net.pt2")
+    np.savez(tmp_path / "images.npz", allow_pickle=False, x=images.numpy(), y=np.zeros(12, dtype=np.int64))
+    arguments = scoring(tmp_path / "out", str(tmp_path / "net.pt2"), str(tmp_path / "images.npz"))
+    assert main(["quantize", *arguments, *BUDGET, "--loss", "ce", "--quiet"]) == 0
+    assert len(fxquant.load(tmp_path / "out").allocation.choices) == 3

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fxquant.core.errors import CalibrationError
+from fxquant.core.facts import BINS, Histogram, Ranges, clip_error, merged, mse_range
+from fxquant.core.ir import SMALLEST_SCALE, activation_spec, round_trip
+from fxquant.core.run import MseObserver
+from tests.core.storage.test_codecs import damaged, is_refused
+
+
+def seen(*values: float, scale: float = 1.0) -> Histogram:
+    observer = MseObserver("v")
+    observer(torch.tensor(values) * scale)
+    return observer.histogram()
+
+
+def gaussian(seed: int, spread: float = 1.0, outlier: float = 0.0) -> Histogram:
+    values = torch.randn(4000, generator=torch.Generator().manual_seed(seed)) * spread
+    observer = MseObserver("v")
+    observer(torch.cat([values, torch.tensor([outlier])]))
+    return observer.histogram()
+
+
+def test_mse_range_is_the_best_of_its_clips() -> None:
+    histogram, spec = gaussian(0, outlier=30.0), activation_spec(4)
+    low, high = mse_range(histogram, spec)
+    assert low >= histogram.minimum
+    assert high <= histogram.maximum
+    assert high < 15.0, "one outlier in 4000 must not set the step of a 4-bit grid"
+    best = clip_error(histogram, low, high, spec)
+    for ratio in np.linspace(0.2, 1.0, 17):
+        assert best <= clip_error(histogram, histogram.minimum * ratio, histogram.maximum * ratio, spec) * 1.02
+
+
+def test_clip_error_is_the_real_one() -> None:
+    observer = MseObserver("v")
+    values = torch.randn(5000, generator=torch.Generator().manual_seed(3))
+    observer(values)
+    spec = activation_spec(4)
+    scale, zero_point = Ranges({"v": observer.histogram()}, "full").parameters(["v"], spec)
+    real = float((round_trip(values, scale, zero_point, spec) - values).square().sum())
+    histogram = observer.histogram()
+    assert clip_error(histogram, histogram.minimum, histogram.maximum, spec) == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("value", [0.0, 5.0, -5.0, 1e-30, 1e30])
+@pytest.mark.parametrize("clip", ["mse", "full"])
+def test_constant_values_get_a_usable_grid(value: float, clip: str) -> None:
+    spec = activation_spec(8)
+    scale, zero_point = Ranges({"v": seen(value, value)}, clip).parameters(["v"], spec)
+    assert float(scale) >= SMALLEST_SCALE
+    back = round_trip(torch.tensor(value), scale, zero_point, spec)
+    assert abs(float(back) - value) <= float(scale) * 1.01 + abs(value) * 0.01
+
+
+@given(st.lists(st.integers(0, 50), min_size=2, max_size=4), st.floats(0.01, 100.0))
+@settings(max_examples=20, deadline=None)
+def test_merging_covers_all_and_weighs_members_alike(seeds: list[int], spread: float) -> None:
+    members = [gaussian(seed, spread ** (index % 2)) for index, seed in enumerate(seeds)]
+    union = merged(members)
+    assert union.minimum == min(h.minimum for h in members)
+    assert union.maximum == max(h.maximum for h in members)
+    assert union.counts.sum() == pytest.approx(len(members))
+    assert union.low <= min(h.low for h in members)
+    assert merged(members[:1]) is members[0]
+
+
+def test_merging_does_not_move_mass() -> None:
+    union = merged([seen(0.0, 1.0, 1.0, 1.0), seen(0.0, -100.0)])
+    mean = float((union.counts * union.centres).sum())
+    assert mean == pytest.approx(0.75 - 50.0, abs=2 * union.width)
+
+
+def test_unobserved_values_are_named() -> None:
+    with pytest.raises(CalibrationError, match=r"values \['other'\] were never observed"):
+        Ranges({"v": seen(1.0)}).parameters(["v", "other"], activation_spec(8))
+
+
+def test_a_group_has_one_grid_and_asking_twice_gives_it_twice() -> None:
+    ranges = Ranges({"a": seen(1.0, 2.0), "b": seen(-4.0, 1.0)}, "full")
+    spec = activation_spec(8)
+    scale, zero_point = ranges.parameters(["a", "b"], spec)
+    assert float(scale) == pytest.approx(6.0 / 255)
+    assert int(zero_point) == 170
+    again = ranges.parameters(("a", "b"), spec)
+    assert torch.equal(again[0], scale)
+    assert float(ranges.parameters(["a"], spec)[0]) == pytest.approx(2.0 / 255)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"width": 0.0},
+        {"minimum": float("nan")},
+        {"low": float("-inf")},
+        {"counts": np.zeros(BINS)},
+        {"counts": np.ones(3)},
+    ],
+)
+def test_histograms_are_checked_at_birth(change: dict[str, Any]) -> None:
+    good = Histogram(low=0.0, width=1.0, counts=np.ones(BINS), minimum=0.0, maximum=1.0)
+    with pytest.raises(CalibrationError, match="histogram"):
+        replace(good, **change)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    ranges = Ranges({"a": seen(1.0, 2.0), "b": gaussian(1)}, "full")
+    ranges.save(tmp_path / "ranges.npz")
+    back = Ranges.load(tmp_path / "ranges.npz")
+    assert back.clip == "full"
+    assert list(back.histograms) == ["a", "b"]
+    for name, histogram in ranges.histograms.items():
+        other = back.histograms[name]
+        assert np.array_equal(histogram.counts, other.counts)
+        assert (histogram.low, histogram.width) == (other.low, other.width)
+        assert (histogram.minimum, histogram.maximum) == (other.minimum, other.maximum)
+
+
+def test_damaged_files_are_refused_or_read_right(tmp_path: Path) -> None:
+    path = tmp_path / "ranges.npz"
+    Ranges({"a": seen(1.0, 2.0)}, "mse").save(path)
+    refused = 0
+    for piece in damaged(path.read_bytes(), 60):
+        path.write_bytes(piece)
+        refused += is_refused(Ranges.load, path)
+    assert refused > 60
+
+
+def test_no_values_at_all_is_a_valid_file(tmp_path: Path) -> None:
+    Ranges({}).save(tmp_path / "r.npz")
+    assert Ranges.load(tmp_path / "r.npz").histograms == {}

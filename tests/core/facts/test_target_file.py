@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxquant.core.errors import FileFormatError, FxquantError, OptionError
+from fxquant.core.facts import Described, LatencyRow, Target, read_target, to_json, write_target
+
+DOCUMENT: dict[str, Any] = {
+    "kind": "target",
+    "version": 1,
+    "name": "npu",
+    "kernels": {"conv": "npu_conv", "linear": "npu_gemm"},
+    "joins": ["add"],
+    "weight_bits": [4, 8],
+    "activation_bits": [8],
+    "granularity": "per_tensor",
+    "latency": [
+        {"layers": "type:conv", "precision": "W4A8", "ms_per_million_macs": 0.5},
+        {"layers": "*", "precision": "*", "ms": 1.0},
+    ],
+}
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    """Return the path of the document with these fields changed; None leaves one out."""
+    body = {key: value for key, value in {**DOCUMENT, **changes}.items() if value is not None}
+    path = folder / "npu.json"
+    path.write_text(json.dumps(body))
+    return path
+
+
+def test_a_short_file_says_what_a_target_needs(tmp_path: Path) -> None:
+    described = read_target(written(tmp_path))
+    assert described.runs_on == "simulation"
+    assert described.target == Target(
+        name="npu",
+        kernels={"conv": "npu_conv", "linear": "npu_gemm"},
+        joins=frozenset({"add"}),
+        weight_bits=(4, 8),
+        activation_bits=(8,),
+        storage_bits={4: 4, 8: 8},
+        per_channel=False,
+        latency=(LatencyRow("type:conv", "W4A8", ms_per_million_macs=0.5), LatencyRow("*", "*", ms=1.0)),
+    )
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    target = Target(
+        name="other",
+        kernels={"conv": "c"},
+        joins=frozenset({"add", "cat"}),
+        weight_bits=(2, 8),
+        activation_bits=(4, 8),
+        storage_bits={2: 4, 8: 8},
+        output_quantized=frozenset({"conv"}),
+        fused_sums=frozenset({"conv"}),
+        refuse_joins={"mul": "no"},
+        activation_storage_bits={4: 4},
+        products=frozenset({"matmul"}),
+    )
+    write_target(tmp_path / "t.json", Described(target, "reference"))
+    again = read_target(tmp_path / "t.json")
+    assert again == Described(target, "reference")
+    assert to_json(again) == to_json(Described(target, "reference"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kernel": {}}, "unknown fields kernel; allowed: name, kernels"),
+        ({"weight_bits": None}, "lacks weight_bits"),
+        ({"kernels": {"conv3": "x"}}, "kernels names conv3; known kinds: .*conv.*linear"),
+        ({"joins": ["conv"]}, "joins names conv; known kinds: add"),
+        ({"granularity": "per_group"}, "granularity 'per_group'; allowed: per_channel, per_tensor"),
+        ({"weight_bits": [4.5]}, "4.5 is no whole number"),
+        ({"weight_bits": 8}, "8 is no list"),
+        ({"storage_bits": {"4": 2, "8": 8}}, "stores 4-bit weights in 2 bits"),
+        ({"latency": [{"layers": "*", "precision": "*"}]}, "give numbers of at least 0, one of them above"),
+        ({"latency": [{"layers": "*", "precision": "*", "ms": -1}]}, "give numbers of at least 0"),
+        ({"latency": [{"layers": "*", "precision": "*", "milliseconds": 1}]}, "has milliseconds; allowed: layers"),
+        ({"latency": [{"precision": "*", "ms": 1}]}, "layers"),
+        ({"latency": [7]}, "not an intact target file"),
+        ({"kind": "plan"}, "is not a target file"),
+        ({"version": 2}, "format version 2"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((OptionError, FileFormatError), match=message):
+        read_target(written(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("name", [name for name in DOCUMENT if name not in ("kind", "version")])
+@pytest.mark.parametrize("value", [None, 3, "text", [], {}, [[1]], {"a": {"b": 1}}, True, -1e300])
+def test_no_value_anywhere_ends_in_anything_but_our_errors(tmp_path: Path, name: str, value: Any) -> None:
+    with suppress(FxquantError):
+        assert isinstance(read_target(written(tmp_path, **{name: value})).target, Target)

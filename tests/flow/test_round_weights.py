@@ -1,0 +1,234 @@
+"""The front room of rounding: chains, the guard over the whole plan, feedback into the allocation, both doors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fxquant
+from fxquant.core.errors import OptionError
+from fxquant.core.facts import BitAllocation, Budget, Rounding, SensitivityMatrix, Surrogates, UnitRecord
+from fxquant.core.ir import Choice, Program, Sites
+from fxquant.core.run import CalibrationSet
+from fxquant.flow import ROUNDED, algorithms, realised, round_plan
+from fxquant.flow import allocate as search
+from fxquant.flow import round_weights as front
+from fxquant.passes.rounding import ROUNDERS, RoundingTask
+from fxquant.result import Result
+from tests.small import images, small, small_result
+
+SHORT: dict[str, object] = {"iterations": 25, "batch": 8, "correction": 0, "rounding_lr": 0.05}
+LIMIT = Budget(average_bits=3.0)
+
+
+@cache
+def planned() -> Result:
+    return small_result("reference", 3.0)
+
+
+def split() -> tuple[CalibrationSet, CalibrationSet]:
+    return CalibrationSet((images(),)).split(0.25, 0)
+
+
+def test_a_chain_is_its_names() -> None:
+    assert algorithms("equalize + pdquant") == ("equalize", "pdquant")
+    assert algorithms("nearest") == ("nearest",)
+
+
+@pytest.mark.parametrize("chain", ["pdquand", "equalize+pdquand", "", "pdquant+"])
+def test_an_unknown_name_is_refused_before_any_work(chain: str) -> None:
+    with pytest.raises(OptionError, match="pdquant"):
+        algorithms(chain)
+    with pytest.raises(OptionError, match="pdquant"):
+        fxquant.quantize(small(), images(), LIMIT, target="reference", rounding=chain, progress=False)
+
+
+def test_an_unknown_option_is_refused_before_any_work() -> None:
+    def unread() -> Iterator[torch.Tensor]:
+        raise AssertionError("calibration was read")
+        yield images()
+
+    with pytest.raises(OptionError, match="did you mean 'iterations'"):
+        fxquant.quantize(
+            small(), unread(), LIMIT, target="reference", rounding="pdquant", rounding_options={"iteration": 3}
+        )
+    with pytest.raises(OptionError, match="did you mean 'iterations'"):
+        fxquant.reconstruct(planned(), images(), options={"iteration": 3}, progress=False)
+
+
+def test_quantize_rounds_as_it_is_asked(tmp_path: Path) -> None:
+    made = fxquant.quantize(
+        small(),
+        images(),
+        LIMIT,
+        target="reference",
+        effort="fast",
+        rounding="pdquant",
+        rounding_options=SHORT,
+        workdir=tmp_path,
+        progress=False,
+    )
+    assert made.program[Rounding].holds_for(made.allocation.choices)
+    assert ROUNDED + "pdquant" in made.allocation.finalists
+    assert list((tmp_path / "rounding").glob("*/pdquant-*.npz"))
+
+
+def test_reconstruct_keeps_the_plan_and_lowers_its_loss() -> None:
+    before = planned()
+    made = fxquant.reconstruct(before, images(), "pdquant", options=SHORT, progress=False)
+    assert made.allocation.choices == before.allocation.choices
+    assert made.program[Rounding].method == "pdquant"
+    finalists = made.allocation.finalists
+    assert made.allocation.measured_loss == min(finalists[ROUNDED + "pdquant"], before.allocation.measured_loss or 0)
+    assert finalists[ROUNDED + "pdquant"] < (before.allocation.measured_loss or 0)
+    assert Rounding not in before.program
+
+
+def test_a_rounded_result_survives_its_file(tmp_path: Path) -> None:
+    made = fxquant.reconstruct(planned(), images(), "pdquant", options=SHORT, progress=False)
+    loaded = fxquant.load(made.save(tmp_path))
+    assert torch.equal(loaded.simulated(images()), made.simulated(images()))
+
+
+def test_another_plan_drops_the_rounding() -> None:
+    made = fxquant.reconstruct(planned(), images(), "pdquant", options=SHORT, progress=False)
+    other = BitAllocation({site: Choice(8, 8) for site in made.allocation.choices})
+    rounded, plain = made.with_plan(other), planned().with_plan(other)
+    assert torch.equal(rounded.simulated(images()), plain.simulated(images()))
+    assert not torch.equal(made.simulated(images()), planned().simulated(images()))
+
+
+def test_a_rounding_that_does_not_help_is_left_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def worse(task: RoundingTask) -> Program:
+        weights = {site.name: torch.zeros_like(task.program.module.get_parameter(site.weight)) for site in task.sites}
+        record = UnitRecord("stem", "worse", 0.1, 0.2, True, "", 0.0, ("stem",))
+        return task.done(replace(task.rounding, weights=weights, units=(record,)), "worse")
+
+    monkeypatch.setitem(ROUNDERS._entries, "worse", worse)
+    scoring, held_out = split()
+    before = planned().program
+    after = round_plan(before, "worse", scoring, held_out)
+    assert any("worse was tried and left" in note for note in after[Rounding].notes)
+    assert not after[Rounding].weights
+    assert [unit.method for unit in after[Rounding].units] == ["worse"]
+    assert after[BitAllocation].finalists[ROUNDED + "worse"] > (after[BitAllocation].measured_loss or 0)
+    # Without images to tell, it stays.
+    assert round_plan(before, "worse", scoring)[Rounding].weights
+
+
+def test_each_algorithm_of_a_chain_goes_on_from_the_one_before() -> None:
+    made = round_plan(planned().program, "brecq+fast", split()[0], None, overrides=SHORT)
+    assert made[Rounding].method == "brecq+fast"
+    assert [unit.method for unit in made[Rounding].units] == ["brecq"] * 3 + ["fast"] * 3
+
+
+class TestRealised:
+    """The surrogate corrected by what units really cost."""
+
+    @staticmethod
+    def with_units(*units: UnitRecord) -> tuple[Program, SensitivityMatrix, dict[str, Choice]]:
+        program = planned().program
+        choices = program[BitAllocation].choices
+        return program.with_facts(Rounding(choices, "m", units=units)), program[SensitivityMatrix], choices
+
+    @staticmethod
+    def unit(site: str, after: float, before: float = math.nan, kept: bool = True, method: str = "m") -> UnitRecord:
+        return UnitRecord(site, method, before, after, kept, "" if kept else "worse", 0.0, (site,))
+
+    def ratios(self, program: Program, matrix: SensitivityMatrix) -> dict[str, float]:
+        told = realised(program)[SensitivityMatrix]
+        shares = np.diag(told.values) / np.where(np.diag(matrix.values) == 0, 1.0, np.diag(matrix.values))
+        return {c.site: float(s) for c, s in zip(matrix.candidates, shares, strict=True) if s}
+
+    def predicted(self, matrix: SensitivityMatrix, choices: dict[str, Choice], *sites: str) -> float:
+        return matrix.predict({site: choices[site] for site in sites})
+
+    def test_each_increment_is_compared_with_its_prediction(self) -> None:
+        _, matrix, choices = self.with_units()
+        steps = [self.predicted(matrix, choices, *names) for names in ((), ("stem",), ("stem", "body"))]
+        first, second = steps[1] - steps[0], steps[2] - steps[1]
+        program, *_ = self.with_units(self.unit("stem", 0.5 * first), self.unit("body", 0.5 * first + 2 * second))
+        found = self.ratios(program, matrix)
+        assert found["stem"] == pytest.approx(0.5)
+        assert found["body"] == pytest.approx(2.0)
+        assert found["head"] == pytest.approx(1.0)
+
+    def test_a_unit_that_was_rolled_back_costs_what_it_cost_before(self) -> None:
+        _, matrix, choices = self.with_units()
+        first = self.predicted(matrix, choices, "stem")
+        program, *_ = self.with_units(self.unit("stem", 9 * first, before=0.5 * first, kept=False))
+        assert self.ratios(program, matrix)["stem"] == pytest.approx(0.5)
+
+    def test_ratios_stay_within_bounds(self) -> None:
+        _, matrix, choices = self.with_units()
+        first = self.predicted(matrix, choices, "stem")
+        for loss, ratio in ((1000 * first, 10.0), (0.0, 0.1)):
+            program, *_ = self.with_units(self.unit("stem", loss))
+            assert self.ratios(program, matrix)["stem"] == pytest.approx(ratio)
+
+    def test_a_stage_over_the_whole_network_does_not_hide_the_units(self) -> None:
+        _, matrix, choices = self.with_units()
+        first = self.predicted(matrix, choices, "stem")
+        units = self.unit("stem", 0.5 * first), self.unit("body", 0.6 * first)
+        whole = UnitRecord("stem", "network", first, 0.1 * first, True, "", 0.0, ("stem", "body", "head"))
+        alone, after = (self.ratios(self.with_units(*each)[0], matrix) for each in (units, (*units, whole)))
+        assert alone == after
+
+    def test_the_matrix_stays_convex(self) -> None:
+        _, matrix, choices = self.with_units()
+        first = self.predicted(matrix, choices, "stem")
+        program, *_ = self.with_units(self.unit("stem", 0.3 * first))
+        told = realised(program)
+        assert told[Surrogates].matrices.keys() == program[Surrogates].matrices.keys()
+        lowest = [float(np.linalg.eigvalsh(m.values).min()) for m in (matrix, told[SensitivityMatrix])]
+        assert lowest[1] >= min(0.0, 10 * lowest[0]) - 1e-12
+
+    def test_without_measured_units_there_is_nothing_to_tell(self) -> None:
+        with pytest.raises(OptionError, match="no unit of this rounding was measured"):
+            realised(self.with_units(self.unit("stem", math.nan))[0])
+
+
+def test_feedback_keeps_the_plan_of_the_lowest_loss_within_the_budget() -> None:
+    plain = fxquant.reconstruct(planned(), images(), "brecq", options=SHORT, progress=False)
+    made = fxquant.reconstruct(planned(), images(), "brecq", options=SHORT, feedback=2, progress=False)
+    assert (made.allocation.measured_loss or 0) <= (plain.allocation.measured_loss or 0)
+    assert made.allocation.used["average_bits"] <= 3.0
+    assert made.program[Rounding].holds_for(made.allocation.choices)
+
+
+def test_feedback_starts_each_plan_from_the_network_as_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[Program]()
+
+    def watched(program: Program, *_: object) -> Program:
+        seen.append(program)
+        done = round_plan(program, "brecq", *split(), overrides=SHORT)
+        # A chain that changes the network itself, and helps.
+        plan = replace(done[BitAllocation], measured_loss=1.0 / len(seen))
+        changed = replace(done[Rounding], parameters={"stem.weight": torch.zeros(1)})
+        return done.with_facts(plan, changed)
+
+    monkeypatch.setattr(front, "round_plan", watched)
+
+    def moved(program: Program, *_: object) -> Program:
+        choices = {site.name: Choice(8 if len(seen) % 2 else 4, 8) for site in program[Sites].sites}
+        return program.with_facts(replace(program[BitAllocation], choices=choices))
+
+    monkeypatch.setattr(search, "allocate", moved)
+    scoring, held_out = split()
+    front.round_with_feedback(planned().program, "brecq", scoring, held_out, feedback=2)
+    assert len(seen) == 3
+    assert not any(Rounding in program and program[Rounding].parameters for program in seen)
+
+
+def test_feedback_needs_limits() -> None:
+    free = planned().with_plan(BitAllocation({site: Choice(4, 8) for site in planned().allocation.choices}))
+    unlimited = replace(free, program=free.program.with_facts(replace(free.allocation, limits={})))
+    with pytest.raises(OptionError, match="this plan has none"):
+        fxquant.reconstruct(unlimited, images(), "brecq", options=SHORT, feedback=1, progress=False)

@@ -1,0 +1,62 @@
+"""Layers scored with weights rounded well at every width, from `quantize` to a loaded result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fxquant
+from fxquant.core.errors import FileFormatError, OptionError
+from fxquant.core.facts import Settings, WeightGrids
+from fxquant.core.ir import Sites
+from fxquant.core.run import model_outputs
+from fxquant.result import Result
+from tests.small import images, small
+
+
+def quantized(method: str, bits: tuple[int, ...] = (2, 4, 8)) -> Result:
+    budget = fxquant.Budget(average_bits=4)
+    return fxquant.quantize(
+        small(), images(), budget, bits=bits, effort="fast", progress=False, target="reference", scoring_rounding=method
+    )
+
+
+def test_scores_and_simulation_use_the_rounded_weights() -> None:
+    nearest, gptq = quantized("nearest"), quantized("gptq")
+    assert not np.array_equal(nearest.sensitivity.values.diagonal(), gptq.sensitivity.values.diagonal())
+    plan = gptq.allocation
+    site = next(s for s in gptq.program[Sites].sites if plan.choices[s.name].weight_bits < 8)
+    rounded = gptq.program[WeightGrids].at(site.name, plan.choices[site.name].weight_bits).rounded
+    assert rounded is not None
+    values = dict(gptq.simulated.named_parameters())[site.weight]
+    assert torch.equal(values, rounded)
+
+
+def test_a_saved_result_keeps_them(tmp_path: Path) -> None:
+    result = quantized("gptq")
+    again = fxquant.load(result.save(tmp_path / "r"))
+    assert again.program[WeightGrids].digest() == result.program[WeightGrids].digest()
+    assert torch.equal(model_outputs(again.simulated, (images(),)), model_outputs(result.simulated, (images(),)))
+    assert not (quantized("nearest").save(tmp_path / "r") / "rounded_weights.npz").exists()
+    _ = result.save(tmp_path / "r")
+    (tmp_path / "r" / "rounded_weights.npz").write_bytes(b"no archive")
+    with pytest.raises(FileFormatError, match=r"rounded_weights\.npz"):
+        fxquant.load(tmp_path / "r")
+
+
+def test_nearest_has_no_rounded_weights_and_one_digest() -> None:
+    one, other = quantized("nearest"), quantized("nearest", (4, 8))
+    assert one.program[WeightGrids].digest() == other.program[WeightGrids].digest()
+    assert one.program[WeightGrids].digest() != quantized("gptq").program[WeightGrids].digest()
+
+
+def test_an_unknown_method_and_missing_images_are_refused() -> None:
+    with pytest.raises(OptionError, match="unknown scoring_rounding 'gtpq'"):
+        quantized("gtpq")
+    program = fxquant.prepare(fxquant.capture(small(), images()), Settings(scoring_rounding="gptq"))
+    _ = program.module(images())
+    with pytest.raises(OptionError, match="needs calibration images"):
+        fxquant.calibrate(program, progress=False)

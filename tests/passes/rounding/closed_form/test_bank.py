@@ -1,0 +1,76 @@
+"""Weights rounded at every width before there is a plan."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fxquant.core.errors import OptionError
+from fxquant.core.facts import BitAllocation, SensitivityMatrix, WeightGrids
+from fxquant.core.ir import Program, Sites, round_trip, tensor_at
+from fxquant.core.run import CalibrationSet, model_outputs
+from fxquant.flow import pipeline
+from fxquant.passes.rounding.closed_form import METHODS, Prefix, RoundWeights, moments_of, squared_error, to_rows
+from tests import scoring
+from tests.passes.rounding.tasks import images, plan_of
+from tests.programs import check_pass
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("name", ["plain", "shared", "separable"])
+def test_every_site_is_rounded_on_its_grid_at_every_width(method: str, name: str) -> None:
+    program = scoring.calibrated(name)
+    done = check_pass(RoundWeights(images(name), method), program)
+    for site in program[Sites].sites:
+        weight = tensor_at(program.module, site.weight)
+        assert set(done[WeightGrids].grids[site.name]) == {2, 4, 8}
+        for bits, grid in done[WeightGrids].grids[site.name].items():
+            assert grid.rounded is not None
+            assert grid.rounded.shape == weight.shape
+            assert torch.equal(round_trip(grid.rounded, grid.scale, grid.zero_point, grid.spec), grid.rounded)
+            assert torch.equal(grid.scale, program[WeightGrids].at(site.name, bits).scale)
+            assert program[WeightGrids].at(site.name, bits).rounded is None
+
+
+def test_outputs_of_float_inputs_are_nearer_than_with_nearest_rounding() -> None:
+    program = scoring.calibrated("plain")
+    grids = RoundWeights(images("plain"))(program)[WeightGrids]
+    total = [0.0, 0.0]
+    for site in program[Sites].sites:
+        walk = Prefix(program.module, images("plain"))
+        gram = moments_of(site, program.module, walk).gram
+        weight = tensor_at(program.module, site.weight).detach()
+        for bits in (2, 4):
+            grid = grids.at(site.name, bits)
+            assert grid.rounded is not None
+            plain = round_trip(weight, grid.scale, grid.zero_point, grid.spec)
+            ours, theirs = (
+                float(squared_error(to_rows(weight.double() - q.double(), len(gram)), gram).sum())
+                for q in (grid.rounded, plain)
+            )
+            assert ours <= theirs * (1 + 1e-9)
+            total = [total[0] + ours, total[1] + theirs]
+    assert total[0] < 0.9 * total[1]
+
+
+def test_scores_and_simulation_take_the_rounded_weights() -> None:
+    program = scoring.calibrated("plain")
+    banked = RoundWeights(images("plain"))(program)
+    given = CalibrationSet(scoring.inputs("plain", 6))
+    plan = plan_of(program, 2)
+
+    def loss(of: Program) -> float:
+        simulated = pipeline.simulate(of.with_facts(plan), plan).module
+        wanted = model_outputs(program.module, given.inputs)
+        return float((model_outputs(simulated, given.inputs) - wanted).square().mean())
+
+    assert loss(banked) < loss(program)
+    scores = [pipeline.measure_sensitivity(each, given)[SensitivityMatrix].values for each in (program, banked)]
+    low = [k for k, c in enumerate(program[Sites].candidates) if c.choice.weight_bits == 2]
+    assert scores[1].diagonal()[low].sum() < scores[0].diagonal()[low].sum()
+    assert BitAllocation not in banked
+
+
+def test_an_unknown_method_is_named() -> None:
+    with pytest.raises(OptionError, match="unknown weight rounding 'best'; known: gptq, gpfq"):
+        RoundWeights(images("plain"), "best")

@@ -1,0 +1,79 @@
+"""Asymmetric weight grids: nearer to skewed weights than symmetric ones, and refused where integers are meant."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxquant.backends import to_qdq
+from fxquant.core.errors import LoweringError
+from fxquant.core.facts import FakeQuantNodes
+from fxquant.core.ir import FakeQuantize, QuantSpec, Sites, round_trip, weight_parameters
+from fxquant.passes.rounding.learned import POWER, asymmetric_parameters, with_asymmetric_weights
+from tests import scoring
+from tests.passes.rounding.tasks import task_of
+
+
+def skewed(channels: int = 6) -> Tensor:
+    """Return weights whose channels lie more to one side the later they come."""
+    generator = torch.Generator().manual_seed(0)
+    shift = torch.linspace(0, 3, channels).reshape(-1, 1, 1, 1)
+    return torch.randn(channels, 3, 3, 3, generator=generator) * 0.5 + shift
+
+
+def error(weight: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> Tensor:
+    off = (weight - round_trip(weight, scale, zero_point, spec)).abs().pow(POWER)
+    return off.flatten(1).mean(dim=1)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_errors_are_no_larger_than_on_symmetric_grids(bits: int) -> None:
+    weight, symmetric, free = skewed(), QuantSpec(bits, True, True, 0), QuantSpec(bits, True, False, 0)
+    one = error(weight, symmetric, *weight_parameters(weight, symmetric))
+    other = error(weight, free, *asymmetric_parameters(weight, free))
+    assert bool((other <= one * 1.02).all())
+    # Where all weights lie on one side, a symmetric grid wastes half of its values.
+    assert float(other[-1]) < 0.6 * float(one[-1])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_zero_points_lie_on_the_grid_and_zero_stays_exact(bits: int) -> None:
+    spec = QuantSpec(bits, True, False, 0)
+    for weight in (skewed(), -skewed(), torch.zeros(2, 3), torch.tensor([[1.0, 2.0], [-1.0, -4.0]])):
+        scale, zero_point = asymmetric_parameters(weight, spec)
+        assert scale.shape == zero_point.shape == (len(weight),)
+        assert (scale.dtype, zero_point.dtype) == (torch.float32, torch.int32)
+        assert bool((scale > 0).all())
+        assert int(zero_point.min()) >= spec.qmin
+        assert int(zero_point.max()) <= spec.qmax
+        assert torch.equal(round_trip(torch.zeros_like(weight), scale, zero_point, spec), torch.zeros_like(weight))
+
+
+def test_channels_may_stand_on_another_axis() -> None:
+    weight = skewed().flatten(1)
+    one = asymmetric_parameters(weight, QuantSpec(4, True, False, 0))
+    other = asymmetric_parameters(weight.T.contiguous(), QuantSpec(4, True, False, 1))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_every_weight_of_the_graph_gets_its_grid() -> None:
+    program = scoring.simulated("shared")
+    module, grids = with_asymmetric_weights(program)
+    assert set(grids) == {site.name for site in program[Sites].sites}
+    for site, names in program[FakeQuantNodes].weights.items():
+        for name in names:
+            target = next(str(node.target) for node in module.graph.nodes if node.name == name)
+            quantizer, before = module.get_submodule(target), program.module.get_submodule(target)
+            assert isinstance(quantizer, FakeQuantize)
+            assert isinstance(before, FakeQuantize)
+            assert not quantizer.spec.symmetric
+            assert before.spec.symmetric
+            assert torch.equal(quantizer.scale, grids[site].scale)
+
+
+def test_no_integer_backend_takes_them() -> None:
+    to_qdq(task_of("plain", 4, 8).simulated().module)
+    module, _ = with_asymmetric_weights(task_of("plain", 4, 8).simulated())
+    with pytest.raises(LoweringError, match="grid"):
+        to_qdq(module)

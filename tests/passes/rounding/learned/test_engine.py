@@ -1,0 +1,342 @@
+"""The engine: what it gains, what it rolls back, and that a run is the same whole, resumed or short of memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxquant.backends import backend
+from fxquant.core.errors import CalibrationError, OptionError
+from fxquant.core.facts import Rounding, Statistics
+from fxquant.core.host import Reporter
+from fxquant.core.run import LOSSES, Span, model_outputs
+from fxquant.core.storage import ScoreStore
+from fxquant.passes.rounding import RoundingTask
+from fxquant.passes.rounding.learned import (
+    ADAROUND,
+    BRECQ,
+    FAITHFUL,
+    FAST,
+    PDQUANT,
+    QDROP,
+    SECOND_STAGE,
+    VIT,
+    corrected,
+    engine,
+    reconstruct,
+)
+from tests.models import MODELS
+from tests.passes.rounding.tasks import images, task_of
+
+T = TypeVar("T")
+
+SHORT: dict[str, object] = {"iterations": 12, "batch": 4, "rounding_lr": 0.05, "step_lr": 2e-3}
+PROFILES = {
+    "adaround": replace(ADAROUND),
+    "brecq": BRECQ,
+    "qdrop": QDROP,
+    "pdquant": replace(PDQUANT, correction=4),
+    "fast": FAST,
+    "network": SECOND_STAGE,
+    "vit": VIT,
+}
+
+
+def task(name: str, *bits: int, held_out: bool = True, **changes: object) -> RoundingTask:
+    """Return a task with short settings, these among them."""
+    made = task_of(name, *bits, held_out=images(name, 6) if held_out else None)
+    return replace(made, loss="kl", overrides={**SHORT, **changes})
+
+
+def rounded(given: RoundingTask, profile: str = "pdquant") -> Rounding:
+    """Return what a profile makes of a task; a task without a folder starts anew."""
+    fresh = given if given.store.folder is not None else replace(given, store=ScoreStore(None, {}))
+    return reconstruct(fresh, PROFILES[profile], profile)[Rounding]
+
+
+@cache
+def unguarded(name: str, profile: str = "pdquant", *bits: int) -> tuple[RoundingTask, Rounding]:
+    given = task(name, *(bits or (2, 4)), guard=False)
+    return given, rounded(given, profile)
+
+
+def same(one: Rounding, other: Rounding) -> bool:
+    """Whether every tensor is the same to the bit."""
+    steps = [{name: scale for name, (scale, _) in each.activations.items()} for each in (one, other)]
+    pairs = [(one.weights, other.weights), (steps[0], steps[1])]
+    return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
+
+
+def loss_of(given: RoundingTask, chosen: Rounding | None = None) -> float:
+    inputs = given.images.inputs
+    answer = model_outputs(given.simulated(chosen).module, inputs)
+    return float(LOSSES["kl"](model_outputs(given.program.module, inputs), answer, None).mean())
+
+
+@pytest.mark.parametrize("profile", list(PROFILES))
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "weightless"])
+def test_every_profile_goes_through_every_network(name: str, profile: str) -> None:
+    given, found = unguarded(name, profile)
+    assert set(found.weights) == {site.name for site in given.sites}
+    assert found.method == profile
+    assert all(unit.kept or "earlier units" in unit.reason for unit in found.units)
+    assert bool(torch.isfinite(model_outputs(given.simulated(found).module, given.images.inputs)).all())
+
+
+@pytest.mark.parametrize("profile", ["adaround", "brecq", "pdquant", "fast", "network"])
+def test_the_loss_of_the_network_falls(profile: str) -> None:
+    given = task("plain", 2, 4, guard=False, iterations=80, drop=0.0)
+    if profile == "adaround":
+        given = replace(given, overrides={**given.overrides, "step_lr": 0.0})
+    assert loss_of(given, rounded(given, profile)) < 0.8 * loss_of(given)
+
+
+def test_adaround_leaves_the_steps_as_calibrated() -> None:
+    given = task("plain", 2, guard=False, step_lr=0.0)
+    found, calibrated = rounded(given, "adaround"), dict(given.simulated().module.named_buffers())
+    for group, (scale, _) in found.activations.items():
+        assert torch.equal(scale, calibrated[f"quantize_{group}.scale"])
+
+
+@pytest.mark.parametrize("profile", ["pdquant", "fast"])
+def test_weights_have_as_many_values_as_the_plan_gives_their_site(profile: str) -> None:
+    given, found = unguarded("residual", profile, 2, 4, 8)
+    counts = {site: max(len(set(row.tolist())) for row in w.flatten(1)) for site, w in found.weights.items()}
+    bits = {site.name: given.choices[site.name].weight_bits for site in given.sites}
+    assert set(bits.values()) == {2, 4, 8}
+    assert all(count <= 2 ** bits[site] for site, count in counts.items())
+    assert all(count > 4 for site, count in counts.items() if bits[site] > 2)
+
+
+@pytest.mark.parametrize("profile", ["pdquant", "fast"])
+def test_the_graph_has_the_tuned_weights_as_they_are(profile: str) -> None:
+    given, found = unguarded("plain", profile)
+    module = given.simulated(found).module
+    for site, weight in found.weights.items():
+        quantizer = module.get_submodule(f"quantize_{site}_weight")
+        assert torch.allclose(quantizer(weight), weight, atol=1e-6)
+        assert torch.equal(module.get_parameter(f"{site}.weight"), weight)
+
+
+def test_the_guard_keeps_what_helps_held_out_images_alone() -> None:
+    found = rounded(task("residual", 2, 4))
+    assert {unit.kept for unit in found.units} <= {True, False}
+    for unit in found.units:
+        assert unit.kept == (unit.after < unit.before)
+        assert unit.kept == (unit.reason == "")
+        assert unit.seconds > 0
+
+
+def test_where_nothing_helps_everything_stays_nearest() -> None:
+    given = task("plain", 2, 4, iterations=3, rounding_lr=0.0, step_lr=0.0)
+    found = rounded(given)
+    assert not any(unit.kept for unit in found.units)
+    assert all("held-out loss" in unit.reason for unit in found.units)
+    simulated, nearest = given.simulated(found).module, given.simulated().module
+    assert torch.equal(*(model_outputs(m, given.images.inputs) for m in (simulated, nearest)))
+
+
+def test_a_unit_that_diverges_is_rolled_back_without_images_too() -> None:
+    given = task("plain", 2, 4, held_out=False, weight_lr=1e5, step_lr=1e5, guard=False)
+    found = rounded(given, "fast")
+    lost = [unit for unit in found.units if not unit.kept]
+    assert lost
+    assert all("diverged" in unit.reason for unit in lost)
+    module = given.simulated().module
+    for site in (site for unit in lost for site in unit.sites):
+        nearest = module.get_submodule(f"quantize_{site}_weight")(module.get_parameter(f"{site}.weight"))
+        assert torch.equal(found.weights[site], nearest)
+        assert site not in found.grids
+
+
+def test_without_held_out_images_everything_stays_unmeasured() -> None:
+    found = rounded(task("plain", 2, 4, held_out=False))
+    assert all(unit.kept and math.isnan(unit.before) and math.isnan(unit.after) for unit in found.units)
+
+
+def test_held_out_losses_are_those_of_the_network_quantized_up_to_the_unit() -> None:
+    given = task("plain", 2, 4)
+    found = rounded(given)
+    assert given.held_out is not None
+    # The last unit makes the network whole; but for its biases, which kernels round.
+    answer = model_outputs(given.simulated(found).module, given.held_out.inputs)
+    reference = model_outputs(given.program.module, given.held_out.inputs)
+    expected = float(LOSSES["kl"](reference, answer, None).mean())
+    last = found.units[-1]
+    assert (last.after if last.kept else last.before) == pytest.approx(expected, rel=0.02)
+
+
+def test_one_seed_gives_one_rounding() -> None:
+    given = task("residual", 2, 4, guard=False)
+    assert same(rounded(given), rounded(given))
+    assert not same(rounded(given), rounded(replace(given, seed=1)))
+
+
+class Killed(Reporter):
+    """Fails at the unit with this number."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(False)
+        self.at = at
+
+    def track(self, items: Iterable[T], title: str, total: int) -> Iterator[T]:
+        if f"pdquant {self.at}/" in title:
+            raise KeyboardInterrupt
+        yield from super().track(items, title, total)
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    given = task("residual", 2, 4)
+    whole = rounded(given)
+    store = ScoreStore(tmp_path, {})
+    with pytest.raises(KeyboardInterrupt):
+        rounded(replace(given, store=store, reporter=Killed(3)))
+    assert len(list(tmp_path.glob("*.npz"))) == 2
+    # The second process fails if it tunes a finished unit again.
+    resumed = replace(given, store=ScoreStore(tmp_path, {}))
+    with pytest.raises(KeyboardInterrupt):
+        rounded(replace(resumed, reporter=Killed(3)))
+    rounded(replace(resumed, reporter=Killed(1)))
+    again = rounded(replace(resumed, store=ScoreStore(tmp_path, {}), reporter=Killed(2)))
+    assert same(again, whole)
+    assert [replace(unit, seconds=0.0) for unit in again.units] == [replace(u, seconds=0.0) for u in whole.units]
+
+
+@pytest.mark.parametrize("keep", [None, torch.bfloat16], ids=str)
+def test_little_memory_gives_nearly_the_same(keep: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = task("residual", 4, 8, guard=False, correction=0)
+    plenty = rounded(given)
+    monkeypatch.setattr(engine, "kept_type", lambda *_: keep)
+    little = rounded(given)
+    unlike = [float((little.weights[site] != weight).float().mean()) for site, weight in plenty.weights.items()]
+    assert max(unlike) < 0.05
+    for group, (scale, _) in plenty.activations.items():
+        assert float(little.activations[group][0]) == pytest.approx(float(scale), rel=0.01)
+
+
+def test_correction_is_left_out_where_its_inputs_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "kept_type", lambda *_: None)
+    found = rounded(task("residual", 4, guard=False))
+    assert any("memory_mb" in note for note in found.notes)
+
+
+def test_fewer_images_than_a_batch_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="draws 13 images a step and was given 12"):
+        rounded(task("plain", 4, batch=13))
+
+
+def test_unknown_settings_are_refused() -> None:
+    with pytest.raises(OptionError, match="did you mean 'iterations'"):
+        rounded(task("plain", 4, iteration=3))
+    with pytest.raises(OptionError, match="unit='blocks' is unknown"):
+        rounded(task("plain", 4, unit="blocks"))
+
+
+def test_correction_without_batch_normalisation_is_left_out_or_refused() -> None:
+    assert any("batch normalisation" in note for note in rounded(task("plain", 4)).notes)
+    assert not rounded(task("residual", 4)).notes
+    with pytest.raises(CalibrationError, match="correction=0"):
+        reconstruct(task("plain", 4, correction=3), FAITHFUL, "pdquant-faithful")
+
+
+def test_corrected_inputs_serve_every_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = list[int]()
+
+    def counted(
+        span: Span, inputs: dict[str, Tensor], statistics: dict[str, Statistics], steps: int, *rest: Any
+    ) -> dict[str, Tensor]:
+        calls.append(steps)
+        return corrected(span, inputs, statistics, steps, *rest)
+
+    monkeypatch.setattr(engine, "corrected", counted)
+    shared = ScoreStore(None, {})
+    rounded(replace(task("residual", 2, 4), corrections=shared))
+    once = len(calls)
+    assert once == 2
+    rounded(replace(task("residual", 8, 2), corrections=shared))
+    assert len(calls) == once
+    rounded(replace(task("residual", 8, 2, correction=5), corrections=shared))
+    assert len(calls) == 2 * once
+
+
+def test_statistics_of_channels_that_were_scaled_since_are_not_used() -> None:
+    given = task("residual", 4, guard=False)
+    scaled = replace(given.rounding, parameters={"conv1.weight": torch.ones(1), "conv2.weight": torch.ones(1)})
+    found = rounded(replace(given, program=given.program.with_facts(scaled)))
+    assert any("batch normalisation" in note for note in found.notes)
+
+
+def test_a_second_stage_goes_on_from_the_first() -> None:
+    given = task("plain", 2, 4, guard=False, iterations=40)
+    first = reconstruct(given, PROFILES["brecq"], "brecq")
+    # Nothing is learned, so that what stays is what there was.
+    idle = replace(given, program=first, overrides={**SHORT, "weight_lr": 0.0, "step_lr": 0.0})
+    second = rounded(idle, "network")
+    assert second.method == "brecq+network"
+    for site, weight in first[Rounding].weights.items():
+        assert torch.allclose(second.weights[site], weight, atol=1e-6)
+    for group, (scale, _) in first[Rounding].activations.items():
+        assert torch.allclose(second.activations[group][0], scale)
+    assert len(second.units) == len(first[Rounding].units) + 1
+
+
+def test_learned_grids_of_a_first_stage_survive_a_second_that_is_rolled_back() -> None:
+    given = task("plain", 2, 4, iterations=40, guard=False)
+    first = reconstruct(given, PROFILES["fast"], "fast")
+    idle = replace(given, program=first, overrides={**SHORT, "guard": True, "weight_lr": 0.0, "step_lr": 0.0})
+    second = rounded(idle, "network")
+    assert not second.units[-1].kept
+    answers = [model_outputs(given.simulated(each).module, given.images.inputs) for each in (first[Rounding], second)]
+    assert torch.allclose(answers[0], answers[1], atol=1e-6)
+
+
+def test_the_network_stage_hears_of_features_too() -> None:
+    courses = [rounded(task("plain", 2, 4, guard=False, feature=feature), "network") for feature in (0.0, 5.0)]
+    assert not same(*courses)
+
+
+@pytest.mark.parametrize("target", ["reference", "fx_int8"])
+@pytest.mark.parametrize("profile", ["pdquant", "fast"])
+def test_integer_backends_compute_what_was_simulated(profile: str, target: str) -> None:
+    given, found = unguarded("residual", profile, 8)
+    module, inputs = given.simulated(found).module, given.images.inputs
+    expected = model_outputs(module, inputs)
+    answer = backend(target).compile(module, inputs)(inputs)
+    assert float((answer - expected).abs().max()) < 0.02 * float(expected.abs().max())
+
+
+def test_a_suffix_in_half_precision_changes_little_and_not_nothing() -> None:
+    _, whole = unguarded("plain")
+    half = rounded(task("plain", 2, 4, guard=False, half_suffix=True))
+    pairs = [(whole.activations[group][0], half.activations[group][0]) for group in whole.activations]
+    assert any(not torch.equal(one, other) for one, other in pairs)
+    assert all(torch.allclose(one, other, rtol=0.05) for one, other in pairs)
+
+
+def test_a_compiled_suffix_is_compiled_once_for_each_unit_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counted(module: torch.nn.Module) -> Any:
+        number = len(calls)
+        calls.append(0)
+
+        def run(*inputs: Any) -> Any:
+            calls[number] += 1
+            return module(*inputs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", counted)
+    _, plain = unguarded("plain")
+    found = rounded(task("plain", 2, 4, guard=False, compile_suffix=True))
+    assert len(calls) == len(found.units) - 1
+    assert min(calls) >= 12
+    assert same(found, plain)

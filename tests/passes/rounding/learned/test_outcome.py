@@ -1,0 +1,136 @@
+"""What is decided of a unit: joined, kept as arrays, put in the places of quantizers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fxquant.core.facts import FakeQuantNodes
+from fxquant.core.ir import FakeQuantize, Program, Sites
+from fxquant.passes.rounding.learned import (
+    Constant,
+    LearnedActivation,
+    Outcome,
+    Quantizers,
+    Reconstruction,
+    SoftRounding,
+    StraightThrough,
+    Unit,
+    find_units,
+)
+from tests.passes.rounding.tasks import task_of
+
+OPTIONS = Reconstruction()
+STRAIGHT = Reconstruction(learned="straight_through")
+
+
+def simulated(name: str) -> Program:
+    return task_of(name, 4).bare()
+
+
+def found(name: str, earlier: dict[str, torch.Tensor] | None = None) -> tuple[Quantizers, tuple[Unit, ...]]:
+    program = simulated(name)
+    sites = program[Sites].sites
+    return Quantizers(program.module, program[FakeQuantNodes], sites, earlier), find_units(program.module, sites)
+
+
+def outcome() -> Outcome:
+    return Outcome({"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([0.5])}, {"values of g": torch.tensor(0.25)})
+
+
+def test_arrays_give_it_back_and_others_are_passed_over() -> None:
+    arrays = {**outcome().arrays(), "record": torch.zeros(3).numpy(), "weight": torch.zeros(1).numpy()}
+    read = Outcome.from_arrays(arrays, torch.device("cpu"))
+    assert [list(held) for held in (read.weights, read.scales, read.steps)] == [["a"], ["a"], ["values of g"]]
+    assert torch.equal(read.weights["a"], outcome().weights["a"])
+    assert read.steps["values of g"].shape == ()
+    assert float(read.steps["values of g"]) == 0.25
+
+
+def test_the_later_word_counts() -> None:
+    joined = outcome().joined(Outcome({"a": torch.zeros(1), "b": torch.ones(1)}))
+    assert torch.equal(joined.weights["a"], torch.zeros(1))
+    assert joined.weights.keys() == {"a", "b"}
+    assert joined.steps == outcome().steps
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [("weights", math.nan), ("scales", 0.0), ("steps", -1.0), ("steps", math.inf)]
+)
+def test_numbers_no_graph_can_use_show(kind: str, value: float) -> None:
+    assert outcome().finite
+    held = {"weights": outcome().weights, "scales": outcome().scales, "steps": outcome().steps}
+    held[kind] = {"a": torch.tensor(value)}
+    assert not Outcome(**held).finite
+
+
+def test_a_constant_is_what_it_was_given() -> None:
+    assert torch.equal(Constant(torch.ones(2))(torch.zeros(2)), torch.ones(2))
+
+
+def test_what_earlier_units_decided_is_not_learned_again() -> None:
+    quantizers, units = found("shared")
+    generator, decided = torch.Generator(), Outcome()
+    for unit in units:
+        learned = quantizers.learned(unit, decided, OPTIONS, generator)
+        fresh = quantizers.decided(unit, learned)
+        assert not fresh.weights.keys() & decided.weights.keys()
+        assert not fresh.steps.keys() & decided.steps.keys()
+        decided = decided.joined(fresh)
+    assert decided.weights.keys() == {"conv", "fc_b"}
+    assert len(decided.steps) == len(
+        [names for names in simulated("shared")[FakeQuantNodes].activations.values() if names]
+    )
+
+
+def test_kinds_of_learned_weights() -> None:
+    quantizers, units = found("residual")
+    for options, kind in ((OPTIONS, SoftRounding), (STRAIGHT, StraightThrough)):
+        learned = quantizers.learned(units[0], Outcome(), options, torch.Generator())
+        assert isinstance(learned["conv1"], kind)
+        activations = [module for module in learned.values() if isinstance(module, LearnedActivation)]
+        assert len(activations) == len(learned) - 1 > 0
+        scales = quantizers.decided(units[0], learned).scales
+        assert (list(scales) == ["conv1"]) == (kind is StraightThrough)
+
+
+def test_a_step_that_is_not_learned_stays_as_calibrated() -> None:
+    quantizers, units = found("residual")
+    calibrated = quantizers.as_calibrated(units[0], Outcome())
+    fixed = quantizers.learned(units[0], Outcome(), Reconstruction(step_lr=0.0), torch.Generator())
+    steps = quantizers.decided(units[0], fixed).steps
+    assert steps.keys() == calibrated.steps.keys()
+    assert all(torch.equal(steps[group], calibrated.steps[group]) for group in steps)
+
+
+def test_places_hold_what_is_learned_then_what_is_decided() -> None:
+    quantizers, units = found("residual")
+    decided = quantizers.as_calibrated(units[0], Outcome())
+    learned = quantizers.learned(units[1], decided, OPTIONS, torch.Generator())
+    places = quantizers.in_place(learned, decided)
+    names = simulated("residual")[FakeQuantNodes]
+    assert isinstance(places[names.weights["conv1"][0]], Constant)
+    assert isinstance(places[names.weights["conv2"][0]], SoftRounding)
+    assert names.weights["conv3"][0] not in places
+    for group, step in decided.steps.items():
+        for name in names.activations[group]:
+            quantizer = places[name]
+            assert isinstance(quantizer, FakeQuantize)
+            assert torch.equal(quantizer.scale, step)
+
+
+def test_an_earlier_algorithms_weights_take_the_place_of_nearest_ones() -> None:
+    plain, units = found("residual")
+    nearest = plain.as_calibrated(units[0], Outcome()).weights["conv1"]
+    scale = torch.where(nearest >= 0, -0.5, 0.5) * nearest.abs().amax()
+    moved = found("residual", {"conv1": scale})[0]
+    assert not torch.equal(moved.as_calibrated(units[0], Outcome()).weights["conv1"], nearest)
+    straight = moved.learned(units[0], Outcome(), STRAIGHT, torch.Generator())["conv1"]
+    assert isinstance(straight, StraightThrough)
+    assert torch.equal(straight.base, scale)
+    # Directions go up or down from the float weight.
+    soft = moved.learned(units[0], Outcome(), OPTIONS, torch.Generator())["conv1"]
+    assert isinstance(soft, SoftRounding)
+    assert torch.allclose(soft.hard(), nearest, atol=1e-6)

@@ -1,0 +1,184 @@
+"""What learns in place of a quantizer: where it starts, where it may end, and its gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxquant.core.ir import SMALLEST_SCALE, FakeQuantize, QuantSpec
+from fxquant.passes.rounding.learned import LearnedActivation, SoftRounding, StraightThrough, random_mask
+
+SHAPE = (5, 3, 3, 3)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def weight() -> Tensor:
+    return torch.randn(SHAPE, generator=seeded(1))
+
+
+def grid(symmetric: bool = True, share: float = 1.0) -> FakeQuantize:
+    """Return a 4-bit grid per channel that holds this share of the weights' range."""
+    scale = weight().flatten(1).abs().amax(dim=1) * share / 7
+    zero_point = torch.zeros(5, dtype=torch.int32) if symmetric else torch.tensor([-3, -1, 0, 2, 4], dtype=torch.int32)
+    return FakeQuantize(QuantSpec(4, True, symmetric, 0), scale, zero_point)
+
+
+class TestSoftRounding:
+    def test_starts_at_the_float_weight_where_the_grid_reaches(self) -> None:
+        made = SoftRounding(weight(), grid())(torch.empty(0))
+        assert torch.allclose(made, weight(), atol=float(grid().scale.max()) * 2e-4)
+
+    def test_starts_at_the_end_of_the_grid_elsewhere(self) -> None:
+        quantizer = grid(share=0.5)
+        made = SoftRounding(weight(), quantizer)(torch.empty(0)).detach()
+        scale = quantizer.scale.reshape(-1, 1, 1, 1)
+        assert torch.allclose(made, torch.minimum(torch.maximum(weight(), -8 * scale), 7 * scale), atol=1e-3)
+        assert not torch.allclose(made, weight(), atol=0.1)
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_hard_weights_are_nearest_to_begin_with(self, symmetric: bool) -> None:
+        quantizer = grid(symmetric)
+        assert torch.allclose(SoftRounding(weight(), quantizer).hard(), quantizer(weight()), atol=1e-6)
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_hard_weights_are_on_the_grid_within_a_step_of_the_float_ones(self, symmetric: bool) -> None:
+        quantizer = grid(symmetric)
+        module = SoftRounding(weight(), quantizer)
+        module.logits.data = torch.randn(SHAPE, generator=seeded(2))
+        hard, scale = module.hard(), quantizer.scale.reshape(-1, 1, 1, 1)
+        assert torch.equal(quantizer(hard), hard)
+        low, high = -8 - quantizer.zero_point.reshape(-1, 1, 1, 1), 7 - quantizer.zero_point.reshape(-1, 1, 1, 1)
+        inside = (weight() > low * scale) & (weight() < high * scale)
+        assert float(inside.float().mean()) > 0.5
+        steps = ((hard - weight()) / scale)[inside]
+        assert float(steps.abs().max()) <= 1 + 1e-5
+        assert float(steps.max()) > 0.5
+        assert not torch.equal(hard, quantizer(weight()))
+
+    def test_the_penalty_is_zero_where_all_is_decided_and_one_for_each_half(self) -> None:
+        module = SoftRounding(weight(), grid())
+        module.logits.data = torch.full(SHAPE, 9.0)
+        assert float(module.penalty(20.0).detach()) == 0.0
+        assert torch.equal(module(weight()), module.hard())
+        module.logits.data = torch.zeros(SHAPE)
+        assert float(module.penalty(2.0).detach()) == module.logits.numel()
+
+    def test_the_penalty_is_as_published(self) -> None:
+        module = SoftRounding(weight(), grid())
+        h = module.directions().detach()
+        for beta in (20.0, 7.0, 2.0):
+            expected = sum(1 - abs(2 * float(each) - 1) ** beta for each in h.flatten())
+            assert float(module.penalty(beta).detach()) == pytest.approx(expected, rel=1e-4)
+
+    def test_gradients_are_those_of_the_formula(self) -> None:
+        module = SoftRounding(weight(), grid())
+        upstream = torch.randn(SHAPE, generator=seeded(3))
+        (found,) = torch.autograd.grad(module(weight()), module.logits, upstream)
+        a = module.logits.detach().double()
+        slope = 1.2 * torch.sigmoid(a) * (1 - torch.sigmoid(a))
+        q = torch.floor(weight() / module.scale) + module.directions().detach()
+        alive = (q >= -8) & (q <= 7)
+        assert torch.allclose(found.double(), upstream * module.scale * slope * alive, atol=1e-5)
+
+
+class TestStraightThrough:
+    @pytest.mark.parametrize("share", [1.0, 0.5])
+    def test_starts_as_the_quantizer(self, share: float) -> None:
+        quantizer = grid(share=share)
+        module = StraightThrough(weight(), quantizer)
+        assert torch.allclose(module(weight()), quantizer(weight()), atol=1e-6)
+        assert torch.equal(module.hard(), module(weight()).detach())
+
+    def test_what_it_ends_with_is_on_the_grid_that_it_learned(self) -> None:
+        module = StraightThrough(weight(), grid())
+        module.shift.data = torch.randn(SHAPE, generator=seeded(4))
+        module.factor.data = torch.tensor([0.8, 0.9, 1.0, 1.1, 1.2])
+        learned = FakeQuantize(module.spec, module.steps(), module.zero_point)
+        assert torch.allclose(learned(module.hard()), module.hard(), atol=1e-6)
+        assert not torch.allclose(grid()(module.hard()), module.hard(), atol=1e-3)
+
+    def test_shifts_are_in_steps_and_scales_stay_above_zero(self) -> None:
+        module = StraightThrough(weight(), grid())
+        module.shift.data = torch.ones(SHAPE)
+        assert torch.allclose(module.values() - weight(), module.scale.reshape(-1, 1, 1, 1).expand(SHAPE))
+        module.factor.data = torch.full((5,), -1.0)
+        assert torch.equal(module.steps(), torch.full((5,), SMALLEST_SCALE))
+
+    def test_gradients_reach_values_and_scales(self) -> None:
+        module = StraightThrough(weight(), grid())
+        gradients = torch.autograd.grad(module(weight()).square().sum(), [module.shift, module.factor])
+        assert all(float(gradient.abs().min(dim=0).values.max()) > 0 for gradient in gradients)
+
+
+class TestLearnedActivation:
+    SPEC = QuantSpec(4, False, False, None)
+
+    def quantizer(self, point: int = 5) -> FakeQuantize:
+        return FakeQuantize(self.SPEC, torch.tensor(0.25), torch.tensor(point))
+
+    def x(self) -> Tensor:
+        return torch.randn(4, 3, 6, 6, generator=seeded(5)) * 2
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("point", [0, 5, 15])
+    def test_without_drops_it_is_the_quantizer(self, point: int, training: bool) -> None:
+        module = LearnedActivation(self.quantizer(point), True, 0.0, None).train(training)
+        with torch.no_grad():
+            assert torch.equal(module(self.x()), self.quantizer(point)(self.x()))
+
+    @pytest.mark.parametrize("drop", [0.0, 0.5])
+    def test_gradients_are_those_of_the_plain_formula_in_double(self, drop: float) -> None:
+        module = LearnedActivation(self.quantizer(), True, drop, seeded(6)).train()
+        x, upstream = self.x().requires_grad_(True), torch.randn(4, 3, 6, 6, generator=seeded(7))
+        to_x, to_factor = torch.autograd.grad(module(x), [x, module.factor], upstream)
+        mask = random_mask(self.x(), 1 - drop, seeded(6)).double() if drop else torch.ones_like(self.x()).double()
+        plain, factor = self.x().double().requires_grad_(True), torch.ones((), dtype=torch.float64, requires_grad=True)
+        scale = 0.25 * factor
+        ratio = plain / scale
+        # Straight through: rounding is the identity to the gradient.
+        rounded = (ratio + (ratio.round() - ratio).detach()).clamp(0 - 5, 15 - 5) * scale
+        made = mask * rounded + (1 - mask) * plain
+        expected_x, expected_factor = torch.autograd.grad(made, [plain, factor], upstream.double())
+        # Steps learn at the pace of LSQ; Adam does not see a constant factor.
+        expected_factor = expected_factor * (plain.numel() * 15) ** -0.5
+        assert torch.allclose(to_x.double(), expected_x, atol=1e-6)
+        assert torch.allclose(to_factor.double(), expected_factor, rtol=1e-4)
+        assert float(to_x.eq(0).float().mean()) > 0.01, "no element lies outside the grid"
+
+    def test_dropped_elements_pass_as_they_are_while_it_trains(self) -> None:
+        module = LearnedActivation(self.quantizer(), True, 0.5, seeded(8)).train()
+        x, mask = self.x(), random_mask(self.x(), 0.5, seeded(8))
+        made = module(x).detach()
+        assert torch.equal(made[mask == 0], x[mask == 0])
+        assert torch.equal(made[mask == 1], self.quantizer()(x)[mask == 1])
+        assert torch.equal(module.eval()(x).detach(), self.quantizer()(x))
+
+    def test_a_step_that_is_not_to_be_learned_is_not(self) -> None:
+        assert not LearnedActivation(self.quantizer(), False, 0.5, None).factor.requires_grad
+        module = LearnedActivation(self.quantizer(), True, 0.5, None)
+        module.factor.data = torch.tensor(-2.0)
+        assert float(module.steps().detach()) == SMALLEST_SCALE
+
+
+class TestRandomMask:
+    @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 0.9, 0.999, 1.0])
+    def test_share_of_ones(self, probability: float) -> None:
+        mask = random_mask(torch.zeros(101, 991), probability, seeded(0))
+        assert bool(((mask == 0) | (mask == 1)).all())
+        assert float(mask.mean()) == pytest.approx(probability, abs=0.005)
+        assert mask.shape == (101, 991)
+
+    def test_one_seed_gives_one_mask_and_each_draw_another(self) -> None:
+        like, generator = torch.zeros(3, 37), seeded(1)
+        first, second = (random_mask(like, 0.5, generator) for _ in range(2))
+        assert torch.equal(first, random_mask(like, 0.5, seeded(1)))
+        assert not torch.equal(first, second)
+
+    def test_elements_are_drawn_one_by_one(self) -> None:
+        mask = random_mask(torch.zeros(4096, 8), 0.5, seeded(2))
+        together = torch.corrcoef(mask.T)
+        assert float((together - torch.eye(8)).abs().max()) < 0.08

@@ -1,0 +1,166 @@
+"""Where networks are cut: golden units of networks that hold one difficulty each."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxquant.capture import capture
+from fxquant.core.errors import OptionError
+from fxquant.core.facts import Settings
+from fxquant.core.ir import Program, Sites
+from fxquant.core.run import CalibrationSet, varying_nodes
+from fxquant.flow import pipeline
+from fxquant.passes.rounding.learned import LARGEST, Unit, find_units
+from tests import scoring
+from tests.models import MODELS
+
+NAMES = [name for name in MODELS if name != "weightless"]
+
+
+class LongSkips(nn.Module):
+    """A network shaped like a U: what goes down is read again on the way up, so that no single value is a cut."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.down = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(depth))
+        self.up = nn.ModuleList(nn.Conv2d(8, 4, 3, padding=1) for _ in range(depth))
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        skips = []
+        for layer in self.down:
+            skips.append(x)
+            x = torch.relu(layer(x))
+        for layer in self.up:
+            x = torch.relu(layer(torch.cat([x, skips.pop()], dim=1)))
+        answer: Tensor = self.head(x)
+        return answer
+
+
+@cache
+def long_skips(depth: int) -> Program:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 6, 6)
+    program = pipeline.prepare(capture(LongSkips(depth).eval(), (images[:2],)), Settings(target="reference"))
+    program = pipeline.calibrate(program, CalibrationSet((images,)))
+    return pipeline.simulate(program, pipeline.widest_plan(program), round_biases=False)
+
+
+def units(program: Program, granularity: str = "block") -> tuple[Unit, ...]:
+    return find_units(program.module, program[Sites].sites, granularity)
+
+
+def sites(name: str, granularity: str = "block") -> list[tuple[str, ...]]:
+    return [unit.sites for unit in units(scoring.simulated(name), granularity)]
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block", "2", "stage", "network"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_varying_node_is_in_exactly_one_unit(name: str, granularity: str) -> None:
+    program = scoring.simulated(name)
+    found = units(program, granularity)
+    assert [node for unit in found for node in unit.nodes] == [n.name for n in varying_nodes(program.module.graph)]
+    assert all(unit.sites and unit.name == unit.sites[0] for unit in found)
+    assert {site for unit in found for site in unit.sites} == {site.name for site in program[Sites].sites}
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block", "stage"])
+@pytest.mark.parametrize("name", NAMES)
+def test_units_read_only_what_came_before(name: str, granularity: str) -> None:
+    program = scoring.simulated(name)
+    known = {node.name for node in program.module.graph.nodes if node.op == "placeholder"}
+    for unit in units(program, granularity):
+        assert set(unit.inputs) <= known
+        assert set(unit.outputs) <= set(unit.nodes)
+        known |= set(unit.outputs)
+    assert {node.name for node in program.module.graph.output_node().all_input_nodes} <= known
+
+
+GOLDEN: dict[str, list[tuple[str, ...]]] = {
+    # The branches of a residual add belong together, stem and classifier stand alone.
+    "residual": [("conv1",), ("conv2",), ("conv3",), ("fc",)],
+    "plain": [("conv1",), ("conv2", "conv3"), ("fc",)],
+    # The two halves of a transformer block.
+    "attention": [
+        ("patch",),
+        ("attention.in_proj_weight", "attention.out_proj"),
+        ("wide", "narrow"),
+        ("head",),
+    ],
+    "separable": [("stem",), ("depthwise",), ("pointwise",), ("head",)],
+    "padded": [("grouped",), ("same",), ("even",), ("last",)],
+    # A shared weight is in each unit that reads it.
+    "shared": [("conv",), ("conv",), ("fc_b",), ("fc_b",)],
+    "two_inputs": [("image", "mask", "out")],
+    "concat": [("left", "right"), ("mix", "pooled")],
+}
+
+
+@pytest.mark.parametrize("name", list(GOLDEN))
+def test_blocks(name: str) -> None:
+    assert sites(name) == GOLDEN[name]
+
+
+def test_a_residual_block_reads_one_value_and_gives_one() -> None:
+    stem, block, head = units(scoring.simulated("plain"))
+    assert (block.inputs, block.outputs) == (stem.outputs, head.inputs)
+    assert len(block.inputs) == len(block.outputs) == 1
+    assert "add_25" in block.outputs
+
+
+def test_a_value_is_not_parted_from_its_clip_and_its_quantizer() -> None:
+    for name in ("residual", "separable", "name_clash"):
+        starts = {unit.nodes[0] for unit in units(scoring.simulated(name))[1:]}
+        assert not any(start.startswith(("quantize_", "relu")) for start in starts)
+
+
+def test_layers_hold_one_weighted_op_each() -> None:
+    assert sites("plain", "layer") == [("conv1",), ("conv2",), ("conv3",), ("fc",)]
+    # Between the projections of an attention no value has its images on axis 0.
+    assert sites("attention", "layer")[0] == ("patch", "attention.in_proj_weight", "attention.out_proj")
+
+
+def test_numbers_count_neighbouring_blocks() -> None:
+    assert sites("plain", "1") == sites("plain")
+    assert sites("plain", "2") == [("conv1", "conv2", "conv3"), ("fc",)]
+    assert sites("plain", "99") == sites("plain", "network")
+
+
+def test_stages_end_where_the_image_size_changes() -> None:
+    assert sites("padded", "stage") == [("grouped", "same", "even"), ("last",)]
+    assert sites("residual", "stage") == [("conv1", "conv2", "conv3"), ("fc",)]
+    assert sites("attention", "stage")[-1] == ("head",)
+
+
+def test_the_network_is_one_unit() -> None:
+    (whole,) = units(scoring.simulated("two_inputs"), "network")
+    assert set(whole.inputs) == {"image", "mask"}
+    assert whole.sites == ("image", "mask", "out")
+
+
+def test_long_skips_that_make_no_large_piece_are_left_whole() -> None:
+    found = units(long_skips(3))
+    assert [len(unit.sites) for unit in found] == [1, 5, 1, 1]
+    assert all(len(unit.inputs) == 1 for unit in found)
+
+
+def test_long_skips_are_cut_where_several_values_cross() -> None:
+    found = {unit.name: unit for unit in units(long_skips(6))}
+    assert list(found) == ["stem", "down.0", "down.1", "down.2", "up.3", "up.4", "up.5", "head"]
+    assert max(len(unit.sites) for unit in found.values()) <= LARGEST
+    # What comes from below and what comes from the side.
+    assert [len(found[name].inputs) for name in ("up.4", "up.5", "head")] == [2, 2, 1]
+    assert found["up.5"].inputs[1] in found["stem"].outputs
+
+
+@pytest.mark.parametrize("granularity", ["blocks", "0", "-1", "1.5", ""])
+def test_an_unknown_granularity_is_refused_with_those_there_are(granularity: str) -> None:
+    program = scoring.simulated("plain")
+    with pytest.raises(OptionError, match="known: layer, block, stage, network"):
+        find_units(program.module, program[Sites].sites, granularity)

@@ -1,0 +1,199 @@
+"""Rates, a distillation step, statistics of batch norms; and the example script, with few steps."""
+
+from __future__ import annotations
+
+import runpy
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import fxquant
+from fxquant import Budget, Result
+from fxquant.core.errors import CalibrationError, FailureError, OptionError
+from fxquant.core.ir import FakeQuantize, tensor_at
+from fxquant.core.run import model_outputs
+from fxquant.qat import distill_step, parameter_groups, reestimate
+from tests.models import MODELS, built
+from tests.scoring import inputs, plain_net
+
+ROOT = Path(__file__).parent.parent
+IMAGES = inputs("plain", 24)[0]
+
+
+@cache
+def low_bit() -> Result:
+    return fxquant.quantize(plain_net(), IMAGES, Budget(average_bits=2.5), target="reference", effort="fast")
+
+
+@cache
+def concat() -> Result:
+    return fxquant.quantize(
+        built("concat"), MODELS["concat"].inputs(8)[0], Budget(average_bits=8), target="reference", effort="fast"
+    )
+
+
+def test_groups_hold_every_parameter_once_at_its_rate() -> None:
+    module = low_bit().trainable()
+    groups = parameter_groups(module, 1e-3, 1e-2)
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in module.parameters())
+    assert groups[0]["lr"] == 1e-3
+    assert "weight_decay" not in groups[0]
+    quantizers = {id(m.scale): m for m in module.modules() if isinstance(m, FakeQuantize)}
+    assert len(groups) == 1 + len(quantizers)
+    for group in groups[1:]:
+        (step,) = group["params"]
+        assert id(step) in quantizers
+        assert group["lr"] == pytest.approx(1e-2 * float(step.detach().mean()))
+        assert group["weight_decay"] == 0
+    assert len(parameter_groups(low_bit().trainable(learn_steps=False), 1e-3, 1e-2)) == 1
+    torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-4)
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    module = low_bit().trainable()
+    tensor_at(module, "conv1.weight").requires_grad_(False)
+    for quantizer in (m for m in module.modules() if isinstance(m, FakeQuantize)):
+        quantizer.scale.requires_grad_(False)
+    (group,) = parameter_groups(module, 1e-3, 1e-2)
+    assert {id(p) for p in group["params"]} == {id(p) for p in module.parameters() if p.requires_grad}
+    with pytest.raises(OptionError, match="no parameter that takes gradients"):
+        parameter_groups(module.requires_grad_(False), 1e-3, 1e-2)
+
+
+@pytest.mark.parametrize(("weight_lr", "step_lr", "name"), [(-1.0, 0.1, "weight_lr"), (0.1, float("nan"), "step_lr")])
+def test_rates_out_of_range(weight_lr: float, step_lr: float, name: str) -> None:
+    with pytest.raises(OptionError, match=f"{name} is"):
+        parameter_groups(low_bit().trainable(), weight_lr, step_lr)
+
+
+@pytest.mark.parametrize("learn_steps", [True, False])
+def test_distillation_improves_a_low_bit_plan(learn_steps: bool) -> None:
+    result = low_bit()
+    module, teacher = result.trainable(learn_steps), result.program.module
+    optimizer = torch.optim.Adam(parameter_groups(module, 3e-3, 3e-3))
+    losses = [distill_step(module, teacher, IMAGES, optimizer) for _ in range(40)]
+    with torch.no_grad():
+        p, q = (F.log_softmax(m(IMAGES).double(), 1) for m in (teacher, result.simulated))
+    assert losses[0] == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-6)
+    trained = result.with_trained(module)
+    reference = model_outputs(teacher, (IMAGES,))
+    after = F.kl_div(
+        F.log_softmax(model_outputs(trained.simulated, (IMAGES,)), 1),
+        F.log_softmax(reference, 1),
+        log_target=True,
+        reduction="batchmean",
+    )
+    assert float(after) < 0.5 * losses[0]
+    assert trained.allocation.measured_loss is not None
+    assert result.allocation.measured_loss is not None
+    assert trained.allocation.measured_loss < result.allocation.measured_loss
+    assert trained.allocation.choices == result.allocation.choices
+
+
+def test_steps_learn_too() -> None:
+    result = low_bit()
+    module = result.trainable()
+    optimizer = torch.optim.Adam(parameter_groups(module, 0.0, 1e-2))
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    losses = [distill_step(module, result.program.module, IMAGES, optimizer) for _ in range(40)]
+    moved = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if name.endswith(".scale")}
+    assert min(losses) < 0.9 * losses[0]
+
+
+def test_other_losses_and_several_inputs() -> None:
+    batch = MODELS["two_inputs"].inputs(8)
+    result = fxquant.quantize(built("two_inputs"), [batch], Budget(average_bits=4), target="reference", effort="fast")
+    module = result.trainable()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    found = distill_step(module, result.program.module, batch, optimizer, "mse")
+    a, b = (model_outputs(m, batch).double() for m in (result.program.module, result.simulated))
+    expected = ((a - b).square().flatten(1).mean(1) / a.square().flatten(1).mean(1)).mean()
+    assert found == pytest.approx(float(expected), rel=1e-6)
+    with pytest.raises(OptionError, match="loss"):
+        distill_step(module, result.program.module, batch, optimizer, "hinge")
+
+
+def test_a_loss_that_is_not_finite_stops() -> None:
+    module = low_bit().trainable()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    with torch.no_grad():
+        tensor_at(module, "fc.bias").fill_(torch.nan)
+    with pytest.raises(FailureError, match="start again with lower rates"):
+        distill_step(module, low_bit().program.module, IMAGES, optimizer)
+
+
+def norm_input(module: GraphModule, images: Tensor) -> Tensor:
+    """Return what the batch norm of ConcatNet sees."""
+    recorder = torch.fx.Interpreter(module, garbage_collect_values=False)
+    with torch.no_grad():
+        recorder.run(images)
+    (norm,) = (node for node in module.graph.nodes if "running_mean" in str(node.all_input_nodes[3:4]))
+    value = recorder.env[norm.args[0]]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def test_statistics_are_those_of_the_images() -> None:
+    images = MODELS["concat"].inputs(8)[0]
+    module = concat().trainable()
+    before = model_outputs(concat().simulated, (images,)), model_outputs(concat().program.module, (images,))
+    seen = norm_input(module, images).double()
+    assert reestimate(module, images, batch=3) == 1
+    parts = torch.split(seen, 3)
+    mean = torch.stack([len(p) * p.mean(dim=(0, 2, 3)) for p in parts]).sum(dim=0) / 8
+    variance = torch.stack([len(p) * p.var(dim=(0, 2, 3)) for p in parts]).sum(dim=0) / 8
+    torch.testing.assert_close(tensor_at(module, "norm.running_mean").double(), mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tensor_at(module, "norm.running_var").double(), variance, rtol=1e-5, atol=1e-6)
+    # The result and its float model keep theirs.
+    assert torch.equal(model_outputs(concat().simulated, (images,)), before[0])
+    assert torch.equal(model_outputs(concat().program.module, (images,)), before[1])
+
+
+def test_a_norm_behind_another_sees_normalized_batches() -> None:
+    """Two norms in a row: the statistics of the second are those of the first's batch-normalized output."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.Flatten())
+    images = torch.randn(16, 3, 4, 4)
+    result = fxquant.quantize(net.eval(), images, Budget(average_bits=8), target="reference", effort="fast")
+    module = result.trainable()
+    assert reestimate(module, images) == 2
+    twin = nn.Sequential(
+        *(nn.BatchNorm2d(3, momentum=1.0) if isinstance(m, nn.BatchNorm2d) else m for m in list(net)[:4])
+    )
+    twin.train()(images)
+    for name in ("1.running_mean", "1.running_var", "3.running_mean", "3.running_var"):
+        torch.testing.assert_close(tensor_at(module, name), twin.state_dict()[name], rtol=0.02, atol=0.02)
+
+
+def test_nothing_to_reestimate() -> None:
+    module = low_bit().trainable()
+    known = {name: t.clone() for name, t in module.state_dict().items()}
+    assert reestimate(module, IMAGES) == 0
+    assert all(torch.equal(t, known[name]) for name, t in module.state_dict().items())
+
+
+def test_one_value_per_channel_says_so() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.ReLU(), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    images = torch.randn(8, 3)
+    module = fxquant.quantize(net.eval(), images, Budget(average_bits=8), target="reference", effort="fast").trainable()
+    with pytest.raises(CalibrationError, match="give at least two images"):
+        reestimate(module, images[:1])
+
+
+def test_the_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = runpy.run_path(str(ROOT / "examples" / "finetune.py"))["finetune"](tmp_path, steps=3, images=64)
+    told = capsys.readouterr().out
+    assert "before" in told
+    assert "after" in told
+    assert (tmp_path / "model.onnx").stat().st_size > 1000
+    again = fxquant.load(tmp_path / "result")
+    assert again.allocation.measured_loss == found.allocation.measured_loss
+    assert torch.equal(model_outputs(again.simulated, again.example), model_outputs(found.simulated, again.example))

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+
+from fxquant.core.ir import FLOAT, Choice, Sites
+from fxquant.passes.allocation import SOLVERS, Solution
+from fxquant.report import POINTS, axis, content, frontier, render
+from tests.small import small_result
+
+
+def every_plan() -> list[dict[str, Choice]]:
+    sites = small_result().program[Sites].sites
+    return [dict(zip((s.name for s in sites), each, strict=True)) for each in product(*(s.choices for s in sites))]
+
+
+def average_bits(plan: dict[str, Choice]) -> float:
+    sites = small_result().program[Sites].sites
+    return sum(s.weight_count * plan[s.name].weight_bits for s in sites) / sum(s.weight_count for s in sites)
+
+
+def test_each_point_is_the_best_of_all_plans_within_its_limit() -> None:
+    result, told = small_result(), frontier(small_result())
+    assert told["axis"] == "average_bits"
+    assert len(told["points"]) == POINTS
+    assert [told["points"][0]["limit"], told["points"][-1]["limit"]] == [2.0, pytest.approx(8.0)]
+    for point in told["points"]:
+        within = [plan for plan in every_plan() if average_bits(plan) <= point["limit"] * (1 + 1e-6)]
+        best = min(within, key=result.sensitivity.predict)
+        assert point["status"] == "optimal"
+        assert point["gap"] == pytest.approx(0.0, abs=1e-9)
+        assert point["loss"] == pytest.approx(result.sensitivity.predict(best))
+        if point["used"] == pytest.approx(average_bits(best)):
+            assert point["bytes"] == result.costs["size"].of(best)
+    assert len({point["loss"] for point in told["points"]}) > 3
+
+
+def test_chosen_and_uniform_plans_stand_beside_the_curve() -> None:
+    result, told = small_result(), frontier(small_result())
+    choices = result.allocation.choices
+    assert told["chosen"] == {
+        "used": pytest.approx(average_bits(choices)),
+        "loss": result.sensitivity.predict(choices),
+        "bytes": result.costs["size"].of(choices),
+    }
+    assert {row["name"]: row["used"] for row in told["beside"]} == {
+        "uniform W2A8": 2.0,
+        "uniform W4A8": 4.0,
+        "uniform W8A8": 8.0,
+    }
+
+
+def test_without_a_budget_the_curve_runs_along_bytes() -> None:
+    told = frontier(small_result(budget=None))
+    assert told["axis"] == axis(small_result(budget=None)) == "size_mb"
+    for point in told["points"]:
+        assert point["used"] == pytest.approx(point["bytes"] / 1e6)
+        assert point["used"] <= point["limit"] * (1 + 1e-6)
+
+
+def test_other_limits_hold_as_asked() -> None:
+    result = small_result()
+    room = result.costs["size"].of(result.allocation.choices) / 1e6
+    plan = replace(result.allocation, limits={"average_bits": 5.0, "size_mb": room})
+    told = frontier(replace(result, program=result.program.with_facts(plan)))
+    assert told["axis"] == "average_bits"
+    assert max(point["bytes"] for point in told["points"]) <= room * 1e6
+    assert max(point["bytes"] for point in frontier(result)["points"]) > room * 1e6
+
+
+def test_a_layer_put_in_float_by_hand_has_no_place_on_the_curve() -> None:
+    result = small_result()
+    plan = replace(result.allocation, choices={**result.allocation.choices, "head": FLOAT})
+    told = frontier(result.with_plan(plan))
+    assert told["chosen"] is None
+    assert told["points"]
+
+
+def test_out_of_time_leaves_points_out_and_says_so() -> None:
+    told = frontier(small_result(), seconds=-1.0)
+    assert told["points"] == []
+    assert told["left_out"] == POINTS
+
+
+def test_plans_that_were_not_proved_in_time_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hurried(*arguments: Any, **options: Any) -> Solution:
+        assert 0.0 < options["time_limit"] < 1.0
+        return replace(iqp(*arguments, **options), status="feasible", gap=0.25)
+
+    iqp = SOLVERS["iqp"]
+    monkeypatch.setitem(SOLVERS._entries, "iqp", hurried)
+    told = frontier(small_result())
+    assert {(point["status"], point["gap"]) for point in told["points"]} == {("feasible", 0.25)}
+    assert "feasible, gap 25.0 %" in render({**content(small_result()), "frontier": told})
