@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.backends.exact.requantize import FORMS, Requantization, Sums, requantization
-from fxquant.backends.int8 import UINT8_MAX, Grid, clip_bounds
+from fxquant.backends.int8 import UINT8_MAX, ByteGrid, clip_bounds
 from fxquant.backends.qdq_ops import dequantize, dequantize_channels, quantize
 from fxquant.backends.reference import to_qdq
 from fxquant.core.ir import ScaleRule, constant, erase_dead, finish, rule_of
@@ -34,7 +34,7 @@ Weighted = Callable[[Tensor, Tensor], Tensor]
 class ExactQuantize(nn.Module):
     """float32 in, uint8 out."""
 
-    def __init__(self, rule: Requantization, grid: Grid) -> None:
+    def __init__(self, rule: Requantization, grid: ByteGrid) -> None:
         super().__init__()
         self.rule, self.grid = rule, grid
 
@@ -66,9 +66,9 @@ class ExactLayer(nn.Module):
         weight: Tensor,
         scales: Tensor,
         bias: Tensor | None,
-        grid: Grid,
-        out: Grid | None,
-        addend: Grid | None = None,
+        grid: ByteGrid,
+        out: ByteGrid | None,
+        addend: ByteGrid | None = None,
     ) -> None:
         super().__init__()
         #: how a compiler is told, see `FORMS`; any other word stands for the kernel itself
@@ -109,7 +109,7 @@ class ExactJoin(nn.Module):
         out: grid of the result.
     """
 
-    def __init__(self, levels: Callable[..., Tensor], out: Grid) -> None:
+    def __init__(self, levels: Callable[..., Tensor], out: ByteGrid) -> None:
         super().__init__()
         self.levels, self.out = levels, out
 
@@ -118,7 +118,7 @@ class ExactJoin(nn.Module):
         return _clamped(self.levels(*operands), self.out)
 
 
-def _clamped(levels: Tensor, grid: Grid) -> Tensor:
+def _clamped(levels: Tensor, grid: ByteGrid) -> Tensor:
     return levels.clamp(grid.low, grid.high).to(torch.uint8)
 
 
@@ -160,7 +160,7 @@ def _replace_quantize(exact: GraphModule, node: Node, rule: Requantization) -> N
     assert isinstance(source, Node)
     assert isinstance(qmin, int)
     assert isinstance(qmax, int)
-    grid = Grid(_number(exact, scale), int(_number(exact, zero_point)), qmin, qmax)
+    grid = ByteGrid(_number(exact, scale), int(_number(exact, zero_point)), qmin, qmax)
     base, clipped = _behind_clips(source, grid)
     made = None
     if base is not None:
@@ -199,13 +199,13 @@ def _integers(node: object) -> Node:
     return node.args[0]
 
 
-def _grid(exact: GraphModule, node: Node) -> Grid:
+def _grid(exact: GraphModule, node: Node) -> ByteGrid:
     """Return the grid of a dequantize node; all of uint8, for clamping was done where the integers were made."""
     _, scale, zero_point = node.args
-    return Grid(_number(exact, scale), int(_number(exact, zero_point)), 0, UINT8_MAX)
+    return ByteGrid(_number(exact, scale), int(_number(exact, zero_point)), 0, UINT8_MAX)
 
 
-def _behind_clips(source: Node, grid: Grid) -> tuple[Node | None, Grid]:
+def _behind_clips(source: Node, grid: ByteGrid) -> tuple[Node | None, ByteGrid]:
     """Return the op that a quantizer writes for, None where others read it too, and the grid behind the clips."""
     clips: list[tuple[float, float]] = []
     while len(source.users) == 1:
@@ -227,7 +227,7 @@ def _operands(node: Node) -> tuple[Node, ...]:
     return tuple(n for n in (node.args[k] for k in positions if k < len(node.args)) if isinstance(n, Node))
 
 
-def _layer(exact: GraphModule, node: Node, rule: Requantization, out: Grid | None) -> ExactLayer | None:
+def _layer(exact: GraphModule, node: Node, rule: Requantization, out: ByteGrid | None) -> ExactLayer | None:
     """Return a weighted op with integer input and weights as a module, None for any other node."""
     row = rule_of(node)
     if row is None or row.weight is None or row.bias is None or node.kwargs:
@@ -250,7 +250,7 @@ def _layer(exact: GraphModule, node: Node, rule: Requantization, out: Grid | Non
 
 
 def _fused_sum(
-    exact: GraphModule, node: Node, rule: Requantization, out: Grid
+    exact: GraphModule, node: Node, rule: Requantization, out: ByteGrid
 ) -> tuple[ExactLayer, tuple[Node, Node]] | None:
     """Return a convolution that adds a uint8 operand, and what both read, for a sum of that form; None otherwise."""
     row, operands = rule_of(node), _operands(node)
@@ -275,7 +275,7 @@ def _is(node: object, target: object = dequantize_channels) -> bool:
     return isinstance(node, Node) and node.target is target
 
 
-def _join(exact: GraphModule, node: Node, rule: Requantization, out: Grid) -> ExactJoin | None:
+def _join(exact: GraphModule, node: Node, rule: Requantization, out: ByteGrid) -> ExactJoin | None:
     """Return an op without weights on integer inputs as a module, None where it has no integer form."""
     row, sources = rule_of(node), _operands(node)
     maker = JOINS.get(row.kind) if row is not None and row.scale is ScaleRule.OWN else None
@@ -285,7 +285,9 @@ def _join(exact: GraphModule, node: Node, rule: Requantization, out: Grid) -> Ex
 
 
 def _pair(
-    formula: Callable[[tuple[Tensor, Grid, Tensor, Grid], Grid], Tensor], grids: list[Grid], out: Grid
+    formula: Callable[[tuple[Tensor, ByteGrid, Tensor, ByteGrid], ByteGrid], Tensor],
+    grids: list[ByteGrid],
+    out: ByteGrid,
 ) -> Callable[..., Tensor]:
     def levels(a: Tensor, b: Tensor) -> Tensor:
         return formula((a, grids[0], b, grids[1]), out)
@@ -293,17 +295,17 @@ def _pair(
     return levels
 
 
-def _add(rule: Requantization, node: Node, grids: list[Grid], out: Grid) -> Callable[..., Tensor]:
+def _add(rule: Requantization, node: Node, grids: list[ByteGrid], out: ByteGrid) -> Callable[..., Tensor]:
     del node
     return _pair(rule.add, grids, out)
 
 
-def _mul(rule: Requantization, node: Node, grids: list[Grid], out: Grid) -> Callable[..., Tensor]:
+def _mul(rule: Requantization, node: Node, grids: list[ByteGrid], out: ByteGrid) -> Callable[..., Tensor]:
     del node
     return _pair(rule.mul, grids, out)
 
 
-def _mean(rule: Requantization, node: Node, grids: list[Grid], out: Grid) -> Callable[..., Tensor]:
+def _mean(rule: Requantization, node: Node, grids: list[ByteGrid], out: ByteGrid) -> Callable[..., Tensor]:
     keep = node.target is not torch.ops.aten.mean.dim or (len(node.args) > 2 and bool(node.args[2]))
 
     def levels(q: Tensor) -> Tensor:
@@ -313,7 +315,7 @@ def _mean(rule: Requantization, node: Node, grids: list[Grid], out: Grid) -> Cal
     return levels
 
 
-def _average(rule: Requantization, node: Node, grids: list[Grid], out: Grid) -> Callable[..., Tensor]:
+def _average(rule: Requantization, node: Node, grids: list[ByteGrid], out: ByteGrid) -> Callable[..., Tensor]:
     target, rest = node.target, node.args[1:]
     assert callable(target)
 
@@ -327,7 +329,7 @@ def _average(rule: Requantization, node: Node, grids: list[Grid], out: Grid) -> 
     return levels
 
 
-JOINS: dict[str, Callable[[Requantization, Node, list[Grid], Grid], Callable[..., Tensor]]] = {
+JOINS: dict[str, Callable[[Requantization, Node, list[ByteGrid], ByteGrid], Callable[..., Tensor]]] = {
     "add": _add,
     "mul": _mul,
     "global_pool": _mean,

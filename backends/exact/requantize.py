@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fxquant.backends.int8 import ONE_PASS_FROM, Grid
+from fxquant.backends.int8 import ONE_PASS_FROM, ByteGrid
 from fxquant.core.errors import OptionError
 
 
@@ -41,7 +41,7 @@ class Sums:
         return torch.zeros(()) if self.bias is None else self.bias.float() * (_f32(self.x_scale) * self.scales)
 
 
-Operands = tuple[Tensor, Grid, Tensor, Grid]
+Operands = tuple[Tensor, ByteGrid, Tensor, ByteGrid]
 """Two uint8 tensors, each with its grid."""
 
 Pool = Callable[[Tensor], Tensor]
@@ -66,16 +66,16 @@ class Requantization:
         average: uint8, its grid, the pooling, and the output grid.
     """
 
-    quantize: Callable[[Tensor, Grid], Tensor]
-    conv: Callable[[Sums, Grid], Tensor]
+    quantize: Callable[[Tensor, ByteGrid], Tensor]
+    conv: Callable[[Sums, ByteGrid], Tensor]
     conv_real: Callable[[Sums], Tensor]
-    linear: Callable[[Sums, Grid], Tensor]
+    linear: Callable[[Sums, ByteGrid], Tensor]
     linear_real: Callable[[Sums], Tensor]
-    conv_add: Callable[[Sums, Tensor, Grid, Grid], Tensor] | None
-    add: Callable[[Operands, Grid], Tensor]
-    mul: Callable[[Operands, Grid], Tensor]
-    mean: Callable[[Tensor, int, Grid, Grid], Tensor]
-    average: Callable[[Tensor, Grid, Pool, Grid], Tensor]
+    conv_add: Callable[[Sums, Tensor, ByteGrid, ByteGrid], Tensor] | None
+    add: Callable[[Operands, ByteGrid], Tensor]
+    mul: Callable[[Operands, ByteGrid], Tensor]
+    mean: Callable[[Tensor, int, ByteGrid, ByteGrid], Tensor]
+    average: Callable[[Tensor, ByteGrid, Pool, ByteGrid], Tensor]
 
 
 def _f32(value: float) -> Tensor:
@@ -87,14 +87,14 @@ def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return (a.double() * b.double() + c.double()).float()
 
 
-def _centred(q: Tensor, grid: Grid) -> Tensor:
+def _centred(q: Tensor, grid: ByteGrid) -> Tensor:
     return q.float() - grid.zero_point
 
 
 # ONNX Runtime: everything into one float32 factor, rounding half to even, then the zero-point.
 
 
-def _ort_quantize(x: Tensor, grid: Grid) -> Tensor:
+def _ort_quantize(x: Tensor, grid: ByteGrid) -> Tensor:
     return torch.round(x / _f32(grid.scale)) + grid.zero_point
 
 
@@ -103,7 +103,7 @@ def _ort_total(found: Sums) -> Tensor:
     return (found.sums if found.bias is None else found.sums + found.bias).float()
 
 
-def _ort_weighted(found: Sums, out: Grid) -> Tensor:
+def _ort_weighted(found: Sums, out: ByteGrid) -> Tensor:
     factor = (_f32(found.x_scale) * found.scales) / _f32(out.scale)
     return torch.round(_ort_total(found) * factor) + out.zero_point
 
@@ -112,7 +112,7 @@ def _ort_real(found: Sums) -> Tensor:
     return _ort_total(found) * (_f32(found.x_scale) * found.scales)
 
 
-def _ort_add(operands: Operands, out: Grid) -> Tensor:
+def _ort_add(operands: Operands, out: ByteGrid) -> Tensor:
     a, left, b, right = operands
     step = _f32(out.scale)
     one, other = _f32(left.scale) / step, _f32(right.scale) / step
@@ -120,17 +120,17 @@ def _ort_add(operands: Operands, out: Grid) -> Tensor:
     return torch.round(_fma(a.float(), one, _fma(b.float(), other, fixed)))
 
 
-def _ort_mul(operands: Operands, out: Grid) -> Tensor:
+def _ort_mul(operands: Operands, out: ByteGrid) -> Tensor:
     a, left, b, right = operands
     factor = _f32(left.scale) * _f32(right.scale) / _f32(out.scale)
     return torch.round(_centred(a, left) * _centred(b, right) * factor + out.zero_point)
 
 
-def _ort_mean(total: Tensor, pixels: int, grid: Grid, out: Grid) -> Tensor:
+def _ort_mean(total: Tensor, pixels: int, grid: ByteGrid, out: ByteGrid) -> Tensor:
     return torch.round(total * (_f32(grid.scale) / (_f32(out.scale) * pixels))) + out.zero_point
 
 
-def _ort_average(q: Tensor, grid: Grid, pool: Pool, out: Grid) -> Tensor:
+def _ort_average(q: Tensor, grid: ByteGrid, pool: Pool, out: ByteGrid) -> Tensor:
     return torch.round(pool(_centred(q, grid) * _f32(grid.scale)) / _f32(out.scale) + out.zero_point)
 
 
@@ -138,19 +138,19 @@ def _ort_average(q: Tensor, grid: Grid, pool: Pool, out: Grid) -> Tensor:
 # rounds; the passes between its calls round the exact product of a float32 and a float32 factor.
 
 
-def _pass(x: Tensor, factor: float, out: Grid) -> Tensor:
+def _pass(x: Tensor, factor: float, out: ByteGrid) -> Tensor:
     return torch.round(x.double() * _f32(factor).double()).float() + out.zero_point
 
 
-def _torch_quantize(x: Tensor, grid: Grid) -> Tensor:
+def _torch_quantize(x: Tensor, grid: ByteGrid) -> Tensor:
     return _pass(x, 1.0 / grid.scale, grid)
 
 
-def _onednn_levels(real: Tensor, out: Grid) -> Tensor:
+def _onednn_levels(real: Tensor, out: ByteGrid) -> Tensor:
     return torch.round(real * (1.0 / _f32(out.scale)) + out.zero_point)
 
 
-def _onednn_sum(real: Tensor, q: Tensor, grid: Grid, out: Grid) -> Tensor:
+def _onednn_sum(real: Tensor, q: Tensor, grid: ByteGrid, out: ByteGrid) -> Tensor:
     return _onednn_levels(_fma(_centred(q, grid), _f32(grid.scale), real), out)
 
 
@@ -159,11 +159,11 @@ def _onednn_real(found: Sums) -> Tensor:
     return real if found.bias is None else real + found.real_bias()
 
 
-def _onednn_conv(found: Sums, out: Grid) -> Tensor:
+def _onednn_conv(found: Sums, out: ByteGrid) -> Tensor:
     return _onednn_levels(_onednn_real(found), out)
 
 
-def _onednn_conv_add(found: Sums, q: Tensor, grid: Grid, out: Grid) -> Tensor:
+def _onednn_conv_add(found: Sums, q: Tensor, grid: ByteGrid, out: ByteGrid) -> Tensor:
     return _onednn_sum(_onednn_real(found), q, grid, out)
 
 
@@ -178,7 +178,7 @@ def _torch_product(found: Sums, step: float) -> Tensor:
     return _fma(*_product(found, step))
 
 
-def _torch_linear(found: Sums, out: Grid) -> Tensor:
+def _torch_linear(found: Sums, out: ByteGrid) -> Tensor:
     return torch.round(_torch_product(found, out.scale)) + out.zero_point
 
 
@@ -186,7 +186,7 @@ def _torch_linear_real(found: Sums) -> Tensor:
     return _torch_product(found, 1.0)
 
 
-def _torch_add(operands: Operands, out: Grid) -> Tensor:
+def _torch_add(operands: Operands, out: ByteGrid) -> Tensor:
     a, left, b, right = operands
     if a.numel() > ONE_PASS_FROM and a.shape == b.shape and a.dim() == 4:
         # Large sums are a oneDNN call.
@@ -196,27 +196,27 @@ def _torch_add(operands: Operands, out: Grid) -> Tensor:
     return _pass(_fma(b.float(), _f32(ratio), shifted), left.scale / out.scale, out)
 
 
-def _torch_mul(operands: Operands, out: Grid) -> Tensor:
+def _torch_mul(operands: Operands, out: ByteGrid) -> Tensor:
     a, left, b, right = operands
     return _pass(_centred(a, left) * _centred(b, right), left.scale * right.scale / out.scale, out)
 
 
-def _torch_mean(total: Tensor, pixels: int, grid: Grid, out: Grid) -> Tensor:
+def _torch_mean(total: Tensor, pixels: int, grid: ByteGrid, out: ByteGrid) -> Tensor:
     return _pass(total, grid.scale / out.scale / pixels, out)
 
 
-def _torch_average(q: Tensor, grid: Grid, pool: Pool, out: Grid) -> Tensor:
+def _torch_average(q: Tensor, grid: ByteGrid, pool: Pool, out: ByteGrid) -> Tensor:
     return _pass(pool(_centred(q, grid)), grid.scale / out.scale, out)
 
 
 # The same through Inductor: the passes become one loop without fused products, each operation rounded to float32.
 
 
-def _loop(x: Tensor, factor: float, out: Grid) -> Tensor:
+def _loop(x: Tensor, factor: float, out: ByteGrid) -> Tensor:
     return torch.round(x * _f32(factor)) + out.zero_point
 
 
-def _inductor_quantize(x: Tensor, grid: Grid) -> Tensor:
+def _inductor_quantize(x: Tensor, grid: ByteGrid) -> Tensor:
     return _loop(x, 1.0 / grid.scale, grid)
 
 
@@ -225,41 +225,41 @@ def _inductor_linear_real(found: Sums, step: float = 1.0) -> Tensor:
     return sums * factor + offset
 
 
-def _inductor_fused(found: Sums, q: Tensor | None, grid: Grid | None, out: Grid | None) -> Tensor:
+def _inductor_fused(found: Sums, q: Tensor | None, grid: ByteGrid | None, out: ByteGrid | None) -> Tensor:
     real = _inductor_linear_real(found, 1.0 if out is None else out.scale)
     if q is not None and grid is not None and out is not None:
         real = real + _centred(q, grid) * _f32(grid.scale / out.scale)
     return real if out is None else torch.round(real) + out.zero_point
 
 
-def _inductor_sum_behind(found: Sums, q: Tensor | None, grid: Grid | None, out: Grid | None) -> Tensor:
+def _inductor_sum_behind(found: Sums, q: Tensor | None, grid: ByteGrid | None, out: ByteGrid | None) -> Tensor:
     real = _onednn_real(found)
     if q is None or grid is None or out is None:
         return real if out is None else _onednn_levels(real, out)
     return _loop(real + _centred(q, grid) * _f32(grid.scale), 1.0 / out.scale, out)
 
 
-def _inductor_linear(found: Sums, out: Grid) -> Tensor:
+def _inductor_linear(found: Sums, out: ByteGrid) -> Tensor:
     return torch.round(_inductor_linear_real(found, out.scale)) + out.zero_point
 
 
-def _inductor_add(operands: Operands, out: Grid) -> Tensor:
+def _inductor_add(operands: Operands, out: ByteGrid) -> Tensor:
     a, left, b, right = operands
     ratio = right.scale / left.scale
     total = a.float() + b.float() * _f32(ratio) - _f32(left.zero_point + right.zero_point * ratio)
     return _loop(total, left.scale / out.scale, out)
 
 
-def _inductor_mul(operands: Operands, out: Grid) -> Tensor:
+def _inductor_mul(operands: Operands, out: ByteGrid) -> Tensor:
     a, left, b, right = operands
     return _loop(_centred(a, left) * _centred(b, right), left.scale * right.scale / out.scale, out)
 
 
-def _inductor_mean(total: Tensor, pixels: int, grid: Grid, out: Grid) -> Tensor:
+def _inductor_mean(total: Tensor, pixels: int, grid: ByteGrid, out: ByteGrid) -> Tensor:
     return _loop(total, grid.scale / out.scale / pixels, out)
 
 
-def _inductor_average(q: Tensor, grid: Grid, pool: Pool, out: Grid) -> Tensor:
+def _inductor_average(q: Tensor, grid: ByteGrid, pool: Pool, out: ByteGrid) -> Tensor:
     return _loop(pool(_centred(q, grid)), grid.scale / out.scale, out)
 
 
@@ -304,7 +304,7 @@ REQUANTIZATIONS: dict[str, Requantization] = {
 """Runtime -> its formulas."""
 
 
-FORMS: dict[str, Callable[[Sums, Tensor | None, Grid | None, Grid | None], Tensor]] = {
+FORMS: dict[str, Callable[[Sums, Tensor | None, ByteGrid | None, ByteGrid | None], Tensor]] = {
     "rows": _inductor_fused,
     "shifted": _inductor_fused,
     "sum behind": _inductor_sum_behind,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxquant.backends.int8.affine import ROUNDER, UINT8_MAX, Grid, dequantize_u8, quantize_u8
+from fxquant.backends.int8.affine import ROUNDER, UINT8_MAX, ByteGrid, dequantize_u8, quantize_u8
 from fxquant.backends.int8.attention import fuse_attention
 from fxquant.backends.int8.backend import TARGET, FxInt8Backend, kernel_report, told_forms
 from fxquant.backends.int8.conv import IntegerConv, traced_form
@@ -37,12 +37,12 @@ __all__ = [
     "ROUNDER",
     "TARGET",
     "UINT8_MAX",
+    "ByteGrid",
     "ConvGeometry",
     "ConvGrids",
     "Dequantize",
     "DynamicLinear",
     "FxInt8Backend",
-    "Grid",
     "IntegerAdd",
     "IntegerAveragePool",
     "IntegerConv",

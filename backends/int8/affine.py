@@ -18,7 +18,7 @@ ROUNDER = 12582912.0
 
 
 @dataclass(frozen=True)
-class Grid:
+class ByteGrid:
     """The uint8 values of one edge: real value `(q - zero_point) * scale`, q within `[low, high]`.
 
     Args:
@@ -43,17 +43,17 @@ class Grid:
             raise LoweringError(f"the grid [{self.low}, {self.high}] around {self.zero_point} does not fit uint8")
 
     @staticmethod
-    def of(spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> Grid:
+    def of(spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> ByteGrid:
         """Return the grid of a per-tensor quantizer; a signed one is shifted up to start at 0."""
         shift = -spec.qmin
-        return Grid(float(scale), int(zero_point) + shift, 0, spec.qmax + shift)
+        return ByteGrid(float(scale), int(zero_point) + shift, 0, spec.qmax + shift)
 
-    def clipped(self, low: float, high: float) -> Grid:
+    def clipped(self, low: float, high: float) -> ByteGrid:
         """Return the grid behind a clip of real values to `[low, high]`: the same integers, fewer of them."""
         bottom = self.low if low == -torch.inf else round(low / self.scale) + self.zero_point
         top = self.high if high == torch.inf else round(high / self.scale) + self.zero_point
         first = min(max(self.low, bottom), self.high)
-        return Grid(self.scale, self.zero_point, first, max(min(self.high, top), first))
+        return ByteGrid(self.scale, self.zero_point, first, max(min(self.high, top), first))
 
     @property
     def saturates(self) -> bool:
@@ -61,12 +61,12 @@ class Grid:
         return self.low == 0 and self.high == UINT8_MAX
 
 
-def quantize_u8(x: Tensor, grid: Grid) -> Tensor:
+def quantize_u8(x: Tensor, grid: ByteGrid) -> Tensor:
     """Return `clamp(round(x / scale) + zero_point, low, high)` as uint8, half to even, of the shape of x."""
     return round_to_u8(x.float(), 1.0 / grid.scale, grid)
 
 
-def round_to_u8(x: Tensor, factor: float, grid: Grid) -> Tensor:
+def round_to_u8(x: Tensor, factor: float, grid: ByteGrid) -> Tensor:
     """Return `clamp(round(x * factor) + zero_point, low, high)` as uint8, half to even; x is float32."""
     if torch.compiler.is_compiling():
         # Inductor fuses these into one loop; eager execution would pass over memory five times.
@@ -87,7 +87,7 @@ def scalar(value: float) -> Tensor:
     return torch.tensor(value)
 
 
-def dequantize_u8(q: Tensor, grid: Grid) -> Tensor:
+def dequantize_u8(q: Tensor, grid: ByteGrid) -> Tensor:
     """Return `(q - zero_point) * scale` as float32, of the shape of q."""
     if torch.compiler.is_compiling():
         return (q.to(torch.float32) - grid.zero_point) * grid.scale

@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from fxquant.backends.base import Executable
-from fxquant.backends.int8.affine import Grid
+from fxquant.backends.int8.affine import ByteGrid
 from fxquant.backends.int8.attention import STANDS_FOR, fuse_attention
 from fxquant.backends.int8.conv import IntegerConv
 from fxquant.backends.int8.inductor import compiled
@@ -181,7 +181,7 @@ class _Lowering:
         self.graph = Graph()
         self.attributes: dict[str, object] = {}
         self.floats: dict[Node, Node] = {}
-        self.integers: dict[Node, tuple[Node, Grid]] = {}
+        self.integers: dict[Node, tuple[Node, ByteGrid]] = {}
         self.pending: dict[Node, _Pending] = {}
 
     def run(self) -> GraphModule:
@@ -290,7 +290,7 @@ class _Lowering:
     def _quantize(self, node: Node, fake: FakeQuantize) -> bool:
         source = node.args[0]
         assert isinstance(source, Node)
-        grid = Grid.of(fake.spec, fake.scale, fake.zero_point)
+        grid = ByteGrid.of(fake.spec, fake.scale, fake.zero_point)
         if source in self.integers and self.integers[source][1] == grid:
             self.integers[node] = self.integers[source]
         elif source in self.pending:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.backends.int8 import kernels
-from fxquant.backends.int8.affine import Grid, dequantize_u8, quantize_u8, round_to_u8
+from fxquant.backends.int8.affine import ByteGrid, dequantize_u8, quantize_u8, round_to_u8
 from fxquant.backends.int8.custom_ops import conv2d_op, pad_op
 from fxquant.backends.int8.first_use import OnFirstUse
 from fxquant.backends.int8.kernels import ConvCall, ConvGeometry, ConvGrids
@@ -112,7 +112,7 @@ class IntegerConv(nn.Module):
         self.register_buffer("offsets", shift.float())
 
     @property
-    def out(self) -> Grid | None:
+    def out(self) -> ByteGrid | None:
         """Grid of the output, None for float32."""
         return self.grids.out
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxquant.backends.int8.affine import UINT8_MAX, Grid
+from fxquant.backends.int8.affine import UINT8_MAX, ByteGrid
 from fxquant.backends.int8.kernels import ConvCall, ConvGeometry, ConvGrids, conv_kernel_is_exact, pad_u8, prepared_conv
 
 torch.library.define(
@@ -61,9 +61,9 @@ def _pairs(geometry: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int], t
 
 
 def _grids(steps: Sequence[float], points: Sequence[int]) -> ConvGrids:
-    source = Grid(steps[0], points[0], 0, UINT8_MAX)
-    out = Grid(steps[1], points[1], points[2], points[3]) if steps[1] else None
-    return ConvGrids(source, out, Grid(steps[2], points[4], 0, UINT8_MAX) if steps[2] else None)
+    source = ByteGrid(steps[0], points[0], 0, UINT8_MAX)
+    out = ByteGrid(steps[1], points[1], points[2], points[3]) if steps[1] else None
+    return ConvGrids(source, out, ByteGrid(steps[2], points[4], 0, UINT8_MAX) if steps[2] else None)
 
 
 def _conv2d_fake(

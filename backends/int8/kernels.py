@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxquant.backends.int8.affine import UINT8_MAX, Grid, dequantize_u8, quantize_u8
+from fxquant.backends.int8.affine import UINT8_MAX, ByteGrid, dequantize_u8, quantize_u8
 from fxquant.core.errors import LoweringError
 
 EXACT_KERNEL = "float64 on integers"
@@ -58,9 +58,9 @@ class ConvGrids:
         LoweringError: an addend without an output grid.
     """
 
-    source: Grid
-    out: Grid | None
-    addend: Grid | None = None
+    source: ByteGrid
+    out: ByteGrid | None
+    addend: ByteGrid | None = None
 
     def __post_init__(self) -> None:
         if self.addend is not None and self.out is None:
@@ -75,7 +75,7 @@ def conv_kernel_is_exact() -> bool:
     """
     x = torch.full((1, 64, 3, 3), UINT8_MAX, dtype=torch.uint8)
     weight = torch.full((16, 64, 3, 3), -128, dtype=torch.int8)
-    plain, grids = ConvGeometry((1, 1), (0, 0), (1, 1), 1), ConvGrids(Grid(1.0, 0, 0, UINT8_MAX), None)
+    plain, grids = ConvGeometry((1, 1), (0, 0), (1, 1), 1), ConvGrids(ByteGrid(1.0, 0, 0, UINT8_MAX), None)
     try:
         found = prepared_conv(weight, torch.ones(16), None, plain, grids, x.shape)(x, None)
     except (RuntimeError, AttributeError, NotImplementedError):
@@ -102,7 +102,7 @@ ConvCall = Callable[[Tensor, Tensor | None], Tensor]
 """Takes the input, and the addend if there is one: in channels-last order, and the call may overwrite it."""
 
 
-def packed_conv(weight: Tensor, scales: Tensor, grid: Grid, geometry: ConvGeometry, shape: Sequence[int]) -> Tensor:
+def packed_conv(weight: Tensor, scales: Tensor, grid: ByteGrid, geometry: ConvGeometry, shape: Sequence[int]) -> Tensor:
     """Return a weight in the order oneDNN wants for images of a shape; it is packed once and kept while it lives."""
     uses = _PACKED.setdefault(weight, {})
     packed = uses.get(geometry)
@@ -194,7 +194,7 @@ def onednn_conv(
     return sum_into
 
 
-def _bounds(out: Grid | None) -> tuple[str, list[float]]:
+def _bounds(out: ByteGrid | None) -> tuple[str, list[float]]:
     """Return the kernel's last step: a grid narrower than uint8 is a clip in real units before the rounding."""
     if out is None or out.saturates:
         return "none", []
@@ -295,7 +295,7 @@ def as_float(sums: Tensor) -> Tensor:
     return sums.view(torch.float32).copy_(sums)
 
 
-def onednn_add(a: Tensor, b: Tensor, left: Grid, right: Grid, out: Grid) -> Tensor:
+def onednn_add(a: Tensor, b: Tensor, left: ByteGrid, right: ByteGrid, out: ByteGrid) -> Tensor:
     """Return the sum of two uint8 tensors on a third grid in one pass over memory.
 
     oneDNN has no integer sum of its own, but a 1x1 depthwise convolution with weight 1 adds one to what is there.
@@ -329,7 +329,7 @@ class LinearEnd:
         LoweringError: an activation that the kernel does not have.
     """
 
-    out: Grid | None
+    out: ByteGrid | None
     activation: str = "none"
 
     def __post_init__(self) -> None:
@@ -342,7 +342,7 @@ _LINEAR_ENDS = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("g
 
 
 def prepared_linear(
-    weight: Tensor, scales: Tensor, bias: Tensor | None, grid: Grid, end: LinearEnd, shape: Sequence[int]
+    weight: Tensor, scales: Tensor, bias: Tensor | None, grid: ByteGrid, end: LinearEnd, shape: Sequence[int]
 ) -> Callable[[Tensor], Tensor]:
     """Return a call for `activation(s_x s_w ((x - z_x) @ weight.T) + bias)`, rounded where the output has a grid.
 

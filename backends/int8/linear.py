@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.backends.int8 import kernels
-from fxquant.backends.int8.affine import Grid, quantize_u8, round_to_u8
+from fxquant.backends.int8.affine import ByteGrid, quantize_u8, round_to_u8
 from fxquant.backends.int8.first_use import OnFirstUse
 from fxquant.backends.int8.kernels import LinearEnd
 
@@ -45,7 +45,7 @@ class IntegerLinear(nn.Module):
         weight: Tensor,
         scales: Tensor,
         bias: Tensor | None,
-        grid: Grid,
+        grid: ByteGrid,
         end: LinearEnd,
         packed: bool = False,
         exact: bool = False,
@@ -69,7 +69,7 @@ class IntegerLinear(nn.Module):
         self._call = OnFirstUse[Callable[[Tensor], Tensor]]()
 
     @property
-    def out(self) -> Grid | None:
+    def out(self) -> ByteGrid | None:
         """Grid of the output, None for float32."""
         return self.end.out
 

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxquant.backends.int8 import kernels
-from fxquant.backends.int8.affine import Grid, dequantize_u8, quantize_u8, round_to_u8, scalar
+from fxquant.backends.int8.affine import ByteGrid, dequantize_u8, quantize_u8, round_to_u8, scalar
 from fxquant.backends.int8.custom_ops import pad_op
 
 
 class Quantize(nn.Module):
     """float32 in, uint8 on the grid out."""
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: ByteGrid) -> None:
         super().__init__()
         self.grid = grid
 
@@ -30,7 +30,7 @@ class Quantize(nn.Module):
 class Dequantize(nn.Module):
     """uint8 on the grid in, float32 out."""
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: ByteGrid) -> None:
         super().__init__()
         self.grid = grid
 
@@ -49,7 +49,7 @@ class IntegerAdd(nn.Module):
         exact: do without integer kernels whatever the CPU can do.
     """
 
-    def __init__(self, left: Grid, right: Grid, out: Grid, exact: bool = False) -> None:
+    def __init__(self, left: ByteGrid, right: ByteGrid, out: ByteGrid, exact: bool = False) -> None:
         super().__init__()
         self.left, self.right, self.out = left, right, out
         self.exact = exact or not kernels.conv_kernel_is_exact()
@@ -77,7 +77,7 @@ class IntegerAdd(nn.Module):
 class IntegerMul(nn.Module):
     """The product of two uint8 tensors on grids of their own, on a third grid."""
 
-    def __init__(self, left: Grid, right: Grid, out: Grid) -> None:
+    def __init__(self, left: ByteGrid, right: ByteGrid, out: ByteGrid) -> None:
         super().__init__()
         self.left, self.right, self.out = left, right, out
 
@@ -98,7 +98,7 @@ class IntegerAveragePool(nn.Module):
         keepdim: for the whole image, keep the two axes with one pixel.
     """
 
-    def __init__(self, grid: Grid, out: Grid, window: tuple[object, ...] | None, keepdim: bool = True) -> None:
+    def __init__(self, grid: ByteGrid, out: ByteGrid, window: tuple[object, ...] | None, keepdim: bool = True) -> None:
         super().__init__()
         self.grid, self.out, self.window, self.keepdim = grid, out, window, keepdim
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.backends.int8.affine import Grid
+from fxquant.backends.int8.affine import ByteGrid
 from fxquant.backends.int8.conv import CALL, PASS_PER_ELEMENT, IntegerConv, traced_form
 from fxquant.backends.int8.kernels import ConvGeometry, ConvGrids, LinearEnd
 from fxquant.backends.int8.linear import IntegerLinear
@@ -73,8 +73,8 @@ class Ending:
         activation: name of a `LinearEnd`.
     """
 
-    out: Grid | None = None
-    addend: Grid | None = None
+    out: ByteGrid | None = None
+    addend: ByteGrid | None = None
     activation: str = "none"
 
 
@@ -96,7 +96,7 @@ def activation_name(node: Node) -> str | None:
     return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(way))
 
 
-def weighted_maker(module: GraphModule, node: Node, grid: Grid, exact: bool, batch: int) -> Maker | str:
+def weighted_maker(module: GraphModule, node: Node, grid: ByteGrid, exact: bool, batch: int) -> Maker | str:
     """Return what makes the integer convolution or linear layer of a node, or why there is none.
 
     Args:
@@ -177,28 +177,28 @@ def _pair(value: object, fill: int) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def _add(node: Node, grids: Sequence[Grid], out: Grid, exact: bool) -> nn.Module:
+def _add(node: Node, grids: Sequence[ByteGrid], out: ByteGrid, exact: bool) -> nn.Module:
     del node
     return IntegerAdd(grids[0], grids[-1], out, exact)
 
 
-def _mul(node: Node, grids: Sequence[Grid], out: Grid, exact: bool) -> nn.Module:
+def _mul(node: Node, grids: Sequence[ByteGrid], out: ByteGrid, exact: bool) -> nn.Module:
     del node, exact
     return IntegerMul(grids[0], grids[-1], out)
 
 
-def _pool(node: Node, grids: Sequence[Grid], out: Grid, exact: bool) -> nn.Module:
+def _pool(node: Node, grids: Sequence[ByteGrid], out: ByteGrid, exact: bool) -> nn.Module:
     del exact
     return IntegerAveragePool(grids[0], out, tuple(node.args[1:]))
 
 
-def _global_pool(node: Node, grids: Sequence[Grid], out: Grid, exact: bool) -> nn.Module:
+def _global_pool(node: Node, grids: Sequence[ByteGrid], out: ByteGrid, exact: bool) -> nn.Module:
     del exact
     keep = node.target is not aten.mean.dim or (len(node.args) > 2 and bool(node.args[2]))
     return IntegerAveragePool(grids[0], out, None, keep)
 
 
-COMPUTED: dict[object, Callable[[Node, Sequence[Grid], Grid, bool], nn.Module]] = {
+COMPUTED: dict[object, Callable[[Node, Sequence[ByteGrid], ByteGrid, bool], nn.Module]] = {
     aten.add.Tensor: _add,
     aten.mul.Tensor: _mul,
     aten.avg_pool1d.default: _pool,
@@ -209,7 +209,7 @@ COMPUTED: dict[object, Callable[[Node, Sequence[Grid], Grid, bool], nn.Module]] 
 """Op without weights -> maker of the module that computes it from uint8 to uint8."""
 
 
-def pad_module(node: Node, grid: Grid) -> nn.Module | None:
+def pad_module(node: Node, grid: ByteGrid) -> nn.Module | None:
     """Return padding of images for a constant-pad node, None for other ranks, other axes and cropping."""
     widths = [width for width in _sequence(node.args[1]) if isinstance(width, int)]
     pads = tuple([*widths, 0, 0][:4])

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fxquant.backends.exact import REQUANTIZATIONS, Sums, requantization
 from fxquant.backends.int8 import (
+    ByteGrid,
     ConvGeometry,
     ConvGrids,
-    Grid,
     IntegerAdd,
     IntegerAveragePool,
     IntegerConv,
@@ -35,7 +35,7 @@ UINT8 = TensorProto.UINT8
 VNNI = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="oneDNN takes other kernels without VNNI")
 
 
-def whole(levels: Tensor, grid: Grid) -> Tensor:
+def whole(levels: Tensor, grid: ByteGrid) -> Tensor:
     return levels.clamp(grid.low, grid.high).to(torch.uint8)
 
 
@@ -60,17 +60,17 @@ def run(
     return torch.from_numpy(answer)
 
 
-def parameters(grid: Grid, name: str) -> dict[str, Any]:
+def parameters(grid: ByteGrid, name: str) -> dict[str, Any]:
     return {f"s{name}": np.float32(grid.scale), f"z{name}": np.uint8(grid.zero_point)}
 
 
-def grids(seed: int, count: int) -> list[Grid]:
+def grids(seed: int, count: int) -> list[ByteGrid]:
     random = np.random.default_rng(seed)
     scales = random.uniform(0.01, 0.05, count).astype(np.float32)
-    return [Grid(float(scale), int(random.integers(0, 256)), 0, 255) for scale in scales]
+    return [ByteGrid(float(scale), int(random.integers(0, 256)), 0, 255) for scale in scales]
 
 
-def layer(seed: int, weight: Tensor, sums: Tensor, source: Grid, out: Grid) -> tuple[Sums, Tensor]:
+def layer(seed: int, weight: Tensor, sums: Tensor, source: ByteGrid, out: ByteGrid) -> tuple[Sums, Tensor]:
     """Return sums whose factor is half an even number's inverse to a few last bits, and the float32 bias."""
     random, channels = np.random.default_rng(seed), len(weight)
     view = (-1, 1, 1) if sums.dim() == 4 else (-1,)
@@ -83,7 +83,9 @@ def layer(seed: int, weight: Tensor, sums: Tensor, source: Grid, out: Grid) -> t
     return found, found.real_bias().flatten()
 
 
-def conv_case(seed: int, channels: int, filters: int, kernel: int, groups: int) -> tuple[Tensor, Tensor, Tensor, Grid]:
+def conv_case(
+    seed: int, channels: int, filters: int, kernel: int, groups: int
+) -> tuple[Tensor, Tensor, Tensor, ByteGrid]:
     torch.manual_seed(seed)
     (source,) = grids(seed, 1)
     x = torch.randint(0, 256, (2, channels, 23, 23), dtype=torch.uint8)
@@ -115,7 +117,7 @@ def test_onnxruntime_convolution(seed: int, shape: tuple[int, int, int, int]) ->
 def test_eager_convolution(shape: tuple[int, int, int, int], low_high: tuple[int, int]) -> None:
     x, weight, sums, source = conv_case(7, *shape)
     (wide,) = grids(57, 1)
-    out = Grid(wide.scale, wide.zero_point, *low_high)
+    out = ByteGrid(wide.scale, wide.zero_point, *low_high)
     found, bias = layer(7, weight, sums, source, out)
     geometry, scales = ConvGeometry((1, 1), (shape[2] // 2,) * 2, (1, 1), shape[3]), found.scales.flatten()
     last = x.contiguous(memory_format=torch.channels_last)
@@ -125,7 +127,7 @@ def test_eager_convolution(shape: tuple[int, int, int, int], low_high: tuple[int
     assert torch.equal(real, EAGER.conv_real(found))
 
 
-def linear_case(seed: int) -> tuple[Tensor, Tensor, Tensor, Grid]:
+def linear_case(seed: int) -> tuple[Tensor, Tensor, Tensor, ByteGrid]:
     torch.manual_seed(seed)
     (source,) = grids(seed, 1)
     x = torch.randint(0, 256, (500, 96), dtype=torch.uint8)
@@ -157,18 +159,18 @@ def pairs() -> tuple[Tensor, Tensor]:
     return values.repeat(256), values.repeat_interleave(256)
 
 
-def next_to_ties(seed: int) -> list[Grid]:
+def next_to_ties(seed: int) -> list[ByteGrid]:
     """Return grids of two operands and a result in small whole ratios, to a few last bits."""
     random, (left, right, out) = np.random.default_rng(seed), grids(seed, 3)
     ratios = (1.0, float(random.integers(1, 4)), 2.0 * float(random.integers(1, 5)))
     jitter = 1 + random.integers(-3, 4, 3) * 3e-8
     scales = [float(np.float32(left.scale * ratio * more)) for ratio, more in zip(ratios, jitter, strict=True)]
-    return [Grid(s, g.zero_point, 0, 255) for s, g in zip(scales, (left, right, out), strict=True)]
+    return [ByteGrid(s, g.zero_point, 0, 255) for s, g in zip(scales, (left, right, out), strict=True)]
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("of", [lambda seed: grids(seed, 3), next_to_ties])
-def test_sums_and_products_of_every_pair(of: Callable[[int], list[Grid]], seed: int) -> None:
+def test_sums_and_products_of_every_pair(of: Callable[[int], list[ByteGrid]], seed: int) -> None:
     a, b = pairs()
     left, right, out = of(seed)
     constants = parameters(left, "a") | parameters(right, "b") | parameters(out, "y")
@@ -201,7 +203,7 @@ def test_means_next_to_ties(seed: int, side: int) -> None:
     source, other = grids(seed, 2)
     x = torch.randint(0, 256, (1, 512, side, side), dtype=torch.uint8)
     step = np.float32(source.scale / side**2 * 32 * (1 + (seed - 2) * 6e-8))
-    out = Grid(float(step), other.zero_point, 0, 255)
+    out = ByteGrid(float(step), other.zero_point, 0, 255)
     total = (x.to(torch.int32) - source.zero_point).sum((2, 3), keepdim=True).float()
     constants = parameters(source, "x") | parameters(out, "y")
     answer = run("QLinearGlobalAveragePool", constants, {"x": x}, order="x sx zx sy zy", channels_last=0)
@@ -214,7 +216,7 @@ def test_means_next_to_ties(seed: int, side: int) -> None:
 def test_averages_over_windows(size: int) -> None:
     torch.manual_seed(size)
     source, other = grids(size, 2)
-    out = Grid(float(np.float32(source.scale * (1 + 6e-8))), other.zero_point, 0, 255)
+    out = ByteGrid(float(np.float32(source.scale * (1 + 6e-8))), other.zero_point, 0, 255)
     x = torch.randint(0, 256, (1, 8, 30, 30), dtype=torch.uint8)
     constants = parameters(source, "x") | parameters(out, "y")
     sizes: dict[str, Any] = {"kernel_shape": [size, size], "strides": [size, size]}

@@ -15,9 +15,9 @@ from fxquant.backends import backend
 from fxquant.backends.int8 import (
     EXACT_KERNEL,
     TARGET,
+    ByteGrid,
     Dequantize,
     FxInt8Backend,
-    Grid,
     IntegerAdd,
     IntegerAveragePool,
     IntegerConv,
@@ -111,12 +111,12 @@ def _steps_off(simulated: GraphModule, lowered: GraphModule, inputs: tuple[Tenso
                 break
         fake = simulated.get_submodule(str(source.target))
         assert isinstance(fake, FakeQuantize)
-        expected = _integers(recorder.values[source.name], Grid.of(fake.spec, fake.scale, fake.zero_point))
+        expected = _integers(recorder.values[source.name], ByteGrid.of(fake.spec, fake.scale, fake.zero_point))
         found[node.name] = (made.double() - expected.double()).abs()
     return found
 
 
-def _integers(value: Tensor, grid: Grid) -> Tensor:
+def _integers(value: Tensor, grid: ByteGrid) -> Tensor:
     return (torch.round(value / grid.scale) + grid.zero_point).to(torch.uint8)
 
 

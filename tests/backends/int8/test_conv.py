@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.backends.int8 import ConvGeometry, ConvGrids, Grid, IntegerConv, conv_kernel_is_exact, traced_form
+from fxquant.backends.int8 import ByteGrid, ConvGeometry, ConvGrids, IntegerConv, conv_kernel_is_exact, traced_form
 
-SOURCE, OUT, ADDEND = Grid(0.02, 9, 0, 255), Grid(0.9, 100, 0, 255), Grid(0.5, 40, 0, 255)
+SOURCE, OUT, ADDEND = ByteGrid(0.02, 9, 0, 255), ByteGrid(0.9, 100, 0, 255), ByteGrid(0.5, 40, 0, 255)
 ONE_PIXEL = ConvGeometry((1, 1), (0, 0), (1, 1), 1)
 
 
@@ -24,7 +24,7 @@ def _random(*shape: int, low: int = 0, high: int = 256, seed: int = 0) -> Tensor
 
 
 def _conv(
-    weight: Tensor, geometry: ConvGeometry, form: str, out: Grid | None = OUT, addend: Grid | None = None
+    weight: Tensor, geometry: ConvGeometry, form: str, out: ByteGrid | None = OUT, addend: ByteGrid | None = None
 ) -> IntegerConv:
     scales, bias = torch.linspace(1e-3, 1e-2, len(weight)), torch.linspace(-3, 3, len(weight))
     return IntegerConv(weight, scales, bias, geometry, ConvGrids(SOURCE, out, addend), form=form)
@@ -66,7 +66,7 @@ def test_padding_needs_the_kernel() -> None:
 def test_every_form_gives_the_kernels_answer(
     form: str, weight: tuple[int, ...], geometry: ConvGeometry, end: str
 ) -> None:
-    out = {"float": None, "narrow": Grid(0.8, 3, 3, 15)}.get(end, OUT)
+    out = {"float": None, "narrow": ByteGrid(0.8, 3, 3, 15)}.get(end, OUT)
     values = _random(*weight, low=-128, high=128).to(torch.int8)
     x = _random(2, weight[1] * geometry.groups, 9, 8).to(torch.uint8).contiguous(memory_format=torch.channels_last)
     forms = {way: _conv(values, geometry, way, out, ADDEND if end == "sum" else None) for way in ("call", form)}
@@ -112,9 +112,9 @@ def test_a_copy_prepares_itself_anew_and_new_weights_are_seen() -> None:
     assert torch.equal(module(x), first)
 
 
-@pytest.mark.parametrize("out", [None, OUT, Grid(0.8, 3, 3, 15)])
+@pytest.mark.parametrize("out", [None, OUT, ByteGrid(0.8, 3, 3, 15)])
 @pytest.mark.parametrize("summed", [False, True])
-def test_weights_packed_beforehand_are_called_without_our_op(summed: bool, out: Grid | None) -> None:
+def test_weights_packed_beforehand_are_called_without_our_op(summed: bool, out: ByteGrid | None) -> None:
     if summed and out is None:
         pytest.skip("a sum is rounded")
     x = _random(1, 3, 6, 6).to(torch.uint8).contiguous(memory_format=torch.channels_last)

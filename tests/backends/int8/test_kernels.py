@@ -13,9 +13,9 @@ from torch import Tensor
 from fxquant.backends.int8 import (
     ACTIVATIONS,
     ROUNDER,
+    ByteGrid,
     ConvGeometry,
     ConvGrids,
-    Grid,
     IntegerAdd,
     IntegerAveragePool,
     IntegerMaxPool,
@@ -29,7 +29,7 @@ from fxquant.backends.int8 import (
 from fxquant.core.errors import LoweringError
 from fxquant.core.ir import FakeQuantize, QuantSpec, activation_spec
 
-FULL = Grid(0.02, 77, 0, 255)
+FULL = ByteGrid(0.02, 77, 0, 255)
 
 
 def _uint8(*shape: int, seed: int = 0) -> Tensor:
@@ -44,7 +44,7 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _on(grid: Grid, real: Tensor) -> Tensor:
+def _on(grid: ByteGrid, real: Tensor) -> Tensor:
     """The definition, in float64."""
     return (torch.round(real / grid.scale) + grid.zero_point).clamp(grid.low, grid.high)
 
@@ -76,7 +76,7 @@ def test_conv_is_the_integer_formula_for_any_shape(
     x, weight, geometry = case
     scales = torch.rand(len(weight), generator=torch.Generator().manual_seed(3)) * 0.01 + 0.001
     bias = torch.linspace(-2, 2, len(weight)) if biased else None
-    grid = Grid(0.02, zero_point, 0, 255)
+    grid = ByteGrid(0.02, zero_point, 0, 255)
     # Zeros around (x - z) are zero-points around x: the border is where a kernel could differ.
     sums = F.conv2d(
         x.double() - zero_point,
@@ -88,7 +88,7 @@ def test_conv_is_the_integer_formula_for_any_shape(
         geometry.groups,
     )
     real = sums * 0.02 * scales.double().view(-1, 1, 1) + (0 if bias is None else bias.double().view(-1, 1, 1))
-    out = Grid(max(float(real.abs().max()) / high, 1e-6), high // 2, 0, high)
+    out = ByteGrid(max(float(real.abs().max()) / high, 1e-6), high // 2, 0, high)
     for exact in (False, True):
         made = kernels.conv2d(x, weight, scales, bias, geometry, ConvGrids(grid, None), None, exact)
         assert made.dtype == torch.float32
@@ -99,7 +99,7 @@ def test_conv_is_the_integer_formula_for_any_shape(
     assert torch.equal(conv2d_op(*given_to_both), kernels.conv2d(*given_to_both))
 
 
-def _assert_rounded(integers: Tensor, real: Tensor, out: Grid) -> None:
+def _assert_rounded(integers: Tensor, real: Tensor, out: ByteGrid) -> None:
     """Float32 may decide a tie the other way, and nothing else."""
     assert integers.dtype == torch.uint8
     difference = (integers.double() - _on(out, real)).abs()
@@ -112,16 +112,18 @@ def _assert_rounded(integers: Tensor, real: Tensor, out: Grid) -> None:
 @given(
     case=_convolutions(),
     zero_point=st.integers(0, 255),
-    out=st.sampled_from([Grid(4.0, 100, 0, 255), Grid(4.0, 100, 100, 255), Grid(9.0, 9, 0, 63), Grid(5.0, 3, 3, 15)]),
+    out=st.sampled_from(
+        [ByteGrid(4.0, 100, 0, 255), ByteGrid(4.0, 100, 100, 255), ByteGrid(9.0, 9, 0, 63), ByteGrid(5.0, 3, 3, 15)]
+    ),
 )
 def test_a_second_operand_is_added_before_the_only_rounding(
-    case: tuple[Tensor, Tensor, ConvGeometry], zero_point: int, out: Grid
+    case: tuple[Tensor, Tensor, ConvGeometry], zero_point: int, out: ByteGrid
 ) -> None:
     x, weight, geometry = case
     scales = torch.rand(len(weight), generator=torch.Generator().manual_seed(3)) * 0.01 + 0.001
-    grids = ConvGrids(Grid(0.02, zero_point, 0, 255), None)
+    grids = ConvGrids(ByteGrid(0.02, zero_point, 0, 255), None)
     plain = kernels.conv2d(x, weight, scales, None, geometry, grids)
-    addend = Grid(0.7, 31, 0, 255)
+    addend = ByteGrid(0.7, 31, 0, 255)
     other = _channels_last(_uint8(*plain.shape, seed=9))
     before = other.clone()
     real = plain.double() + (other.double() - 31) * 0.7
@@ -140,12 +142,12 @@ def test_an_addend_needs_a_grid_to_round_to() -> None:
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh"])
-@pytest.mark.parametrize("out", [None, Grid(0.03, 11, 0, 255), Grid(0.05, 3, 0, 63)])
-def test_packed_linear_with_what_follows_it(activation: str, out: Grid | None) -> None:
+@pytest.mark.parametrize("out", [None, ByteGrid(0.03, 11, 0, 255), ByteGrid(0.05, 3, 0, 63)])
+def test_packed_linear_with_what_follows_it(activation: str, out: ByteGrid | None) -> None:
     if not kernels.conv_kernel_is_exact():
         pytest.skip("this CPU has no exact integer kernels in oneDNN")
     x, weight, scales, bias = _uint8(7, 20), _int8(9, 20), torch.linspace(1e-4, 1e-3, 9), torch.linspace(-1, 1, 9)
-    grid = Grid(0.05, 77, 0, 255)
+    grid = ByteGrid(0.05, 77, 0, 255)
     real = (x.double() - 77) @ weight.double().t() * 0.05 * scales.double() + bias.double()
     real = ACTIVATIONS[activation](real)
     made = kernels.prepared_linear(weight, scales, bias, grid, LinearEnd(out, activation), x.shape)(x)
@@ -175,7 +177,7 @@ def test_quantize_rounds_half_to_even_as_the_simulation_does(zero_point: int) ->
     spec = activation_spec(4)
     scale, zero = torch.tensor(0.25), torch.tensor(zero_point)
     x = torch.cat([torch.arange(-40, 41) * 0.125, torch.randn(500) * 3, torch.tensor([1e9, -1e9, 0.0])])
-    grid = Grid.of(spec, scale, zero)
+    grid = ByteGrid.of(spec, scale, zero)
     expected = FakeQuantize(spec, scale, zero)(x)
     q = quantize_u8(x, grid)
     assert q.dtype == torch.uint8
@@ -186,7 +188,7 @@ def test_signed_grid_is_shifted_into_uint8() -> None:
     spec = QuantSpec(bits=6, signed=True, symmetric=False)
     scale, zero = torch.tensor(0.1), torch.tensor(-5)
     x = torch.randn(300) * 3
-    grid = Grid.of(spec, scale, zero)
+    grid = ByteGrid.of(spec, scale, zero)
     assert (grid.zero_point, grid.low, grid.high) == (27, 0, 63)
     torch.testing.assert_close(dequantize_u8(quantize_u8(x, grid), grid), FakeQuantize(spec, scale, zero)(x))
 
@@ -198,7 +200,7 @@ def test_signed_grid_is_shifted_into_uint8() -> None:
     span=st.floats(0.1, 20),
 )
 def test_a_clip_is_a_shorter_grid(scale: float, zero_point: int, low: float, span: float) -> None:
-    grid = Grid(scale, zero_point, 0, 255)
+    grid = ByteGrid(scale, zero_point, 0, 255)
     x = torch.linspace(-30, 30, 301)
     clipped = quantize_u8(x.clamp(low, low + span), grid)
     absorbed = quantize_u8(x, grid.clipped(low, low + span))
@@ -209,15 +211,15 @@ def test_a_clip_is_a_shorter_grid(scale: float, zero_point: int, low: float, spa
 
 
 def test_relu_in_front_of_a_grid_with_negative_values_starts_at_the_zero_point() -> None:
-    assert Grid(0.1, 50, 0, 255).clipped(0.0, torch.inf) == Grid(0.1, 50, 50, 255)
-    assert Grid(0.1, 0, 0, 255).clipped(0.0, 6.0) == Grid(0.1, 0, 0, 60)
-    assert Grid(0.01, 0, 0, 255).clipped(0.0, 6.0) == Grid(0.01, 0, 0, 255)
+    assert ByteGrid(0.1, 50, 0, 255).clipped(0.0, torch.inf) == ByteGrid(0.1, 50, 50, 255)
+    assert ByteGrid(0.1, 0, 0, 255).clipped(0.0, 6.0) == ByteGrid(0.1, 0, 0, 60)
+    assert ByteGrid(0.01, 0, 0, 255).clipped(0.0, 6.0) == ByteGrid(0.01, 0, 0, 255)
 
 
 @pytest.mark.parametrize("values", [(0.0, 0, 0, 255), (float("nan"), 0, 0, 255), (0.1, 256, 0, 255), (0.1, 3, 9, 8)])
 def test_grid_that_does_not_fit_uint8_is_refused(values: tuple[float, int, int, int]) -> None:
     with pytest.raises(LoweringError):
-        Grid(*values)
+        ByteGrid(*values)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -247,7 +249,7 @@ def test_matmul_does_not_saturate() -> None:
 @pytest.mark.parametrize("shape", [(2, 3, 5, 5), (1, 32, 40, 40)])
 def test_add_on_three_grids(shape: tuple[int, ...], exact: bool) -> None:
     a, b = _channels_last(_uint8(*shape)), _channels_last(_uint8(*shape, seed=5))
-    left, right, out = FULL, Grid(0.031, 12, 0, 255), Grid(0.04, 101, 0, 200)
+    left, right, out = FULL, ByteGrid(0.031, 12, 0, 255), ByteGrid(0.04, 101, 0, 200)
     before = (a.clone(), b.clone())
     made = IntegerAdd(left, right, out, exact)(a, b)
     expected = _on(out, (a.double() - 77) * left.scale + (b.double() - 12) * right.scale)
@@ -259,9 +261,9 @@ def test_add_on_three_grids(shape: tuple[int, ...], exact: bool) -> None:
 
 def test_mul_and_mean_on_other_grids() -> None:
     a, b = _uint8(2, 4, 6, 6), _uint8(2, 4, 1, 1, seed=9)
-    out = Grid(0.01, 128, 0, 255)
+    out = ByteGrid(0.01, 128, 0, 255)
     product = (a.double() - 77) * (b.double() - 5) * FULL.scale * 0.003
-    assert (IntegerMul(FULL, Grid(0.003, 5, 0, 255), out)(a, b).double() - _on(out, product)).abs().max() <= 1
+    assert (IntegerMul(FULL, ByteGrid(0.003, 5, 0, 255), out)(a, b).double() - _on(out, product)).abs().max() <= 1
     real = (a.double() - 77) * FULL.scale
     for window, expected in {
         None: real.mean((2, 3), keepdim=True),

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxquant.backends.int8 import ACTIVATIONS, EXACT_KERNEL, Grid, IntegerLinear, LinearEnd
+from fxquant.backends.int8 import ACTIVATIONS, EXACT_KERNEL, ByteGrid, IntegerLinear, LinearEnd
 
-SOURCE = Grid(0.05, 77, 0, 255)
+SOURCE = ByteGrid(0.05, 77, 0, 255)
 
 
 def _layer(end: LinearEnd, packed: bool = False, exact: bool = False) -> IntegerLinear:
@@ -29,9 +29,9 @@ def _real(layer: IntegerLinear, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
-@pytest.mark.parametrize("out", [None, Grid(0.03, 11, 0, 255), Grid(0.05, 3, 0, 63)])
+@pytest.mark.parametrize("out", [None, ByteGrid(0.03, 11, 0, 255), ByteGrid(0.05, 3, 0, 63)])
 @pytest.mark.parametrize("way", ["sums", "packed", "exact", "traced"])
-def test_every_way_is_the_definition(way: str, out: Grid | None, activation: str) -> None:
+def test_every_way_is_the_definition(way: str, out: ByteGrid | None, activation: str) -> None:
     # Dynamo gives up on a function that it has traced eight times, and runs it as it is.
     torch._dynamo.reset()
     layer = _layer(LinearEnd(out, activation), packed=way == "packed", exact=way == "exact")
