@@ -225,7 +225,7 @@ class _EdgeSearch:
     def _unrounded(self, join: Node) -> list[Edge]:
         """Return the edges into a sum that is computed by the kernel of one of its operands: the last to be ready."""
         rule, operands = rule_of(join), activation_inputs(join)
-        if rule is None or rule.kind != "add" or len(operands) != 2 or operands[0] is operands[1]:
+        if rule is None or not rule.adds or len(operands) != 2 or operands[0] is operands[1]:
             return []
         fit = [source for source in operands if self._adds_before_rounding(source, join)]
         if not fit or shape_of(operands[0]) != shape_of(operands[1]):

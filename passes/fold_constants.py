@@ -98,7 +98,7 @@ def _is_view(node: Node) -> bool:
     if is_constant(node):
         return True
     rule = rule_of(node)
-    return rule is not None and rule.shares and all(_is_view(source) for source in node.all_input_nodes)
+    return rule is not None and rule.is_view and all(_is_view(source) for source in node.all_input_nodes)
 
 
 def _replace(

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.backends.exact.requantize import FORMS, Requantization, Sums, requantization
-from fxquant.backends.int8 import UINT8_MAX, ByteGrid, clip_bounds
+from fxquant.backends.int8 import UINT8_MAX, ByteGrid
 from fxquant.backends.qdq_ops import dequantize, dequantize_channels, quantize
 from fxquant.backends.reference import to_qdq
-from fxquant.core.ir import ScaleRule, constant, erase_dead, finish, rule_of
+from fxquant.core.ir import ScaleRule, clip_bounds, constant, erase_dead, finish, rule_of
 
 FORM = "form"
 """Key of a node's meta: how a runtime computes it."""
@@ -254,7 +254,7 @@ def _fused_sum(
 ) -> tuple[ExactLayer, tuple[Node, Node]] | None:
     """Return a convolution that adds a uint8 operand, and what both read, for a sum of that form; None otherwise."""
     row, operands = rule_of(node), _operands(node)
-    if rule.conv_add is None or row is None or row.kind != "add" or row.scale is not ScaleRule.OWN:
+    if rule.conv_add is None or row is None or not row.adds or row.scale is not ScaleRule.OWN:
         return None
     for conv, other in (operands, operands[::-1]) if len(operands) == 2 else ():
         kind = rule_of(conv)

@@ -28,7 +28,6 @@ from fxquant.backends.int8.modules import (
     IntegerPad,
     Quantize,
 )
-from fxquant.backends.int8.rules import clip_bounds
 
 __all__ = [
     "ACTIVATIONS",
@@ -53,7 +52,6 @@ __all__ = [
     "LinearEnd",
     "OnFirstUse",
     "Quantize",
-    "clip_bounds",
     "compiled",
     "conv2d_op",
     "conv_kernel_is_exact",

@@ -29,7 +29,6 @@ from fxquant.backends.int8.rules import (
     Ending,
     Maker,
     activation_name,
-    clip_bounds,
     max_pool_module,
     pad_module,
     weighted_maker,
@@ -41,6 +40,7 @@ from fxquant.core.ir import (
     FakeQuantize,
     ScaleRule,
     activation_inputs,
+    clip_bounds,
     erase_dead,
     finish,
     rule_of,
@@ -248,7 +248,7 @@ class _Lowering:
             return False
         reader = next(iter(node.users))
         joined = rule_of(reader)
-        if joined is None or joined.kind != "add":
+        if joined is None or not joined.adds:
             return False
         same = [shape_of(source) == shape_of(reader) for source in activation_inputs(reader)]
         return same == [True, True] and not reader.kwargs and self._ends_in_quantizer(reader)

@@ -19,22 +19,6 @@ from fxquant.core.ir import FakeQuantize, constant, rule_of, shape_of
 
 aten = torch.ops.aten
 
-_UNBOUNDED = (-torch.inf, torch.inf)
-
-
-def clip_bounds(node: Node) -> tuple[float, float]:
-    """Return the bounds in real units that a clipping activation (a row that is absorbed) clips to."""
-    if node.target is aten.relu.default:
-        return 0.0, torch.inf
-    if node.target is aten.relu6.default:
-        return 0.0, 6.0
-    default = (-1.0, 1.0) if node.target is aten.hardtanh.default else _UNBOUNDED
-    given = [node.args[i] if len(node.args) > i else default[i - 1] for i in (1, 2)]
-    low, high = (
-        float(bound) if isinstance(bound, int | float) else wide for bound, wide in zip(given, _UNBOUNDED, strict=True)
-    )
-    return low, high
-
 
 def integer_weight(module: GraphModule, node: Node) -> tuple[Tensor, Tensor] | str:
     """Return int8 weight and float32 scale per output channel of a weighted op, or why there are none.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from math import isinf
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fxquant.backends.onnx.blocks import block_linear
 from fxquant.backends.onnx.lowering import Lowering, dims, static_shape
 from fxquant.backends.onnx.rewrites import barrier, pad_integers, padded_conv, spread
 from fxquant.backends.qdq_ops import dequantize, quantize
+from fxquant.core.ir import arguments, clip_bounds
 
 aten = torch.ops.aten
 Emitter = Callable[[Lowering, Node], str | None]
@@ -34,15 +36,6 @@ def emits(*targets: object) -> Callable[[Emitter], Emitter]:
         return emitter
 
     return register
-
-
-def arguments(node: Node) -> dict[str, Any]:
-    """Return every argument of an ATen node by its name in the schema, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    schema = node.target._schema.arguments
-    values = {argument.name: argument.default_value for argument in schema}
-    values.update(zip((argument.name for argument in schema), node.args, strict=False))
-    return {**values, **node.kwargs}
 
 
 def simple(op: str, **attributes: Any) -> Emitter:
@@ -219,11 +212,9 @@ def _binary(lowering: Lowering, node: Node) -> str | None:
 
 @emits(aten.relu6.default, aten.hardtanh.default, aten.clamp.default)
 def _clip(lowering: Lowering, node: Node) -> str | None:
-    given = arguments(node)
-    low, high = given.get("min_val", given.get("min", 0)), given.get("max_val", given.get("max", 6))
-    if isinstance(low, Node) or isinstance(high, Node) or node.meta["val"].dtype != torch.float32:
+    if len(node.all_input_nodes) > 1 or node.meta["val"].dtype != torch.float32:
         return None
-    ends = ["" if end is None else lowering.number(end) for end in (low, high)]
+    ends = ["" if isinf(end) else lowering.number(end) for end in clip_bounds(node)]
     return lowering.write(node, "Clip", [lowering.value(node.args[0]), *ends])
 
 

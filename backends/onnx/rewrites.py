@@ -5,6 +5,7 @@ The rules behind them were found in optimized graphs (onnxruntime 1.31): what fu
 
 from __future__ import annotations
 
+from math import isinf
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional
 
 from fxquant.backends.qdq_ops import dequantize, dequantize_channels, quantize
-from fxquant.core.ir import OPS, ScaleRule, constant, erase_dead, finish, is_constant, shape_of
+from fxquant.core.ir import OPS, ScaleRule, clip_bounds, constant, erase_dead, finish, is_constant, shape_of
 
 aten = torch.ops.aten
 
@@ -137,22 +138,11 @@ def _clip_integers(module: GraphModule, node: Node) -> None:
         return
     if len(clip.users) != 1 or (rule.refuse is not None and rule.refuse(clip) is not None):
         return
-    high = _upper_end(clip)
-    if isinstance(high, Node):
-        return
+    high = clip_bounds(clip)[1]
     assert isinstance(qmin, int)
     assert isinstance(qmax, int)
-    top = qmax if high is None else int(quantize(torch.tensor(float(high)), scale, zero_point, qmin, qmax))
+    top = qmax if isinf(high) else int(quantize(torch.tensor(high), scale, zero_point, qmin, qmax))
     node.args = (clip.args[0], scale_node, zero_node, max(qmin, int(zero_point)), top)
-
-
-def _upper_end(clip: Node) -> Any:
-    """Return where a clipping activation ends above, None where it does not."""
-    if clip.target is aten.relu.default:
-        return None
-    if clip.target is aten.relu6.default:
-        return 6.0
-    return argument(clip, 2, 1.0 if clip.target is aten.hardtanh.default else None)
 
 
 def _flatten_linear(node: Node) -> None:

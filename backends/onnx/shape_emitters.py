@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from fxquant.backends.onnx.emitters import EMITTERS, arguments, emits
+from fxquant.backends.onnx.emitters import EMITTERS, emits
 from fxquant.backends.onnx.lowering import Lowering, dims, static_shape
 from fxquant.backends.onnx.rewrites import spread
 from fxquant.backends.onnx.stem import BLOCK, space_to_depth
+from fxquant.core.ir import arguments
 
 aten = torch.ops.aten
 

@@ -109,7 +109,7 @@ def _shared(node: Node) -> Node | None:
     if rule is None:
         return None
     clips = rule.scale is ScaleRule.ABSORB and len(sources[0].users) == 1
-    return sources[0] if rule.shares or clips else None
+    return sources[0] if rule.is_view or clips else None
 
 
 def _reads(user: Node) -> bool:

@@ -32,19 +32,16 @@ from fxquant.core.ir.numerics import (
 )
 from fxquant.core.ir.ops import (
     OPS,
-    POINTWISE,
     REFUSED,
     OpRule,
     ScaleRule,
     activation_inputs,
-    images_axis,
+    arguments,
+    clip_bounds,
     rule_of,
-    sample_elements,
-    sample_shape,
-    shape_of,
-    traced_images,
 )
 from fxquant.core.ir.program import PassRecord, Program
+from fxquant.core.ir.shapes import images_axis, sample_elements, sample_shape, shape_of, traced_images
 from fxquant.core.ir.spec import (
     FLOAT,
     FLOAT_BITS,
@@ -66,7 +63,6 @@ __all__ = [
     "FLOAT_BITS",
     "MAX_BITS",
     "OPS",
-    "POINTWISE",
     "REFUSED",
     "SMALLEST_SCALE",
     "Candidate",
@@ -85,6 +81,8 @@ __all__ = [
     "activation_inputs",
     "activation_spec",
     "affine_parameters",
+    "arguments",
+    "clip_bounds",
     "constant",
     "consumers",
     "dequantize",

@@ -7,12 +7,16 @@ without a row is left in float, and the report says so.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from math import prod
+from math import inf, prod
+from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from fxquant.core.ir.shapes import shape_of
 
 aten = torch.ops.aten
 
@@ -37,7 +41,7 @@ class OpRule:
     """Properties of one ATen overload.
 
     Args:
-        kind: word used by targets and reports.
+        kind: word used by targets, lowering tables and reports.
         scale: how the output grid relates to the inputs.
         activations: argument positions that hold activation tensors or lists of them.
         weight: argument position of the weight, None without.
@@ -45,7 +49,12 @@ class OpRule:
         channel_axis: axis of the weight that counts output channels.
         macs: multiply-accumulates of the node for the batch it was traced with; None where there are none.
         refuse: returns why this node is treated as a float op all the same, or None.
-        shares: whether the output is the input's memory seen in another shape, so that nothing is allocated.
+        is_view: whether the output is the input's memory seen in another shape, so that nothing is allocated.
+        clips: lower and upper bound of a clipping activation: a number, or the name of the argument that gives it.
+        adds: whether the op is the plain sum of its two operands, which the kernel that makes one of them may compute.
+        pointwise: whether it is an activation function computed in float, element by element.
+        homogeneous: whether `f(s x) = s f(x)` for every s > 0; true of every row that keeps the grid.
+        unscalable: what an op that is not homogeneous does to a scaled input, as the end of a sentence.
     """
 
     kind: str
@@ -56,72 +65,27 @@ class OpRule:
     channel_axis: int = 0
     macs: Callable[[Node], int] | None = None
     refuse: Callable[[Node], str | None] | None = None
-    shares: bool = False
+    is_view: bool = False
+    clips: tuple[float | str, float | str] | None = None
+    adds: bool = False
+    pointwise: bool = False
+    homogeneous: bool = False
+    unscalable: str = "is not the same up to a factor when its input is scaled"
+
+    @property
+    def passes_factor(self) -> bool:
+        """Whether a positive factor on the input comes out as the same factor on the output."""
+        # An op that keeps the grid only moves values, picks among them, or adds zeros.
+        return self.homogeneous or self.scale is ScaleRule.KEEP
 
 
-def shape_of(node: object) -> tuple[int, ...]:
-    """Return the traced shape of a node's tensor, the dynamic batch counted as traced (its hint)."""
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    if not isinstance(value, torch.Tensor):
-        return ()
-    return tuple(_hint(size) for size in value.shape)
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    if isinstance(size, int):
-        return size
-    hint = size.node.hint
-    return int(hint) if hint is not None else 1
-
-
-def images_axis(node: Node) -> int | None:
-    """Return the axis of a node's tensor that counts images, None where they do not show."""
-    return next((k for k, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)), None)
-
-
-def traced_images(graph: Graph) -> int:
-    """Return the images the graph was traced with; an op in the middle may hold them on any axis."""
-    shapes = [shape_of(node) for node in graph.nodes if node.op == "placeholder"]
-    return next((shape[0] for shape in shapes if shape and shape[0] > 0), 1)
-
-
-def sample_shape(node: Node) -> tuple[int, ...]:
-    """Return the shape of a node's tensor for one image, wherever the images are among its axes."""
-    return _one_of(node.meta.get("val"), node.graph)
-
-
-def _one_of(value: object, graph: Graph) -> tuple[int, ...]:
-    sizes = value.shape if isinstance(value, torch.Tensor) else ()
-    images, counted_in = traced_images(graph), _images_symbols(graph)
-
-    def of_one(size: int | torch.SymInt) -> int:
-        # A free height or width is no number of images.
-        counts = not isinstance(size, int) and (not counted_in or bool(counted_in & _symbols(size)))
-        return max(1, _hint(size) // images) if counts else _hint(size)
-
-    return tuple(of_one(size) for size in sizes)
-
-
-def _images_symbols(graph: Graph) -> set[object]:
-    """Return the symbols in which the number of images is counted."""
-    values = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
-    sizes = [value.shape[0] for value in values if isinstance(value, torch.Tensor) and value.dim()]
-    return {symbol for size in sizes for symbol in _symbols(size)}
-
-
-def _symbols(size: int | torch.SymInt) -> set[object]:
-    return set() if isinstance(size, int) else set(size.node.expr.free_symbols)
-
-
-def sample_elements(node: Node) -> tuple[int, int]:
-    """Return how many elements a node makes for one image, all its tensors together, and the bytes of the widest.
-
-    Floating-point numbers count as float32, the yardstick, whatever type the parameters happen to have.
-    """
-    value = node.meta.get("val")
-    tensors = [t for t in (value if isinstance(value, tuple | list) else [value]) if isinstance(t, torch.Tensor)]
-    widest = max((4 if t.is_floating_point() else t.element_size() for t in tensors), default=0)
-    return sum(prod(_one_of(tensor, node.graph)) for tensor in tensors), widest
+def arguments(node: Node) -> dict[str, Any]:
+    """Return every argument of an ATen node by its name in the schema, defaults filled in."""
+    assert isinstance(node.target, OpOverload)
+    schema = node.target._schema.arguments
+    values = {argument.name: argument.default_value for argument in schema}
+    values.update(zip((argument.name for argument in schema), node.args, strict=False))
+    return {**values, **node.kwargs}
 
 
 def _conv_macs(node: Node) -> int:
@@ -149,9 +113,8 @@ def _needs_two_tensors(node: Node) -> str | None:
 
 
 def _needs_spatial_mean(node: Node) -> str | None:
-    shape = shape_of(node.args[0])
-    axes = node.args[1] if len(node.args) > 1 else None
-    if len(shape) == 4 and isinstance(axes, list | tuple) and list(axes) in ([2, 3], [-2, -1], [-1, -2], [3, 2]):
+    axes = arguments(node)["dim"]
+    if len(shape_of(node.args[0])) == 4 and isinstance(axes, list | tuple) and set(axes) in ({2, 3}, {-1, -2}):
         return None
     return "only a mean over both spatial axes has an integer kernel"
 
@@ -163,25 +126,36 @@ def _needs_global_output(node: Node) -> str | None:
 
 
 def _needs_zero_fill(node: Node) -> str | None:
-    mode = node.args[2] if len(node.args) > 2 and isinstance(node.args[2], str) else "constant"
-    value = node.args[-1] if len(node.args) > 2 and not isinstance(node.args[-1], str) else 0
-    if mode != "constant" or value not in (0, 0.0, None):
+    given = arguments(node)
+    if given.get("mode", "constant") != "constant" or given["value"] not in (0, None):
         return "only padding with zeros stays on the grid"
     return None
 
 
 def _needs_clip_at_zero(node: Node) -> str | None:
-    low = node.args[1] if len(node.args) > 1 else -1.0
-    return None if low in (0, 0.0) else "only a clip that starts at zero disappears into a quantizer"
+    if len(node.all_input_nodes) > 1:
+        return "its bounds are computed by the graph"
+    return None if clip_bounds(node)[0] == 0 else "only a clip that starts at zero disappears into a quantizer"
 
 
-_KEEP = OpRule("reshape", ScaleRule.KEEP, shares=True)
-POINTWISE = "pointwise"
-"""Kind of the activation functions that are computed in float, element by element."""
-
-_FLOAT = OpRule(POINTWISE, ScaleRule.FLOAT)
 _CONV = OpRule("conv", ScaleRule.OWN, (0,), weight=1, bias=2, macs=_conv_macs)
-_MATMUL = OpRule("matmul", ScaleRule.OWN, (0, 1), macs=_matmul_macs)
+_MATMUL = OpRule("matmul", ScaleRule.OWN, (0, 1), macs=_matmul_macs, unscalable="multiplies by another value")
+_AVG_POOL = OpRule("avg_pool", ScaleRule.OWN, homogeneous=True)
+_GLOBAL_POOL = OpRule("global_pool", ScaleRule.OWN, homogeneous=True)
+_MAX_POOL = OpRule("max_pool", ScaleRule.KEEP)
+_PAD = OpRule("pad", ScaleRule.KEEP, refuse=_needs_zero_fill)
+_RESHAPE = OpRule("reshape", ScaleRule.KEEP, is_view=True)
+_SLICE = OpRule("slice", ScaleRule.KEEP, is_view=True)
+_TRANSPOSE = OpRule("transpose", ScaleRule.KEEP, is_view=True)
+_CLIP = OpRule(
+    "relu6",
+    ScaleRule.ABSORB,
+    refuse=_needs_clip_at_zero,
+    clips=("min", "max"),
+    unscalable="clips at a fixed value, which scaling would move",
+)
+_POINTWISE = OpRule("pointwise", ScaleRule.FLOAT, pointwise=True)
+_SOFTMAX = OpRule("softmax", ScaleRule.FLOAT)
 
 OPS: dict[object, OpRule] = {
     aten.conv1d.default: _CONV,
@@ -191,43 +165,52 @@ OPS: dict[object, OpRule] = {
     aten.linear.default: OpRule("linear", ScaleRule.OWN, (0,), weight=1, bias=2, macs=_linear_macs),
     aten.matmul.default: _MATMUL,
     aten.bmm.default: _MATMUL,
-    aten.add.Tensor: OpRule("add", ScaleRule.OWN, (0, 1), refuse=_needs_two_tensors),
-    aten.mul.Tensor: OpRule("mul", ScaleRule.OWN, (0, 1), refuse=_needs_two_tensors),
-    aten.cat.default: OpRule("cat", ScaleRule.SHARE),
-    aten.avg_pool1d.default: OpRule("avg_pool", ScaleRule.OWN),
-    aten.avg_pool2d.default: OpRule("avg_pool", ScaleRule.OWN),
-    aten.adaptive_avg_pool2d.default: OpRule("global_pool", ScaleRule.OWN, refuse=_needs_global_output),
-    aten.mean.dim: OpRule("global_pool", ScaleRule.OWN, refuse=_needs_spatial_mean),
-    aten.max_pool1d.default: OpRule("max_pool", ScaleRule.KEEP),
-    aten.max_pool2d.default: OpRule("max_pool", ScaleRule.KEEP),
-    aten.pad.default: OpRule("pad", ScaleRule.KEEP, refuse=_needs_zero_fill),
-    aten.constant_pad_nd.default: OpRule("pad", ScaleRule.KEEP, refuse=_needs_zero_fill),
-    aten.slice.Tensor: OpRule("slice", ScaleRule.KEEP, shares=True),
-    aten.select.int: OpRule("slice", ScaleRule.KEEP, shares=True),
-    aten.view.default: _KEEP,
-    aten.reshape.default: _KEEP,
-    aten._unsafe_view.default: _KEEP,
-    aten.flatten.using_ints: _KEEP,
-    aten.unsqueeze.default: _KEEP,
-    aten.squeeze.dim: _KEEP,
-    aten.squeeze.dims: _KEEP,
-    aten.permute.default: OpRule("transpose", ScaleRule.KEEP, shares=True),
-    aten.transpose.int: OpRule("transpose", ScaleRule.KEEP, shares=True),
-    aten.t.default: OpRule("transpose", ScaleRule.KEEP, shares=True),
-    aten.clone.default: OpRule("reshape", ScaleRule.KEEP),
-    aten.contiguous.default: OpRule("reshape", ScaleRule.KEEP),
-    aten.relu.default: OpRule("relu", ScaleRule.ABSORB),
-    aten.relu6.default: OpRule("relu6", ScaleRule.ABSORB),
-    aten.hardtanh.default: OpRule("relu6", ScaleRule.ABSORB, refuse=_needs_clip_at_zero),
-    aten.clamp.default: OpRule("relu6", ScaleRule.ABSORB, refuse=_needs_clip_at_zero),
-    aten.hardswish.default: _FLOAT,
-    aten.silu.default: _FLOAT,
-    aten.gelu.default: _FLOAT,
-    aten.sigmoid.default: _FLOAT,
-    aten.hardsigmoid.default: _FLOAT,
-    aten.softmax.int: OpRule("softmax", ScaleRule.FLOAT),
-    aten._softmax.default: OpRule("softmax", ScaleRule.FLOAT),
-    aten.layer_norm.default: OpRule("layer_norm", ScaleRule.FLOAT),
+    aten.add.Tensor: OpRule(
+        "add",
+        ScaleRule.OWN,
+        (0, 1),
+        refuse=_needs_two_tensors,
+        adds=True,
+        unscalable="adds another value that is not scaled along",
+    ),
+    aten.mul.Tensor: OpRule(
+        "mul", ScaleRule.OWN, (0, 1), refuse=_needs_two_tensors, unscalable="multiplies by another value"
+    ),
+    aten.cat.default: OpRule("cat", ScaleRule.SHARE, unscalable="joins other values that are not scaled along"),
+    aten.avg_pool1d.default: _AVG_POOL,
+    aten.avg_pool2d.default: _AVG_POOL,
+    aten.adaptive_avg_pool2d.default: replace(_GLOBAL_POOL, refuse=_needs_global_output),
+    aten.mean.dim: replace(_GLOBAL_POOL, refuse=_needs_spatial_mean),
+    aten.max_pool1d.default: _MAX_POOL,
+    aten.max_pool2d.default: _MAX_POOL,
+    aten.pad.default: _PAD,
+    aten.constant_pad_nd.default: _PAD,
+    aten.slice.Tensor: _SLICE,
+    aten.select.int: _SLICE,
+    aten.view.default: _RESHAPE,
+    aten.reshape.default: _RESHAPE,
+    aten._unsafe_view.default: _RESHAPE,
+    aten.flatten.using_ints: _RESHAPE,
+    aten.unsqueeze.default: _RESHAPE,
+    aten.squeeze.dim: _RESHAPE,
+    aten.squeeze.dims: _RESHAPE,
+    aten.permute.default: _TRANSPOSE,
+    aten.transpose.int: _TRANSPOSE,
+    aten.t.default: _TRANSPOSE,
+    aten.clone.default: replace(_RESHAPE, is_view=False),
+    aten.contiguous.default: replace(_RESHAPE, is_view=False),
+    aten.relu.default: OpRule("relu", ScaleRule.ABSORB, clips=(0.0, inf), homogeneous=True),
+    aten.relu6.default: replace(_CLIP, refuse=None, clips=(0.0, 6.0)),
+    aten.hardtanh.default: replace(_CLIP, clips=("min_val", "max_val")),
+    aten.clamp.default: _CLIP,
+    aten.hardswish.default: _POINTWISE,
+    aten.silu.default: _POINTWISE,
+    aten.gelu.default: _POINTWISE,
+    aten.sigmoid.default: _POINTWISE,
+    aten.hardsigmoid.default: _POINTWISE,
+    aten.softmax.int: _SOFTMAX,
+    aten._softmax.default: _SOFTMAX,
+    aten.layer_norm.default: OpRule("layer_norm", ScaleRule.FLOAT, unscalable="takes the scale out again"),
 }
 """ATen overload -> its row."""
 
@@ -256,8 +239,20 @@ def rule_of(node: Node) -> OpRule | None:
         return None
     rule = OPS.get(node.target)
     if rule is not None and rule.refuse is not None and rule.refuse(node) is not None:
-        return OpRule(rule.kind, ScaleRule.FLOAT, rule.activations)
+        return OpRule(rule.kind, ScaleRule.FLOAT, rule.activations, unscalable=rule.unscalable)
     return rule
+
+
+def clip_bounds(node: Node) -> tuple[float, float]:
+    """Return the bounds in real units to which a clipping activation clips, infinite where it is open."""
+    clips = OPS[node.target].clips
+    assert clips is not None
+    given = arguments(node)
+    low, high = (given[bound] if isinstance(bound, str) else bound for bound in clips)
+    return (
+        float(low) if isinstance(low, int | float) else -inf,
+        float(high) if isinstance(high, int | float) else inf,
+    )
 
 
 def activation_inputs(node: Node) -> tuple[Node, ...]:

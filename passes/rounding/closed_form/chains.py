@@ -13,22 +13,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxquant.core.ir import OpRule, Program, ScaleRule, is_constant, rule_of, shape_of
+from fxquant.core.ir import OpRule, Program, is_constant, rule_of, shape_of
 from fxquant.core.run import CalibrationSet, Environment, GraphReplay
 from fxquant.passes.rounding.closed_form.input_gram import channel_axis, geometry_of
-
-HOMOGENEOUS = frozenset({"relu", "max_pool", "avg_pool", "global_pool", "pad", "reshape", "transpose", "slice"})
-"""Kinds of the op table with `f(s x) = s f(x)` for every s > 0."""
-
-WHY_NOT = {
-    "relu6": "clips at a fixed value, which scaling would move",
-    "add": "adds another value that is not scaled along",
-    "mul": "multiplies by another value",
-    "cat": "joins other values that are not scaled along",
-    "matmul": "multiplies by another value",
-    "layer_norm": "takes the scale out again",
-}
-"""Kind -> why channels cannot be scaled across it."""
 
 CODE_TOLERANCE = 1e-5
 
@@ -108,10 +95,9 @@ def _path(node: Node) -> list[Node] | str:
             return _unfit(user, rule) or path
         if user.op == "output":
             return f"value {value.name!r} is an answer of the network"
-        if rule is None or rule.kind not in HOMOGENEOUS or rule.scale is ScaleRule.FLOAT:
+        if rule is None or not rule.passes_factor:
             kind = "no row of the op table" if rule is None else rule.kind
-            reason = WHY_NOT.get(kind, "is not the same up to a factor when its input is scaled")
-            return f"{user.name!r} ({kind}) {reason}"
+            return f"{user.name!r} ({kind}) {(rule or OpRule).unscalable}"
 
 
 def _probe(replay: GraphReplay, base: Environment, path: list[Node], falling: bool) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from fxquant.core.errors import OptionError
-from fxquant.core.ir import POINTWISE, ScaleRule, Site, rule_of, shape_of, traced_images
+from fxquant.core.ir import ScaleRule, Site, rule_of, shape_of, traced_images
 from fxquant.core.run import is_quantizer, is_size, is_tensor, varying_nodes
 
 LARGEST = 8
@@ -135,7 +135,7 @@ class _Cutter:
         rule = rule_of(node)
         # A value belongs together with its activation function, absorbed by the kernel or not, and with its quantizer.
         alone = all(len(source.users) == 1 for source in node.all_input_nodes)
-        function = rule is not None and (rule.scale is ScaleRule.ABSORB or (rule.kind == POINTWISE and alone))
+        function = rule is not None and (rule.scale is ScaleRule.ABSORB or (rule.pointwise and alone))
         return not function and not is_quantizer(self.module, node) and self._cacheable(boundary)
 
     def _cacheable(self, boundary: int) -> bool:
