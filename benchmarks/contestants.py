@@ -27,6 +27,7 @@ from fxquant.backends.onnx import session_options
 from fxquant.core.facts import Settings
 from fxquant.core.run import CalibrationSet
 from fxquant.flow import pipeline
+from fxquant.passes import simulate, widest_plan
 
 CALIBRATION_IMAGES = 32
 
@@ -95,7 +96,7 @@ def _lowered(network: str, batch: Tensor, inductor: bool) -> Run:
     calibration = CalibrationSet((images(network, CALIBRATION_IMAGES),))
     program = prepare(capture(model(network), calibration), Settings(bits=(8,), target="fx_int8"))
     program = pipeline.calibrate(program, calibration)
-    fake = pipeline.simulate(program, pipeline.widest_plan(program)).module
+    fake = simulate(program, widest_plan(program)).module
     lowered = FxInt8Backend().lower(fake, len(batch))
     call = compiled(lowered) if inductor else lowered
     return lambda: call(batch)

@@ -20,6 +20,7 @@ from fxquant.backends.onnx import OnnxOptions, export_onnx
 from fxquant.core.facts import Settings
 from fxquant.core.run import CalibrationSet
 from fxquant.flow import pipeline
+from fxquant.passes import simulate, widest_plan
 
 OURS = ("float.onnx", "fxquant.onnx", "fxquant_openvino.onnx")
 
@@ -63,7 +64,7 @@ def _write_ours(network: str, folder: Path) -> None:
     program = prepare(capture(model(network), calibration), Settings(bits=(8,), target="onnxruntime"))
     program = pipeline.calibrate(program, calibration)
     export_onnx(program.module, folder / "float.onnx")
-    simulated = pipeline.simulate(program, pipeline.widest_plan(program)).module
+    simulated = simulate(program, widest_plan(program)).module
     export_onnx(simulated, folder / "fxquant.onnx")
     export_onnx(simulated, folder / "fxquant_openvino.onnx", options=OnnxOptions(runtime="openvino"))
 

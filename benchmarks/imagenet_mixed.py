@@ -25,7 +25,7 @@ from fxquant.core.facts import BitAllocation, Budget, Settings
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet, model_outputs
 from fxquant.flow import allocate as search
-from fxquant.flow import pipeline
+from fxquant.passes import simulate
 
 SEED = 0
 CALIBRATION_IMAGES = 128
@@ -72,7 +72,7 @@ def measure(name: str) -> list[Row]:
     for bits in (6.0, 5.0):
         solved = search.allocate(program, Budget(average_bits=bits), held_out)
         plans[f"mixed, {bits:g} bits ({solved[BitAllocation].estimator})"] = solved[BitAllocation]
-    graphs = {"float": program.module} | {key: pipeline.simulate(program, plan).module for key, plan in plans.items()}
+    graphs = {"float": program.module} | {key: simulate(program, plan).module for key, plan in plans.items()}
     rows, models, one = [], {}, (images[:1],)
     for key, graph in graphs.items():
         row, model, answer = deployed(graph, images, labels)

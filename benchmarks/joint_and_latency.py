@@ -23,6 +23,7 @@ from fxquant.core.ir import Program
 from fxquant.core.run import CalibrationSet
 from fxquant.flow import allocate as search
 from fxquant.flow import measure_latency, pipeline
+from fxquant.passes import widest_plan
 
 SEED = 0
 ESTIMATORS = ("gram", "diagonal", "fisher")
@@ -101,7 +102,7 @@ def latency(name: str) -> list[Row]:
         size = program[CostTables]["size"].of(plan.choices) / 1e6
         by_size = search.allocate(program, Budget(size_mb=size), held_out)[BitAllocation]
         add(f"size_mb {size:.3f} (the same bytes)", by_size)
-    add("widest integers", pipeline.widest_plan(program))
+    add("widest integers", widest_plan(program))
     return rows
 
 

@@ -30,7 +30,7 @@ from fxquant.core.host import TimingCache, time_runs
 from fxquant.core.ir import FLOAT, Choice, Program, Sites
 from fxquant.core.run import CalibrationSet
 from fxquant.flow import measure_latency, pipeline
-from fxquant.passes import AllocateBits, mixed_plans
+from fxquant.passes import AllocateBits, mixed_plans, simulate, widest_plan
 
 SEED, CHECK_SEED, ROUNDS = 0, 1000, 21
 SHOWN = ("resnet20", "resnet18", "mobilenet_v2", "deit_tiny", "squeezenet")
@@ -56,7 +56,7 @@ def prepared(name: str, target: str) -> tuple[Program, CalibrationSet]:
 
 def held_out_plans(program: Program) -> dict[str, BitAllocation]:
     """Return plans to predict: the two ends, plans that mix at random, and what the program makes of limits."""
-    widest = pipeline.widest_plan(program).choices
+    widest = widest_plan(program).choices
     names = [site.name for site in program[Sites].sites]
 
     def with_floats(floats: frozenset[str]) -> BitAllocation:
@@ -87,7 +87,7 @@ def rows_of(name: str, target: str) -> tuple[list[Row], Row]:
             seconds.append(time.perf_counter() - started)
     table = program[CostTables]["latency"]
     plans, one, compiler = held_out_plans(program), images.slice(0, 1).inputs, backend(target)
-    runs = [compiler.compile(pipeline.simulate(program, plan).module, one, threads=1) for plan in plans.values()]
+    runs = [compiler.compile(simulate(program, plan).module, one, threads=1) for plan in plans.values()]
     timings = time_runs([partial(run, one) for run in runs], threads=1, rounds=ROUNDS)
     float_ms = timings[0].milliseconds
     rows: list[Row] = []

@@ -30,7 +30,7 @@ from fxquant.backends.onnx import executable, export_onnx, kernel_report, to_onn
 from fxquant.core.facts import BitAllocation, Settings
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet, model_outputs
-from fxquant.flow import pipeline
+from fxquant.passes import simulate
 
 DEFAULT = ("resnet20", "mobilenet_v2", "squeezenet", "deit_tiny")
 CALIBRATION_IMAGES = 32
@@ -117,7 +117,7 @@ def measure(name: str) -> list[Row]:
     images = network.evaluation(PARITY_IMAGES.get(name, 300))[0]
     calibration = CalibrationSet((network.calibration(CALIBRATION_IMAGES),))
     program = calibrate(prepare(capture(network.factory(), calibration), Settings(bits=(4, 8))), [calibration.inputs])
-    graphs = {bits: pipeline.simulate(program, plan(program, bits)).module for bits in (8, 4)}
+    graphs = {bits: simulate(program, plan(program, bits)).module for bits in (8, 4)}
     with tempfile.TemporaryDirectory() as folder:
         file = export_onnx(program.module, Path(folder) / "float.onnx").path
         models = {"float": file.read_bytes(), "quantize_static": statically_quantized(file, calibration.inputs[0])}

@@ -26,6 +26,7 @@ from fxquant.core.ir import OPS, Choice, Sites
 from fxquant.core.run import CalibrationSet, first_tensor, model_outputs
 from fxquant.flow import pipeline
 from fxquant.parity import BATCH, compare
+from fxquant.passes import simulate
 
 DEFAULT_NETWORKS = ("resnet20", "squeezenet", "mobilenet_v2", "deit_tiny")
 CALIBRATION_IMAGES = 32
@@ -72,7 +73,7 @@ def rows_of(name: str, runtimes: Sequence[str]) -> list[Row]:
     rows = []
     for bits in (8, 4):
         plan = BitAllocation({site.name: Choice(bits, 8) for site in program[Sites].sites})
-        simulated = pipeline.simulate(program, plan).module
+        simulated = simulate(program, plan).module
         found = compare(simulated, CalibrationSet((images,), labels), runtimes)
         shared: Row = {"network": name, "plan": f"W{bits}A8", "images": len(images)}
         for pair in found.pairs:

@@ -26,7 +26,6 @@ from benchmarks.report_table import write
 from benchmarks.rounding import prepared
 from fxquant.core.facts import Statistics
 from fxquant.core.run import Span, cut_span
-from fxquant.flow import simulate
 from fxquant.passes.rounding import RoundingTask
 from fxquant.passes.rounding.learned import (
     EPSILON,
@@ -188,7 +187,7 @@ class Bench:
     def __init__(self, options: Reconstruction) -> None:
         program, tuning, _ = prepared("ladder", "W4A4")
         images = tuning.slice(0, IMAGES)
-        task = RoundingTask(program, images, None, simulate)
+        task = RoundingTask(program, images, None)
         self.engine = Reconstructor(task, options, "cost")
         names = [node.name for node in self.engine.module.graph.nodes if node.op == "placeholder"]
         self._images = dict(zip(names, images.inputs, strict=True))

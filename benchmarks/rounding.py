@@ -35,6 +35,7 @@ from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
 from fxquant.core.storage import ScoreStore, read_json, write_json
 from fxquant.flow import allocate as search
 from fxquant.flow import pipeline, round_plan
+from fxquant.passes import simulate
 
 FOLDER = Path(__file__).resolve().parent.parent / "build" / "rounding"
 BATCH = 32
@@ -231,7 +232,7 @@ def measure(name: str, plan: str, chain: str, seed: int, path: Path) -> None:
         options = case.options if chain in DRAWN else {}
         rounded = round_plan(program, chain, tuning, held_out, overrides=options, corrections=corrections)
     seconds = time.perf_counter() - started
-    simulated = pipeline.simulate(rounded, program[BitAllocation]).module
+    simulated = simulate(rounded, program[BitAllocation]).module
     row = restored(program.module, simulated) if case.pictures else classified(case, program.module, simulated, tuning)
     row["seconds"] = seconds
     units = rounded[Rounding].units if Rounding in rounded else ()

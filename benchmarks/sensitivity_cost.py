@@ -21,6 +21,7 @@ from fxquant.core.facts import Settings
 from fxquant.core.run import CalibrationSet
 from fxquant.core.storage import ScoreStore
 from fxquant.flow import pipeline
+from fxquant.passes import simulate, widest_plan
 from fxquant.passes.sensitivity import ESTIMATORS, Part, Scorer, suffix_cost
 
 CASES: dict[str, tuple[tuple[int, ...], int, int | None]] = {
@@ -77,7 +78,7 @@ def measure(name: str) -> list[Row]:
     calibration = CalibrationSet((network.calibration(max(count, 32)),))
     program = prepare(capture(network.factory(), calibration), Settings(bits=bits))
     program = pipeline.calibrate(program, calibration)
-    simulated = pipeline.simulate(program, pipeline.widest_plan(program), round_biases=False)
+    simulated = simulate(program, widest_plan(program), round_biases=False)
     images = calibration.slice(0, count)
 
     def scorer() -> Scorer:

@@ -32,7 +32,7 @@ from fxquant.core.run import CalibrationSet, kl, model_outputs
 from fxquant.core.storage import read_json, write_json
 from fxquant.flow import allocate as search
 from fxquant.flow import pipeline
-from fxquant.passes import AllocateBits
+from fxquant.passes import AllocateBits, simulate
 
 FOLDER = Path(__file__).resolve().parent.parent / "build" / "sensitivity_quality"
 SEED = 0
@@ -122,7 +122,7 @@ class Evaluation:
         """Return KL in nats and accuracy in percent."""
         key = tuple(choice.label for choice in plan.choices.values())
         if key not in self._known:
-            answer = model_outputs(pipeline.simulate(self.program, plan).module, (self.images,), 32)
+            answer = model_outputs(simulate(self.program, plan).module, (self.images,), 32)
             right = (answer.argmax(dim=1) == self.labels).double().mean()
             self._known[key] = float(kl(self.reference, answer, None).mean()), 100 * float(right)
         return self._known[key]

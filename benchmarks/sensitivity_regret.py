@@ -26,7 +26,7 @@ from fxquant.core.facts import BitAllocation, Budget, CostTables, Finalists, Set
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet, Environment, GraphReplay, kl, model_outputs
 from fxquant.flow import pipeline
-from fxquant.passes import AllocateBits
+from fxquant.passes import AllocateBits, simulate, widest_plan
 from fxquant.passes.sensitivity import Quantizers
 
 SUBSETS, SCORING, TRUTH, SEED = 3, 64, 96, 0
@@ -47,10 +47,10 @@ def calibrated(images: CalibrationSet) -> Program:
 
 def every_plan(program: Program, images: Tensor) -> dict[Plan, float]:
     """Return the KL of every plan, the prefix of the network shared by plans that begin alike."""
-    simulated = pipeline.simulate(program, pipeline.widest_plan(program), round_biases=False)
+    simulated = simulate(program, widest_plan(program), round_biases=False)
     reference = model_outputs(program.module, (images,))
     quantizers, replay, sites = Quantizers(simulated), GraphReplay(simulated.module), program[Sites].sites
-    widest = quantizers.plan(pipeline.widest_plan(program))
+    widest = quantizers.plan(widest_plan(program))
     position = {name: index for index, name in enumerate(replay.by_name)}
     order = sorted(sites, key=lambda site: position[site.nodes[0]])
     standing = {name: change for part in widest.values() for name, change in part.items()}

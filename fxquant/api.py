@@ -21,6 +21,7 @@ from fxquant.core.ir import Choice, Program
 from fxquant.core.run import collect, images_for
 from fxquant.core.storage import work_folder
 from fxquant.flow import algorithms, check_labels, choose, pipeline, round_plan, round_with_feedback
+from fxquant.passes import simulate, widest_plan
 from fxquant.passes.sensitivity import FLOAT_ONLY
 from fxquant.result import Result
 
@@ -149,7 +150,7 @@ def quantize(
         pipeline.check_budget(program, budget)
     program = pipeline.measure_sensitivity(program, scoring, folder, reporter, shards)
     if budget is None:
-        return Result(pipeline.impose(program, pipeline.widest_plan(program)), held_out)
+        return Result(pipeline.impose(program, widest_plan(program)), held_out)
 
     def finish(solved: Program) -> Program:
         if settings.rounding == "nearest":
@@ -264,7 +265,7 @@ def convert(program: Program, plan: BitAllocation | str | Path | None = None) ->
     """
     chosen = BitAllocation.from_json(plan) if isinstance(plan, str | Path) else plan
     program = program if chosen is None else pipeline.impose(program, chosen)
-    return pipeline.simulate(program, program[BitAllocation])
+    return simulate(program, program[BitAllocation])
 
 
 def lower(program: Program) -> GraphModule:

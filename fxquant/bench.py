@@ -15,8 +15,7 @@ from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation, Settings
 from fxquant.core.host import sample_interleaved
 from fxquant.core.ir import Sites
-from fxquant.flow import simulate
-from fxquant.passes import uniform_plans
+from fxquant.passes import simulate, uniform_plans
 from fxquant.result import Result
 
 ROUNDS = 25

@@ -45,7 +45,7 @@ from fxquant.core.storage import (
     write_tensors,
 )
 from fxquant.flow import pipeline
-from fxquant.passes import measured_loss
+from fxquant.passes import measured_loss, simulate
 from fxquant.qat import METHOD, TrainedValues, gather, trainable, with_values
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Result:
     @cached_property
     def simulated_program(self) -> Program:
         """The simulated graph with its facts."""
-        simulated = pipeline.simulate(self.program, self.allocation)
+        simulated = simulate(self.program, self.allocation)
         trained = self.program.facts.get(TrainedValues)
         holds = trained is not None and trained.choices == self.allocation.choices
         return with_values(simulated, trained.values) if trained is not None and holds else simulated

@@ -18,6 +18,7 @@ from fxquant.passes.insert_observers import CollectRanges, InsertObservers
 from fxquant.passes.measure_latency import CHOSEN_RATIOS, MeasureLatency, chosen_plans, mixed_plans
 from fxquant.passes.measure_sensitivity import MeasureSensitivity
 from fxquant.passes.scale_weights import ScaleWeights
+from fxquant.passes.simulation import simulate, site_passes, widest_plan
 from fxquant.passes.tie_edges import TieEdges, UnionFind
 from fxquant.passes.verify_and_refine import Meter, VerifyAndRefine, image_losses, is_better, measured_loss
 
@@ -48,5 +49,8 @@ __all__ = [
     "is_better",
     "measured_loss",
     "mixed_plans",
+    "simulate",
+    "site_passes",
     "uniform_plans",
+    "widest_plan",
 ]

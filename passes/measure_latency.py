@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.core.errors import OptionError, SolverError
-from fxquant.core.facts import CostTables, Noise
+from fxquant.core.facts import BitAllocation, CostTables, Noise, Settings
 from fxquant.core.host import SILENT, Reporter, Timing, TimingCache, time_runs, warn_if_busy
 from fxquant.core.ir import FLOAT, Candidate, Choice, Program, Site, Sites, consumers, resolve, rule_of, shape_of
 from fxquant.core.run import cut_out
@@ -29,11 +29,10 @@ from fxquant.core.storage import text_digest
 from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.base import Pass
 from fxquant.passes.cost import HandOver, LatencyModel, Observation, fit, hand_overs
+from fxquant.passes.simulation import simulate, widest_plan
 
 Compile = Callable[[GraphModule, tuple[Tensor, ...]], Callable[[tuple[Tensor, ...]], Tensor]]
 """Makes a float or simulated graph run in the runtime that is measured."""
-Simulate = Callable[[frozenset[str]], GraphModule]
-"""Makes the network with these sites in float and all others at their widest integer precision."""
 
 PLANS, CHOSEN = 12, 8
 """Whole networks that mix float and integers: drawn, and chosen by a first model as the program would choose them."""
@@ -52,7 +51,6 @@ class MeasureLatency(Pass):
     """Add the `latency` table to `CostTables`.
 
     Args:
-        simulate: makes the network with some sites in float.
         inputs: one sample per input.
         compile: makes a graph run in the target's runtime.
         threads: threads of that runtime, None for its default; one thread is measured in CPU time.
@@ -66,7 +64,6 @@ class MeasureLatency(Pass):
         OptionError: a negative number of plans.
     """
 
-    simulate: Simulate = field(repr=False)
     inputs: tuple[Tensor, ...] = field(repr=False)
     compile: Compile = field(repr=False)
     threads: int | None = None
@@ -75,7 +72,7 @@ class MeasureLatency(Pass):
     plans: int = PLANS
     chosen: int = CHOSEN
     seed: int = 0
-    reads = (Sites, CostTables)
+    reads = (Sites, CostTables, Settings)
     writes = (CostTables,)
 
     def __post_init__(self) -> None:
@@ -85,7 +82,7 @@ class MeasureLatency(Pass):
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with its latencies."""
         sites, candidates = program[Sites].sites, program[Sites].candidates
-        module, integer = program.module, self.simulate(frozenset())
+        module, integer = program.module, _mixed(program, frozenset())
         known: dict[str, list[Timing]] = {}
         alone: dict[str, tuple[float, float]] = {}
         for site in self.reporter.track(sites, "time each layer", len(sites)):
@@ -102,7 +99,7 @@ class MeasureLatency(Pass):
 
         def observed(plans: Sequence[frozenset[str]]) -> list[Timing]:
             key = f"networks {graphs} {self._shapes} {[sorted(plan) for plan in plans]}"
-            return self._timed(key, len(plans), partial(self._time_wholes, module, plans))
+            return self._timed(key, len(plans), partial(self._time_wholes, program, plans))
 
         wholes = observed(plans)
         model = fit(alone, places, _observations(plans, wholes))
@@ -140,18 +137,24 @@ class MeasureLatency(Pass):
             runs.append(partial(self.compile(cut, example), example))
         return time_runs(runs, self.threads)
 
-    def _time_wholes(self, module: GraphModule, plans: Sequence[frozenset[str]]) -> list[Timing]:
+    def _time_wholes(self, program: Program, plans: Sequence[frozenset[str]]) -> list[Timing]:
         """Return the timings of networks, in batches that fit into memory, each beside the two without borders."""
-        ends = [self.compile(module, self.inputs), self.compile(self.simulate(frozenset()), self.inputs)]
-        weights = sum(tensor.numel() * 4 for tensor in module.state_dict().values())
+        ends = [self.compile(program.module, self.inputs), self.compile(_mixed(program, frozenset()), self.inputs)]
+        weights = sum(tensor.numel() * 4 for tensor in program.module.state_dict().values())
         size = max(2, int(TOGETHER / max(1, weights)) - len(ends))
         timings: list[Timing] = []
         starts = range(2, max(3, len(plans)), size)
         for start in self.reporter.track(starts, "time whole networks", len(starts)):
-            batch = [self.compile(self.simulate(plan), self.inputs) for plan in plans[start : start + size]]
+            batch = [self.compile(_mixed(program, plan), self.inputs) for plan in plans[start : start + size]]
             found = time_runs([partial(run, self.inputs) for run in (*ends, *batch)], self.threads)
             timings += found if not timings else _rescaled(found, timings)
         return timings
+
+
+def _mixed(program: Program, floats: frozenset[str]) -> GraphModule:
+    """Return the network with these sites in float and all others at their widest integer precision."""
+    choices = {name: FLOAT if name in floats else choice for name, choice in widest_plan(program).choices.items()}
+    return simulate(program, BitAllocation(choices)).module
 
 
 def _observations(plans: Sequence[frozenset[str]], timings: Sequence[Timing]) -> list[Observation]:

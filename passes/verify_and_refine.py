@@ -16,6 +16,7 @@ from fxquant.core.facts import (
     BitAllocation,
     CostTables,
     Finalists,
+    Settings,
     Surrogates,
     agrees,
     fits,
@@ -28,9 +29,7 @@ from fxquant.core.ir import Choice, Program, QuantizedEdges, Sites
 from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
 from fxquant.passes.allocation import border_cost, borders_of, one_hot, swaps
 from fxquant.passes.base import Pass
-
-Simulate = Callable[[BitAllocation], GraphModule]
-"""Plan -> simulated graph."""
+from fxquant.passes.simulation import simulate
 
 REFINED = "refined"
 """Name of the improved plan among the finalists."""
@@ -98,7 +97,6 @@ class VerifyAndRefine(Pass):
 
     Args:
         images: calibration images that were not used for scoring.
-        simulate: makes the simulated graph of a plan.
         loss: name of the loss.
         reporter: shows progress.
         moves: plans measured at most to improve the best finalist; 0 leaves it as it is.
@@ -110,13 +108,12 @@ class VerifyAndRefine(Pass):
     """
 
     images: CalibrationSet = field(repr=False)
-    simulate: Simulate = field(repr=False)
     loss: str = "kl"
     reporter: Reporter = field(default=SILENT, repr=False)
     moves: int = 0
     patience: int = 8
     requantization_cost: float = 0.0
-    reads = (Finalists, QuantizedEdges, Sites, Surrogates, CostTables)
+    reads = (Finalists, QuantizedEdges, Sites, Surrogates, CostTables, Settings)
     writes = (BitAllocation,)
 
     def __post_init__(self) -> None:
@@ -128,7 +125,7 @@ class VerifyAndRefine(Pass):
         plans = program[Finalists].plans
         with torch.no_grad():
             reference = model_outputs(program.module, self.images.inputs, 32)
-        meter = Meter(lambda plan: image_losses(self.simulate(plan), self.images, reference, self.loss))
+        meter = Meter(lambda plan: image_losses(simulate(program, plan).module, self.images, reference, self.loss))
         losses: dict[str, float] = {}
         for name, plan in self.reporter.track(plans.items(), "verify plans", len(plans)):
             losses[name] = float(meter.losses(plan).mean())

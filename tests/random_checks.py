@@ -24,7 +24,7 @@ from fxquant.core.ir import Choice, Program, QuantizedEdges, Sites, rule_of
 from fxquant.core.run import CalibrationSet
 from fxquant.flow import pipeline
 from fxquant.parity import compare
-from fxquant.passes import AllocateBits
+from fxquant.passes import AllocateBits, simulate
 from fxquant.result import Result
 from tests.random_graphs import Recipe, images, network
 
@@ -84,7 +84,7 @@ def random_plan(program: Program, chance: Random) -> BitAllocation:
 
 def simulated(program: Program, plan: BitAllocation) -> GraphModule:
     """Return the simulated graph of a plan."""
-    return pipeline.simulate(program, plan).module
+    return simulate(program, plan).module
 
 
 def is_what_the_reference_computes(module: GraphModule, recipe: Recipe) -> None:

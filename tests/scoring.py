@@ -25,6 +25,7 @@ from fxquant.core.ir import (
 from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
 from fxquant.core.storage import ScoreStore
 from fxquant.flow import pipeline
+from fxquant.passes import simulate, widest_plan
 from fxquant.passes.sensitivity import Scorer
 from tests.models import MODELS
 from tests.programs import captured
@@ -109,7 +110,7 @@ def calibrated(name: str, bits: tuple[int, ...] = (2, 4, 8), activation_bits: tu
 def simulated(name: str, bits: tuple[int, ...] = (2, 4, 8), activation_bits: tuple[int, ...] = (8,)) -> Program:
     """Return the simulated graph with every site at its widest precision: what is scored."""
     program = calibrated(name, bits, activation_bits)
-    return pipeline.simulate(program, pipeline.widest_plan(program), round_biases=False)
+    return simulate(program, widest_plan(program), round_biases=False)
 
 
 @cache

@@ -37,6 +37,7 @@ from fxquant.core.storage import tensor_digest, text_digest
 from fxquant.dynamo.boundary import DynamoGraph, caller_arguments, free_batch
 from fxquant.dynamo.transfer import graph_of, input_nodes, renamed
 from fxquant.flow import pipeline
+from fxquant.passes import simulate
 from fxquant.result import Result
 
 Run = Callable[..., Any]
@@ -267,7 +268,7 @@ def _planned(plan: BitAllocation | str | Path, exported: ExportedProgram, images
     )
     program = pipeline.calibrate(pipeline.prepare(capture(exported, ()), settings), images)
     program = pipeline.impose(program, renamed(known, [site.name for site in program[Sites].sites]))
-    return FxInt8Backend().lower(pipeline.simulate(program, program[BitAllocation]).module)
+    return FxInt8Backend().lower(simulate(program, program[BitAllocation]).module)
 
 
 def _version(tensor: Tensor) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fxquant.flow.cheapest import check_labels, choose
 from fxquant.flow.latency import measure_latency
-from fxquant.flow.pipeline import Pipeline, find_sites, simulate
+from fxquant.flow.pipeline import Pipeline, find_sites
 from fxquant.flow.round_weights import ROUNDED, algorithms, realised, round_plan, round_with_feedback
 
 __all__ = [
@@ -18,5 +18,4 @@ __all__ = [
     "realised",
     "round_plan",
     "round_with_feedback",
-    "simulate",
 ]

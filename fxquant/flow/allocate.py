@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-
-from torch.fx import GraphModule
 
 from fxquant.backends import backend
 from fxquant.core.errors import CalibrationError, InfeasibleBudgetError, OptionError
@@ -18,8 +15,17 @@ from fxquant.core.ir import Program
 from fxquant.core.run import CalibrationSet, model_outputs
 from fxquant.core.storage import ScoreStore
 from fxquant.flow.latency import measure_latency
-from fxquant.flow.pipeline import loss_name, run, score_identity, simulate, widest_plan
-from fxquant.passes import AllocateBits, MeasureSensitivity, Meter, VerifyAndRefine, image_losses, is_better
+from fxquant.flow.pipeline import loss_name, run, score_identity
+from fxquant.passes import (
+    AllocateBits,
+    MeasureSensitivity,
+    Meter,
+    VerifyAndRefine,
+    image_losses,
+    is_better,
+    simulate,
+    widest_plan,
+)
 from fxquant.passes.allocation import trust_region
 
 LATENCY_ROUNDS = 4
@@ -85,7 +91,6 @@ def _solve(
     loss = loss_name(program, held_out)
     step = VerifyAndRefine(
         held_out,
-        simulator(program),
         loss,
         reporter,
         settings.refine_moves,
@@ -127,8 +132,7 @@ def rescore_around(
     """
     settings, loss = program[Settings], loss_name(program, held_out)
     reference = model_outputs(program.module, held_out.inputs, 32)
-    simulated = simulator(program)
-    meter = Meter(lambda plan: image_losses(simulated(plan), held_out, reference, loss))
+    meter = Meter(lambda plan: image_losses(simulate(program, plan).module, held_out, reference, loss))
 
     def solve(model: Surrogates, plan: BitAllocation, radius: int) -> BitAllocation | None:
         near = _allocator(settings, budget, (plan, radius))
@@ -242,12 +246,3 @@ def _total_loss(solved: Program) -> float:
     plan = solved[BitAllocation]
     assert plan.measured_loss is not None
     return plan.measured_loss + plan.border_cost
-
-
-def simulator(program: Program) -> Callable[[BitAllocation], GraphModule]:
-    """Return what makes the simulated graph of a plan."""
-
-    def simulated(plan: BitAllocation) -> GraphModule:
-        return simulate(program, plan).module
-
-    return simulated

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from torch.fx import GraphModule
-
 from fxquant.backends import backend
-from fxquant.core.facts import BitAllocation, Settings
+from fxquant.core.facts import Settings
 from fxquant.core.host import SILENT, Reporter, TimingCache, cache_folder, machine
-from fxquant.core.ir import FLOAT, Program
+from fxquant.core.ir import Program
 from fxquant.core.run import CalibrationSet
-from fxquant.flow.pipeline import run, simulate, widest_plan
+from fxquant.flow.pipeline import run
 from fxquant.passes import MeasureLatency
 
 RUNTIMES = ("torch", "onnxruntime", "fxquant")
@@ -29,18 +27,12 @@ def measure_latency(
         reporter: shows progress.
         cache: times of earlier runs; None takes those in the user's folder, `TimingCache(None)` none.
     """
-    settings, widest = program[Settings], widest_plan(program).choices
+    settings = program[Settings]
     compile_graph = partial(backend(settings.target).compile, threads=settings.threads)
-
-    def simulated(floats: frozenset[str]) -> GraphModule:
-        choices = {name: FLOAT if name in floats else choice for name, choice in widest.items()}
-        return simulate(program, BitAllocation(choices)).module
-
     if cache is None:
         belongs = {"target": settings.target, "threads": str(settings.threads)} | machine(RUNTIMES)
         cache = TimingCache(cache_folder(), belongs)
     step = MeasureLatency(
-        simulated,
         images.slice(0, 1).inputs,
         compile_graph,
         settings.threads,

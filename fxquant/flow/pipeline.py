@@ -16,7 +16,6 @@ from fxquant.core.facts import (
     SensitivityMatrix,
     Settings,
     Surrogates,
-    Target,
     WeightGrids,
     fits,
     found,
@@ -28,7 +27,7 @@ from fxquant.core.facts import (
     usage,
 )
 from fxquant.core.host import ALONE, SILENT, Reporter, Shards
-from fxquant.core.ir import Choice, Program, Sites, gradients
+from fxquant.core.ir import PlanEdges, Program, Sites, gradients
 from fxquant.core.run import LOSSES, CalibrationSet, default_loss, model_outputs
 from fxquant.core.storage import ScoreStore, tensor_digest, text_digest
 from fxquant.passes import (
@@ -36,16 +35,15 @@ from fxquant.passes import (
     Canonicalize,
     CollectRanges,
     EstimateCost,
-    FindEdges,
-    FindSites,
     FoldBatchnorm,
     FoldConstants,
-    InsertFakeQuant,
     InsertObservers,
     MeasureSensitivity,
     Pass,
     ScaleWeights,
-    TieEdges,
+    simulate,
+    site_passes,
+    widest_plan,
 )
 from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.rounding.closed_form import METHODS as BANK_METHODS
@@ -92,14 +90,6 @@ def run(program: Program, *passes: Pass) -> Program:
         return Pipeline(passes, frozenset(program.facts))(program)
 
 
-def _site_passes(target: Target, settings: Settings, keep_float: dict[str, str]) -> tuple[Pass, ...]:
-    return (
-        FindEdges(target, keep_float),
-        TieEdges(),
-        FindSites(target, settings.bits, settings.activation_bits, settings.pins, settings.pin_ends, settings.forbid),
-    )
-
-
 def check_names(settings: Settings) -> None:
     """Fail on a misspelt name before any work is done.
 
@@ -122,23 +112,24 @@ def find_sites(program: Program, settings: Settings) -> Program:
         OptionError: a pattern matches nothing, the target does not execute a width, or no layer can be quantized.
     """
     target = backend(settings.target).target
-    program = run(program, Canonicalize(), FoldConstants(), FoldBatchnorm()).with_facts(settings)
-    program = run(program, *_site_passes(target, settings, {}))
+    program = run(program, Canonicalize(), FoldConstants(), FoldBatchnorm()).with_facts(settings, target)
+    program = run(program, *site_passes(target, settings, {}))
     names = [site.name for site in program[Sites].sites]
     types = site_types(program.module.graph, program[Sites].sites)
     kept = [name for pattern in settings.keep_float for name in matching(pattern, names, types)]
     # Float as the only choice is no choice: nothing is measured there.
     kept += [site.name for site in program[Sites].sites if all(choice.is_float for choice in site.choices)]
+    reasons = dict.fromkeys(kept, KEPT)
     if kept:
         left = [name for name in names if name not in kept]
         pins = {pattern: choice for pattern, choice in settings.pins.items() if found(pattern, left, types)}
         forbid = {pattern: choices for pattern, choices in settings.forbid.items() if found(pattern, left, types)}
         narrowed = replace(settings, pins=pins, forbid=forbid)
-        program = run(program, *_site_passes(target, narrowed, dict.fromkeys(kept, KEPT)))
+        program = run(program, *site_passes(target, narrowed, reasons))
     if not program[Sites].sites:
-        reasons = "; ".join(f"{node}: {why}" for node, why in program[Sites].refusals.items())
-        raise OptionError(f"no layer can be quantized ({reasons or 'the graph has no convolution or linear layer'})")
-    return program
+        refused = "; ".join(f"{node}: {why}" for node, why in program[Sites].refusals.items())
+        raise OptionError(f"no layer can be quantized ({refused or 'the graph has no convolution or linear layer'})")
+    return program.with_facts(PlanEdges(reasons))
 
 
 def prepare(program: Program, settings: Settings) -> Program:
@@ -164,42 +155,6 @@ def scaling(settings: Settings) -> tuple[Pass, Pass]:
     """Return the passes that fix weight grids and costs for a target."""
     target = backend(settings.target).target
     return ScaleWeights(target.per_channel), EstimateCost(target)
-
-
-def simulate(program: Program, plan: BitAllocation, round_biases: bool = True) -> Program:
-    """Return the simulated graph of a plan: edges as the plan needs them, fake-quant on each.
-
-    Raises:
-        OptionError: the plan lacks a site, names an unknown one, or a precision without a grid.
-    """
-    settings, sites = program[Settings], program[Sites].sites
-    unknown = sorted(set(plan.choices) - {site.name for site in sites})
-    if unknown:
-        raise OptionError(f"the plan names sites the model does not have: {', '.join(unknown)}")
-    floats = [site.name for site in sites if site.name in plan.choices and plan.choices[site.name].is_float]
-    if floats:
-        target, narrowed = backend(settings.target).target, replace(settings, pins={}, pin_ends=False, forbid={})
-        every = run(program, *_site_passes(target, narrowed, {}))[Sites].sites
-        kept = dict.fromkeys({site.name for site in every} - {site.name for site in sites}, KEPT)
-        kept |= dict.fromkeys(floats, "the plan keeps it in float")
-        program = run(program, *_site_passes(target, narrowed, kept))
-    return run(program.with_facts(plan), InsertFakeQuant(max(settings.activation_bits), round_biases))
-
-
-def widest_plan(program: Program) -> BitAllocation:
-    """Return the plan with every site at its widest integer precision, sites that read one value at a common width."""
-    common: dict[str, set[int]] = {}
-    for site in program[Sites].sites:
-        widths = {choice.activation_bits for choice in site.choices if not choice.is_float}
-        known = common.setdefault(site.input_tie, widths)
-        common[site.input_tie] = known & widths if widths else known
-    widest: dict[str, Choice] = {}
-    for site in program[Sites].sites:
-        width = max(common[site.input_tie], default=0)
-        integers = [choice for choice in site.choices if not choice.is_float]
-        agreeing = [choice for choice in integers if choice.activation_bits == width]
-        widest[site.name] = (agreeing or integers or list(site.choices))[-1]
-    return BitAllocation(widest)
 
 
 def loss_name(program: Program, images: CalibrationSet) -> str:

@@ -15,8 +15,8 @@ from fxquant.core.ir import Program, gradients
 from fxquant.core.run import CalibrationSet, model_outputs
 from fxquant.core.storage import ScoreStore, text_digest
 from fxquant.flow import allocate as search
-from fxquant.flow.pipeline import loss_name, score_identity, simulate
-from fxquant.passes import measured_loss
+from fxquant.flow.pipeline import loss_name, score_identity
+from fxquant.passes import measured_loss, simulate
 from fxquant.passes.rounding import ROUNDERS, RoundingTask
 from fxquant.passes.rounding.learned import Reconstruction
 
@@ -85,7 +85,6 @@ def round_plan(
             rounded,
             images,
             held_out,
-            simulate,
             loss,
             settings.seed,
             store,

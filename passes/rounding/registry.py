@@ -11,9 +11,7 @@ from fxquant.core.ir import Choice, Program, Site, Sites
 from fxquant.core.registry import Registry
 from fxquant.core.run import CalibrationSet
 from fxquant.core.storage import ScoreStore
-
-Simulate = Callable[[Program, BitAllocation, bool], Program]
-"""(calibrated program, plan, whether rounded weights and biases are put in) -> the plan's simulated program."""
+from fxquant.passes.simulation import simulate
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,6 @@ class RoundingTask:
         program: calibrated float program with the plan (`BitAllocation`), and the `Rounding` of an earlier algorithm.
         images: calibration images to tune on.
         held_out: images that decide whether what was tuned stays; None keeps everything.
-        simulate: makes the simulated program of a plan.
         loss: name of the loss.
         seed: seed of every random choice.
         store: finished units; a killed run goes on from there.
@@ -36,7 +33,6 @@ class RoundingTask:
     program: Program
     images: CalibrationSet = field(repr=False)
     held_out: CalibrationSet | None = field(repr=False)
-    simulate: Simulate = field(repr=False)
     loss: str = "kl"
     seed: int = 0
     store: ScoreStore = field(default_factory=lambda: ScoreStore(None, {}), repr=False)
@@ -62,11 +58,11 @@ class RoundingTask:
     def simulated(self, rounding: Rounding | None = None) -> Program:
         """Return the simulated program with a rounding in place, the task's own where none is given."""
         chosen = self.rounding if rounding is None else rounding
-        return self.simulate(self.program.with_facts(chosen), self.program[BitAllocation], True)
+        return simulate(self.program.with_facts(chosen), self.program[BitAllocation])
 
     def bare(self) -> Program:
         """Return the simulated program without rounding: with its quantizers off it is exactly the float network."""
-        return self.simulate(self.program, self.program[BitAllocation], False)
+        return simulate(self.program, self.program[BitAllocation], round_biases=False)
 
     def done(self, rounding: Rounding, method: str, program: Program | None = None) -> Program:
         """Return the program with this rounding, its name added to those before it."""

@@ -8,7 +8,8 @@ from fxquant.core.facts import BitAllocation, Budget, CostTables, usage
 from fxquant.core.host import Reporter
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet
-from fxquant.flow import choose, pipeline, simulate
+from fxquant.flow import choose, pipeline
+from fxquant.passes import simulate
 from fxquant.report import summary
 from tests.scoring import inputs, scored
 from tests.small import images, small

@@ -28,6 +28,7 @@ from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet
 from fxquant.flow import pipeline
 from fxquant.parity import AGREEMENT, Pair, Parity, as_json, check, compare
+from fxquant.passes import simulate, widest_plan
 from tests.backends.lowered import QUANTIZED, example, simulated
 from tests.models import MODELS, built
 from tests.small import images, small_result
@@ -104,7 +105,7 @@ def two_answers() -> GraphModule:
     torch.manual_seed(0)
     shown = CalibrationSet((images(),))
     program = pipeline.calibrate(prepare(capture(TwoAnswers(), shown), Settings(bits=(8,))), shown)
-    return pipeline.simulate(program, pipeline.widest_plan(program)).module
+    return simulate(program, widest_plan(program)).module
 
 
 def test_every_answer_is_compared() -> None:
@@ -160,7 +161,7 @@ def test_the_compiled_graph_computes_the_same_integers_in_every_form() -> None:
     images = CalibrationSet(MODELS["inverted"].inputs(16))
     program = prepare(capture(built("inverted"), images), FX_INT8)
     program = pipeline.calibrate(program, images)
-    module = pipeline.simulate(program, pipeline.widest_plan(program)).module
+    module = simulate(program, widest_plan(program)).module
     forms = told_forms(FxInt8Backend().lower(module, 32))
     assert {"rows", "shifted", "call", "sum behind"} <= set(forms.values())
     exact, _ = compare(module, images, ("compiled",)).pairs
@@ -250,7 +251,7 @@ def real(name: str, bits: int, target: str) -> tuple[GraphModule, CalibrationSet
     program = calibrated(name, target)
     plan = BitAllocation({site.name: Choice(bits, 8) for site in program[Sites].sites})
     shown, labels = NETWORKS[name].evaluation(32 if name == "resnet20" else 2)
-    return pipeline.simulate(program, plan).module, CalibrationSet((shown,), labels)
+    return simulate(program, plan).module, CalibrationSet((shown,), labels)
 
 
 @pytest.mark.skipif(data_folder() is None, reason="set FXQUANT_DATA to run the real networks")

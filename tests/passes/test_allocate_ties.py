@@ -11,8 +11,7 @@ import pytest
 from fxquant.core.errors import InfeasibleBudgetError
 from fxquant.core.facts import BitAllocation, Budget, CostTable, CostTables, SensitivityMatrix, Surrogates, fits, usage
 from fxquant.core.ir import FLOAT, Choice, Program, Site, Sites
-from fxquant.flow import pipeline
-from fxquant.passes import AllocateBits, uniform_plans
+from fxquant.passes import AllocateBits, simulate, uniform_plans
 from tests.scoring import scored
 
 Plan = dict[str, Choice]
@@ -87,7 +86,7 @@ def test_tied_sites_agree_and_nothing_better_is_lost(bits: tuple[int, ...], limi
     plan = AllocateBits(budget)(program)[BitAllocation]
     assert agree(program[Sites], plan.choices)
     assert plan.objective == pytest.approx(best(program, budget), rel=1e-6, abs=1e-12)
-    pipeline.simulate(program, plan)
+    simulate(program, plan)
 
 
 def wishing(program: Program, wishes: Plan, otherwise: Choice) -> Program:
@@ -112,7 +111,7 @@ def test_a_site_in_float_ties_nobody() -> None:
     wanted = {"conv2": FLOAT, "conv3": Choice(8, 4)}
     plan = AllocateBits(Budget(average_bits=32))(wishing(program, wanted, Choice(8, 8)))[BitAllocation]
     assert {name: plan.choices[name] for name in wanted} == wanted
-    pipeline.simulate(program, plan)
+    simulate(program, plan)
 
 
 @pytest.mark.parametrize("budget", [Budget(average_bits=1.9), Budget(size_mb=1e-5), Budget(bops_ratio=1e-4)], ids=str)

@@ -9,11 +9,16 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.core.errors import OptionError
-from fxquant.core.facts import BitAllocation, CostTable, CostTables
+from fxquant.core.facts import CostTable, CostTables
 from fxquant.core.host import Timing, TimingCache
 from fxquant.core.ir import FLOAT, Choice, Sites
-from fxquant.flow import pipeline
-from fxquant.passes import CHOSEN_RATIOS, MeasureLatency, chosen_plans, measure_latency, mixed_plans
+from fxquant.passes import (
+    CHOSEN_RATIOS,
+    MeasureLatency,
+    chosen_plans,
+    measure_latency,
+    mixed_plans,
+)
 from fxquant.passes.cost import HandOver, LatencyModel
 from tests.programs import check_pass
 from tests.scoring import calibrated, inputs
@@ -66,15 +71,7 @@ def milliseconds(module: GraphModule) -> float:
 def step(
     name: str, runtime: Runtime, cache: TimingCache | None = None, plans: int = 8, chosen: int = 0
 ) -> MeasureLatency:
-    program = calibrated(name, BITS, ACTIVATIONS)
-    widest = pipeline.widest_plan(program).choices
-
-    def simulate(floats: frozenset[str]) -> GraphModule:
-        choices = {site: FLOAT if site in floats else choice for site, choice in widest.items()}
-        return pipeline.simulate(program, BitAllocation(choices)).module
-
-    cache = cache or TimingCache(None)
-    return MeasureLatency(simulate, inputs(name, 1), runtime.compile, 1, cache, plans=plans, chosen=chosen)
+    return MeasureLatency(inputs(name, 1), runtime.compile, 1, cache or TimingCache(None), plans=plans, chosen=chosen)
 
 
 def measured(runtime: Runtime, name: str = "plain", cache: TimingCache | None = None) -> CostTable:

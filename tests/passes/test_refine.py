@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation, Budget, CostTables, Finalists, Surrogates, agrees, fits, usage
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet
-from fxquant.flow import pipeline
 from fxquant.passes import AllocateBits, VerifyAndRefine, is_better, verify_and_refine
 from fxquant.passes.allocation import border_cost, borders_of, one_hot
 from tests.programs import check_pass
@@ -25,10 +23,6 @@ from tests.scoring import inputs, scored
 
 IMAGES = CalibrationSet(inputs("plain", 12))
 Losses = Callable[[dict[str, Choice]], Tensor]
-
-
-def simulate(plan: BitAllocation) -> GraphModule:
-    return pipeline.simulate(scored("plain"), plan).module
 
 
 def fits_and_agrees(program: Program, plan: BitAllocation, budget: Budget) -> bool:
@@ -40,8 +34,8 @@ def fits_and_agrees(program: Program, plan: BitAllocation, budget: Budget) -> bo
 )
 def test_never_worse_than_a_finalist_and_within_the_budget(budget: Budget) -> None:
     program = AllocateBits(budget)(scored("plain"))
-    before = VerifyAndRefine(IMAGES, simulate)(program)[BitAllocation]
-    plan = check_pass(VerifyAndRefine(IMAGES, simulate, moves=12), program)[BitAllocation]
+    before = VerifyAndRefine(IMAGES)(program)[BitAllocation]
+    plan = check_pass(VerifyAndRefine(IMAGES, moves=12), program)[BitAllocation]
     assert plan.measured_loss is not None
     assert before.measured_loss is not None
     assert plan.measured_loss <= min(plan.finalists.values()) == plan.finalists.get("refined", before.measured_loss)
@@ -58,9 +52,9 @@ class Measured:
         self.asked: list[dict[str, Choice]] = []
         self.plan = BitAllocation({"x": Choice(8, 8)})
 
-    def simulate(self, plan: BitAllocation) -> GraphModule:
+    def simulate(self, program: Program, plan: BitAllocation) -> Program:
         self.plan = plan
-        return scored("plain").module
+        return program
 
     def losses(self, *_: object) -> Tensor:
         self.asked.append(self.plan.choices)
@@ -72,7 +66,8 @@ def refined(
 ) -> tuple[BitAllocation, Measured]:
     measured = Measured(losses)
     monkeypatch.setattr(verify_and_refine, "image_losses", measured.losses)
-    step = replace(VerifyAndRefine(IMAGES, measured.simulate, moves=50), **options)
+    monkeypatch.setattr(verify_and_refine, "simulate", measured.simulate)
+    step = replace(VerifyAndRefine(IMAGES, moves=50), **options)
     return step(program)[BitAllocation], measured
 
 
@@ -196,7 +191,7 @@ def test_better_is_beyond_one_standard_error() -> None:
 @pytest.mark.parametrize("change", [{"moves": -1}, {"patience": 0}])
 def test_settings_out_of_range(change: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="must be at least 0 and patience"):
-        VerifyAndRefine(IMAGES, simulate, **change)
+        VerifyAndRefine(IMAGES, **change)
 
 
 def test_an_acceptance_renews_the_patience(monkeypatch: pytest.MonkeyPatch) -> None:

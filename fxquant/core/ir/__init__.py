@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fxquant.core.ir.autograd import differentiable, gradients
-from fxquant.core.ir.edges import EdgeGroups, QuantizedEdges
+from fxquant.core.ir.edges import EdgeGroups, PlanEdges, QuantizedEdges
 from fxquant.core.ir.fake_quant import FINEST_SHARE, FakeQuantize, round_learned
 from fxquant.core.ir.graphs import (
     constant,
@@ -72,6 +72,7 @@ __all__ = [
     "FakeQuantize",
     "OpRule",
     "PassRecord",
+    "PlanEdges",
     "Program",
     "QuantSpec",
     "QuantizedEdges",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from fxquant.core.ir.spec import Edge
+from fxquant.core.ir.spec import Edge, Sites
 
 
 @dataclass(frozen=True)
@@ -42,3 +43,20 @@ class EdgeGroups:
     def group_of(self, producer: str) -> str | None:
         """Return the group of a producer, None for a value without a quantizer."""
         return next((name for name, members in self.producers.items() if producer in members), None)
+
+
+@dataclass(frozen=True)
+class PlanEdges:
+    """What plans with float sites have in the place of the program's edges, groups and sites.
+
+    It holds for the graph, target and settings that the program's `Sites` were found with.
+
+    Args:
+        kept: site name -> why it is in float in every plan; `Sites` does not list it.
+        found: float sites of a plan -> its edges, groups and sites; filled as plans ask for them.
+    """
+
+    kept: Mapping[str, str] = field(default_factory=dict)
+    found: dict[frozenset[str], tuple[QuantizedEdges, EdgeGroups, Sites]] = field(
+        default_factory=dict, repr=False, compare=False
+    )

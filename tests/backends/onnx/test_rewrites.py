@@ -10,6 +10,7 @@ from fxquant.core.facts import BitAllocation, Settings
 from fxquant.core.ir import Choice, Sites
 from fxquant.core.run import CalibrationSet, model_outputs
 from fxquant.flow import pipeline
+from fxquant.passes import simulate
 
 
 class ClippedHead(nn.Module):
@@ -35,7 +36,7 @@ def test_a_linear_layer_whose_clip_is_read_in_float_runs_on_integers(clip: nn.Mo
     program = pipeline.prepare(capture(ClippedHead(clip, both), images.inputs), Settings(bits=(8,)))
     program = pipeline.calibrate(program, images)
     plan = BitAllocation({site.name: Choice(8, 8) for site in program[Sites].sites})
-    simulated = pipeline.simulate(program, plan).module
+    simulated = simulate(program, plan).module
     model = to_onnx(simulated).SerializeToString()
     assert kernel_report(model).kernels == {"first": "QGemm", "second": "QGemm"}
     expected = model_outputs(simulated, images.inputs)

@@ -12,7 +12,6 @@ from torch.fx.node import Argument
 from fxquant.core.facts import BitAllocation
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet
-from fxquant.flow import pipeline
 from fxquant.passes.rounding import RoundingTask
 from tests import scoring
 
@@ -39,7 +38,7 @@ def task_on(
 ) -> RoundingTask:
     """Return the task of rounding a calibrated program."""
     planned = program.with_facts(plan_of(program, *bits))
-    return RoundingTask(planned, given, held_out, pipeline.simulate, "mse")
+    return RoundingTask(planned, given, held_out, "mse")
 
 
 def after(task: RoundingTask, program: Program) -> RoundingTask:

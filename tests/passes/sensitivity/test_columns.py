@@ -10,6 +10,7 @@ from fxquant.core.facts import BitAllocation, FakeQuantNodes, Settings
 from fxquant.core.ir import Choice, EdgeGroups, Sites, resolve
 from fxquant.core.run import CalibrationSet
 from fxquant.flow import pipeline
+from fxquant.passes import simulate, widest_plan
 from fxquant.passes.sensitivity import Quantizers, columns_of
 from tests.scoring import inputs, scorer, simulated
 
@@ -100,7 +101,7 @@ def test_what_an_op_computes_from_a_rounded_value_is_rounded() -> None:
     settings = Settings(bits=(8,), activation_bits=(4, 8), target="reference", estimators=("gram",))
     program = pipeline.prepare(capture(DenseNet().eval(), images), settings)
     program = pipeline.calibrate(program, CalibrationSet(images))
-    program = pipeline.simulate(program, pipeline.widest_plan(program), round_biases=False)
+    program = simulate(program, widest_plan(program), round_biases=False)
     ((group, members),) = (g for g in program[FakeQuantNodes].activations.items() if len(g[1]) > 1)
     rounded = Quantizers(program).group(group, 4)
     assert len(members) == 3

@@ -12,6 +12,7 @@ from fxquant.core.facts import SensitivityMatrix, Settings
 from fxquant.core.run import CalibrationSet
 from fxquant.core.storage import Arrays
 from fxquant.flow import pipeline
+from fxquant.passes import simulate, widest_plan
 from fxquant.passes.sensitivity import ESTIMATORS, Scorer, Work, attribution, formats, measure_singles
 from fxquant.passes.sensitivity.path import _jackknife
 from tests.scoring import full_forward, inputs, scorer, simulated
@@ -41,7 +42,7 @@ def apart(bits: tuple[int, ...] = (2, 4, 8), activation_bits: tuple[int, ...] = 
     settings = Settings(bits=bits, activation_bits=activation_bits, target="reference", estimators=("gram",))
     program = pipeline.prepare(capture(ApartNet().eval(), inputs("split", 2)), settings)
     program = pipeline.calibrate(program, images)
-    return scorer(pipeline.simulate(program, pipeline.widest_plan(program), round_biases=False), images, "mse")
+    return scorer(simulate(program, widest_plan(program), round_biases=False), images, "mse")
 
 
 def test_where_losses_add_up_the_attribution_is_the_single_loss() -> None:

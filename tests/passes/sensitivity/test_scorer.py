@@ -10,7 +10,7 @@ from fxquant.core.facts import BitAllocation, SensitivityMatrix
 from fxquant.core.ir import Candidate, Choice, Program, Sites
 from fxquant.core.run import LOSSES, CalibrationSet, environment_bytes, model_outputs
 from fxquant.core.storage import ScoreStore
-from fxquant.flow import pipeline
+from fxquant.passes import simulate, widest_plan
 from fxquant.passes.sensitivity import ESTIMATORS, Part, Scorer
 from fxquant.passes.sensitivity import scorer as scorer_module
 from tests.scoring import calibrated, columns, full_forward, inputs, scorer, simulated, traced
@@ -115,7 +115,7 @@ def choices(name: str, *labels: str) -> dict[str, Choice]:
 
 def measured(program: Program, plan: dict[str, Choice], images: CalibrationSet) -> float:
     """KL of a whole plan, by its simulated graph and whole forward passes."""
-    module = pipeline.simulate(program, BitAllocation(plan), round_biases=False).module
+    module = simulate(program, BitAllocation(plan), round_biases=False).module
     answer, reference = (model_outputs(each, images.inputs) for each in (module, program.module))
     return float(LOSSES["kl"](reference, answer, None).mean())
 
@@ -155,7 +155,7 @@ def test_values_that_do_not_fit_are_computed_again_to_the_same_bits(
     name: str, around: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program, images = simulated(name), CalibrationSet(inputs(name, 3))
-    context = pipeline.widest_plan(program) if around else None
+    context = widest_plan(program) if around else None
 
     def made(limit: int) -> Scorer:
         monkeypatch.setattr(scorer_module, "ENVIRONMENT_LIMIT", limit)

@@ -10,6 +10,7 @@ from fxquant.core.facts import BitAllocation, SensitivityMatrix, WeightGrids
 from fxquant.core.ir import Program, Sites, round_trip, tensor_at
 from fxquant.core.run import CalibrationSet, model_outputs
 from fxquant.flow import pipeline
+from fxquant.passes import simulate
 from fxquant.passes.rounding.closed_form import METHODS, Prefix, RoundWeights, moments_of, squared_error, to_rows
 from tests import scoring
 from tests.passes.rounding.tasks import images, plan_of
@@ -60,7 +61,7 @@ def test_scores_and_simulation_take_the_rounded_weights() -> None:
     plan = plan_of(program, 2)
 
     def loss(of: Program) -> float:
-        simulated = pipeline.simulate(of.with_facts(plan), plan).module
+        simulated = simulate(of.with_facts(plan), plan).module
         wanted = model_outputs(program.module, given.inputs)
         return float((model_outputs(simulated, given.inputs) - wanted).square().mean())
 

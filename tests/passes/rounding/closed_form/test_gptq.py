@@ -12,6 +12,7 @@ from fxquant.core.errors import FailureError
 from fxquant.core.facts import BitAllocation, WeightGrid
 from fxquant.core.ir import round_trip, weight_parameters, weight_spec
 from fxquant.core.run import model_outputs
+from fxquant.passes import simulate
 from fxquant.passes.rounding import ROUNDERS, RoundingTask
 from fxquant.passes.rounding.closed_form import Moments, gptq_rows, on_grid, squared_error, to_rows
 from tests.passes.rounding.tasks import correlated, task_of
@@ -137,7 +138,7 @@ def test_moments_that_are_not_finite_are_refused() -> None:
 def test_the_registered_algorithm_lowers_the_networks_loss() -> None:
     def loss(task: RoundingTask, method: str) -> float:
         done = ROUNDERS[method](task)
-        simulated = task.simulate(done, task.program[BitAllocation], True).module
+        simulated = simulate(done, task.program[BitAllocation]).module
         answer = model_outputs(simulated, task.images.inputs)
         return float((answer - model_outputs(task.program.module, task.images.inputs)).square().mean())
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fxquant.core.facts import FakeQuantNodes
 from fxquant.core.ir import Sites
 from fxquant.core.run import Span, cut_span
-from fxquant.flow import pipeline
+from fxquant.passes import simulate
 from fxquant.passes.rounding.learned import (
     FAITHFUL,
     LearnedActivation,
@@ -39,7 +39,7 @@ PLAIN = replace(FAITHFUL, iterations=10, batch=4, drop=0.0, mix=1.0, asymmetric=
 def tuner(options: Reconstruction, index: int = 1, feature: str | None = None) -> Tuner:
     """Return the loop of one unit of the plain net, its float inputs moved so that they differ from the quantized."""
     planned = scoring.calibrated("plain")
-    program = pipeline.simulate(planned, plan_of(planned, 2), round_biases=False)
+    program = simulate(planned, plan_of(planned, 2), round_biases=False)
     module, sites = program.module, program[Sites].sites
     units, (x,) = find_units(module, sites), scoring.inputs("plain", IMAGES)
     floats, quantized = {"x": x}, {"x": x}

@@ -14,6 +14,7 @@ from fxquant.core.facts import Settings
 from fxquant.core.ir import Program, Sites
 from fxquant.core.run import CalibrationSet, varying_nodes
 from fxquant.flow import pipeline
+from fxquant.passes import simulate, widest_plan
 from fxquant.passes.rounding.learned import LARGEST, Unit, find_units
 from tests import scoring
 from tests.models import MODELS
@@ -49,7 +50,7 @@ def long_skips(depth: int) -> Program:
     images = torch.randn(4, 3, 6, 6)
     program = pipeline.prepare(capture(LongSkips(depth).eval(), (images[:2],)), Settings(target="reference"))
     program = pipeline.calibrate(program, CalibrationSet((images,)))
-    return pipeline.simulate(program, pipeline.widest_plan(program), round_biases=False)
+    return simulate(program, widest_plan(program), round_biases=False)
 
 
 def units(program: Program, granularity: str = "block") -> tuple[Unit, ...]:
