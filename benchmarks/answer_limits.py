@@ -52,7 +52,7 @@ def measured(name: str, folder: str) -> list[Row]:
         found = quality(("disagreement", "accuracy_drop", "loss"), reference, output, labels, "kl")
         row |= {f"held out, {key}": value for key, value in plan.quality.items()}
         row |= {f"test, {key}": value for key, value in found.items()}
-        row |= {"average bits": average_bits(result, plan), "size of float": plan.used["size_ratio"]}
+        row |= {"average bits": average_bits(result.program, plan), "size of float": plan.used["size_ratio"]}
         row |= {"plan": plan.estimator, "seconds": time.monotonic() - began}
     return rows
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch.fx import GraphModule
 from fxquant.backends import backend
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation, Settings
-from fxquant.core.host import sample_interleaved
+from fxquant.core.host import Speed, sample_interleaved
 from fxquant.core.ir import Sites
 from fxquant.passes import simulate, uniform_plans
 from fxquant.result import Result
@@ -21,16 +20,6 @@ from fxquant.result import Result
 ROUNDS = 25
 YARDSTICKS = ("uniform W8", "uniform W4")
 """Uniform plans that a mixed one is compared with, by how their names begin."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Milliseconds for one call: the median over the rounds, and the lower and upper quartile around it."""
-
-    name: str
-    milliseconds: float
-    low: float
-    high: float
 
 
 def measure_speed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +48,7 @@ from fxquant.core.storage import (
 from fxquant.flow import pipeline
 from fxquant.passes import measured_loss, simulate
 from fxquant.qat import METHOD, TrainedValues, gather, trainable, with_values
+from fxquant.report import content, one_line, page, summary, write_page
 
 if TYPE_CHECKING:
     from fxquant.backends.onnx import ExportReport, OnnxOptions
@@ -197,21 +199,30 @@ class Result:
         values = [node.meta["val"] for node in self.program.module.graph.nodes if node.op == "placeholder"]
         return tuple(torch.zeros(2, *(int(s) for s in v.shape[1:]), dtype=v.dtype) for v in values)
 
-    def __repr__(self) -> str:
-        from fxquant.report import one_line
+    @property
+    def _held_out_images(self) -> int | None:
+        return None if self.held_out is None else len(self.held_out)
 
-        return one_line(self)
+    def __repr__(self) -> str:
+        return one_line(self.program)
 
     def _repr_html_(self) -> str:
-        from fxquant.report import page
-
-        return page(self)
+        return page(self.program, self._held_out_images)
 
     def summary(self) -> str:
         """Return the plan as a table for the terminal."""
-        from fxquant.report import summary
+        return summary(self.program)
 
-        return summary(self)
+    def report_data(self, extras: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return everything the report shows as plain JSON values.
+
+        Args:
+            extras: measurements the result does not hold; `fxquant.report.page_data.EXTRAS` names them.
+
+        Raises:
+            OptionError: an extra of unknown name.
+        """
+        return content(self.program, self.simulated_program, self._held_out_images, extras)
 
     def report(self, path: str | Path) -> Path:
         """Write the self-contained HTML page and return its path.
@@ -220,9 +231,7 @@ class Result:
             OutputError: the path cannot be written.
             MissingDependencyError: the report extra is not installed.
         """
-        from fxquant.report import write_report
-
-        return write_report(self, Path(path))
+        return write_page(self.report_data(), Path(path))
 
     def save(self, folder: str | Path) -> Path:
         """Write everything that `load` and `resolve` need: JSON, npz, safetensors and the captured `.pt2`.

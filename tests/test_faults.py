@@ -16,11 +16,12 @@ import pulp
 import pytest
 
 import fxquant
-from fxquant.cli import INTERRUPTED, inspect, main, write_outputs
+from fxquant.cli import INTERRUPTED, inspect, main
 from fxquant.core.errors import FileFormatError
 from fxquant.core.facts import BitAllocation, Ranges, Rounding, SensitivityMatrix, Surrogates
 from fxquant.core.ir import Choice
 from fxquant.core.storage import LOCK, UNFINISHED, only_writer, read_json, read_tensors, write_json
+from fxquant.outputs import write_outputs
 from fxquant.passes import allocate_bits
 from fxquant.passes.allocation import Solution
 from tests.small import images, small, small_result

@@ -17,12 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fxquant.cli import as_text, inspect, known_extras, write_outputs
+from fxquant.cli import as_text, inspect
 from fxquant.core.errors import InputError
 from fxquant.core.facts import BitAllocation, Ranges, SensitivityMatrix, read_target
 from fxquant.core.host import TimingCache
 from fxquant.core.ir import Choice
 from fxquant.core.storage import ScoreStore
+from fxquant.outputs import known_extras, write_outputs
 from fxquant.result import Result
 from tests.small import small_result
 

@@ -18,11 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fxquant.cli import ImageOptions, inspect, load_calibration, load_model, main, write_outputs
+from fxquant.cli import ImageOptions, inspect, load_calibration, load_model, main
 from fxquant.core.errors import FileFormatError, FxquantError
 from fxquant.core.facts import BitAllocation, Ranges, Rounding, SensitivityMatrix, read_target
 from fxquant.core.run import collect
 from fxquant.core.storage import read_arrays, read_json, read_tensors
+from fxquant.outputs import write_outputs
 from fxquant.result import Result
 from tests.small import small_result
 from tests.test_layering import NAMES, ROOT

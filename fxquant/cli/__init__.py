@@ -7,14 +7,6 @@ from fxquant.cli.commands import COMMANDS, INTERRUPTED, main
 from fxquant.cli.inputs import ImageOptions, load_calibration, load_model, read_image
 from fxquant.cli.inspect_onnx import SHOWN, as_text, inspect
 from fxquant.cli.interrupts import stopped_in_order
-from fxquant.cli.outputs import (
-    check_packages,
-    known_extras,
-    output_folder,
-    told_in_report,
-    write_outputs,
-    write_reports,
-)
 
 __all__ = [
     "COMMANDS",
@@ -24,20 +16,14 @@ __all__ = [
     "ImageOptions",
     "as_text",
     "build_parser",
-    "check_packages",
     "forbidden",
     "image_options",
     "inspect",
-    "known_extras",
     "load_calibration",
     "load_model",
     "main",
-    "output_folder",
     "pins",
     "read_image",
     "rounding_options",
     "stopped_in_order",
-    "told_in_report",
-    "write_outputs",
-    "write_reports",
 ]

@@ -23,7 +23,11 @@ from fxquant.cli.arguments import build_parser, forbidden, image_options, pins, 
 from fxquant.cli.inputs import load_calibration, load_model
 from fxquant.cli.inspect_onnx import as_json, as_text, inspect
 from fxquant.cli.interrupts import stopped_in_order
-from fxquant.cli.outputs import (
+from fxquant.core.errors import FxquantError, OptionError
+from fxquant.core.facts import Budget, effort
+from fxquant.core.host import Shards, memory_named
+from fxquant.core.storage import check_writable
+from fxquant.outputs import (
     ROUNDING,
     SCORES,
     check_packages,
@@ -34,13 +38,9 @@ from fxquant.cli.outputs import (
     write_outputs,
     write_reports,
 )
-from fxquant.core.errors import FxquantError, OptionError
-from fxquant.core.facts import Budget, effort
-from fxquant.core.host import Shards, memory_named
-from fxquant.core.storage import check_writable
 from fxquant.parity import as_json as parity_json
 from fxquant.parity import check
-from fxquant.report import safe
+from fxquant.report import comparison, runtime_text, safe, speed_table
 from fxquant.result import Result
 
 INTERRUPTED = 130
@@ -215,14 +215,12 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from fxquant.report import comparison, runtime_text, speed_table
-
     result = Result.load(args.folder)
     check_writable(args.folder)
     speeds = bench(result, args.threads, args.rounds)
     extras = known_extras(result, args.folder)
     extras["comparison"] = comparison(extras.get("comparison", []), speeds)
-    extras["runtime"] = runtime_text(result, args.threads)
+    extras["runtime"] = runtime_text(result.program, args.threads)
     write_reports(result, args.folder, extras)
     print(speed_table(extras["comparison"]))
 

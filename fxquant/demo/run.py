@@ -16,13 +16,13 @@ from fxquant.api import quantize
 from fxquant.backends import backend
 from fxquant.backends.onnx import write_onnx
 from fxquant.bench import measure_speed
-from fxquant.cli import check_packages, output_folder, write_outputs
 from fxquant.core.facts import BitAllocation, Budget
 from fxquant.core.host import Reporter
 from fxquant.core.ir import Choice, Sites
 from fxquant.core.run import model_outputs
 from fxquant.demo.digits import DigitsData, digits_data
 from fxquant.demo.network import digits_network
+from fxquant.outputs import check_packages, output_folder, write_outputs
 from fxquant.report import comparison, runtime_text, speed_table
 from fxquant.result import Result
 
@@ -83,7 +83,7 @@ def run_demo(output: Path, budget: Budget | None = None, progress: bool = True) 
         extras = {
             "comparison": rows,
             "data": f"{len(data.held_out)} held-out digits, run in {TARGET}",
-            "runtime": runtime_text(result, THREADS),
+            "runtime": runtime_text(result.program, THREADS),
             "parity": parity(result, data.held_out[:PARITY_IMAGES]),
         }
         written = write_outputs(result, output, extras)

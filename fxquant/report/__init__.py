@@ -1,10 +1,10 @@
-"""One self-contained HTML page and a table for the terminal."""
+"""What a program's facts say, as JSON values, one self-contained HTML page, and text for terminals and notebooks."""
 
 from __future__ import annotations
 
 from fxquant.report.budget_curve import POINTS, axis, frontier
 from fxquant.report.curve_geometry import HEIGHT, WIDTH, curve
-from fxquant.report.html import render, tiles, write_report
+from fxquant.report.html import render, tiles, write_page
 from fxquant.report.layers import layer_rows, model_bytes, most_sensitive
 from fxquant.report.notebook import one_line, page
 from fxquant.report.operands import operand_rows
@@ -56,5 +56,5 @@ __all__ = [
     "table_text",
     "tiles",
     "weight_noise",
-    "write_report",
+    "write_page",
 ]

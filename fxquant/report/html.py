@@ -8,38 +8,32 @@ import math
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fxquant.core.errors import MissingDependencyError
 from fxquant.core.host import printable
 from fxquant.core.storage import atomic_path
 from fxquant.report.curve_geometry import curve
-from fxquant.report.page_data import content
 from fxquant.report.pictures import bars, heat_map
 from fxquant.report.text import bytes_text, count_text, decibels_text, latency_text, limit_text, loss_text, percent_text
-
-if TYPE_CHECKING:
-    from fxquant.result import Result
 
 TEMPLATE = "report.html.j2"
 NOISIEST = 6
 """Edges that are shown without asking, those with the most noise."""
 
 
-def write_report(result: Result, path: Path, extras: Mapping[str, Any] | None = None) -> Path:
-    """Write the page and return its path.
+def write_page(data: Mapping[str, Any], path: Path) -> Path:
+    """Write the page of a report's data and return its path.
 
     Args:
-        result: what `quantize` returned.
+        data: as for `render`.
         path: the file to write.
-        extras: measurements the result does not hold; `fxquant.report.page_data.EXTRAS` names them.
 
     Raises:
         OutputError: the path cannot be written.
-        OptionError: an extra of unknown name.
         MissingDependencyError: jinja2 is not installed.
     """
-    page = render(content(result, extras))
+    page = render(data)
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
@@ -49,7 +43,7 @@ def render(data: Mapping[str, Any]) -> str:
     """Return the page of a report's data.
 
     Args:
-        data: from `fxquant.report.page_data.content`.
+        data: from `content`.
 
     Raises:
         MissingDependencyError: jinja2 is not installed.
@@ -143,7 +137,7 @@ def tiles(data: Mapping[str, Any]) -> list[dict[str, str]]:
     if "milliseconds" in mixed:
         against = f"float {float_row['milliseconds']:.3g} ms" if "milliseconds" in float_row else ""
         if mixed["high"] - mixed["low"] > NOISY * mixed["milliseconds"]:
-            # The median of such rounds is nobody's time.
+            # The median of such rounds is the time of no single one.
             against = f"too noisy to compare: {mixed['low']:.3g}–{mixed['high']:.3g} ms; run fxquant bench when idle"
         shown.append({"label": "Time for one image", "value": f"{mixed['milliseconds']:.3g} ms", "note": against})
     if outcome["average_bits"] is not None:

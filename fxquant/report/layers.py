@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fxquant.backends import backend
-from fxquant.core.facts import Settings
-from fxquant.core.ir import FLOAT_BITS, Choice, Site, Sites
+from fxquant.core.facts import BitAllocation, CostTables, SensitivityMatrix, Settings, Target
+from fxquant.core.ir import FLOAT_BITS, Choice, Program, Site, Sites
 from fxquant.passes.cost import FLOAT_BYTES, site_bytes
 
-if TYPE_CHECKING:
-    from fxquant.result import Result
+SHARE = 0.5
+"""Share of the loss that the most sensitive layers make up at least."""
 
 
-def layer_rows(result: Result, kernels: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+def layer_rows(program: Program, kernels: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """Return a plain row for each site, in graph order.
 
     Args:
-        result: a result with sensitivity and costs.
+        program: with plan, sensitivity and costs.
         kernels: layer name -> kernel the runtime was seen to run, where that is known.
     """
-    view = _View(result)
-    rows = [view.row(site) for site in result.program[Sites].sites]
-    size, macs = view.total_bytes, sum(row["macs"] for row in rows)
+    rows = [_row(program, site, target_of(program)) for site in program[Sites].sites]
+    size, macs = model_bytes(program, program[BitAllocation].choices), sum(row["macs"] for row in rows)
     for row in rows:
         row["share_of_bytes"] = row["bytes"] / size if size else 0.0
         row["share_of_macs"] = row["macs"] / macs if macs else 0.0
@@ -35,18 +33,14 @@ def layer_rows(result: Result, kernels: Mapping[str, str] | None = None) -> list
     return rows
 
 
-SHARE = 0.5
-"""Share of the loss that the layers of the ready-made list make up at least."""
-
-
-def most_sensitive(result: Result) -> dict[str, Any] | None:
+def most_sensitive(program: Program) -> dict[str, Any] | None:
     """Return the fewest layers that make up half of what all layers lose alone at their widest integer precision.
 
     Returns:
         `layers` by loss, the largest first, their `share` of the loss, and the `option` that keeps them in float; None
         where nothing is lost.
     """
-    matrix = result.sensitivity
+    matrix = program[SensitivityMatrix]
     alone = {c.site: float(matrix.values[k, k]) for k, c in enumerate(matrix.candidates) if not c.choice.is_float}
     # Candidates of a site ascend, so its last one stays. Noise may make a loss negative.
     ranked = sorted(((max(loss, 0.0), name) for name, loss in alone.items()), reverse=True)
@@ -62,71 +56,65 @@ def most_sensitive(result: Result) -> dict[str, Any] | None:
     return {"layers": chosen, "share": held / total, "option": " ".join(f"--keep-float {quote(n)}" for n in chosen)}
 
 
-def model_bytes(result: Result, choices: Mapping[str, Choice]) -> float:
+def model_bytes(program: Program, choices: Mapping[str, Choice]) -> float:
     """Return the bytes of a plan, layers put in float by hand included."""
-    sites, target = result.program[Sites].sites, backend(result.program[Settings].target).target
-    return result.costs["size"].constant + sum(site_bytes(site, choices[site.name], target) for site in sites)
+    sites, target = program[Sites].sites, target_of(program)
+    return program[CostTables]["size"].constant + sum(site_bytes(site, choices[site.name], target) for site in sites)
 
 
-@dataclass(frozen=True)
-class _View:
-    """What the rows are read from."""
-
-    result: Result
-
-    @property
-    def total_bytes(self) -> float:
-        return model_bytes(self.result, self.result.allocation.choices)
-
-    def row(self, site: Site) -> dict[str, Any]:
-        matrix, choices = self.result.sensitivity, self.result.allocation.choices
-        choice = choices[site.name]
-        target = backend(self.result.program[Settings].target).target
-        columns = {c.choice.label: k for k, c in enumerate(matrix.candidates) if c.site == site.name}
-        chosen = np.array([choices.get(c.site) == c.choice for c in matrix.candidates], dtype=np.float64)
-        at = columns.get(choice.label)
-        used = site_bytes(site, choice, target)
-        widest = site_bytes(site, site.choices[-1], target)
-        return {
-            "name": site.name,
-            "kind": site.kind,
-            "weights": site.weight_count,
-            "channels": site.channels,
-            "uses": len(site.nodes),
-            "macs": site.macs,
-            "choice": choice.label,
-            "choices": [c.label for c in site.choices],
-            "weight_bits": choice.weight_bits,
-            "activation_bits": choice.activation_bits,
-            "stored_bits": FLOAT_BITS if choice.is_float else target.storage_bits[choice.weight_bits],
-            "bytes": used,
-            "float_bytes": FLOAT_BYTES * (site.weight_count + site.bias_count),
-            "saved_bytes": widest - used,
-            "losses": {label: float(matrix.values[k, k]) for label, k in columns.items()},
-            "stderr": {label: finite(matrix.stderr[k, k]) for label, k in columns.items()},
-            "loss": 0.0 if at is None else float(matrix.values[at, at]),
-            "contribution": 0.0 if at is None else float(matrix.values[at] @ chosen),
-            "next_step": None if at is None else self._next_step(site, chosen, used),
-        }
-
-    def _next_step(self, site: Site, chosen: np.ndarray[Any, np.dtype[np.float64]], used: int) -> dict[str, Any] | None:
-        """Return what the next wider precision would save in modelled loss, all else equal, and cost in bytes."""
-        matrix, choice = self.result.sensitivity, self.result.allocation.choices[site.name]
-        wider = next((c for c in site.choices if c > choice), None)
-        if wider is None:
-            return None
-        moved = chosen.copy()
-        for k, candidate in enumerate(matrix.candidates):
-            if candidate.site == site.name:
-                moved[k] = float(candidate.choice == wider)
-        target = backend(self.result.program[Settings].target).target
-        return {
-            "choice": wider.label,
-            "loss_saved": float(chosen @ matrix.values @ chosen - moved @ matrix.values @ moved),
-            "extra_bytes": site_bytes(site, wider, target) - used,
-        }
+def target_of(program: Program) -> Target:
+    """Return what the program was made to run on."""
+    return backend(program[Settings].target).target
 
 
 def finite(value: float) -> float | None:
-    """Return the value, None where JSON has no word for it."""
+    """Return the value, None where JSON cannot hold it."""
     return float(value) if np.isfinite(value) else None
+
+
+def _row(program: Program, site: Site, target: Target) -> dict[str, Any]:
+    matrix, choices = program[SensitivityMatrix], program[BitAllocation].choices
+    choice = choices[site.name]
+    columns = {c.choice.label: k for k, c in enumerate(matrix.candidates) if c.site == site.name}
+    chosen = np.array([choices.get(c.site) == c.choice for c in matrix.candidates], dtype=np.float64)
+    at = columns.get(choice.label)
+    used = site_bytes(site, choice, target)
+    return {
+        "name": site.name,
+        "kind": site.kind,
+        "weights": site.weight_count,
+        "channels": site.channels,
+        "uses": len(site.nodes),
+        "macs": site.macs,
+        "choice": choice.label,
+        "choices": [c.label for c in site.choices],
+        "weight_bits": choice.weight_bits,
+        "activation_bits": choice.activation_bits,
+        "stored_bits": FLOAT_BITS if choice.is_float else target.storage_bits[choice.weight_bits],
+        "bytes": used,
+        "float_bytes": FLOAT_BYTES * (site.weight_count + site.bias_count),
+        "saved_bytes": site_bytes(site, site.choices[-1], target) - used,
+        "losses": {label: float(matrix.values[k, k]) for label, k in columns.items()},
+        "stderr": {label: finite(matrix.stderr[k, k]) for label, k in columns.items()},
+        "loss": 0.0 if at is None else float(matrix.values[at, at]),
+        "contribution": 0.0 if at is None else float(matrix.values[at] @ chosen),
+        "next_step": None if at is None else _next_step(matrix, site, choice, chosen, target),
+    }
+
+
+def _next_step(
+    matrix: SensitivityMatrix, site: Site, choice: Choice, chosen: np.ndarray[Any, Any], target: Target
+) -> dict[str, Any] | None:
+    """Return what the next wider precision of a site would save in modelled loss, all else equal, and cost in bytes."""
+    wider = next((c for c in site.choices if c > choice), None)
+    if wider is None:
+        return None
+    moved = chosen.copy()
+    for k, candidate in enumerate(matrix.candidates):
+        if candidate.site == site.name:
+            moved[k] = float(candidate.choice == wider)
+    return {
+        "choice": wider.label,
+        "loss_saved": float(chosen @ matrix.values @ chosen - moved @ matrix.values @ moved),
+        "extra_bytes": site_bytes(site, wider, target) - site_bytes(site, choice, target),
+    }

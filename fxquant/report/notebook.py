@@ -1,37 +1,33 @@
-"""A result in a notebook and in one line."""
+"""The report as a snippet for notebooks, and as one line."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fxquant.core.host import card, line, printable, table
 from fxquant.core.host import tiles as tiles_html
+from fxquant.core.ir import Program
 from fxquant.report.html import tiles
 from fxquant.report.page_data import overview
 from fxquant.report.text import bytes_text, count_text, loss_text, percent_text
 
-if TYPE_CHECKING:
-    from fxquant.result import Result
 
-
-def one_line(result: Result) -> str:
+def one_line(program: Program) -> str:
     """Return what a prompt shows: coverage, size, bits, held-out loss and how the plan came about."""
-    data = overview(result)
+    data = overview(program)
     outcome, covered = data["outcome"], data["coverage"]
-    told = [
+    parts = [
         f"{covered['quantized']} of {covered['layers']} layers quantized",
         f"{bytes_text(outcome['bytes'])} ({outcome['size_ratio']:.3g} of float)",
     ]
     if outcome["average_bits"] is not None:
-        told.append(f"{outcome['average_bits']:.4g} bits a weight")
+        parts.append(f"{outcome['average_bits']:.4g} bits a weight")
     if outcome["measured_loss"] is not None:
-        told.append(f"held-out loss {loss_text(outcome['measured_loss'])} {outcome['loss_unit']}")
-    return printable(f"Result({', '.join(told)}, {outcome['status']})")
+        parts.append(f"held-out loss {loss_text(outcome['measured_loss'])} {outcome['loss_unit']}")
+    return printable(f"Result({', '.join(parts)}, {outcome['status']})")
 
 
-def page(result: Result) -> str:
+def page(program: Program, held_out_images: int | None = None) -> str:
     """Return the headline numbers and the layer table as a snippet of HTML."""
-    data = overview(result)
+    data = overview(program, held_out_images)
     rows = [
         (
             row["name"],

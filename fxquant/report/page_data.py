@@ -6,14 +6,16 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import (
     LIMIT_TABLES,
     BitAllocation,
     CostTables,
+    Finalists,
     Rounding,
+    SensitivityMatrix,
     Settings,
     Surrogates,
     fits,
@@ -21,16 +23,13 @@ from fxquant.core.facts import (
     unit_of,
 )
 from fxquant.core.host import cpu_model, int8_instructions
-from fxquant.core.ir import Choice, Sites
+from fxquant.core.ir import Choice, Program, Sites
 from fxquant.passes import uniform_plans
 from fxquant.report.budget_curve import frontier
 from fxquant.report.layers import finite, layer_rows, model_bytes, most_sensitive
 from fxquant.report.operands import operand_rows
 from fxquant.report.quantizer_tables import edge_rows, weight_noise
 from fxquant.report.rounded_units import rounding
-
-if TYPE_CHECKING:
-    from fxquant.result import Result
 
 FORMAT_VERSION = 1
 
@@ -43,8 +42,9 @@ EXTRAS = {
     "parity": "what was compared -> how far it is apart, as text or number",
     "check": "what `fxquant check` found, as `Parity.to_json` gives it",
 }
-"""What a caller may add that the result itself does not know -> what it holds."""
+"""Measurement that a caller may add to what the program holds -> its form."""
 
+NO_INSTRUCTIONS = "none: integers may be no faster than float here; fxquant bench tells"
 PACKAGES = ("fxquant", "torch", "numpy", "onnx", "onnxruntime", "PuLP")
 
 STATUS = {
@@ -56,35 +56,42 @@ STATUS = {
 """Status of a plan -> what it means."""
 
 
-def content(result: Result, extras: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def content(
+    program: Program, simulated: Program, held_out_images: int | None = None, extras: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the report as plain JSON values.
 
-    Takes some seconds where the program is hard to solve: the curve of budgets solves it anew at each of its points.
+    Takes some seconds where the integer program is hard to solve: the curve of budgets solves it at each of its points.
 
     Args:
-        result: what `quantize` returned.
-        extras: measurements the result does not hold, with the keys of `EXTRAS`.
+        program: float graph with plan, sensitivity and costs.
+        simulated: the graph with fake-quant of the same plan.
+        held_out_images: how many images the plan's loss was measured on, None if they are not known.
+        extras: measurements the program does not hold, with the keys of `EXTRAS`.
 
     Raises:
         OptionError: an extra of unknown name.
     """
-    data = overview(result, extras)
-    noise = weight_noise(result)
+    data = overview(program, held_out_images, extras)
+    noise = weight_noise(program, simulated)
     for row in data["layers"]:
         row["weight_sqnr_db"] = noise.get(row["name"])
     return {
         **data,
-        "frontier": frontier(result),
+        "frontier": frontier(program),
         "operands": operand_rows(data["layers"]),
-        "edges": edge_rows(result),
+        "edges": edge_rows(simulated),
     }
 
 
-def overview(result: Result, extras: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def overview(
+    program: Program, held_out_images: int | None = None, extras: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return the part of the report that costs nothing, for the terminal and notebooks.
 
     Args:
-        result: as for `content`.
+        program: as for `content`.
+        held_out_images: as for `content`.
         extras: as for `content`.
 
     Raises:
@@ -94,17 +101,17 @@ def overview(result: Result, extras: Mapping[str, Any] | None = None) -> dict[st
     unknown = sorted(set(measured) - set(EXTRAS))
     if unknown:
         raise OptionError(f"report extras {unknown} are unknown; known: {', '.join(EXTRAS)}")
-    layers = layer_rows(result, measured.get("kernels"))
+    layers = layer_rows(program, measured.get("kernels"))
     return {
-        "asked": _asked(result),
-        "outcome": _outcome(result),
-        "coverage": coverage(result),
-        "plans": _plans(result),
+        "asked": _asked(program),
+        "outcome": _outcome(program, held_out_images),
+        "coverage": coverage(program),
+        "plans": _plans(program),
         "layers": layers,
-        "sensitive": most_sensitive(result),
-        "sensitivity": _sensitivity(result),
-        "rounding": rounding(result),
-        "passes": [{"name": p.name, "rewrites": p.rewrites, "seconds": p.seconds} for p in result.program.log],
+        "sensitive": most_sensitive(program),
+        "sensitivity": _sensitivity(program),
+        "rounding": rounding(program),
+        "passes": [{"name": p.name, "rewrites": p.rewrites, "seconds": p.seconds} for p in program.log],
         "versions": versions(),
         "measured": measured,
     }
@@ -119,17 +126,17 @@ def _latency(costs: CostTables, choices: Mapping[str, Choice]) -> dict[str, Any]
     return {"predicted_ms": table.of(choices), "float_ms": table.float_cost, "noise": noise}
 
 
-def _asked(result: Result) -> dict[str, Any]:
-    settings = result.program[Settings]
+def _asked(program: Program) -> dict[str, Any]:
+    settings = program[Settings]
     values = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     plain["pins"] = {pattern: choice.label for pattern, choice in settings.pins.items()}
     plain["forbid"] = {pattern: [c.label for c in choices] for pattern, choices in settings.forbid.items()}
-    return {"budget": dict(result.allocation.limits), "settings": plain, "inputs": _inputs(result)}
+    return {"budget": dict(program[BitAllocation].limits), "settings": plain, "inputs": _inputs(program)}
 
 
-def _inputs(result: Result) -> list[dict[str, Any]]:
-    nodes = [node for node in result.program.module.graph.nodes if node.op == "placeholder"]
+def _inputs(program: Program) -> list[dict[str, Any]]:
+    nodes = [node for node in program.module.graph.nodes if node.op == "placeholder"]
     return [
         {
             "name": str(node.target),
@@ -140,8 +147,8 @@ def _inputs(result: Result) -> list[dict[str, Any]]:
     ]
 
 
-def _outcome(result: Result) -> dict[str, Any]:
-    plan, costs, sites = result.allocation, result.costs, result.program[Sites]
+def _outcome(program: Program, held_out_images: int | None) -> dict[str, Any]:
+    plan, costs, sites = program[BitAllocation], program[CostTables], program[Sites]
     limits = []
     for name, limit in plan.limits.items():
         row = {"name": name, "limit": limit, "used": plan.used.get(name), "slack": plan.slack.get(name)}
@@ -154,52 +161,56 @@ def _outcome(result: Result) -> dict[str, Any]:
         measured = plan.quality.get(name)
         slack = None if measured is None else limit - measured
         limits.append({"name": name, "limit": limit, "used": measured, "slack": slack})
-    size = model_bytes(result, plan.choices)
+    size = model_bytes(program, plan.choices)
     return {
         "status": plan.status,
-        "status_text": "; ".join([STATUS[plan.status], *_notes(result)]),
+        "status_text": "; ".join([STATUS[plan.status], *_notes(program)]),
         "estimator": plan.estimator,
         "objective": finite(plan.objective),
         "bound": finite(plan.bound),
         "gap": finite(plan.gap),
         "measured_loss": plan.measured_loss,
-        "unrounded_loss": _unrounded(result, plan),
-        "loss_unit": result.sensitivity.unit,
-        "held_out_images": None if result.held_out is None else len(result.held_out),
+        "unrounded_loss": _unrounded(program, plan),
+        "loss_unit": program[SensitivityMatrix].unit,
+        "held_out_images": held_out_images,
         "limits": limits,
         "latency": _latency(costs, plan.choices),
         "bytes": size,
         "float_bytes": costs["size"].float_cost,
         "size_ratio": size / costs["size"].float_cost,
-        "average_bits": average_bits(result, plan),
-        "evaluations": result.sensitivity.evaluations,
+        "average_bits": average_bits(program, plan),
+        "evaluations": program[SensitivityMatrix].evaluations,
     }
 
 
-def _notes(result: Result) -> list[str]:
+def _notes(program: Program) -> list[str]:
     """Return what did not go as usual in any of the solves behind the plan, each once."""
-    plans = (result.allocation, *result.finalists.values())
+    plans = (program[BitAllocation], *_finalists(program).values())
     return list(dict.fromkeys(note for plan in plans for note in plan.notes))
 
 
-def _unrounded(result: Result, plan: BitAllocation) -> float | None:
+def _finalists(program: Program) -> Mapping[str, BitAllocation]:
+    return program[Finalists].plans if Finalists in program else {}
+
+
+def _unrounded(program: Program, plan: BitAllocation) -> float | None:
     """Return the held-out loss of the plan before a rounding algorithm lowered it, None where none did."""
     before = plan.finalists.get(plan.estimator)
-    rounded = Rounding in result.program and plan.measured_loss is not None
+    rounded = Rounding in program and plan.measured_loss is not None
     return before if rounded and before is not None and before != plan.measured_loss else None
 
 
-def average_bits(result: Result, plan: BitAllocation) -> float | None:
+def average_bits(program: Program, plan: BitAllocation) -> float | None:
     """Return the average weight bits over the layers a plan quantizes, None if it quantizes none."""
-    integer = [site for site in result.program[Sites].sites if not plan.choices[site.name].is_float]
+    integer = [site for site in program[Sites].sites if not plan.choices[site.name].is_float]
     weights = sum(site.weight_count for site in integer)
     total = sum(site.weight_count * plan.choices[site.name].weight_bits for site in integer)
     return total / weights if weights else None
 
 
-def coverage(result: Result) -> dict[str, Any]:
+def coverage(program: Program) -> dict[str, Any]:
     """Return how many layers are quantized and why the others are not; a layer is a weight or an op that multiplies."""
-    sites, choices = result.program[Sites], result.allocation.choices
+    sites, choices = program[Sites], program[BitAllocation].choices
     reasons: dict[str, list[str]] = {}
     for node, why in sites.refusals.items():
         reasons.setdefault(why, []).append(node)
@@ -210,8 +221,8 @@ def coverage(result: Result) -> dict[str, Any]:
     layers = len(sites.sites) + len(sites.refusals)
     sentence = f"{layers - in_float} of {layers} layers quantized"
     if in_float:
-        told = "; ".join(f"{why} ({len(names)})" for why, names in reasons.items())
-        sentence += f", {in_float} in float because: {told}"
+        counted = "; ".join(f"{why} ({len(names)})" for why, names in reasons.items())
+        sentence += f", {in_float} in float because: {counted}"
     return {
         "quantized": layers - in_float,
         "layers": layers,
@@ -221,11 +232,11 @@ def coverage(result: Result) -> dict[str, Any]:
     }
 
 
-def _plans(result: Result) -> list[dict[str, Any]]:
+def _plans(program: Program) -> list[dict[str, Any]]:
     """Return the chosen plan, the other finalists by measured loss, and uniform plans that did not fit."""
-    chosen, known = result.allocation, dict(result.finalists)
+    chosen, known = program[BitAllocation], dict(_finalists(program))
     limits = chosen.limits
-    for name, choices in uniform_plans(result.program[Sites].sites).items():
+    for name, choices in uniform_plans(program[Sites].sites).items():
         known.setdefault(name, BitAllocation(choices, estimator=name, status="uniform"))
     rows = []
     for name, plan in known.items():
@@ -233,22 +244,22 @@ def _plans(result: Result) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "chosen": plan.choices == chosen.choices,
-                "fits": fits(plan.choices, limits, result.costs),
-                "modelled_loss": result.sensitivity.predict(plan.choices),
+                "fits": fits(plan.choices, limits, program[CostTables]),
+                "modelled_loss": program[SensitivityMatrix].predict(plan.choices),
                 "measured_loss": chosen.finalists.get(name),
-                "bytes": model_bytes(result, plan.choices),
-                "average_bits": average_bits(result, plan),
+                "bytes": model_bytes(program, plan.choices),
+                "average_bits": average_bits(program, plan),
             }
         )
     if not any(row["chosen"] for row in rows):
         own = {
             "name": chosen.estimator,
             "chosen": True,
-            "fits": fits(chosen.choices, limits, result.costs),
+            "fits": fits(chosen.choices, limits, program[CostTables]),
             "modelled_loss": finite(chosen.objective),
             "measured_loss": chosen.measured_loss,
-            "bytes": model_bytes(result, chosen.choices),
-            "average_bits": average_bits(result, chosen),
+            "bytes": model_bytes(program, chosen.choices),
+            "average_bits": average_bits(program, chosen),
         }
         rows.append(own)
     return sorted(rows, key=lambda row: (not row["chosen"], row["name"] != chosen.estimator, *_rank(row)))
@@ -259,8 +270,8 @@ def _rank(row: Mapping[str, Any]) -> tuple[bool, float, str]:
     return not row["fits"], float(loss or 0.0), str(row["name"])
 
 
-def _sensitivity(result: Result) -> dict[str, Any]:
-    matrix = result.sensitivity
+def _sensitivity(program: Program) -> dict[str, Any]:
+    matrix = program[SensitivityMatrix]
     return {
         "estimator": matrix.estimator,
         "unit": matrix.unit,
@@ -269,12 +280,9 @@ def _sensitivity(result: Result) -> dict[str, Any]:
         "values": matrix.values.tolist(),
         "scored": [
             {"estimator": name, "evaluations": each.evaluations, "unit": each.unit, "notes": dict(each.notes)}
-            for name, each in result.program[Surrogates].matrices.items()
+            for name, each in program[Surrogates].matrices.items()
         ],
     }
-
-
-NO_INSTRUCTIONS = "none: integers may be no faster than float here; fxquant bench tells"
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -12,18 +12,14 @@ from fxquant.backends.exact import edge_labels
 from fxquant.core.facts import FakeQuantNodes, Histogram, Ranges, merged
 from fxquant.core.ir import EdgeGroups, FakeQuantize, Program, Sites, resolve, tensor_at
 
-if TYPE_CHECKING:
-    from fxquant.result import Result
 
-
-def edge_rows(result: Result) -> list[dict[str, Any]]:
-    """Return a row for each grid of activations in the plan's graph, in graph order.
+def edge_rows(simulated: Program) -> list[dict[str, Any]]:
+    """Return a row for each grid of activations in the simulated graph, in graph order.
 
     `minimum` and `maximum` are what calibration saw, `low` and `high` the ends of the grid, `clipped` the share of
     calibration values beyond them, and `sqnr_db = 10 log10(sum x^2 / sum (x - quantized x)^2)` over the calibration
     histogram, None where nothing is lost.
     """
-    simulated = result.simulated_program
     nodes, groups = simulated.facts.get(FakeQuantNodes), simulated[EdgeGroups]
     if nodes is None:
         return []
@@ -55,20 +51,19 @@ def _noise(seen: Histogram, scale: float, low: float, high: float) -> dict[str, 
     return {"clipped": float(counts[outside].sum() / counts.sum()), "sqnr_db": _decibels(signal, noise)}
 
 
-def weight_noise(result: Result) -> dict[str, float | None]:
+def weight_noise(program: Program, simulated: Program) -> dict[str, float | None]:
     """Return `10 log10(sum w^2 / sum (w - quantized w)^2)` of every layer that the plan quantizes.
 
-    Against the float weight; None where nothing is lost. Weights that were rounded for the answer's sake are often
-    noisier than the nearest ones.
+    Against the float weight; None where nothing is lost. Weights rounded to keep the network's output are often noisier
+    than weights rounded to nearest.
     """
-    simulated = result.simulated_program
     nodes = simulated.facts.get(FakeQuantNodes)
     found: dict[str, float | None] = {}
-    for site in result.program[Sites].sites:
+    for site in program[Sites].sites:
         if nodes is None or site.name not in nodes.weights:
             continue
         source, quantizer = _quantizer(simulated.module, nodes.weights[site.name][0])
-        weight = tensor_at(result.program.module, site.weight).detach().double()
+        weight = tensor_at(program.module, site.weight).detach().double()
         rounded: Tensor = quantizer(tensor_at(simulated.module, str(source.target)).detach())
         found[site.name] = _decibels(float(weight.square().sum()), float((weight - rounded.double()).square().sum()))
     return found
@@ -83,5 +78,5 @@ def _quantizer(module: GraphModule, name: str) -> tuple[Node, FakeQuantize]:
 
 
 def _decibels(signal: float, noise: float) -> float | None:
-    """Return a ratio of powers in dB, None where JSON has no word for it."""
+    """Return a ratio of powers in dB, None where it is infinite or undefined."""
     return None if noise <= 0.0 or signal <= 0.0 else float(10 * np.log10(signal / noise))

@@ -1,26 +1,24 @@
-"""What rounding the weights better than to nearest came to, unit by unit, as plain values."""
+"""Outcome of the weight rounding, unit by unit, as plain values."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fxquant.core.facts import Rounding
+from fxquant.core.facts import BitAllocation, Rounding
+from fxquant.core.ir import Program
 from fxquant.report.layers import finite
 
-if TYPE_CHECKING:
-    from fxquant.result import Result
-
 WHOLE = "whole network"
-"""In the place of a unit's name where an algorithm is judged as a whole."""
+"""Name of the unit of an algorithm that is judged as a whole."""
 
 
-def rounding(result: Result) -> dict[str, Any]:
-    """Return the method in place, what became of each unit, and one sentence on both.
+def rounding(program: Program) -> dict[str, Any]:
+    """Return the method, the outcome of each unit, and one sentence on both.
 
-    Losses are of held-out images: of the network quantized up to the end of the unit and float behind it, or of the
+    Losses are on held-out images: of the network quantized up to the end of the unit and float after it, or of the
     whole network quantized.
     """
-    known = Rounding.of(result.program, result.allocation.choices)
+    known = Rounding.of(program, program[BitAllocation].choices)
     # Closed-form algorithms are judged as a whole and name no sites.
     units = [unit for unit in known.units if unit.sites]
     kept = sum(unit.kept for unit in units)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fxquant.core.facts import Settings
+from fxquant.core.host import Speed
+from fxquant.core.ir import Program
 from fxquant.report.terminal import table_text
 from fxquant.report.text import bytes_text, percent_text
-
-if TYPE_CHECKING:
-    from fxquant.bench import Speed
-    from fxquant.result import Result
 
 
 def comparison(rows: Iterable[Mapping[str, Any]], speeds: Iterable[Speed]) -> list[dict[str, Any]]:
     """Return comparison rows with these times in them; rows that were not timed now lose the times they had."""
     merged: dict[str, dict[str, Any]] = {}
     for row in rows:
-        # Times of another run were taken on a machine in another mood; side by side they would mislead.
+        # Times of another run were taken under another load; side by side they would mislead.
         kept = {key: value for key, value in row.items() if key not in ("milliseconds", "low", "high")}
         merged[str(row["name"])] = kept
     for speed in speeds:
@@ -29,9 +27,9 @@ def comparison(rows: Iterable[Mapping[str, Any]], speeds: Iterable[Speed]) -> li
     return list(merged.values())
 
 
-def runtime_text(result: Result, threads: int | None = None) -> str:
+def runtime_text(program: Program, threads: int | None = None) -> str:
     """Return what milliseconds were measured in, for the report."""
-    settings = result.program[Settings]
+    settings = program[Settings]
     count = threads or settings.threads
     used = count or torch.get_num_threads()
     return f"{settings.target}, 1 image, {used} thread{'' if used == 1 else 's'}"

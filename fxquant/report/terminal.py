@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,19 +12,17 @@ from rich.table import Table
 from rich.text import Text
 
 from fxquant.core.host import int8_instructions
+from fxquant.core.ir import Program
 from fxquant.report.page_data import overview
 from fxquant.report.text import bytes_text, count_text, latency_text, limit_text, loss_text, percent_text, safe
-
-if TYPE_CHECKING:
-    from fxquant.result import Result
 
 COLUMNS = 100
 COLUMN_GAP = 3
 
 
-def summary(result: Result) -> str:
+def summary(program: Program) -> str:
     """Return the plan as text of at most 100 columns, without colour codes."""
-    data = overview(result)
+    data = overview(program)
     lines = [*_headline(data), data["coverage"]["sentence"], data["rounding"]["sentence"]]
     if data["sensitive"] is not None:
         share, option = percent_text(data["sensitive"]["share"]), data["sensitive"]["option"]

@@ -31,7 +31,7 @@ def test_limits_are_those_of_the_file(tmp_path: Path) -> None:
     table = result.program[CostTables]["latency"]
     assert table.of(result.allocation.choices) <= 1.5
     assert result.allocation.choices["stem"].label == result.allocation.choices["body"].label == "W4A8"
-    assert "latency_ms" in summary(result)
+    assert "latency_ms" in summary(result.program)
     with pytest.raises(InfeasibleBudgetError, match="latency_ms"):
         quantized(path, fxquant.Budget(latency_ms=0.5))
     with pytest.raises(OptionError, match="does not execute"):

@@ -11,8 +11,9 @@ import torch
 
 import fxquant
 from fxquant.cli import commands as cli
-from fxquant.cli import main, write_outputs
+from fxquant.cli import main
 from fxquant.core.ir import Choice
+from fxquant.outputs import write_outputs
 from fxquant.report import render
 from tests.small import small, small_result
 
@@ -246,11 +247,11 @@ def test_failure_at_the_end_keeps_scores_but_no_half_result(
     def full(*_: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fxquant.cli.outputs.render", full)
+    monkeypatch.setattr("fxquant.report.html.render", full)
     arguments = ["quantize", *scoring(tmp_path), *BUDGET]
     assert "No space left" in failure(arguments, 1, capsys)
     assert {name.split("/")[0] for name in files(tmp_path)} == {"scores"}
-    monkeypatch.setattr("fxquant.cli.outputs.render", render)
+    monkeypatch.setattr("fxquant.report.html.render", render)
     assert main([*arguments, "--resume", "--quiet"]) == 0
 
 

@@ -102,7 +102,7 @@ def test_from_the_front_door_to_the_summary() -> None:
     budget = Budget(disagreement=0.2)
     result = fxquant.quantize(small(), images(), budget, target="reference", effort="fast", progress=False)
     assert result.allocation.quality["disagreement"] <= 0.2
-    assert "Budget disagreement:" in summary(result)
+    assert "Budget disagreement:" in summary(result.program)
     again = BitAllocation.from_json(result.allocation.to_json())
     assert again.quality == result.allocation.quality
     loose = fxquant.resolve(result, Budget(disagreement=1), progress=False)

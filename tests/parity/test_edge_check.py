@@ -21,12 +21,13 @@ from benchmarks.zoo import NETWORKS
 from fxquant.api import capture, prepare
 from fxquant.backends.int8 import FxInt8Backend, told_forms
 from fxquant.backends.onnx import to_onnx
-from fxquant.cli import main, write_outputs
+from fxquant.cli import main
 from fxquant.core.errors import FileFormatError, OptionError, ParityError
 from fxquant.core.facts import BitAllocation, Settings
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet
 from fxquant.flow import pipeline
+from fxquant.outputs import write_outputs
 from fxquant.parity import AGREEMENT, Pair, Parity, as_json, check, compare
 from fxquant.passes import simulate, widest_plan
 from tests.backends.lowered import QUANTIZED, example, simulated

@@ -8,7 +8,7 @@ import pytest
 
 from fxquant.core.ir import FLOAT, Choice, Sites
 from fxquant.passes.allocation import SOLVERS, Solution
-from fxquant.report import POINTS, axis, content, frontier, render
+from fxquant.report import POINTS, axis, frontier, render
 from tests.small import small_result
 
 
@@ -23,7 +23,7 @@ def average_bits(plan: dict[str, Choice]) -> float:
 
 
 def test_each_point_is_the_best_of_all_plans_within_its_limit() -> None:
-    result, told = small_result(), frontier(small_result())
+    result, told = small_result(), frontier(small_result().program)
     assert told["axis"] == "average_bits"
     assert len(told["points"]) == POINTS
     assert [told["points"][0]["limit"], told["points"][-1]["limit"]] == [2.0, pytest.approx(8.0)]
@@ -39,7 +39,7 @@ def test_each_point_is_the_best_of_all_plans_within_its_limit() -> None:
 
 
 def test_chosen_and_uniform_plans_stand_beside_the_curve() -> None:
-    result, told = small_result(), frontier(small_result())
+    result, told = small_result(), frontier(small_result().program)
     choices = result.allocation.choices
     assert told["chosen"] == {
         "used": pytest.approx(average_bits(choices)),
@@ -54,8 +54,8 @@ def test_chosen_and_uniform_plans_stand_beside_the_curve() -> None:
 
 
 def test_without_a_budget_the_curve_runs_along_bytes() -> None:
-    told = frontier(small_result(budget=None))
-    assert told["axis"] == axis(small_result(budget=None)) == "size_mb"
+    told = frontier(small_result(budget=None).program)
+    assert told["axis"] == axis(small_result(budget=None).program) == "size_mb"
     for point in told["points"]:
         assert point["used"] == pytest.approx(point["bytes"] / 1e6)
         assert point["used"] <= point["limit"] * (1 + 1e-6)
@@ -65,22 +65,22 @@ def test_other_limits_hold_as_asked() -> None:
     result = small_result()
     room = result.costs["size"].of(result.allocation.choices) / 1e6
     plan = replace(result.allocation, limits={"average_bits": 5.0, "size_mb": room})
-    told = frontier(replace(result, program=result.program.with_facts(plan)))
+    told = frontier(result.program.with_facts(plan))
     assert told["axis"] == "average_bits"
     assert max(point["bytes"] for point in told["points"]) <= room * 1e6
-    assert max(point["bytes"] for point in frontier(result)["points"]) > room * 1e6
+    assert max(point["bytes"] for point in frontier(result.program)["points"]) > room * 1e6
 
 
 def test_a_layer_put_in_float_by_hand_has_no_place_on_the_curve() -> None:
     result = small_result()
     plan = replace(result.allocation, choices={**result.allocation.choices, "head": FLOAT})
-    told = frontier(result.with_plan(plan))
+    told = frontier(result.with_plan(plan).program)
     assert told["chosen"] is None
     assert told["points"]
 
 
 def test_out_of_time_leaves_points_out_and_says_so() -> None:
-    told = frontier(small_result(), seconds=-1.0)
+    told = frontier(small_result().program, seconds=-1.0)
     assert told["points"] == []
     assert told["left_out"] == POINTS
 
@@ -92,6 +92,6 @@ def test_plans_that_were_not_proved_in_time_are_marked(monkeypatch: pytest.Monke
 
     iqp = SOLVERS["iqp"]
     monkeypatch.setitem(SOLVERS._entries, "iqp", hurried)
-    told = frontier(small_result())
+    told = frontier(small_result().program)
     assert {(point["status"], point["gap"]) for point in told["points"]} == {("feasible", 0.25)}
-    assert "feasible, gap 25.0 %" in render({**content(small_result()), "frontier": told})
+    assert "feasible, gap 25.0 %" in render({**small_result().report_data(), "frontier": told})

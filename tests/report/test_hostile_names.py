@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fxquant.core.host import printable
-from fxquant.report import content, one_line, overview, page, render, summary
+from fxquant.report import one_line, overview, page, render, summary
 from fxquant.report import page_data as contents
 from tests.report.test_html import COMPARISON, Page
 from tests.small import small_result
@@ -37,7 +37,7 @@ FIXED = frozenset({"axis"})
 
 def report() -> dict[str, Any]:
     measured = {"comparison": COMPARISON, "runtime": "onnxruntime", "data": "digits", "parity": {"a": "b"}}
-    return content(small_result(), {**measured, "kernels": {"stem": "QLinearConv"}})
+    return small_result().report_data({**measured, "kernels": {"stem": "QLinearConv"}})
 
 
 def test_every_text_of_the_page_is_text() -> None:
@@ -57,16 +57,16 @@ def test_the_page_obeys_no_control_characters() -> None:
 
 
 def test_notebook_and_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    result, data = small_result(), planted(overview(small_result()), FREE)
-    for place in ("summary", "notebook"):
+    result, data = small_result(), planted(overview(small_result().program), FREE)
+    for place in ("terminal", "notebook"):
         monkeypatch.setattr(f"fxquant.report.{place}.overview", lambda *_: copy.deepcopy(data))
     assert contents.overview is overview
-    html = page(result)
+    html = page(result.program)
     assert "<script" not in html
     assert html.isprintable()
     assert Page(html).open == []
-    told = summary(result)
+    told = summary(result.program)
     assert all(letter.isprintable() or letter == "\n" for letter in told)
     # Markup of rich is not obeyed: it stays to be read.
     assert "[red]" in told
-    assert one_line(result) == printable(one_line(result))
+    assert one_line(result.program) == printable(one_line(result.program))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fxquant.core.errors import MissingDependencyError, OutputError
-from fxquant.report import FULL_MATRIX, MOST_ROWS, bars, content, heat_map, render, tiles, write_report
+from fxquant.report import FULL_MATRIX, MOST_ROWS, bars, heat_map, render, tiles
 from tests.small import small_result
 
 COMPARISON = [
@@ -49,7 +49,7 @@ class Page(HTMLParser):
 
 
 def rows(count: int) -> list[dict[str, Any]]:
-    first = content(small_result())["layers"][0]
+    first = small_result().report_data()["layers"][0]
     return [{**first, "name": f"block.{k}.conv"} for k in range(count)]
 
 
@@ -61,7 +61,7 @@ def matrix(count: int, labels: tuple[str, ...]) -> dict[str, Any]:
 
 
 def test_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
-    path = write_report(small_result(), tmp_path / "new" / "report.html")
+    path = small_result().report(tmp_path / "new" / "report.html")
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert page.open == []
@@ -73,7 +73,9 @@ def test_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
 
 
 def test_page_answers_the_questions() -> None:
-    data = content(small_result(), {"comparison": COMPARISON, "kernels": {"stem": "QLinearConv"}, "parity": {"LSB": 1}})
+    data = small_result().report_data(
+        {"comparison": COMPARISON, "kernels": {"stem": "QLinearConv"}, "parity": {"LSB": 1}}
+    )
     text = " ".join(Page(render(data)).text)
     for told in (
         "3 of 3",
@@ -92,7 +94,7 @@ def test_page_answers_the_questions() -> None:
 
 
 def test_page_shows_curve_ranges_kernels_and_latency() -> None:
-    data = content(small_result(), {"kernels": {"stem": "QLinearConv", "body": "QLinearConv", "head": "float"}})
+    data = small_result().report_data({"kernels": {"stem": "QLinearConv", "body": "QLinearConv", "head": "float"}})
     data["outcome"]["latency"] = {"predicted_ms": 1.25, "float_ms": 5.0, "noise": None}
     page = Page(render(data))
     circles = [attributes for tag, attributes in page.tags if tag == "circle"]
@@ -111,7 +113,7 @@ def test_page_shows_curve_ranges_kernels_and_latency() -> None:
 
 
 def test_page_shows_operands_where_both_were_scored() -> None:
-    data = content(small_result())
+    data = small_result().report_data()
     data["operands"] = [{"name": "stem", "choice": "W4A4", "weights": 0.125, "activations": None, "both": 0.5}]
     text = " ".join(" ".join(Page(render(data)).text).split())
     assert "stem W4A4 0.125 – 0.5" in text
@@ -123,7 +125,7 @@ def test_page_shows_what_check_found() -> None:
     pair |= {"layer_step": 1.0, "within": True, "broken": None, "first": None}
     wrong = {**pair, "runtime": "fx_int8", "agreement": None, "within": False, "broken": "<b>stem</b>", "layer_step": 3}
     found = {"images": 8, "edges": 4, "limits": {"layer_step": 1}, "pairs": [pair, wrong], "within": False}
-    page = Page(render(content(small_result(), {"check": found})))
+    page = Page(render(small_result().report_data({"check": found})))
     text = " ".join(" ".join(page.text).split())
     assert "exact onnxruntime 100 % 0.25 2 1 yes" in text
     assert "exact fx_int8 – 0.25 2 3 no, first at <b>stem</b>" in text
@@ -131,13 +133,13 @@ def test_page_shows_what_check_found() -> None:
 
 
 def test_page_of_an_analysis_and_of_a_net_with_float_layers() -> None:
-    assert "No budget" in render(content(small_result(budget=None)))
-    text = render(content(small_result(network="product")))
+    assert "No budget" in render(small_result(budget=None).report_data())
+    text = render(small_result(network="product").report_data())
     assert "why it stays in float" in text
 
 
 def test_hostile_names_are_text() -> None:
-    data = content(small_result())
+    data = small_result().report_data()
     hostile = "</title></svg><script>alert('x')</script>{{ 7*7 }}\"onload=\"x"
     data["layers"][0]["name"] = hostile
     data["sensitivity"]["candidates"][0]["site"] = hostile
@@ -160,14 +162,14 @@ def test_hostile_names_are_text() -> None:
 
 
 def test_headline_prefers_what_was_measured() -> None:
-    plain = {tile["label"]: tile["value"] for tile in tiles(content(small_result()))}
+    plain = {tile["label"]: tile["value"] for tile in tiles(small_result().report_data())}
     assert "Held-out KL loss" in plain
-    measured = {tile["label"]: tile for tile in tiles(content(small_result(), {"comparison": COMPARISON}))}
+    measured = {tile["label"]: tile for tile in tiles(small_result().report_data({"comparison": COMPARISON}))}
     assert measured["Accuracy"]["value"] == "98.0 %"
     assert measured["Accuracy"]["note"] == "float 99.0 %"
     assert measured["Time for one image"] == {"label": "Time for one image", "value": "1 ms", "note": "float 2 ms"}
     noisy = [COMPARISON[0], {**COMPARISON[1], "high": 3.0}]
-    told = {tile["label"]: tile for tile in tiles(content(small_result(), {"comparison": noisy}))}
+    told = {tile["label"]: tile for tile in tiles(small_result().report_data({"comparison": noisy}))}
     assert told["Time for one image"]["note"].startswith("too noisy to compare: 0.9–3 ms")
 
 
@@ -207,7 +209,7 @@ def test_matrix_of_zeros_is_drawn() -> None:
 def test_unwritable_path_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"cannot write .*report\.html"):
-        write_report(small_result(), tmp_path / "file" / "report.html")
+        small_result().report(tmp_path / "file" / "report.html")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -221,5 +223,5 @@ def test_missing_jinja_names_the_extra(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(importlib, "import_module", without)
     with pytest.raises(MissingDependencyError, match=r'pip install "fxquant\[report\]"'):
-        write_report(small_result(), tmp_path / "report.html")
+        small_result().report(tmp_path / "report.html")
     assert list(tmp_path.iterdir()) == []

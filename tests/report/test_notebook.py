@@ -31,7 +31,7 @@ def matrix_of(name: str) -> SensitivityMatrix:
 def test_a_prompt_shows_one_line() -> None:
     result = small_result()
     told = repr(result)
-    assert told == one_line(result)
+    assert told == one_line(result.program)
     assert re.fullmatch(
         r"Result\(3 of 3 layers quantized, [\d.]+ k?B \([\d.]+ of float\), [\d.]+ bits a weight, "
         r"held-out loss [\d.e-]+ KL nats, \w+\)",
@@ -54,7 +54,7 @@ def test_a_plan_and_scores_show_one_line() -> None:
 def test_a_notebook_shows_tiles_and_layers() -> None:
     result = small_result()
     made = result._repr_html_()
-    assert made == page(result)
+    assert made == page(result.program, held_out_images=6)
     for told in ("Layers quantized", "3 of 3", "Average weight bits", *result.allocation.choices):
         assert told in made
     cells = re.findall(r"<tr><td>(\w+)</td><td>\w+</td><td>(\w+)</td>", made)
@@ -82,14 +82,14 @@ def test_a_notebook_shows_losses_by_precision() -> None:
 
 
 def test_hostile_names_are_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = overview(small_result())
+    data = overview(small_result().program)
     data["layers"][0]["name"] = data["coverage"]["sentence"] = HOSTILE
-    monkeypatch.setattr("fxquant.report.notebook.overview", lambda _: data)
-    made = [page(small_result()), plan_of(HOSTILE)._repr_html_(), matrix_of(HOSTILE)._repr_html_()]
+    monkeypatch.setattr("fxquant.report.notebook.overview", lambda *_: data)
+    made = [page(small_result().program), plan_of(HOSTILE)._repr_html_(), matrix_of(HOSTILE)._repr_html_()]
     for html in made:
         assert "<script" not in html
         assert '"onload' not in html
         assert html.isprintable()
     data["outcome"]["loss_unit"] = HOSTILE
     limited = replace(plan_of(HOSTILE), used={HOSTILE: 1.0}, limits={HOSTILE: 2.0})
-    assert (repr(limited) + repr(matrix_of(HOSTILE)) + one_line(small_result())).isprintable()
+    assert (repr(limited) + repr(matrix_of(HOSTILE)) + one_line(small_result().program)).isprintable()

@@ -29,7 +29,7 @@ def test_each_operand_beside_the_widest_of_the_other() -> None:
 
 def test_layers_of_one_activation_width_and_in_float_have_no_row() -> None:
     assert operand_rows([layer("a", "W4A8", W2A8=2.0, W4A8=1.0), layer("b", "float", W4A4=1.0, W4A8=2.0)]) == []
-    assert operand_rows(layer_rows(small_result())) == []
+    assert operand_rows(layer_rows(small_result().program)) == []
 
 
 def test_losses_are_those_of_the_matrix() -> None:
@@ -45,7 +45,7 @@ def test_losses_are_those_of_the_matrix() -> None:
     )
     matrix = result.sensitivity
     alone = {(c.site, c.choice): matrix.values[k, k] for k, c in enumerate(matrix.candidates)}
-    rows = operand_rows(layer_rows(result))
+    rows = operand_rows(layer_rows(result.program))
     assert [row["name"] for row in rows] == ["stem", "body", "head"]
     for row in rows:
         chosen = result.allocation.choices[row["name"]]

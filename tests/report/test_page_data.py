@@ -10,12 +10,12 @@ import pytest
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import Settings, Surrogates, usage
 from fxquant.core.ir import FLOAT, Choice, Sites
-from fxquant.report import content, coverage, model_bytes
+from fxquant.report import coverage, model_bytes
 from tests.small import small_result
 
 
 def report(**extras: object) -> dict[str, Any]:
-    return content(small_result(), extras)
+    return small_result().report_data(extras)
 
 
 def test_is_plain_json_without_nan() -> None:
@@ -80,7 +80,7 @@ def test_plans_hold_the_finalists_and_uniform_plans_that_do_not_fit() -> None:
 
 
 def test_analysis_without_a_budget() -> None:
-    data = content(small_result(budget=None))
+    data = small_result(budget=None).report_data()
     assert data["outcome"]["status"] == "manual"
     assert data["outcome"]["limits"] == []
     assert data["outcome"]["average_bits"] == 8.0
@@ -92,7 +92,7 @@ def test_manual_plan_stands_in_the_list() -> None:
     manual = small_result().with_plan(
         replace(small_result().allocation, choices={"stem": Choice(2, 8), "body": Choice(8, 8), "head": Choice(2, 8)})
     )
-    first = content(manual)["plans"][0]
+    first = manual.report_data()["plans"][0]
     assert first["name"] == "manual"
     assert first["chosen"]
     assert manual.allocation.used == usage(manual.allocation.choices, {"average_bits": 5.0}, manual.costs)
@@ -101,7 +101,7 @@ def test_manual_plan_stands_in_the_list() -> None:
 def test_float_layers_are_counted_with_their_reasons() -> None:
     result = small_result(network="product")
     plan = replace(result.allocation, choices={**result.allocation.choices, "stem": FLOAT})
-    told = coverage(result.with_plan(plan))
+    told = coverage(result.with_plan(plan).program)
     assert (told["quantized"], told["layers"], told["in_float"]) == (2, 4, 2)
     assert {"reason": "the plan keeps it in float", "layers": ["stem"]} in told["reasons"]
     assert told["sentence"].startswith("2 of 4 layers quantized, 2 in float because: ")
@@ -113,11 +113,13 @@ def test_float_layers_cost_their_float_bytes() -> None:
     result = small_result()
     plan = replace(result.allocation, choices={**result.allocation.choices, "head": FLOAT})
     manual = result.with_plan(plan)
-    row = content(manual)["layers"][2]
+    row = manual.report_data()["layers"][2]
     assert row["bytes"] == row["float_bytes"] == 4 * (18 + 3)
     assert row["stored_bits"] == 32
     assert manual.allocation.used == {}
-    assert model_bytes(manual, manual.allocation.choices) > model_bytes(result, result.allocation.choices)
+    assert model_bytes(manual.program, manual.allocation.choices) > model_bytes(
+        result.program, result.allocation.choices
+    )
 
 
 def test_settings_versions_and_passes_are_there() -> None:

@@ -33,7 +33,7 @@ def test_edges_are_those_of_the_graph() -> None:
         for node in simulated.graph.nodes
         if node.op == "call_module" and "weight" not in node.name
     }
-    rows = edge_rows(small_result())
+    rows = edge_rows(small_result().simulated_program)
     assert {name for row in rows for name in row["producers"]} == set(quantizers)
     for row in rows:
         for producer in row["producers"]:
@@ -54,7 +54,7 @@ def test_noise_of_edges_is_that_of_the_calibration_images() -> None:
     scoring, _ = CalibrationSet((images(),)).split(settings.held_out, settings.seed)
     with torch.no_grad():
         recorder.run(*scoring.inputs)
-    for row in edge_rows(result):
+    for row in edge_rows(result.simulated_program):
         seen = torch.cat([recorder.values[name].flatten() for name in row["producers"]])
         levels = torch.round(seen / row["scale"]) * row["scale"]
         rounded = levels.clamp(row["low"], row["high"])
@@ -68,7 +68,7 @@ def test_noise_of_edges_is_that_of_the_calibration_images() -> None:
 
 def test_noise_of_weights_is_that_of_their_grid() -> None:
     result = small_result()
-    told = weight_noise(result)
+    told = weight_noise(result.program, result.simulated_program)
     assert list(told) == [site.name for site in result.program[Sites].sites]
     for site in result.program[Sites].sites:
         weight = result.program.module.get_parameter(site.weight).detach()
@@ -88,5 +88,5 @@ def test_a_layer_in_float_has_no_weight_noise_and_its_edges_no_grid() -> None:
     result = small_result()
     plan = replace(result.allocation, choices={**result.allocation.choices, "head": FLOAT})
     manual = result.with_plan(plan)
-    assert set(weight_noise(manual)) == {"stem", "body"}
-    assert len(edge_rows(manual)) < len(edge_rows(result))
+    assert set(weight_noise(manual.program, manual.simulated_program)) == {"stem", "body"}
+    assert len(edge_rows(manual.simulated_program)) < len(edge_rows(result.simulated_program))

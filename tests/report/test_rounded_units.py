@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from fxquant.core.facts import Rounding, UnitRecord
-from fxquant.report import content, render, rounding, summary
+from fxquant.report import render, rounding, summary
 from fxquant.result import Result
 from tests.small import small_result
 
@@ -20,13 +20,13 @@ def rounded() -> Result:
 
 
 def test_nearest_says_so() -> None:
-    told = rounding(small_result())
+    told = rounding(small_result().program)
     assert told["sentence"] == "Weights rounded by nearest"
     assert not told["units"]
 
 
 def test_units_kept_and_left_are_counted_and_explained() -> None:
-    told = rounding(rounded())
+    told = rounding(rounded().program)
     assert told["sentence"].startswith("Weights rounded by pdquant, 1 of 2 units kept; 1 stayed as they were")
     assert told["units"][0] == {
         "name": "stem",
@@ -45,15 +45,15 @@ def test_an_algorithm_judged_as_a_whole_has_no_units_to_count() -> None:
     result = small_result()
     record = UnitRecord("stem", "gptq", 0.5, 0.25, True)
     made = Rounding(result.allocation.choices, "gptq", units=(record,))
-    told = rounding(replace(result, program=result.program.with_facts(made)))
+    told = rounding(result.program.with_facts(made))
     assert told["sentence"] == "Weights rounded by gptq"
     assert told["units"][0]["name"] == "whole network"
 
 
 def test_the_terminal_and_the_page_show_it() -> None:
-    assert "1 of 2 units kept" in summary(rounded())
-    assert "units kept" not in summary(small_result())
-    html = render(content(rounded()))
+    assert "1 of 2 units kept" in summary(rounded().program)
+    assert "units kept" not in summary(small_result().program)
+    html = render(rounded().report_data())
     assert "1 of 2 units kept" in html
     assert "no: diverged: &lt;b&gt;" in html
     assert "no correction." in html

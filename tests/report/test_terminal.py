@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fxquant.core.facts import CostTable, CostTables, Noise
+from fxquant.core.host import Speed
 from fxquant.core.ir import FLOAT
 from fxquant.report import (
     COLUMNS,
@@ -27,7 +28,7 @@ from tests.small import small_result
 
 
 def test_summary_names_every_layer_and_the_count() -> None:
-    text = summary(small_result())
+    text = summary(small_result().program)
     assert "3 of 3 layers quantized" in text
     for name in ("stem", "body", "head", "uniform W8A8", "over budget", "Budget average_bits"):
         assert name in text
@@ -39,7 +40,7 @@ def test_summary_names_every_layer_and_the_count() -> None:
 def test_summary_says_what_stays_in_float() -> None:
     result = small_result(network="product")
     plan = replace(result.allocation, choices={**result.allocation.choices, "stem": FLOAT})
-    text = " ".join(summary(result.with_plan(plan)).split())
+    text = " ".join(summary(result.with_plan(plan).program).split())
     assert "2 of 4 layers quantized, 2 in float because: " in text
     assert "the plan keeps it in float (1)" in text
 
@@ -53,7 +54,7 @@ def test_long_and_hostile_names_keep_the_width_and_the_numbers() -> None:
 
 
 def test_analysis_has_a_summary() -> None:
-    assert "manual" in summary(small_result(budget=None))
+    assert "manual" in summary(small_result(budget=None).program)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_numbers_for_people(text: str, expected: str) -> None:
 
 
 def test_comparison_drops_times_of_another_run() -> None:
-    speed = type("Speed", (), {"name": "mixed", "milliseconds": 1.0, "low": 0.9, "high": 1.1})()
+    speed = Speed("mixed", 1.0, 0.9, 1.1)
     rows = comparison([{"name": "uniform 8", "bytes": 10, "milliseconds": 5.0}, {"name": "mixed", "bytes": 5}], [speed])
     assert rows[0] == {"name": "uniform 8", "bytes": 10}
     assert rows[1] == {"name": "mixed", "bytes": 5, "milliseconds": 1.0, "low": 0.9, "high": 1.1}
@@ -97,24 +98,24 @@ def test_predicted_milliseconds_are_told_with_their_noise() -> None:
         candidates, np.ones(len(candidates)), 0.5, 9.0, "milliseconds", noise=Noise(0.031, 0.125, 0.4, 0.02)
     )
     timed = replace(result, program=result.program.with_facts(CostTables({**result.costs.tables, "latency": table})))
-    text = " ".join(summary(timed).split())
+    text = " ".join(summary(timed.program).split())
     assert "Latency 3.5 ms predicted, float 9 ms; rounds spread by 3.1 %, 12.5 % outliers, 40.0 % of the time" in text
-    assert "Latency" not in summary(result)
+    assert "Latency" not in summary(result.program)
     assert latency_text({"predicted_ms": 3.5, "float_ms": 9.0, "noise": None}) == "Latency 3.5 ms predicted, float 9 ms"
 
 
 def test_a_processor_without_int8_products_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "int8_instructions", lambda: "")
-    assert "This processor has no int8 products" in summary(small_result())
+    assert "This processor has no int8 products" in summary(small_result().program)
     monkeypatch.setattr(module, "int8_instructions", lambda: "AVX512 VNNI")
-    assert "int8 products" not in summary(small_result())
+    assert "int8 products" not in summary(small_result().program)
 
 
 def test_the_most_sensitive_layers_come_as_an_option() -> None:
-    told = most_sensitive(small_result())
+    told = most_sensitive(small_result().program)
     assert told is not None
     assert told["option"].startswith("--keep-float ")
-    assert told["option"] in " ".join(summary(small_result()).split())
+    assert told["option"] in " ".join(summary(small_result().program).split())
     matrix = small_result().sensitivity
     widest = {c.site: max(float(matrix.values[k, k]), 0.0) for k, c in enumerate(matrix.candidates)}
     assert sum(widest[name] for name in told["layers"]) == pytest.approx(told["share"] * sum(widest.values()))

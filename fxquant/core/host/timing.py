@@ -55,6 +55,16 @@ class Timing:
             raise OptionError(f"{self} is no timing: milliseconds above 0, spread at least 0, shares within 0..1")
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Milliseconds of one call of a named model: the median over the rounds, and the lower and upper quartile."""
+
+    name: str
+    milliseconds: float
+    low: float
+    high: float
+
+
 def time_interleaved(runs: Sequence[Callable[[], object]], rounds: int = ROUNDS) -> list[float]:
     """Return the median milliseconds of each callable over interleaved rounds, after a warm-up of each."""
     return [statistics.median(values) for values in sample_interleaved(runs, rounds)]

@@ -16,7 +16,6 @@ from fxquant.core.facts import Settings
 from fxquant.core.ir import Sites
 from fxquant.core.storage import (
     OUTPUT,
-    atomic_path,
     check_writable,
     finish,
     only_writer,
@@ -25,7 +24,7 @@ from fxquant.core.storage import (
     sweep,
     write_json,
 )
-from fxquant.report import FORMAT_VERSION, content, render
+from fxquant.report import FORMAT_VERSION, write_page
 from fxquant.result import Result
 
 SCORES, ROUNDING = "scores", "rounding"
@@ -151,10 +150,8 @@ def write_reports(result: Result, folder: Path, extras: Mapping[str, Any] | None
         OptionError: an extra of unknown name.
         MissingDependencyError: jinja2 is not installed.
     """
-    data = content(result, extras)
-    page = render(data)
-    with atomic_path(folder / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    data = result.report_data(extras)
+    _ = write_page(data, folder / "report.html")
     write_json(folder / "report.json", "report", FORMAT_VERSION, data)
 
 

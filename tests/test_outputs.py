@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import fxquant
-from fxquant.cli import check_packages, known_extras, output_folder, told_in_report, write_outputs, write_reports
 from fxquant.core.errors import MissingDependencyError, OptionError, OutputError
+from fxquant.outputs import check_packages, known_extras, output_folder, told_in_report, write_outputs, write_reports
 from tests.small import small_result
 
 
