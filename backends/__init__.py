@@ -7,12 +7,11 @@ if not __name__.startswith("fxquant."):
 from fxquant.backends.base import BACKENDS, Executable, backend
 from fxquant.backends.described_target import described, identity, keep_target, kept_target
 from fxquant.backends.qdq_ops import INT32_LIMIT, dequantize, dequantize_channels, quantize
-from fxquant.backends.reference import REFERENCE_TARGET, ReferenceBackend, to_qdq
+from fxquant.backends.reference import ReferenceBackend, to_qdq
 
 __all__ = [
     "BACKENDS",
     "INT32_LIMIT",
-    "REFERENCE_TARGET",
     "Executable",
     "ReferenceBackend",
     "backend",

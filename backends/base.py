@@ -25,7 +25,9 @@ Executable = Callable[[tuple[Tensor, ...]], Tensor]
 class Backend(Protocol):
     """One runtime."""
 
-    target: Target
+    @property
+    def target(self) -> Target:
+        """What runs in integers here."""
 
     def compile(self, module: GraphModule, inputs: tuple[Tensor, ...], threads: int | None = None) -> Executable:
         """Make a float or simulated graph run in this runtime.

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.backends.base import Executable
+from fxquant.backends.kernel_rows import KernelRow, target_of
 from fxquant.backends.qdq_ops import EDGE, INT32_LIMIT, dequantize, dequantize_channels, quantize
 from fxquant.core.errors import LoweringError
 from fxquant.core.facts import Target
-from fxquant.core.ir import FakeQuantize, erase_dead, finish, fork, is_constant, rule_of, tensor_at
+from fxquant.core.ir import OPS, FakeQuantize, ScaleRule, erase_dead, finish, fork, is_constant, rule_of, tensor_at
 from fxquant.core.run import first_tensor
 
-REFERENCE_TARGET = Target(
-    name="reference",
-    kernels={"conv": "float convolution of grid values", "linear": "float product of grid values"},
-    joins=frozenset({"add", "mul", "cat", "avg_pool", "global_pool"}),
-    weight_bits=(2, 3, 4, 5, 6, 7, 8),
-    activation_bits=(2, 3, 4, 5, 6, 7, 8),
-    storage_bits={2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8},
-    refuse_joins={"matmul": "runtimes compute products of two activations at float speed"},
-)
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+STORAGE_BITS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 
-SIMULATION_TARGET = replace(
-    REFERENCE_TARGET,
-    name="simulation",
-    kernels={**REFERENCE_TARGET.kernels, "matmul": "float product of grid values"},
-    refuse_joins={},
-    products=frozenset({"matmul"}),
-)
-"""With the products inside attention on integer operands as well, which no runtime here computes faster than float."""
+
+def _rows(refuse_products: str = "") -> dict[str, KernelRow]:
+    """Return a row for every kind of op that computes: float arithmetic on grid values needs no kernel."""
+    return {
+        rule.kind: KernelRow(
+            "float arithmetic on grid values",
+            refuse_products if rule.macs is not None and rule.weight is None else "",
+        )
+        for rule in OPS.values()
+        if rule.scale is ScaleRule.OWN
+    }
 
 
 def to_qdq(module: GraphModule) -> GraphModule:
@@ -177,7 +172,11 @@ def _buffer(module: GraphModule, path: str, tensor: Tensor) -> Node:
 class ReferenceBackend:
     """Computes the explicit integer graph in float32 with PyTorch."""
 
-    target = REFERENCE_TARGET
+    @property
+    def target(self) -> Target:
+        """Every op of the op table that has a grid of its own, products of two activations excepted."""
+        rows = _rows("runtimes compute products of two activations at float speed")
+        return target_of("reference", rows, WIDTHS, WIDTHS, STORAGE_BITS)
 
     def compile(self, module: GraphModule, inputs: tuple[Tensor, ...], threads: int | None = None) -> Executable:
         """Make a graph run; see `Backend.compile`.
@@ -195,6 +194,9 @@ class ReferenceBackend:
 
 
 class SimulationBackend(ReferenceBackend):
-    """The same with the products of two activations on grids, softmax outputs among them."""
+    """The same with the products of two activations on grids, which no runtime here computes faster than float."""
 
-    target = SIMULATION_TARGET
+    @property
+    def target(self) -> Target:
+        """Every op of the op table that has a grid of its own."""
+        return target_of("simulation", _rows(), WIDTHS, WIDTHS, STORAGE_BITS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fxquant.backends.int8.affine import ROUNDER, UINT8_MAX, ByteGrid, dequantize_u8, quantize_u8
 from fxquant.backends.int8.attention import fuse_attention
-from fxquant.backends.int8.backend import TARGET, FxInt8Backend, kernel_report, told_forms
+from fxquant.backends.int8.backend import FxInt8Backend, kernel_report, told_forms
 from fxquant.backends.int8.conv import IntegerConv, traced_form
 from fxquant.backends.int8.custom_ops import conv2d_op
 from fxquant.backends.int8.dynamic_linear import DynamicLinear, lower_dynamic
@@ -28,19 +28,21 @@ from fxquant.backends.int8.modules import (
     IntegerPad,
     Quantize,
 )
+from fxquant.backends.int8.rules import INTEGER_OPS, Ending, IntegerOp, OpCall
 
 __all__ = [
     "ACTIVATIONS",
     "EXACT_KERNEL",
+    "INTEGER_OPS",
     "ONE_PASS_FROM",
     "ROUNDER",
-    "TARGET",
     "UINT8_MAX",
     "ByteGrid",
     "ConvGeometry",
     "ConvGrids",
     "Dequantize",
     "DynamicLinear",
+    "Ending",
     "FxInt8Backend",
     "IntegerAdd",
     "IntegerAveragePool",
@@ -48,9 +50,11 @@ __all__ = [
     "IntegerLinear",
     "IntegerMaxPool",
     "IntegerMul",
+    "IntegerOp",
     "IntegerPad",
     "LinearEnd",
     "OnFirstUse",
+    "OpCall",
     "Quantize",
     "compiled",
     "conv2d_op",

@@ -23,16 +23,13 @@ from fxquant.backends.int8.inductor import compiled
 from fxquant.backends.int8.linear import IntegerLinear
 from fxquant.backends.int8.modules import Dequantize, IntegerAdd, Quantize
 from fxquant.backends.int8.rules import (
-    ACTIVATED,
-    COMPUTED,
-    SUMS,
+    INTEGER_OPS,
     Ending,
+    IntegerOp,
     Maker,
-    activation_name,
-    max_pool_module,
-    pad_module,
-    weighted_maker,
+    OpCall,
 )
+from fxquant.backends.kernel_rows import target_of
 from fxquant.core.errors import LoweringError
 from fxquant.core.facts import Target
 from fxquant.core.ir import (
@@ -51,18 +48,7 @@ from fxquant.core.run import first_tensor
 
 aten = torch.ops.aten
 
-TARGET = Target(
-    name="fx_int8",
-    kernels={"conv": "onednn.qconv2d_pointwise", "linear": "aten._int_mm"},
-    joins=frozenset({"add", "mul", "avg_pool", "global_pool"}),
-    weight_bits=(2, 3, 4, 5, 6, 7, 8),
-    activation_bits=(2, 3, 4, 5, 6, 7, 8),
-    # PyTorch has no arithmetic on packed integers for this CPU: narrower weights are kept as int8.
-    storage_bits=dict.fromkeys((2, 3, 4, 5, 6, 7, 8), 8),
-    output_quantized=frozenset({"conv"}),
-    fused_sums=SUMS,
-    refuse_joins={"matmul": "a product of two activations runs at float speed, and quantizing both costs extra"},
-)
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
 _REASON = "float_reason"
 
@@ -79,7 +65,11 @@ class FxInt8Backend:
     inductor: bool = False
     exact: bool = False
 
-    target = TARGET
+    @property
+    def target(self) -> Target:
+        """What the rows of `INTEGER_OPS` run on integers."""
+        # PyTorch has no arithmetic on packed integers for this CPU: narrower weights are kept as int8.
+        return target_of("fx_int8", INTEGER_OPS, WIDTHS, WIDTHS, dict.fromkeys(WIDTHS, 8))
 
     def lower(self, module: GraphModule, batch: int = 1) -> GraphModule:
         """Return the graph that computes in integers; weights are packed on its first call.
@@ -173,6 +163,11 @@ class _Pending:
     high: float = torch.inf
 
 
+def _row(node: Node) -> IntegerOp | None:
+    rule = rule_of(node)
+    return None if rule is None else INTEGER_OPS.get(rule.kind)
+
+
 class _Lowering:
     """One walk over a simulated graph."""
 
@@ -243,8 +238,8 @@ class _Lowering:
 
     def _is_summand(self, node: Node) -> bool:
         """Whether the only reader is a sum behind which the kernel itself can round."""
-        rule = rule_of(node)
-        if rule is None or rule.kind not in SUMS or len(node.users) != 1:
+        row = _row(node)
+        if row is None or not row.adds_operand or len(node.users) != 1:
             return False
         reader = next(iter(node.users))
         joined = rule_of(reader)
@@ -255,11 +250,11 @@ class _Lowering:
 
     def _is_activated(self, node: Node) -> bool:
         """Whether the only reader is an activation that the kernel computes, with a quantizer behind it."""
-        rule = rule_of(node)
-        if rule is None or rule.kind not in ACTIVATED or len(node.users) != 1:
+        row = _row(node)
+        if row is None or len(node.users) != 1:
             return False
         reader = next(iter(node.users))
-        return activation_name(reader) is not None and self._ends_in_quantizer(reader)
+        return row.activation(reader) is not None and self._ends_in_quantizer(reader)
 
     def _joins_pending(self, node: Node) -> bool:
         """Take a sum or an activation into the kernel that waits in front of it."""
@@ -267,8 +262,9 @@ class _Lowering:
         waiting = next((self.pending[source] for source in reversed(sources) if source in self.pending), None)
         if waiting is None:
             return False
-        activation = activation_name(node)
-        if activation is not None and self._is_activated(waiting.base):
+        row = _row(waiting.base)
+        activation = row.activation(node) if row is not None and self._is_activated(waiting.base) else None
+        if activation is not None:
             self.pending[node] = replace(waiting, ending=Ending(activation=activation))
             return True
         if len(sources) != 2 or not self._is_summand(waiting.base):
@@ -303,20 +299,17 @@ class _Lowering:
 
     def _maker(self, node: Node) -> Maker | str:
         """Return what makes the integer module of an arithmetic op, or why it runs in float."""
-        rule, inputs = rule_of(node), activation_inputs(node)
-        if rule is not None and rule.kind in TARGET.refuse_joins:
-            return TARGET.refuse_joins[rule.kind]
+        rule, row, inputs = rule_of(node), _row(node), activation_inputs(node)
+        if row is not None and row.refuse:
+            return row.refuse
         if rule is None or rule.scale is not ScaleRule.OWN:
             return "its form has no integer kernel"
         if not inputs or any(source not in self.integers for source in inputs):
             return "its input carries no quantizer: the plan leaves it in float"
-        grids = [self.integers[source][1] for source in inputs]
-        if rule.weight is not None:
-            return weighted_maker(self.source, node, grids[0], self.exact, self.batch)
-        builder = COMPUTED.get(node.target)
-        if builder is None:
+        if row is None or row.make is None:
             return "it has no integer kernel here"
-        return lambda end: builder(node, grids, end.out or grids[0], self.exact)
+        grids = [self.integers[source][1] for source in inputs]
+        return row.make(OpCall(self.source, node, grids, self.exact, self.batch))
 
     def _ends_in_quantizer(self, node: Node) -> bool:
         """Whether the only reader, behind clips with one reader each, is a quantizer of activations."""
@@ -350,19 +343,12 @@ class _Lowering:
         if not known or any(found is None or found[1] != (known[0] or found)[1] for found in known):
             return False
         value, grid = self.integers[sources[0]]
-        rule = rule_of(node)
-        if rule is not None and rule.kind == "max_pool":
-            pool = max_pool_module(node)
-            if pool is not None:
-                self.integers[node] = self._call(node.name, pool, (value,), node), grid
-            return pool is not None
-        if rule is not None and rule.kind == "pad":
-            pad = pad_module(node, grid)
-            if pad is not None:
-                self.integers[node] = self._call(node.name, pad, (value,), node), grid
-                return True
-            padded = self.graph.call_function(aten.constant_pad_nd.default, (value, node.args[1], grid.zero_point))
-            self.integers[node] = self._described(padded, node), grid
+        row = _row(node)
+        if row is not None and row.make is not None:
+            made = row.make(OpCall(self.source, node, [grid], self.exact, self.batch))
+            if isinstance(made, str):
+                return False
+            self.integers[node] = self._call(node.name, made(Ending(grid)), (value,), node), grid
             return True
         moved = self.graph.node_copy(node, lambda n: self.integers[n][0] if n in sources else self.as_float(n))
         self.integers[node] = self._described(moved, node), grid

@@ -60,9 +60,10 @@ def lower_dynamic(module: GraphModule) -> tuple[GraphModule, list[str]]:
     made, done = fork(module), []
     for node in list(made.graph.nodes):
         rule = rule_of(node)
-        weight = constant(module, node.args[1]) if rule is not None and rule.kind == "linear" else None
+        weight = constant(module, node.args[rule.weight]) if rule is not None and rule.weight is not None else None
         given = node.args[2] if len(node.args) > 2 else None
         bias = constant(module, given)
+        # Among weighted ops only a linear layer has a matrix for its weight.
         if weight is None or weight.dim() != 2 or (given is not None and bias is None):
             continue
         set_module(made, f"dynamic.{node.name}", DynamicLinear(weight, bias))

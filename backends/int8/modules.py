@@ -115,10 +115,10 @@ class IntegerAveragePool(nn.Module):
 
 
 class IntegerPad(nn.Module):
-    """Constant padding of uint8 images.
+    """Constant padding of uint8.
 
     Args:
-        pads: integers to add at left, right, top, bottom.
+        pads: integers to add before and behind each axis, the last axis first; below zero they crop.
         value: the integer that stands for zero.
     """
 
@@ -127,7 +127,9 @@ class IntegerPad(nn.Module):
         self.pads, self.value = pads, value
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the padded image."""
+        """Return the padded tensor."""
+        if x.dim() != 4 or len(self.pads) != 4 or min(self.pads) < 0:
+            return F.pad(x, self.pads, value=self.value)
         pad = pad_op if torch.compiler.is_compiling() else kernels.pad_u8
         return pad(x, self.pads, self.value)
 

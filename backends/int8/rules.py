@@ -15,7 +15,8 @@ from fxquant.backends.int8.conv import CALL, PASS_PER_ELEMENT, IntegerConv, trac
 from fxquant.backends.int8.kernels import ConvGeometry, ConvGrids, LinearEnd
 from fxquant.backends.int8.linear import IntegerLinear
 from fxquant.backends.int8.modules import IntegerAdd, IntegerAveragePool, IntegerMaxPool, IntegerMul, IntegerPad
-from fxquant.core.ir import FakeQuantize, constant, rule_of, shape_of
+from fxquant.backends.kernel_rows import KernelRow
+from fxquant.core.ir import OPS, FakeQuantize, arguments, constant, rule_of, shape_of
 
 aten = torch.ops.aten
 
@@ -61,57 +62,93 @@ class Ending:
     addend: ByteGrid | None = None
     activation: str = "none"
 
+    @property
+    def grid(self) -> ByteGrid:
+        """Grid of the output of an op that writes integers."""
+        assert self.out is not None
+        return self.out
+
 
 Maker = Callable[[Ending], nn.Module]
 """Makes an op's integer module for what is behind it."""
 
-SUMS = frozenset({"conv"})
-"""Kinds of ops whose kernel adds a second operand before it rounds."""
 
-ACTIVATED = frozenset({"linear"})
-"""Kinds of ops whose kernel computes the activations of `activation_name`."""
-
-
-def activation_name(node: Node) -> str | None:
-    """Return what a linear kernel calls the activation that a node computes, None if it has none."""
-    if node.target is not aten.gelu.default:
-        return None
-    way = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
-    return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(way))
-
-
-def weighted_maker(module: GraphModule, node: Node, grid: ByteGrid, exact: bool, batch: int) -> Maker | str:
-    """Return what makes the integer convolution or linear layer of a node, or why there is none.
+@dataclass(frozen=True)
+class OpCall:
+    """One op of a simulated graph whose inputs are integers.
 
     Args:
-        module: the simulated graph that holds the node's weights.
-        node: the convolution or linear layer.
-        grid: of its input.
+        module: the simulated graph, which holds the op's weights.
+        node: the op.
+        grids: of its activation inputs, in the order of its arguments.
         exact: take the float64 route whatever the CPU can do.
         batch: images per call that kernels are chosen for.
     """
-    found = integer_weight(module, node)
+
+    module: GraphModule
+    node: Node
+    grids: Sequence[ByteGrid]
+    exact: bool = False
+    batch: int = 1
+
+
+def _no_activation(node: Node) -> None:
+    del node
+
+
+@dataclass(frozen=True)
+class IntegerOp(KernelRow):
+    """A row of the lowering table.
+
+    Args:
+        make: returns what makes the integer module of one op, or why this op has none; None where `refuse` says why.
+        activation: names the activation (of a `LinearEnd`) that a node computes, if the kernel computes it too.
+    """
+
+    make: Callable[[OpCall], Maker | str] | None = None
+    activation: Callable[[Node], str | None] = _no_activation
+
+
+def _gelu(node: Node) -> str | None:
+    if node.target is not aten.gelu.default:
+        return None
+    return {"none": "gelu", "tanh": "gelu_tanh"}.get(arguments(node)["approximate"])
+
+
+def _parameters(call: OpCall) -> tuple[Tensor, Tensor, Tensor | None] | str:
+    """Return int8 weight, float32 scale per output channel and float32 bias of a weighted op, or why there are none."""
+    found = integer_weight(call.module, call.node)
     if isinstance(found, str):
         return found
-    weight, scales = found
-    rule = rule_of(node)
-    assert rule is not None
-    source = node.args[rule.bias] if rule.bias is not None and len(node.args) > rule.bias else None
-    given = constant(module, source)
-    if source is not None and given is None:
+    rule, args = OPS[call.node.target], call.node.args
+    source = args[rule.bias] if rule.bias is not None and len(args) > rule.bias else None
+    bias = constant(call.module, source)
+    if source is not None and bias is None:
         return "its bias is computed by the graph, not a parameter"
-    bias = None if given is None else given.float()
-    if rule.kind == "linear":
-        packed = _prefers_packed(node, weight, batch)
-        return lambda end: IntegerLinear(
-            weight, scales, bias, grid, LinearEnd(end.out, end.activation), packed or end.activation != "none", exact
-        )
+    return *found, None if bias is None else bias.float()
+
+
+def _linear(call: OpCall) -> Maker | str:
+    found = _parameters(call)
+    if isinstance(found, str):
+        return found
+    packed = _prefers_packed(call.node, found[0], call.batch)
+    return lambda end: IntegerLinear(
+        *found, call.grids[0], LinearEnd(end.out, end.activation), packed or end.activation != "none", call.exact
+    )
+
+
+def _conv(call: OpCall) -> Maker | str:
+    found = _parameters(call)
+    if isinstance(found, str):
+        return found
+    weight, node = found[0], call.node
     geometry, before = _geometry(node, weight)
     images = weight.unsqueeze(2) if weight.dim() == 3 else weight
-    form = traced_form(images, geometry, batch * prod(shape_of(node)[1:]))
-    shape = _image_shape(node, before, batch)
+    form = traced_form(images, geometry, call.batch * prod(shape_of(node)[1:]))
+    shape = _image_shape(node, before, call.batch)
     return lambda end: IntegerConv(
-        weight, scales, bias, geometry, ConvGrids(grid, end.out, end.addend), before, form, shape, exact
+        *found, geometry, ConvGrids(call.grids[0], end.out, end.addend), before, form, shape, call.exact
     )
 
 
@@ -161,61 +198,62 @@ def _pair(value: object, fill: int) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def _add(node: Node, grids: Sequence[ByteGrid], out: ByteGrid, exact: bool) -> nn.Module:
-    del node
-    return IntegerAdd(grids[0], grids[-1], out, exact)
+def _add(call: OpCall) -> Maker:
+    return lambda end: IntegerAdd(call.grids[0], call.grids[-1], end.grid, call.exact)
 
 
-def _mul(node: Node, grids: Sequence[ByteGrid], out: ByteGrid, exact: bool) -> nn.Module:
-    del node, exact
-    return IntegerMul(grids[0], grids[-1], out)
+def _mul(call: OpCall) -> Maker:
+    return lambda end: IntegerMul(call.grids[0], call.grids[-1], end.grid)
 
 
-def _pool(node: Node, grids: Sequence[ByteGrid], out: ByteGrid, exact: bool) -> nn.Module:
-    del exact
-    return IntegerAveragePool(grids[0], out, tuple(node.args[1:]))
+def _pool(call: OpCall) -> Maker:
+    return lambda end: IntegerAveragePool(call.grids[0], end.grid, tuple(call.node.args[1:]))
 
 
-def _global_pool(node: Node, grids: Sequence[ByteGrid], out: ByteGrid, exact: bool) -> nn.Module:
-    del exact
-    keep = node.target is not aten.mean.dim or (len(node.args) > 2 and bool(node.args[2]))
-    return IntegerAveragePool(grids[0], out, None, keep)
+def _global_pool(call: OpCall) -> Maker:
+    # Adaptive pooling has no such argument, and keeps its axes.
+    keep = bool(arguments(call.node).get("keepdim", True))
+    return lambda end: IntegerAveragePool(call.grids[0], end.grid, None, keep)
 
 
-COMPUTED: dict[object, Callable[[Node, Sequence[ByteGrid], ByteGrid, bool], nn.Module]] = {
-    aten.add.Tensor: _add,
-    aten.mul.Tensor: _mul,
-    aten.avg_pool1d.default: _pool,
-    aten.avg_pool2d.default: _pool,
-    aten.adaptive_avg_pool2d.default: _global_pool,
-    aten.mean.dim: _global_pool,
-}
-"""Op without weights -> maker of the module that computes it from uint8 to uint8."""
+def _pad(call: OpCall) -> Maker | str:
+    widths = _sequence(call.node.args[1])
+    if not all(isinstance(width, int) for width in widths):
+        return "its widths are computed by the graph"
+    # Padding of an image's width is padding of both its axes, one of them by nothing.
+    pads = [int(str(width)) for width in widths] + [0, 0] * (len(shape_of(call.node)) == 4 and len(widths) == 2)
+    return lambda end: IntegerPad(tuple(pads), end.grid.zero_point)
 
 
-def pad_module(node: Node, grid: ByteGrid) -> nn.Module | None:
-    """Return padding of images for a constant-pad node, None for other ranks, other axes and cropping."""
-    widths = [width for width in _sequence(node.args[1]) if isinstance(width, int)]
-    pads = tuple([*widths, 0, 0][:4])
-    fits = len(shape_of(node)) == 4 and len(widths) in (2, 4) and min(pads) >= 0
-    return IntegerPad(pads, grid.zero_point) if fits else None
+def _max_pool(call: OpCall) -> Maker | str:
+    given = arguments(call.node)
+    axes = 1 if call.node.target is aten.max_pool1d.default else 2
+    kernel, padding, dilation = (_sizes(given[name], axes) for name in ("kernel_size", "padding", "dilation"))
+    stride = _sizes(given["stride"], axes) if given["stride"] else kernel
+    if given["ceil_mode"] or set(dilation) != {1}:
+        return "max pooling in ceil mode or with dilation has no integer kernel"
+    made = IntegerMaxPool(kernel, stride, padding)
+    return lambda _: made
 
 
 def _sequence(value: object) -> Sequence[object]:
     return value if isinstance(value, Sequence) else [value]
 
 
-def max_pool_module(node: Node) -> nn.Module | None:
-    """Return max pooling on uint8 for a max_pool1d or max_pool2d node, None for dilation and ceil mode."""
-    axes = 1 if node.target is aten.max_pool1d.default else 2
-    given = [*node.args[1:6], *([], [], [0], [1], False)[len(node.args) - 1 :]]
-    kernel, padding, dilation = (_sizes(given[i], axes) for i in (0, 2, 3))
-    stride = _sizes(given[1], axes) if given[1] else kernel
-    if given[4] or set(dilation) != {1}:
-        return None
-    return IntegerMaxPool(kernel, stride, padding)
-
-
 def _sizes(value: object, axes: int) -> tuple[int, ...]:
-    sizes = [int(v) for v in value] if isinstance(value, Sequence) else [int(str(value))]
+    sizes = [int(str(v)) for v in _sequence(value)]
     return tuple(sizes * axes if len(sizes) == 1 else sizes)
+
+
+INTEGER_OPS: dict[str, IntegerOp] = {
+    "conv": IntegerOp("onednn.qconv2d_pointwise", writes_integers=True, adds_operand=True, make=_conv),
+    "linear": IntegerOp("aten._int_mm", make=_linear, activation=_gelu),
+    "add": IntegerOp("aten.add", make=_add),
+    "mul": IntegerOp("aten.mul", make=_mul),
+    "avg_pool": IntegerOp("aten.avg_pool2d", make=_pool),
+    "global_pool": IntegerOp("aten.sum", make=_global_pool),
+    "max_pool": IntegerOp("aten.maximum", make=_max_pool),
+    "pad": IntegerOp("fxquant.pad_u8", make=_pad),
+    "matmul": IntegerOp(refuse="a product of two activations runs at float speed, and quantizing both costs extra"),
+}
+"""The lowering table: kind of op -> its integer module. What keeps the grid and has no row runs on uint8 as it is."""

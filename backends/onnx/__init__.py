@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fxquant.backends.onnx.backend import ONNXRUNTIME_TARGET, OnnxRuntimeBackend, onnx_module, write_onnx
+    from fxquant.backends.onnx.backend import OnnxRuntimeBackend, onnx_module, write_onnx
     from fxquant.backends.onnx.blocks import block_linear, block_weights, to_blocks
     from fxquant.backends.onnx.builder import Array, pack
     from fxquant.backends.onnx.contents import Inspection, Stored, inspect_onnx
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fxquant.backends.onnx.openvino import add_biases, readable_storage
     from fxquant.backends.onnx.origins import Origins, type_name
     from fxquant.backends.onnx.rewrites import padded_conv, prepare
+    from fxquant.backends.onnx.runtime_kernels import RUNTIME_KERNELS
     from fxquant.backends.onnx.session import (
         KernelReport,
         executable,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from fxquant.backends.onnx.stem import Axis, block_weight, fold_stems, space_to_depth
 
 _MODULES = {
-    "ONNXRUNTIME_TARGET": "backend",
+    "RUNTIME_KERNELS": "runtime_kernels",
     "OnnxRuntimeBackend": "backend",
     "onnx_module": "backend",
     "write_onnx": "backend",
@@ -77,8 +78,8 @@ __all__ = [
     "ALIGNMENT",
     "BLOCK_SIZES",
     "LARGEST_FILE",
-    "ONNXRUNTIME_TARGET",
     "RUNTIMES",
+    "RUNTIME_KERNELS",
     "SMALLEST",
     "Array",
     "Axis",

@@ -12,26 +12,15 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.backends.base import Executable
+from fxquant.backends.kernel_rows import target_of
 from fxquant.backends.onnx.export_options import OnnxOptions
+from fxquant.backends.onnx.runtime_kernels import RUNTIME_KERNELS
+from fxquant.backends.reference import STORAGE_BITS
 from fxquant.core.errors import MissingDependencyError
 from fxquant.core.facts import Target
 
 if TYPE_CHECKING:
     from fxquant.backends.onnx.export import ExportReport
-
-ONNXRUNTIME_TARGET = Target(
-    name="onnxruntime",
-    kernels={"conv": "QLinearConv", "linear": "QGemm"},
-    joins=frozenset({"add", "mul", "cat", "avg_pool", "global_pool"}),
-    weight_bits=(2, 3, 4, 5, 6, 7, 8),
-    activation_bits=(8,),
-    storage_bits={2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8},
-    output_quantized=frozenset({"conv"}),
-    refuse_joins={
-        "matmul": "a product of two activations is uint8 x uint8 here: 110 GOP/s, no faster than float32",
-        "softmax": "the integer softmax is 6.6 times slower than the float one (7.8 against 1.2 ms in DeiT-tiny)",
-    },
-)
 
 
 def onnx_module(name: str) -> ModuleType:
@@ -68,7 +57,10 @@ def write_onnx(
 class OnnxRuntimeBackend:
     """Runs graphs in ONNX Runtime on the CPU."""
 
-    target = ONNXRUNTIME_TARGET
+    @property
+    def target(self) -> Target:
+        """What the rows of `RUNTIME_KERNELS` run on integers."""
+        return target_of("onnxruntime", RUNTIME_KERNELS, (2, 3, 4, 5, 6, 7, 8), (8,), STORAGE_BITS)
 
     def compile(self, module: GraphModule, inputs: tuple[Tensor, ...], threads: int | None = None) -> Executable:
         """Make a graph run; see `Backend.compile`."""

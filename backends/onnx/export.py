@@ -26,7 +26,7 @@ from fxquant.backends.onnx.shape_emitters import EMITTERS
 from fxquant.backends.onnx.splice import Piece, insert, pieces, result_count
 from fxquant.backends.onnx.stem import fold_stems
 from fxquant.backends.qdq_ops import dequantize_channels
-from fxquant.backends.reference import REFERENCE_TARGET, to_qdq
+from fxquant.backends.reference import STORAGE_BITS, to_qdq
 from fxquant.core.errors import LoweringError, OptionError
 
 LAZY = (dequantize_channels, torch.ops.aten.sym_size.int)
@@ -61,7 +61,7 @@ class ExportReport:
 def to_onnx(
     module: GraphModule,
     metadata: Mapping[str, str] | None = None,
-    storage_bits: Mapping[int, int] = REFERENCE_TARGET.storage_bits,
+    storage_bits: Mapping[int, int] = STORAGE_BITS,
     options: OnnxOptions | None = None,
 ) -> onnx.ModelProto:
     """Return the ONNX model of a simulated or float graph.
@@ -213,7 +213,7 @@ def export_onnx(
         OutputError: the folder cannot be written.
     """
     given = options or OnnxOptions()
-    model, weight_only = _model(module, metadata or {}, dict(REFERENCE_TARGET.storage_bits), given)
+    model, weight_only = _model(module, metadata or {}, dict(STORAGE_BITS), given)
     counts = Counter(str(node.op_type) for node in model.graph.node)
     size = write_model(model, path, given)
     return ExportReport(path, size, int(model.opset_import[0].version), dict(counts), weight_only)

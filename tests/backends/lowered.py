@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.backends.onnx import ONNXRUNTIME_TARGET
+from fxquant.backends import backend
 from fxquant.core.facts import BitAllocation
 from fxquant.core.ir import Choice, FakeQuantize, Program, Sites
 from fxquant.core.run import CalibrationSet
@@ -27,6 +27,7 @@ from tests.models import MODELS
 from tests.programs import folded
 
 WIDTHS = tuple(range(2, 9))
+TARGET = backend("onnxruntime").target
 QUANTIZED = sorted(set(MODELS) - {"weightless"})
 
 
@@ -37,8 +38,8 @@ def calibrated(
     widths: tuple[int, ...] = WIDTHS,
 ) -> Program:
     """Return a program for ONNX Runtime with all facts a plan of these widths needs."""
-    program = TieEdges()(FindEdges(ONNXRUNTIME_TARGET, dict.fromkeys(keep_float, "asked"))(program))
-    program = FindSites(ONNXRUNTIME_TARGET, bits=widths, activation_bits=(8,))(program)
+    program = TieEdges()(FindEdges(TARGET, dict.fromkeys(keep_float, "asked"))(program))
+    program = FindSites(TARGET, bits=widths, activation_bits=(8,))(program)
     observed = Calibrate(CalibrationSet(inputs))(InsertObservers("minmax")(program))
     return ScaleWeights()(CollectRanges()(observed))
 

@@ -16,11 +16,6 @@ FORMAT_VERSION = 1
 SUFFIX = ".json"
 """End of a target's name by which it is known to be a file."""
 GRANULARITY = {"per_channel": True, "per_tensor": False}
-KINDS = {
-    "kernels": frozenset(rule.kind for rule in OPS.values() if rule.macs is not None),
-    "joins": frozenset(rule.kind for rule in OPS.values() if rule.macs is None),
-}
-"""Field -> kinds of ops it may name."""
 REQUIRED = ("name", "kernels", "weight_bits", "activation_bits")
 
 
@@ -56,7 +51,7 @@ def read_target(path: Path) -> Described:
         runs_on = str(document.get("runs_on", "simulation"))
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise FileFormatError(f"{path} is not an intact target file ({type(error).__name__}: {error})") from error
-    for name, allowed in KINDS.items():
+    for name, allowed in _kinds_of_ops().items():
         strange = sorted(set(values.get(name, ())) - allowed)
         if strange:
             raise OptionError(f"{path}: {name} names {', '.join(strange)}; known kinds: {', '.join(sorted(allowed))}")
@@ -65,6 +60,14 @@ def read_target(path: Path) -> Described:
     values.setdefault("joins", frozenset())
     values.setdefault("storage_bits", {bits: bits for bits in values["weight_bits"]})
     return Described(Target(**values), runs_on)
+
+
+def _kinds_of_ops() -> dict[str, set[str]]:
+    """Return field -> kinds of ops it may name."""
+    return {
+        "kernels": {rule.kind for rule in OPS.values() if rule.macs is not None},
+        "joins": {rule.kind for rule in OPS.values() if rule.macs is None},
+    }
 
 
 def to_json(described: Described) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from benchmarks.zoo import NETWORKS
 from fxquant.backends import backend
 from fxquant.backends.int8 import (
     EXACT_KERNEL,
-    TARGET,
     ByteGrid,
     Dequantize,
     FxInt8Backend,
@@ -48,6 +47,7 @@ from tests.backends.lowered import example, simulated
 from tests.models import MODELS
 from tests.programs import folded
 
+TARGET = backend("fx_int8").target
 WITH_SITES = [name for name in MODELS if name != "weightless"]
 
 
@@ -316,10 +316,6 @@ def test_compile_uses_the_threads_asked_for_and_gives_them_back() -> None:
 def test_no_inputs_is_an_error() -> None:
     with pytest.raises(LoweringError, match="example inputs"):
         FxInt8Backend().compile(folded("residual").module, ())
-
-
-def test_registered_under_its_name() -> None:
-    assert backend("fx_int8").target is TARGET
 
 
 @pytest.mark.skipif(data_folder() is None, reason="needs the benchmark data folder: set FXQUANT_DATA")

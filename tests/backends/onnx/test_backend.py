@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.data import data_folder
 from benchmarks.zoo import NETWORKS
-from fxquant.backends import ReferenceBackend, backend
+from fxquant.backends import ReferenceBackend
 from fxquant.backends.onnx import (
-    ONNXRUNTIME_TARGET,
     OnnxRuntimeBackend,
     executable,
     export_onnx,
@@ -268,11 +267,6 @@ def test_a_damaged_file_is_a_file_format_error(tmp_path: Path) -> None:
 def test_threads_below_one_are_refused() -> None:
     with pytest.raises(OptionError, match="threads=0"):
         RUN.compile(simulated("residual"), example("residual", 2), threads=0)
-
-
-def test_the_registry_knows_the_backend_by_its_targets_name() -> None:
-    assert backend(ONNXRUNTIME_TARGET.name).target is ONNXRUNTIME_TARGET
-    assert backend("reference").target.name == "reference"
 
 
 def test_a_missing_package_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
