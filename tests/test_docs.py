@@ -19,6 +19,8 @@ import pytest
 
 import fxquant
 from fxquant.backends import BACKENDS
+from fxquant.backends.int8 import INTEGER_OPS
+from fxquant.backends.onnx import RUNTIME_KERNELS
 from fxquant.cli import COMMANDS, build_parser
 from fxquant.core.facts import EFFORTS
 from fxquant.core.ir import OPS
@@ -61,7 +63,15 @@ def slug(heading: str) -> str:
 @pytest.fixture
 def tables() -> Iterator[None]:
     """Put every registry back as it was."""
-    live: list[dict[Any, Any]] = [OPS, BACKENDS, ESTIMATORS._entries, ROUNDERS._entries, SOLVERS._entries]
+    live: list[dict[Any, Any]] = [
+        OPS,
+        INTEGER_OPS,
+        RUNTIME_KERNELS,
+        BACKENDS,
+        ESTIMATORS._entries,
+        ROUNDERS._entries,
+        SOLVERS._entries,
+    ]
     kept = [dict(table) for table in live]
     yield
     for table, entries in zip(live, kept, strict=True):

@@ -116,9 +116,9 @@ def packed_conv(weight: Tensor, scales: Tensor, grid: ByteGrid, geometry: ConvGe
 
 def _packed_linear(weight: Tensor, shape: Sequence[int]) -> Tensor:
     uses = _PACKED.setdefault(weight, {})
-    if "linear" not in uses:
-        uses["linear"] = torch.ops.onednn.qlinear_prepack(weight, list(shape))
-    return uses["linear"]
+    if "matrix" not in uses:
+        uses["matrix"] = torch.ops.onednn.qlinear_prepack(weight, list(shape))
+    return uses["matrix"]
 
 
 def prepared_conv(

@@ -46,7 +46,7 @@ def _pool(lowering: Lowering, node: Node) -> str | None:
         x = [lowering.write(node, "Pad", [*x, lowering.pads(node, widths), lowest], mode="constant")]
         padding = ends = [0] * axes
     shape: dict[str, Any] = {"kernel_shape": kernel, "strides": stride, "pads": padding + ends}
-    if "max_pool" in str(node.target):
+    if node.target in (aten.max_pool1d.default, aten.max_pool2d.default):
         return lowering.write(node, "MaxPool", x, **shape, dilations=dilation)
     divisor, counted = given.get("divisor_override"), given["count_include_pad"]
     if divisor is None and (ends == padding or not counted):

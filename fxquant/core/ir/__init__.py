@@ -38,6 +38,7 @@ from fxquant.core.ir.ops import (
     activation_inputs,
     arguments,
     clip_bounds,
+    needs_two_tensors,
     rule_of,
 )
 from fxquant.core.ir.program import PassRecord, Program
@@ -96,6 +97,7 @@ __all__ = [
     "images_axis",
     "insert_after",
     "is_constant",
+    "needs_two_tensors",
     "nodes_by_name",
     "quantize",
     "resolve",

@@ -101,7 +101,8 @@ def _matmul_macs(node: Node) -> int:
     return prod(shape_of(node)) * shape_of(node.args[0])[-1]
 
 
-def _needs_two_tensors(node: Node) -> str | None:
+def needs_two_tensors(node: Node) -> str | None:
+    """Return why an op on two operands stays in float: one is no activation, or is scaled; None if it need not."""
     tensors = [a for a in node.args[:2] if isinstance(a, Node) and isinstance(a.meta.get("val"), torch.Tensor)]
     if len(tensors) < 2 or any(tensor.op == "get_attr" for tensor in tensors):
         return "one operand is a constant"
@@ -169,12 +170,12 @@ OPS: dict[object, OpRule] = {
         "add",
         ScaleRule.OWN,
         (0, 1),
-        refuse=_needs_two_tensors,
+        refuse=needs_two_tensors,
         adds=True,
         unscalable="adds another value that is not scaled along",
     ),
     aten.mul.Tensor: OpRule(
-        "mul", ScaleRule.OWN, (0, 1), refuse=_needs_two_tensors, unscalable="multiplies by another value"
+        "mul", ScaleRule.OWN, (0, 1), refuse=needs_two_tensors, unscalable="multiplies by another value"
     ),
     aten.cat.default: OpRule("cat", ScaleRule.SHARE, unscalable="joins other values that are not scaled along"),
     aten.avg_pool1d.default: _AVG_POOL,
