@@ -22,7 +22,7 @@ from fxquant.core.run import collect, images_for
 from fxquant.core.storage import work_folder
 from fxquant.flow import algorithms, check_labels, choose, pipeline, round_plan, round_with_feedback
 from fxquant.passes import simulate, widest_plan
-from fxquant.passes.sensitivity import FLOAT_ONLY
+from fxquant.passes.sensitivity import ESTIMATORS
 from fxquant.result import Result
 
 
@@ -166,7 +166,7 @@ def _choice(label: Choice | str) -> Choice:
 
 def _estimators(preset: Effort, context: str) -> tuple[str, ...]:
     """Return a preset's estimators, without those that score around the float network only where another is asked."""
-    return tuple(name for name in preset.estimators if context == "float" or name not in FLOAT_ONLY)
+    return tuple(name for name in preset.estimators if context == "float" or not ESTIMATORS[name].float_only)
 
 
 def capture(model: nn.Module | ExportedProgram, calibration: object, dynamic_image: bool = False) -> Program:

@@ -23,29 +23,30 @@ from fxquant.passes.sensitivity.backward import Tape
 from fxquant.passes.sensitivity.cell_sweep import Cell, Memory, Work, sweep
 from fxquant.passes.sensitivity.columns import Column, Constant, Quantizers, columns_of
 from fxquant.passes.sensitivity.cotangents import generator, image_generators, loss_gradient, stream_of
-from fxquant.passes.sensitivity.coverage import link
-from fxquant.passes.sensitivity.float_only import refuse_context
+from fxquant.passes.sensitivity.coverage import coverage_pairs, link
 from fxquant.passes.sensitivity.hawq import probe
 from fxquant.passes.sensitivity.hybrid import choose_pairs, slope, suffix_cost
 from fxquant.passes.sensitivity.leaves import Leaves, activation_noise, rounded_values, weight_noise
-from fxquant.passes.sensitivity.monotone import falling, repair
+from fxquant.passes.sensitivity.monotone import falling, monotone_pairs, repair
 from fxquant.passes.sensitivity.mpqco import label_cotangents
-from fxquant.passes.sensitivity.pairs import positive_part
+from fxquant.passes.sensitivity.pairs import PairRuns, positive_part
 from fxquant.passes.sensitivity.path import attribution, formats
-from fxquant.passes.sensitivity.registry import ESTIMATORS, FLOAT_ONLY, Estimator
+from fxquant.passes.sensitivity.registry import ESTIMATORS, Estimate, Estimator, estimator
 from fxquant.passes.sensitivity.scorer import Part, Scorer, standard_error
+from fxquant.passes.sensitivity.shrunk import shrunk_pairs
 from fxquant.passes.sensitivity.singles import measure_singles
 from fxquant.passes.sensitivity.weight_mse import mean_square, relative_error
 
 __all__ = [
     "ESTIMATORS",
-    "FLOAT_ONLY",
     "Cell",
     "Column",
     "Constant",
+    "Estimate",
     "Estimator",
     "Leaves",
     "Memory",
+    "PairRuns",
     "Part",
     "Quantizers",
     "Scorer",
@@ -56,7 +57,9 @@ __all__ = [
     "choose_pairs",
     "columns_of",
     "coverage",
+    "coverage_pairs",
     "diagonal",
+    "estimator",
     "falling",
     "fisher",
     "fisher_out",
@@ -73,16 +76,17 @@ __all__ = [
     "mean_square",
     "measure_singles",
     "monotone",
+    "monotone_pairs",
     "mpqco",
     "pairs",
     "path",
     "positive_part",
     "probe",
-    "refuse_context",
     "relative_error",
     "repair",
     "rounded_values",
     "shrunk",
+    "shrunk_pairs",
     "slope",
     "sqnr",
     "standard_error",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -16,6 +17,26 @@ Cell = Mapping[str, NDArray[Any] | float]
 
 Work = Mapping[str, Callable[[], Cell]]
 """Key -> measures the cell; the same keys in the same order in every process."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The cells of all batches, images on the last axis of arrays that have one."""
+
+    cells: list[Arrays]
+
+    def joined(self, name: str) -> NDArray[np.float64]:
+        """Return an array of all batches, along the images."""
+        return np.concatenate([cell[name] for cell in self.cells], axis=-1)
+
+    def total(self, name: str) -> NDArray[np.float64]:
+        """Return the sum of an array over the batches."""
+        return np.asarray(np.sum([cell[name] for cell in self.cells], axis=0), dtype=np.float64)
+
+    @property
+    def evaluations(self) -> float:
+        """Whole-network passes over one image spent."""
+        return float(sum(float(cell["evaluations"]) for cell in self.cells))
 
 
 @dataclass(frozen=True)

@@ -15,33 +15,28 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fxquant.core.facts import SensitivityMatrix
-from fxquant.passes.sensitivity.pairs import measure_pairs
-from fxquant.passes.sensitivity.registry import ESTIMATORS
-from fxquant.passes.sensitivity.scorer import Scorer, standard_error
+from fxquant.passes.sensitivity.pairs import PairRuns, pair_model
+from fxquant.passes.sensitivity.registry import Estimate
+from fxquant.passes.sensitivity.scorer import standard_error
 
 HEADROOM = 1.5
 """The ceiling over the largest mean loss that was measured: plans as a whole are worse than any pair."""
 
-UNIT = "coverage units"
 
-
-@ESTIMATORS.register("coverage")
-def coverage(scorer: Scorer) -> SensitivityMatrix:
-    """Return the pair matrix of u; `notes` hold the ceiling. Costs what `pairs` costs, and shares its measurements."""
-    found = measure_pairs(scorer, scorer.between)
-    alone, joint = found.singles.losses, found.joint
-    means = np.where(found.measured, joint.mean(axis=2), 0.0)
-    start = scorer.context_loss()
-    ceiling = HEADROOM * (start + max(float(alone.mean(axis=1).max()), float(means.max()), 1e-12))
-    single, both, base = (link(start + x, ceiling) for x in (alone.mean(axis=1), means, np.zeros(1)))
-    interaction = np.where(found.measured, both - single[:, None] - single[None] + base, 0.0)
-    values = interaction / 2 + np.diag(single - base)
+@pair_model("coverage", unit="coverage units")
+def coverage_pairs(runs: PairRuns) -> Estimate:
+    """Return the pair matrix of u; `notes` hold the ceiling."""
+    alone, start = runs.alone.mean(axis=1), runs.context_loss
+    means = np.where(runs.measured, runs.joint.mean(axis=2), 0.0)
+    ceiling = HEADROOM * (start + max(float(alone.max()), float(means.max()), 1e-12))
+    single, both, base = (link(start + x, ceiling) for x in (alone, means, np.zeros(1)))
+    interaction = np.where(runs.measured, both - single[:, None] - single[None] + base, 0.0)
     # The link's slope turns the standard error of a loss into that of u.
     slope = 1.0 / (ceiling * (1.0 - np.clip((start + means) / ceiling, 0.0, 0.99)))
-    stderr = standard_error(found.interaction) / 2 * slope
-    stderr += np.diag(standard_error(alone) / (ceiling - np.minimum(start + alone.mean(axis=1), 0.99 * ceiling)))
-    return scorer.matrix("coverage", values, stderr, found.evaluations, {"ceiling": ceiling}, UNIT, float(base[0]))
+    stderr = standard_error(runs.interaction) / 2 * slope
+    stderr += np.diag(standard_error(runs.alone) / (ceiling - np.minimum(start + alone, 0.99 * ceiling)))
+    values = interaction / 2 + np.diag(single - base)
+    return Estimate(values, stderr, runs.evaluations, {"ceiling": ceiling}, float(base[0]))
 
 
 def link(loss: NDArray[np.float64], ceiling: float) -> NDArray[np.float64]:

@@ -12,36 +12,30 @@ mean over images next to nothing.
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 from torch import Tensor
 
-from fxquant.core.facts import SensitivityMatrix
 from fxquant.core.run import sample_cotangent
 from fxquant.passes.sensitivity.backward import Tape
 from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.cotangents import image_generators, loss_gradient, stream_of
-from fxquant.passes.sensitivity.registry import ESTIMATORS
+from fxquant.passes.sensitivity.registry import Estimate, estimator
 from fxquant.passes.sensitivity.scorer import Part, Scorer, standard_error
 
 SAMPLES = 1
 """Cotangents drawn for each image, one backward pass each."""
 
 
-@ESTIMATORS.register("fisher")
-def fisher(scorer: Scorer) -> SensitivityMatrix:
+@estimator("fisher", has_pairs=True)
+def fisher(scorer: Scorer) -> Estimate:
     """Return the Gauss-Newton matrix of sampled responses, about 2 passes per image and one op run per choice."""
-    work = {f"fisher-{part.index}": partial(_cell, scorer, part) for part in scorer.parts}
-    cells = list(scorer.measure("backward pass", work).values())
-    responses = np.concatenate([cell["responses"] for cell in cells], axis=2)
-    first = np.concatenate([cell["first"] for cell in cells], axis=1)
+    found = scorer.by_batch("backward pass", "fisher", _cell)
+    responses = found.joined("responses")
     products = np.einsum("kin,kjn->ijn", responses, responses) / (2 * len(responses))
     size = len(scorer.columns)
-    products[np.arange(size), np.arange(size)] += first
+    products[np.arange(size), np.arange(size)] += found.joined("first")
     values = np.where(scorer.between | np.eye(size, dtype=bool), products.mean(axis=2), 0.0)
-    evaluations = float(sum(float(cell["evaluations"]) for cell in cells))
-    return scorer.matrix("fisher", values, standard_error(products), evaluations)
+    return Estimate(values, standard_error(products), found.evaluations)
 
 
 def cotangents(scorer: Scorer, part: Part, answer: Tensor, reference: Tensor, sample: int) -> Tensor:
@@ -60,4 +54,4 @@ def _cell(scorer: Scorer, part: Part) -> Cell:
     gradients = [tape.gradients(each) for each in ([*drawn, slope] if sloped else drawn)]
     found = tape.responses(gradients).cpu().numpy()
     first = found[SAMPLES] if sloped else np.zeros(found.shape[1:])
-    return {"responses": found[:SAMPLES], "first": first, "evaluations": scorer.take_spent(len(part.images))}
+    return {"responses": found[:SAMPLES], "first": first}

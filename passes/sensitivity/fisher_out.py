@@ -6,47 +6,34 @@ puts the score in units of the loss.
 
 from __future__ import annotations
 
-from functools import partial
-
-import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from fxquant.core.facts import SensitivityMatrix
 from fxquant.passes.sensitivity.backward import Gradients, Tape, per_image
 from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.columns import Column
-from fxquant.passes.sensitivity.float_only import refuse_context
 from fxquant.passes.sensitivity.mpqco import label_cotangents
-from fxquant.passes.sensitivity.registry import ESTIMATORS
-from fxquant.passes.sensitivity.scorer import Part, Scorer, standard_error
+from fxquant.passes.sensitivity.registry import Estimate, estimator
+from fxquant.passes.sensitivity.scorer import Part, Scorer
 
 
-@ESTIMATORS.register("fisher_out")
-def fisher_out(scorer: Scorer) -> SensitivityMatrix:
+@estimator("fisher_out", float_only=True)
+def fisher_out(scorer: Scorer) -> Estimate:
     """Return `values = diag(E sum g_Y^2 dY^2 / 2)` over the outputs Y of the ops a column changes, about 2 passes.
 
     g is the gradient of log p(y) with y sampled from the model. Values that other ops than layers read, for example a
     residual add, count where they stand.
-
-    Raises:
-        OptionError: the scorer has a context.
     """
-    refuse_context(scorer, "fisher_out")
-    work = {f"fisher_out-{part.index}": partial(_cell, scorer, part) for part in scorer.parts}
-    cells = list(scorer.measure("backward pass of outputs", work).values())
-    halves = np.concatenate([cell["squares"] for cell in cells], axis=1) / 2
-    evaluations = float(sum(float(cell["evaluations"]) for cell in cells))
-    return scorer.matrix("fisher_out", np.diag(halves.mean(axis=1)), np.diag(standard_error(halves)), evaluations)
+    found = scorer.by_batch("backward pass of outputs", "fisher_out", _cell)
+    return Estimate.diagonal(found.joined("squares") / 2, found.evaluations)
 
 
 def _cell(scorer: Scorer, part: Part) -> Cell:
     tape = Tape(scorer, part)
     gradients = tape.gradients(label_cotangents(scorer, part, tape.reference))
-    squares = torch.stack([_squares(tape, gradients, column) for column in scorer.columns])
-    return {"squares": squares.cpu().numpy(), "evaluations": scorer.take_spent(len(part.images))}
+    return {"squares": torch.stack([_squares(tape, gradients, column) for column in scorer.columns]).cpu().numpy()}
 
 
 def _squares(tape: Tape, gradients: Gradients, column: Column) -> Tensor:

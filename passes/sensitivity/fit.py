@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 
-from fxquant.core.facts import SensitivityMatrix
 from fxquant.passes.sensitivity.cell_sweep import Cell
-from fxquant.passes.sensitivity.float_only import refuse_context
 from fxquant.passes.sensitivity.leaves import Leaves, activation_noise, weight_noise
 from fxquant.passes.sensitivity.mpqco import label_cotangents
-from fxquant.passes.sensitivity.registry import ESTIMATORS
-from fxquant.passes.sensitivity.scorer import Part, Scorer, standard_error
+from fxquant.passes.sensitivity.registry import Estimate, estimator
+from fxquant.passes.sensitivity.scorer import Part, Scorer
 
 
-@ESTIMATORS.register("fit")
-def fit(scorer: Scorer) -> SensitivityMatrix:
+@estimator("fit", float_only=True)
+def fit(scorer: Scorer) -> Estimate:
     """Return `values = diag(sum over tensors of E|g|^2 mean(d^2) / 2)`, about 3 passes per image.
 
     g is the gradient of log p(y) of one image in the weight or in a value the column rounds, y sampled from the model,
     so that `E|g|^2` is the trace of the Fisher matrix (Zandonati et al., arXiv 2210.08502, equation 7, whose noise
     `step^2 / 12` is measured here). The half, which FIT leaves out, puts it in units of the loss.
-
-    Raises:
-        OptionError: the scorer has a context.
     """
-    refuse_context(scorer, "fit")
-    work = {f"fit-{part.index}": partial(_cell, scorer, part) for part in scorer.parts}
-    cells = list(scorer.measure("gradients image by image", work).values())
-    squares = np.concatenate([cell["squares"] for cell in cells], axis=1)
-    rounding = np.sum([cell["noise"] for cell in cells], axis=0) / len(scorer.images)
-    samples = np.hstack([weight_noise(scorer), rounding]) @ squares / 2
-    evaluations = float(sum(float(cell["evaluations"]) for cell in cells))
-    return scorer.matrix("fit", np.diag(samples.mean(axis=1)), np.diag(standard_error(samples)), evaluations)
+    found = scorer.by_batch("gradients image by image", "fit", _cell)
+    noise = np.hstack([weight_noise(scorer), found.total("noise") / len(scorer.images)])
+    return Estimate.diagonal(noise @ found.joined("squares") / 2, found.evaluations)
 
 
 def _cell(scorer: Scorer, part: Part) -> Cell:

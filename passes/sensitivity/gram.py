@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from fxquant.core.facts import SensitivityMatrix
-from fxquant.passes.sensitivity.registry import ESTIMATORS
+from fxquant.passes.sensitivity.registry import Estimate, estimator
 from fxquant.passes.sensitivity.scorer import Scorer, standard_error
 from fxquant.passes.sensitivity.singles import measure_singles
 
 
-@ESTIMATORS.register("gram")
-def gram(scorer: Scorer) -> SensitivityMatrix:
+@estimator("gram", has_pairs=True, measured=True)
+def gram(scorer: Scorer) -> Estimate:
     """Return `values[i, i] = E loss(i)`, `values[i, j] = E e_i . e_j / 2` between owners, m runs per image."""
     singles = measure_singles(scorer)
     values = np.where(scorer.between, (singles.gram + singles.gram.T) / 4, np.diag(singles.losses.mean(axis=1)))
     stderr = np.where(scorer.between, singles.gram_stderr / 2, np.diag(standard_error(singles.losses)))
-    return scorer.matrix("gram", values, stderr, singles.evaluations)
+    return Estimate(values, stderr, singles.evaluations)

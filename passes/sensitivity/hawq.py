@@ -8,51 +8,37 @@ the papers', and its trace may be negative.
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from fxquant.core.facts import SensitivityMatrix
 from fxquant.core.run import LOSSES
 from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.cotangents import generator, image_generators, stream_of
-from fxquant.passes.sensitivity.float_only import refuse_context
 from fxquant.passes.sensitivity.leaves import Leaves, activation_noise, weight_noise
-from fxquant.passes.sensitivity.registry import ESTIMATORS
-from fxquant.passes.sensitivity.scorer import Part, Scorer, standard_error
+from fxquant.passes.sensitivity.registry import Estimate, estimator
+from fxquant.passes.sensitivity.scorer import Part, Scorer
 
 PROBES = 16
 """Random sign vectors."""
 
 
-@ESTIMATORS.register("hawq")
-def hawq(scorer: Scorer) -> SensitivityMatrix:
+@estimator("hawq", float_only=True, images=False)
+def hawq(scorer: Scorer) -> Estimate:
     """Return `values = diag(sum over tensors of Tr(H) / (2 n) E|d|^2)`, about 34 passes per image.
 
     The sum takes in the weight (Dong et al., arXiv 1911.03852, equation 10; Yao et al., arXiv 2011.10680) and the
     values the column rounds, whose trace is that of one image (1911.03852, section 3.3). Standard errors are over
     probes.
-
-    Raises:
-        OptionError: the scorer has a context.
     """
-    refuse_context(scorer, "hawq")
-    work = {f"hawq-{part.index}": partial(_cell, scorer, part) for part in scorer.parts}
-    cells = list(scorer.measure("Hessian traces", work).values())
-    images = len(scorer.images)
-    traces = np.sum([cell["traces"] for cell in cells], axis=0) / images
-    noise = np.hstack([weight_noise(scorer), np.sum([cell["noise"] for cell in cells], axis=0) / images])
-    samples = noise @ traces.T / 2
-    evaluations = float(sum(float(cell["evaluations"]) for cell in cells))
-    return scorer.matrix(
-        "hawq", np.diag(samples.mean(axis=1)), np.diag(standard_error(samples)), evaluations, {"probes": PROBES}
-    )
+    found, images = scorer.by_batch("Hessian traces", "hawq", _cell), len(scorer.images)
+    noise = np.hstack([weight_noise(scorer), found.total("noise") / images])
+    samples = noise @ (found.total("traces") / images).T / 2
+    return Estimate.diagonal(samples, found.evaluations, probes=PROBES)
 
 
 def _cell(scorer: Scorer, part: Part) -> Cell:
-    leaves, count = Leaves(scorer, part.images), len(part.images)
+    leaves = Leaves(scorer, part.images)
     with torch.enable_grad():
         losses = LOSSES[scorer.loss](leaves.answer.detach(), leaves.answer, part.images.labels)
         slope = leaves.gradients(losses.sum(), differentiable=True)
@@ -65,8 +51,7 @@ def _cell(scorer: Scorer, part: Part) -> Cell:
         traces[k] = [float((h * v).sum(dtype=torch.float64)) for h, v in zip(products, signs, strict=True)]
     # Backward passes count as one each, and through them twice.
     scorer.replay.spent += scorer.network_cost * (1 + 2 * PROBES)
-    noise = activation_noise(scorer, leaves.environment, count)
-    return {"traces": traces, "noise": noise, "evaluations": scorer.take_spent(count)}
+    return {"traces": traces, "noise": activation_noise(scorer, leaves.environment, len(part.images))}
 
 
 def probe(scorer: Scorer, part: Part, leaves: Leaves, sample: int) -> list[Tensor]:

@@ -13,11 +13,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fxquant.core.facts import SensitivityMatrix
 from fxquant.passes.sensitivity.columns import Column
 from fxquant.passes.sensitivity.monotone import repaired
 from fxquant.passes.sensitivity.pairs import measure_pairs
-from fxquant.passes.sensitivity.registry import ESTIMATORS
+from fxquant.passes.sensitivity.registry import Estimate, estimator
 from fxquant.passes.sensitivity.scorer import Scorer, standard_error
 from fxquant.passes.sensitivity.singles import measure_singles
 
@@ -28,8 +27,8 @@ SAMPLED = 48
 """Pairs measured at random among those that are not measured for their size."""
 
 
-@ESTIMATORS.register("hybrid")
-def hybrid(scorer: Scorer) -> SensitivityMatrix:
+@estimator("hybrid", has_pairs=True, measured=True)
+def hybrid(scorer: Scorer) -> Estimate:
     """Return measured pairs where the predicted interaction is largest, scaled predictions elsewhere.
 
     `notes`: `measured_pairs` and `all_pairs`; of the random sample `sample_error`, the root mean square of prediction
@@ -47,7 +46,7 @@ def hybrid(scorer: Scorer) -> SensitivityMatrix:
     interaction = np.where(found.measured, measured, scale * predicted)
     error = float(np.sqrt(np.mean((scale * predicted - measured)[sample] ** 2))) if sample.any() else 0.0
     off = np.where(found.measured, standard_error(found.interaction) / 2, error / 2)
-    values, shares = repaired(scorer, interaction / 2 + np.diag(singles.losses.mean(axis=1)), singles.losses)
+    values, shares = repaired(found, interaction / 2 + np.diag(singles.losses.mean(axis=1)))
     stderr = np.where(scorer.between, off, np.diag(standard_error(singles.losses)))
     notes = {
         "measured_pairs": float(found.measured.sum() / 2),
@@ -57,7 +56,7 @@ def hybrid(scorer: Scorer) -> SensitivityMatrix:
         "scale": scale,
         "mean_share": float(shares.mean()),
     }
-    return scorer.matrix("hybrid", values, stderr, found.evaluations, notes)
+    return Estimate(values, stderr, found.evaluations, notes)
 
 
 def choose_pairs(

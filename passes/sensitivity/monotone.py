@@ -17,41 +17,32 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from fxquant.core.facts import SensitivityMatrix
-from fxquant.passes.sensitivity.pairs import measure_pairs
-from fxquant.passes.sensitivity.registry import ESTIMATORS
-from fxquant.passes.sensitivity.scorer import Scorer, standard_error
+from fxquant.passes.sensitivity.pairs import PairRuns, pair_model
+from fxquant.passes.sensitivity.registry import Estimate
 
 
-@ESTIMATORS.register("monotone")
-def monotone(scorer: Scorer) -> SensitivityMatrix:
-    """Return the pair matrix with its pair terms scaled; costs what `pairs` costs, and shares its cells."""
-    found = measure_pairs(scorer, scorer.between)
-    interaction, alone = found.interaction, found.singles.losses
-    values = interaction.mean(axis=2) / 2 + np.diag(alone.mean(axis=1))
-    values, shares = repaired(scorer, values, alone)
-    stderr = standard_error(interaction) / 2 + np.diag(standard_error(alone))
-    return scorer.matrix("monotone", values, stderr, found.evaluations, {"mean_share": float(shares.mean())})
+@pair_model("monotone")
+def monotone_pairs(runs: PairRuns) -> Estimate:
+    """Return the pair matrix with its pair terms scaled."""
+    values, shares = repaired(runs, runs.values)
+    return Estimate(values, runs.stderr, runs.evaluations, {"mean_share": float(shares.mean())})
 
 
-def repaired(
-    scorer: Scorer, values: NDArray[np.float64], alone: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return a matrix over the scorer's columns made monotone, and the share of its pair terms each owner keeps.
+def repaired(runs: PairRuns, values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return a matrix over the columns made monotone, and the share of its pair terms each owner keeps.
 
     Args:
-        scorer: what measured it.
+        runs: what the matrix was made of.
         values: shape (m, m), symmetric.
-        alone: shape (m, images): single losses.
     """
-    owners = np.array(scorer.owners)
-    groups = [np.flatnonzero(owners == owner) for owner in dict.fromkeys(scorer.owners)]
+    owners = np.array(runs.owners)
+    groups = [np.flatnonzero(owners == owner) for owner in dict.fromkeys(runs.owners)]
     found, shares = repair(values, groups)
     for group in groups:
-        # What stands in the context anyway costs nothing there, whatever its neighbours in bits were averaged with.
-        standing = [k for k in group if not alone[k].any()]
-        if standing:
-            found[group, group] -= found[standing[0], standing[0]]
+        # What the context has anyway costs nothing there, whatever its neighbours in bits were averaged with.
+        own = [k for k in group if not runs.alone[k].any()]
+        if own:
+            found[group, group] -= found[own[0], own[0]]
     return found, shares
 
 

@@ -7,38 +7,29 @@ labels and estimates the Fisher matrix instead of its empirical stand-in.
 
 from __future__ import annotations
 
-from functools import partial
 from math import prod, sqrt
 
-import numpy as np
 from torch import Tensor
 
-from fxquant.core.facts import SensitivityMatrix
 from fxquant.core.run import sample_cotangent, sample_label_cotangent
 from fxquant.passes.sensitivity.backward import Tape
 from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.cotangents import image_generators, loss_gradient
-from fxquant.passes.sensitivity.float_only import refuse_context
-from fxquant.passes.sensitivity.registry import ESTIMATORS
-from fxquant.passes.sensitivity.scorer import Part, Scorer, standard_error
+from fxquant.passes.sensitivity.registry import Estimate, estimator
+from fxquant.passes.sensitivity.scorer import Part, Scorer
 
 
-@ESTIMATORS.register("mpqco")
-def mpqco(scorer: Scorer) -> SensitivityMatrix:
+@estimator("mpqco", float_only=True)
+def mpqco(scorer: Scorer) -> Estimate:
     """Return `values = diag(E[s_i^2] / 2)`, s the response of log p(y), about 2 passes per image.
 
     Chen et al., arXiv 2110.06554, equation 8. With squared error, which knows no labels, random signs take their place.
 
     Raises:
-        OptionError: the scorer has a context.
         CalibrationError: loss "ce" without labels.
     """
-    refuse_context(scorer, "mpqco")
-    work = {f"mpqco-{part.index}": partial(_cell, scorer, part) for part in scorer.parts}
-    cells = list(scorer.measure("backward pass of labels", work).values())
-    halves = np.concatenate([cell["responses"] for cell in cells], axis=1) ** 2 / 2
-    evaluations = float(sum(float(cell["evaluations"]) for cell in cells))
-    return scorer.matrix("mpqco", np.diag(halves.mean(axis=1)), np.diag(standard_error(halves)), evaluations)
+    found = scorer.by_batch("backward pass of labels", "mpqco", _cell)
+    return Estimate.diagonal(found.joined("responses") ** 2 / 2, found.evaluations)
 
 
 def label_cotangents(scorer: Scorer, part: Part, answer: Tensor) -> Tensor:
@@ -62,5 +53,4 @@ def _cell(scorer: Scorer, part: Part) -> Cell:
         cotangent = loss_gradient(scorer, part, tape.answer, tape.reference)
     else:
         cotangent = label_cotangents(scorer, part, tape.reference)
-    responses = tape.responses([tape.gradients(cotangent)])[0]
-    return {"responses": responses.cpu().numpy(), "evaluations": scorer.take_spent(len(part.images))}
+    return {"responses": tape.responses([tape.gradients(cotangent)])[0].cpu().numpy()}

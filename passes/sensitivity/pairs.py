@@ -8,53 +8,82 @@ measured.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fxquant.core.facts import SensitivityMatrix
 from fxquant.core.storage import text_digest
 from fxquant.passes.sensitivity.cell_sweep import Cell
-from fxquant.passes.sensitivity.registry import ESTIMATORS
+from fxquant.passes.sensitivity.registry import Estimate, estimator
 from fxquant.passes.sensitivity.scorer import Part, Scorer, standard_error
-from fxquant.passes.sensitivity.singles import Singles, measure_singles
+from fxquant.passes.sensitivity.singles import measure_singles
 
 
 @dataclass(frozen=True)
-class Interactions:
-    """Measured pairs.
+class PairRuns:
+    """Measured losses of the m columns alone and two by two, counted from the context's own.
 
     Args:
-        singles: the single substitutions.
+        owners: what each column perturbs.
+        alone: shape (m, images), loss of each column alone.
         joint: shape (m, m, images), symmetric: loss of both columns together; 0 where not measured.
         measured: shape (m, m), symmetric: which pairs were.
-        evaluations: whole-network passes over one image spent, the singles' included.
+        evaluations: whole-network passes over one image spent, those of the single columns included.
+        loss: name of the loss.
+        context_loss: mean loss of the context.
     """
 
-    singles: Singles
+    owners: tuple[str, ...]
+    alone: NDArray[np.float64]
     joint: NDArray[np.float64]
     measured: NDArray[np.bool_]
     evaluations: float
+    loss: str
+    context_loss: float
 
-    @property
+    @cached_property
     def interaction(self) -> NDArray[np.float64]:
         """Shape (m, m, images): `loss(i and j) - loss(i) - loss(j)`, 0 where not measured."""
-        alone = self.singles.losses
-        return np.where(self.measured[:, :, None], self.joint - alone[:, None] - alone[None], 0.0)
+        return np.where(self.measured[:, :, None], self.joint - self.alone[:, None] - self.alone[None], 0.0)
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """Shape (m, m): mean losses on the diagonal, half of the mean interactions off it."""
+        return np.asarray(self.interaction.mean(axis=2) / 2 + np.diag(self.alone.mean(axis=1)), dtype=np.float64)
+
+    @property
+    def stderr(self) -> NDArray[np.float64]:
+        """Shape (m, m): standard errors of `values`."""
+        return standard_error(self.interaction) / 2 + np.diag(standard_error(self.alone))
 
 
-@ESTIMATORS.register("pairs")
-def pairs(scorer: Scorer) -> SensitivityMatrix:
+PairModel = Callable[[PairRuns], Estimate]
+
+
+def pair_model(name: str, unit: str | None = None) -> Callable[[PairModel], PairModel]:
+    """Decorate a function of the measured pairs: register it as an estimator. All of them share the same runs.
+
+    Raises:
+        PipelineError: the name is taken.
+    """
+
+    def register(model: PairModel) -> PairModel:
+        _ = estimator(name, unit=unit, has_pairs=True, measured=unit is None)(
+            lambda scorer: model(measure_pairs(scorer, scorer.between))
+        )
+        return model
+
+    return register
+
+
+@pair_model("pairs")
+def pairs(runs: PairRuns) -> Estimate:
     """Return the measured pair matrix, `m + pairs between owners` runs per image."""
-    found = measure_pairs(scorer, scorer.between)
-    interaction, alone = found.interaction, found.singles.losses
-    values = interaction.mean(axis=2) / 2 + np.diag(alone.mean(axis=1))
-    stderr = standard_error(interaction) / 2 + np.diag(standard_error(alone))
-    if scorer.loss == "ce":
-        values = positive_part(values)
-    return scorer.matrix("pairs", values, stderr, found.evaluations)
+    values = positive_part(runs.values) if runs.loss == "ce" else runs.values
+    return Estimate(values, runs.stderr, runs.evaluations)
 
 
 def positive_part(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -63,7 +92,7 @@ def positive_part(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray((vectors * np.maximum(eigenvalues, 0.0)) @ vectors.T, dtype=np.float64)
 
 
-def measure_pairs(scorer: Scorer, wanted: NDArray[np.bool_]) -> Interactions:
+def measure_pairs(scorer: Scorer, wanted: NDArray[np.bool_]) -> PairRuns:
     """Measure the wanted pairs of columns on every image, resuming from the scorer's store.
 
     Args:
@@ -91,7 +120,8 @@ def measure_pairs(scorer: Scorer, wanted: NDArray[np.bool_]) -> Interactions:
             joint[row, columns, span] = cell["losses"]
             evaluations += float(cell["evaluations"])
     # Each pair was run once, in the order of depth; the other half mirrors it.
-    return Interactions(singles, joint + joint.transpose(1, 0, 2), wanted, evaluations)
+    joint += joint.transpose(1, 0, 2)
+    return PairRuns(tuple(scorer.owners), singles.losses, joint, wanted, evaluations, scorer.loss, scorer.context_loss)
 
 
 def _deeper(scorer: Scorer, wanted: NDArray[np.bool_]) -> dict[int, list[int]]:

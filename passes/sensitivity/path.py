@@ -20,14 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fxquant.core.facts import SensitivityMatrix
 from fxquant.core.run import LOSSES
 from fxquant.passes.sensitivity.backward import Tape
 from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.columns import Column, Constant, Replacement
 from fxquant.passes.sensitivity.cotangents import loss_gradient
-from fxquant.passes.sensitivity.float_only import refuse_context
-from fxquant.passes.sensitivity.registry import ESTIMATORS
+from fxquant.passes.sensitivity.registry import Estimate, estimator
 from fxquant.passes.sensitivity.scorer import Part, Scorer
 
 POINTS = (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)
@@ -36,21 +34,15 @@ POINTS = (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)
 HEADROOM = 1.05
 """The ceiling lies this much above the largest loss seen, so that no loss lies on it."""
 
-UNIT = "coverage (-log)"
 
-
-@ESTIMATORS.register("path")
-def path(scorer: Scorer) -> SensitivityMatrix:
+@estimator("path", float_only=True, unit="coverage (-log)")
+def path(scorer: Scorer) -> Estimate:
     """Return `values = diag(u)`, `u_i = U phi_i+ / sum phi+` with `U = -log(1 - L / c)`, 6 passes per format and image.
 
     The ceiling c is 1.05 times the largest mean loss of the formats and of an answer that is 0 everywhere (uniform
     scores). Standard errors are the jackknife's over images, c held fixed. A loss that is below 0 (cross-entropy)
     counts as 0. Notes hold the ceiling and the largest `|sum phi - L| / c`, the error of the quadrature.
-
-    Raises:
-        OptionError: the scorer has a context.
     """
-    refuse_context(scorer, "path")
     plans = formats(scorer)
     work = {
         f"path-{part.index}-{k}": partial(_cell, scorer, part, plan)
@@ -80,7 +72,7 @@ def path(scorer: Scorer) -> SensitivityMatrix:
         gap = max(gap, abs(float(phi.sum(axis=0).mean() - losses.mean())) / ceiling)
     evaluations = float(sum(float(cell["evaluations"]) for cell in cells.values()))
     notes = {"ceiling": ceiling, "quadrature_error": gap}
-    return scorer.matrix("path", np.diag(values), np.diag(stderr), evaluations, notes, UNIT)
+    return Estimate(np.diag(values), np.diag(stderr), evaluations, notes)
 
 
 def formats(scorer: Scorer) -> list[list[int]]:

@@ -7,8 +7,9 @@ context's own loss, so that the context alone has loss 0 and the four-term ident
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from math import prod
 
 import numpy as np
@@ -16,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fxquant.core.facts import BitAllocation, FakeQuantNodes, SensitivityMatrix
+from fxquant.core.facts import BitAllocation, FakeQuantNodes
 from fxquant.core.host import ALONE, SILENT, Reporter, Shards
 from fxquant.core.ir import Candidate, Program, Sites, rule_of, shape_of
-from fxquant.core.run import LOSSES, UNITS, CalibrationSet, Environment, GraphReplay
+from fxquant.core.run import LOSSES, CalibrationSet, Environment, GraphReplay
 from fxquant.core.storage import Arrays, ScoreStore, text_digest
-from fxquant.passes.sensitivity.cell_sweep import Cell, Memory, Work, sweep
+from fxquant.passes.sensitivity.cell_sweep import Cell, Gathered, Memory, Work, sweep
 from fxquant.passes.sensitivity.columns import Column, Quantizers, Replacement, columns_of
 
 ENVIRONMENT_LIMIT = 384 * 10**6
@@ -220,48 +221,27 @@ class Scorer:
         cells = sweep(title, named, self.store, self.shards, self.reporter, device)
         return {key.removeprefix(prefix): cell for key, cell in cells.items()}
 
+    def by_batch(self, title: str, name: str, cell: Callable[[Scorer, Part], Cell]) -> Gathered:
+        """Measure one cell for each batch, called `name-0`, `name-1`, ...; `evaluations` are added where it has none.
+
+        Raises:
+            WorkerError: another process of a sharded run was lost.
+        """
+
+        def counted(part: Part) -> Cell:
+            found = cell(self, part)
+            return {"evaluations": self.take_spent(len(part.images)), **found}
+
+        work = {f"{name}-{part.index}": partial(counted, part) for part in self.parts}
+        return Gathered(list(self.measure(title, work).values()))
+
     @staticmethod
     def _labels(plan: BitAllocation) -> dict[str, str]:
         return {site: choice.label for site, choice in plan.choices.items()}
 
-    def matrix(
-        self,
-        name: str,
-        values: NDArray[np.float64],
-        stderr: NDArray[np.float64],
-        evaluations: float,
-        notes: Mapping[str, float] | None = None,
-        unit: str | None = None,
-        constant: float | None = None,
-    ) -> SensitivityMatrix:
-        """Return the candidates' matrix of what was measured on the columns: `spread values spread'`.
-
-        Args:
-            name: the estimator.
-            values: shape (columns, columns), symmetric.
-            stderr: of the same shape, standard errors.
-            evaluations: whole-network passes over one image spent.
-            notes: what the estimator has to say about its own work.
-            unit: unit of the values; None for the loss's own.
-            constant: value of the context in that unit; None for its loss.
-        """
-        share = self.spread
-        gathered = share @ ((values + values.T) / 2) @ share.T
-        variance = share**2 @ np.nan_to_num(stderr) ** 2 @ (share**2).T
-        unknown = share @ np.isnan(stderr) @ share.T > 0
-        return SensitivityMatrix(
-            self.candidates,
-            (gathered + gathered.T) / 2,
-            np.where(unknown, np.nan, np.sqrt(variance)),
-            name,
-            evaluations,
-            UNITS[self.loss] if unit is None else unit,
-            self.context_loss() if constant is None else constant,
-            dict(notes or {}),
-        )
-
+    @cached_property
     def context_loss(self) -> float:
-        """Return the mean loss of the context over all images, 0 for the float network."""
+        """Mean loss of the context over all images, 0 for the float network."""
         if not self._context:
             return 0.0
         losses = self.measure("score the plan", {"context": self._context_cell})["context"]["losses"]

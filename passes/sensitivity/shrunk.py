@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from fxquant.core.facts import SensitivityMatrix
-from fxquant.passes.sensitivity.pairs import measure_pairs
-from fxquant.passes.sensitivity.registry import ESTIMATORS
-from fxquant.passes.sensitivity.scorer import Scorer, standard_error
+from fxquant.passes.sensitivity.pairs import PairRuns, pair_model
+from fxquant.passes.sensitivity.registry import Estimate
+from fxquant.passes.sensitivity.scorer import standard_error
 
 ERRORS = 2.0
 """Standard errors that an interaction is drawn towards zero by."""
 
 
-@ESTIMATORS.register("shrunk")
-def shrunk(scorer: Scorer) -> SensitivityMatrix:
-    """Return `sign(W) max(|W| - 2 stderr(W), 0)` for every pair; costs what `pairs` costs, and shares its cells."""
-    found = measure_pairs(scorer, scorer.between)
-    interaction, alone = found.interaction, found.singles.losses
-    mean, error = interaction.mean(axis=2), standard_error(interaction)
+@pair_model("shrunk")
+def shrunk_pairs(runs: PairRuns) -> Estimate:
+    """Return `sign(W) max(|W| - 2 stderr(W), 0)` for every pair."""
+    mean, error = runs.interaction.mean(axis=2), standard_error(runs.interaction)
     # From one image nothing is known of the noise, and nothing is drawn.
     kept = np.sign(mean) * np.maximum(np.abs(mean) - ERRORS * np.nan_to_num(error), 0.0)
-    values = kept / 2 + np.diag(alone.mean(axis=1))
-    stderr = error / 2 + np.diag(standard_error(alone))
     share = float(np.abs(kept).sum() / max(float(np.abs(mean).sum()), 1e-300))
-    return scorer.matrix("shrunk", values, stderr, found.evaluations, {"kept_share": share})
+    values = kept / 2 + np.diag(runs.alone.mean(axis=1))
+    return Estimate(values, runs.stderr, runs.evaluations, {"kept_share": share})

@@ -7,7 +7,6 @@ From one sweep over the n columns come the measured diagonal and, through inner 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -42,20 +41,18 @@ class Singles:
 
 def measure_singles(scorer: Scorer) -> Singles:
     """Run every column alone on every image, resuming from the scorer's store."""
-    work = {f"alone-{part.index}": partial(_cell, scorer, part) for part in scorer.parts}
-    cells = list(scorer.measure("score single choices", work).values())
-    losses = np.concatenate([cell["losses"] for cell in cells], axis=1)
+    found = scorer.by_batch("score single choices", "alone", _cell)
+    losses = found.joined("losses")
     total = losses.shape[1]
-    mean = np.sum([cell["gram_sum"] for cell in cells], axis=0) / total
-    square = np.sum([cell["gram_square"] for cell in cells], axis=0) / total
+    mean, square = found.total("gram_sum") / total, found.total("gram_square") / total
     stderr = np.sqrt(np.maximum(square - mean**2, 0.0) / (total - 1)) if total > 1 else np.full(mean.shape, np.nan)
     return Singles(
         losses,
         mean,
         stderr,
-        np.concatenate([cell["shift_power"] for cell in cells], axis=1),
-        np.concatenate([cell["answer_power"] for cell in cells]),
-        float(sum(float(cell["evaluations"]) for cell in cells)),
+        found.joined("shift_power"),
+        found.joined("answer_power"),
+        found.evaluations,
     )
 
 
@@ -75,7 +72,6 @@ def _cell(scorer: Scorer, part: Part) -> Cell:
         "gram_square": per_image.square().sum(dim=0).cpu().numpy(),
         "shift_power": np.stack(powers),
         "answer_power": _power(base.answer),
-        "evaluations": scorer.take_spent(len(part.images)),
     }
 
 

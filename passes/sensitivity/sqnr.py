@@ -8,26 +8,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from fxquant.core.facts import SensitivityMatrix
-from fxquant.passes.sensitivity.float_only import refuse_context
-from fxquant.passes.sensitivity.registry import ESTIMATORS
+from fxquant.passes.sensitivity.registry import Estimate, estimator
 from fxquant.passes.sensitivity.scorer import Scorer, standard_error
 from fxquant.passes.sensitivity.singles import measure_singles
 
-UNIT = "noise-to-signal power"
 
-
-@ESTIMATORS.register("sqnr")
-def sqnr(scorer: Scorer) -> SensitivityMatrix:
-    """Return `values = diag(E|shift_i|^2 / E|answer|^2)`, m runs per image (Pandey et al., arXiv 2302.05397, 3.1).
-
-    Raises:
-        OptionError: the scorer has a context.
-    """
-    refuse_context(scorer, "sqnr")
+@estimator("sqnr", float_only=True, unit="noise-to-signal power")
+def sqnr(scorer: Scorer) -> Estimate:
+    """Return `values = diag(E|shift_i|^2 / E|answer|^2)`, m runs per image (Pandey et al., arXiv 2302.05397, 3.1)."""
     singles = measure_singles(scorer)
     signal = max(float(singles.answer_power.mean()), float(np.finfo(np.float32).tiny))
     ratio = singles.shift_power.mean(axis=1) / signal
     # Of a ratio of means, the spread is that of what the ratio leaves over on each image.
     residuals = (singles.shift_power - ratio[:, None] * singles.answer_power) / signal
-    return scorer.matrix("sqnr", np.diag(ratio), np.diag(standard_error(residuals)), singles.evaluations, unit=UNIT)
+    return Estimate(np.diag(ratio), np.diag(standard_error(residuals)), singles.evaluations)

@@ -7,30 +7,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from fxquant.core.facts import Histogram, Ranges, SensitivityMatrix
+from fxquant.core.facts import Histogram, Ranges
 from fxquant.core.ir import FakeQuantize, Sites, tensor_at
 from fxquant.passes.sensitivity.columns import Column, Constant
-from fxquant.passes.sensitivity.float_only import refuse_context
-from fxquant.passes.sensitivity.registry import ESTIMATORS
+from fxquant.passes.sensitivity.registry import Estimate, estimator
 from fxquant.passes.sensitivity.scorer import Scorer
 
-UNIT = "relative squared error of weights and activations"
 
-
-@ESTIMATORS.register("weight_mse")
-def weight_mse(scorer: Scorer) -> SensitivityMatrix:
+@estimator("weight_mse", float_only=True, unit="relative squared error of weights and activations", images=False)
+def weight_mse(scorer: Scorer) -> Estimate:
     """Return `values = diag(|dW|^2 / |W|^2 + sum over values read of step^2 / 12 / E[x^2])`, no run at all.
 
     The first term is MixQuant's (Kloberdanz & Le, arXiv 2309.17341). The second is the power of uniform rounding noise
     against the power that calibration saw, so that activation bits have a price. Standard errors are 0: no image is
     scored.
-
-    Raises:
-        OptionError: the scorer has a context.
     """
-    refuse_context(scorer, "weight_mse")
-    errors = np.array([relative_error(scorer, column) for column in scorer.columns])
-    return scorer.matrix("weight_mse", np.diag(errors), np.zeros((len(errors), len(errors))), 0.0, unit=UNIT)
+    values = np.diag([relative_error(scorer, column) for column in scorer.columns])
+    return Estimate(values, np.zeros_like(values), 0.0)
 
 
 def relative_error(scorer: Scorer, column: Column) -> float:

@@ -5,18 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxquant.core.facts import BitAllocation
-from fxquant.core.ir import Choice, Sites
-from fxquant.core.run import CalibrationSet
-from fxquant.core.storage import ScoreStore
-from fxquant.passes.sensitivity import ESTIMATORS, Scorer, link
-from tests.scoring import full_forward_losses, inputs, scorer, simulated
-
-coverage = ESTIMATORS["coverage"]
-pairs = ESTIMATORS["pairs"]
-
-
-IMAGES = CalibrationSet(inputs("plain", 6))
+from fxquant.passes.sensitivity import coverage_pairs, link
+from tests.passes.sensitivity.runs import made_up
 
 
 def back(units: float, ceiling: float) -> float:
@@ -24,16 +14,15 @@ def back(units: float, ceiling: float) -> float:
     return float(ceiling * (1 - np.exp(-units)))
 
 
-def test_two_substitutions_are_predicted_exactly_through_the_link() -> None:
-    found = coverage(scorer(simulated("plain"), IMAGES))
-    ceiling = found.notes["ceiling"]
-    narrow = [c for c in found.candidates if c.choice.weight_bits == 2]
-    for one in narrow:
-        for other in narrow:
-            if one.site < other.site:
-                expected = float(full_forward_losses("plain", IMAGES, "kl", one, other).mean())
-                units = found.predict({c.site: c.choice for c in (one, other)})
-                assert back(units, ceiling) == pytest.approx(expected, rel=1e-3)
+@pytest.mark.parametrize("start", [0.0, 0.3])
+def test_two_substitutions_are_predicted_exactly_through_the_link(start: float) -> None:
+    runs = made_up(4, start)
+    found = coverage_pairs(runs)
+    ceiling, values = found.notes["ceiling"], found.values
+    assert found.constant is not None
+    for i, j in zip(*np.nonzero(runs.measured), strict=True):
+        units = found.constant + values[i, i] + values[j, j] + 2 * values[i, j]
+        assert back(units, ceiling) == pytest.approx(start + runs.joint[i, j].mean())
 
 
 def test_damage_that_covers_adds_up_exactly() -> None:
@@ -45,24 +34,15 @@ def test_damage_that_covers_adds_up_exactly() -> None:
     assert u[2] - u[0] - u[1] == pytest.approx(0.0, abs=1e-12)
 
 
-def test_it_shares_the_measurements_of_pairs() -> None:
-    store = ScoreStore(None, {})
-    each = scorer(simulated("plain"), IMAGES, store=store)
-    exact = pairs(each)
-    before = each.replay.spent
-    found = coverage(each)
-    assert each.replay.spent == before
-    assert found.evaluations == exact.evaluations
-    assert found.unit == "coverage units"
-
-
 def test_around_a_plan_its_own_choices_stay_at_zero() -> None:
-    program = simulated("plain")
-    plan = BitAllocation({site.name: Choice(4, 8) for site in program[Sites].sites})
-    found = coverage(Scorer(program, IMAGES, "kl", ScoreStore(None, {}), context=plan))
-    own = [k for k, c in enumerate(found.candidates) if c.choice.weight_bits == 4]
-    np.testing.assert_allclose(found.values[own], 0.0, atol=1e-12)
-    assert back(found.constant, found.notes["ceiling"]) > 0
+    runs = made_up(4, 0.3)
+    runs.alone[0] = 0.0
+    runs.joint[0] = np.where(runs.measured[0][:, None], runs.alone, 0.0)
+    runs.joint[:, 0] = runs.joint[0]
+    found = coverage_pairs(runs)
+    np.testing.assert_allclose(found.values[0], 0.0, atol=1e-12)
+    assert found.constant is not None
+    assert back(found.constant, found.notes["ceiling"]) == pytest.approx(0.3)
 
 
 @given(st.lists(st.floats(-5, 50), min_size=2, max_size=8, unique=True), st.floats(0.1, 60))

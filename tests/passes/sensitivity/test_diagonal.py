@@ -9,13 +9,6 @@ from tests.scoring import inputs, scorer, simulated
 diagonal = ESTIMATORS["diagonal"]
 
 
-def test_nothing_off_the_diagonal() -> None:
-    found = diagonal(scorer(simulated("plain"), CalibrationSet(inputs("plain", 6))))
-    assert np.array_equal(found.values, np.diag(np.diag(found.values)))
-    assert (np.diag(found.values) > 0).all()
-    assert found.unit == "KL nats"
-
-
 def test_fewer_bits_hurt_more() -> None:
     found = diagonal(scorer(simulated("plain"), CalibrationSet(inputs("plain", 6))))
     losses = np.diag(found.values).reshape(4, 3)

@@ -1,12 +1,8 @@
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
 
-from fxquant.core.facts import SensitivityMatrix
 from fxquant.core.run import CalibrationSet
 from fxquant.passes.sensitivity import ESTIMATORS, Part, Tape, label_cotangents
 from tests.passes.sensitivity.linear import layer, split_scorer
@@ -29,20 +25,10 @@ def test_squares_are_taken_before_the_sum() -> None:
 
 
 @pytest.mark.parametrize(("name", "owner"), [("attention", "tie matmul_1"), ("plain", "tie relu")])
-def test_values_count_at_the_layers_that_read_them_or_where_they_stand(
-    name: str, owner: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_count_at_the_layers_that_read_them_or_where_they_stand(name: str, owner: str) -> None:
     images = CalibrationSet(inputs(name, 4))
     each = scorer(simulated(name, (8,), (4, 8)), images)
-    kept: dict[str, np.ndarray] = {}
-    measured = each.matrix
-
-    def matrix(*arguments: Any) -> SensitivityMatrix:
-        kept["values"] = arguments[1]
-        return measured(*arguments)
-
-    monkeypatch.setattr(each, "matrix", matrix)
-    fisher_out(each)
+    values = fisher_out.measure(each).values
     tape = Tape(each, Part(0, images))
     gradients = tape.gradients(label_cotangents(each, Part(0, images), tape.reference))
     index = next(k for k, column in enumerate(each.columns) if column.owner == owner and column.activation_bits == 4)
@@ -55,7 +41,7 @@ def test_values_count_at_the_layers_that_read_them_or_where_they_stand(
     else:
         terms = {node: shift}
     squares = sum(float((gradients[place] * moved).double().square().sum()) for place, moved in terms.items())
-    assert kept["values"][index, index] == pytest.approx(squares / 4 / 2, rel=1e-3)
+    assert values[index, index] == pytest.approx(squares / 4 / 2, rel=1e-3)
 
 
 def test_two_passes_and_one_op_for_each_choice() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fxquant.core.run import CalibrationSet
-from fxquant.passes.sensitivity import ESTIMATORS, Part, Scorer, choose_pairs, slope, suffix_cost
+from fxquant.passes.sensitivity import ESTIMATORS, Part, choose_pairs, slope, suffix_cost
 from fxquant.passes.sensitivity import hybrid as module
 from tests.scoring import inputs, scorer, simulated
 
@@ -21,8 +21,8 @@ Array = NDArray[np.float64]
 IMAGES = CalibrationSet(inputs("plain", 6))
 
 
-def as_it_is(_: Scorer, values: Array, alone: Array) -> tuple[Array, Array]:
-    return values, np.ones(len(alone))
+def as_it_is(_: object, values: Array) -> tuple[Array, Array]:
+    return values, np.ones(len(values))
 
 
 def test_with_budget_for_all_it_is_monotone_pairs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxquant.core.run import CalibrationSet
-from fxquant.passes.sensitivity import ESTIMATORS, falling, repair
-from tests.scoring import inputs, scorer, simulated
-
-monotone = ESTIMATORS["monotone"]
-pairs = ESTIMATORS["pairs"]
-
+from fxquant.passes.sensitivity import falling, monotone_pairs, repair
+from tests.passes.sensitivity.runs import made_up
 
 GROUPS = [np.array([0, 1]), np.array([2, 3, 4]), np.array([5, 6])]
 
@@ -71,9 +66,17 @@ def test_by_hand() -> None:
 
 
 def test_pairs_are_scaled_never_turned() -> None:
-    images = CalibrationSet(inputs("plain", 6))
-    exact, found = (estimate(scorer(simulated("plain"), images)) for estimate in (pairs, monotone))
-    off = ~np.eye(len(exact.values), dtype=bool)
+    exact = made_up(4)
+    found = monotone_pairs(exact)
+    off = exact.measured
     assert (np.abs(found.values[off]) <= np.abs(exact.values[off]) + 1e-12).all()
     assert (np.sign(found.values[off]) * np.sign(exact.values[off]) >= 0).all()
-    assert 0 <= found.notes["mean_share"] <= 1
+    assert 0 < found.notes["mean_share"] < 1
+
+
+def test_what_the_context_has_stays_at_zero() -> None:
+    """The owner's wider choice costs more by chance: averaging the two must not give the context a loss."""
+    exact = made_up(4)
+    exact.alone[0] = 0.0
+    found = monotone_pairs(exact)
+    assert found.values[0, 0] == found.values[1, 1] == 0.0

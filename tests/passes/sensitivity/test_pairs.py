@@ -126,6 +126,16 @@ def test_the_nearest_positive_semidefinite_matrix() -> None:
     np.testing.assert_allclose(positive_part(factor @ factor.T), factor @ factor.T, atol=1e-10)
 
 
+@pytest.mark.parametrize("other", ["coverage", "monotone", "shrunk"])
+def test_models_of_pairs_share_their_runs(other: str) -> None:
+    each = scorer(simulated("plain"), IMAGES)
+    exact = pairs(each)
+    before = each.replay.spent
+    found = ESTIMATORS[other](each)
+    assert each.replay.spent == before
+    assert found.evaluations == exact.evaluations
+
+
 def test_fewer_passes_than_whole_forwards() -> None:
     found = pairs(scorer(simulated("plain"), IMAGES))
     whole = len(IMAGES) * (1 + 12 + 54)
