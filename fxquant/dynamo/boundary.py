@@ -21,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxquant.core.errors import CaptureError
 from fxquant.core.ir import fork
+from fxquant.core.run import dependents, placeholders
 
 _ARGUMENT = re.compile(r"L(\['[^']*'\]|\[\d+\])+")
 """Where Dynamo read a value from, if that is an argument of the compiled function, or an item of one."""
@@ -133,13 +134,11 @@ def free_batch(module: GraphModule, inputs: Sequence[Tensor], images: Sequence[T
     batch = int(inputs[0].shape[0])
     freed = fork(module)
     made = freed.graph
-    first, *others = (node for node in made.nodes if node.op == "placeholder")
+    first, *others = placeholders(made)
     with made.inserting_after([first, *others][-1]):
         size = made.call_method("size", (first, 0))
-    varies = {first}
+    varies = dependents(made.nodes, [first, *others])
     for node in made.nodes:
-        if node.op == "placeholder" or any(source in varies for source in node.all_input_nodes):
-            varies.add(node)
         reshapes = node.target in ("view", "reshape", torch.reshape) and node in varies
         spreads = node.target in ("expand", "repeat") and node not in varies
         if reshapes or spreads:

@@ -14,17 +14,17 @@ train mode too; `reestimate` takes them anew where training moved what it sees.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.optim import Optimizer
 
 from fxquant.core.errors import CalibrationError, FailureError, OptionError
 from fxquant.core.ir import FakeQuantize, is_constant
-from fxquant.core.run import LOSSES, collect, default_loss, first_tensor
+from fxquant.core.run import LOSSES, Runner, collect, default_loss, first_tensor
 from fxquant.qat.training_graph import put_tensor
 
 STATISTICS = ("running_mean", "running_var")
@@ -109,11 +109,11 @@ def reestimate(module: GraphModule, images: object, batch: int = 64) -> int:
     if not norms:
         return 0
     data = collect(images, [str(node.target) for node in module.graph.nodes if node.op == "placeholder"])
-    recorder = _Recorder(module, norms)
+    runner = _BatchStatistics(module, norms)
     with torch.no_grad():
-        for start in range(0, len(data), batch):
-            recorder.run(*data.slice(start, start + batch).inputs)
-        for path, (total, weight) in recorder.sums.items():
+        for part in data.batches(batch):
+            runner.run(runner.steps, runner.given(part.inputs), keep=lambda _: False)
+        for path, (total, weight) in runner.sums.items():
             put_tensor(module, path, (total / weight).float())
     return len(norms)
 
@@ -129,7 +129,7 @@ def _is_norm(node: Node) -> bool:
     return all(name in names and is_constant(node.args[names.index(name)]) for name in STATISTICS)
 
 
-class _Recorder(Interpreter):
+class _BatchStatistics(Runner):
     """Runs a graph with its norms on the statistics of the batch, and sums these up."""
 
     def __init__(self, module: GraphModule, norms: dict[Node, list[str]]) -> None:
@@ -138,25 +138,23 @@ class _Recorder(Interpreter):
         #: path of a statistic -> sum over images, and images
         self.sums: dict[str, tuple[Tensor, int]] = {}
 
-    def run_node(self, n: Node) -> Any:
-        """Run one node."""
-        if n not in self._norms:
-            return super().run_node(n)
-        arguments, _ = self.fetch_args_kwargs_from_env(n)
-        places, values = self._norms[n], list(arguments)
+    def compute(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return what a node makes of its arguments, statistics of norms replaced."""
+        if node not in self._norms:
+            return super().compute(node, args, kwargs)
+        places, values = self._norms[node], list(args)
         x: Tensor = values[0]
         over = [axis for axis in range(x.dim()) if axis != 1]
         count = x.numel() // x.shape[1]
         if count < 2:
-            raise CalibrationError(f"{n.name}: a batch has one value per channel; give at least two images")
+            raise CalibrationError(f"{node.name}: a batch has one value per channel; give at least two images")
         variance, mean = torch.var_mean(x.double(), dim=over, correction=0)
         for name, value in zip(STATISTICS, (mean, variance * count / (count - 1)), strict=True):
             place = places.index(name)
-            source = n.args[place]
+            source = node.args[place]
             assert isinstance(source, Node)
             total, weight = self.sums.get(str(source.target), (torch.zeros_like(value), 0))
             self.sums[str(source.target)] = total + value * len(x), weight + len(x)
             # A batch is normalized by the variance of itself, not by that of where it came from.
             values[place] = (mean if name == STATISTICS[0] else variance).to(x.dtype)
-        assert callable(n.target)
-        return n.target(*values)
+        return super().compute(node, values, kwargs)

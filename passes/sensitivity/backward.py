@@ -12,12 +12,11 @@ backward pass per image for it).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from fxquant.core.facts import FakeQuantNodes
 from fxquant.core.ir import Sites, images_axis, rule_of
@@ -42,8 +41,7 @@ class Tape:
         # A node that passes its input on would share its gradient with the input's other readers; an alias does not.
         apart = {name: _alias if change is scorer.off[name] else change for name, change in scorer.standing.items()}
         inputs = tuple(t.detach().clone().requires_grad_(t.is_floating_point()) for t in part.images.inputs)
-        with torch.enable_grad():
-            self.answer, self.environment = scorer.replay.forward(inputs, apart)
+        self.answer, self.environment = scorer.replay.recorded(inputs, apart)
         #: answer of the float network
         self.reference = self.answer.detach() if scorer.context is None else scorer.base(part).reference
         nodes, by_name = scorer.program[FakeQuantNodes], scorer.replay.by_name
@@ -102,20 +100,12 @@ class Tape:
         """Run an op on its recorded input with another weight and no bias."""
         rule = rule_of(op)
         assert rule is not None
-        assert callable(op.target)
-        lookup: dict[Node, Any] = {**{n: self.environment[n] for n in op.all_input_nodes}, quantizer: weight}
-
-        def value(node: Node) -> Any:
-            found = lookup[node]
-            return found.detach() if isinstance(found, Tensor) else found
-
-        args: list[Any] = list(cast(Sequence[Any], map_arg(op.args, value)))
-        if rule.bias is not None and len(args) > rule.bias:
-            args[rule.bias] = None
-        kwargs: Any = map_arg(op.kwargs, value)
-        self.scorer.replay.spent += self.scorer.costs[op.name]
+        values: dict[Node, Any] = {**{n: self.environment[n] for n in op.all_input_nodes}, quantizer: weight}
+        bias = op.args[rule.bias] if rule.bias is not None and len(op.args) > rule.bias else None
+        if isinstance(bias, Node):
+            values[bias] = None
         with torch.no_grad():
-            shift: Tensor = op.target(*args, **kwargs)
+            shift: Tensor = self.scorer.replay.value_of(op, values.__getitem__)
         return shift
 
 

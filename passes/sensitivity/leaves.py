@@ -42,11 +42,8 @@ class Leaves:
         for site, names in nodes.weights.items():
             substitution.update({name: _always(self.weights[site]) for name in names})
         substitution.update({name: _shifted(name, self.shifts) for name in rounded_values(scorer)})
-        with torch.enable_grad():
-            answer, environment = scorer.replay.forward(images.inputs, substitution)
-        #: answer of the network, differentiable in every leaf
-        self.answer: Tensor = answer
-        self.environment: Environment = environment
+        #: answer of the network, differentiable in every leaf, and every value of the run
+        self.answer, self.environment = scorer.replay.recorded(images.inputs, substitution)
         #: axis of each quantized value that counts images, None where they do not show
         self.axes = {name: images_axis(by_name[name]) for name in self.shifts}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fxquant.core.run.answer_quality import NO_LABELS, keeps, quality
 from fxquant.core.run.data import LARGEST, CalibrationSet, collect
-from fxquant.core.run.extract import cut_out
 from fxquant.core.run.footprint import Footprint, live_bytes, storages
 from fxquant.core.run.losses import (
     LOSSES,
@@ -28,12 +27,11 @@ from fxquant.core.run.observers import (
 from fxquant.core.run.replay import (
     Environment,
     GraphReplay,
-    Substitution,
-    environment_bytes,
     first_tensor,
     model_outputs,
 )
-from fxquant.core.run.spans import Span, cut_span, is_quantizer, is_size, is_tensor, varying_nodes
+from fxquant.core.run.runner import Runner, Substitution, dependents, placeholders, varying_nodes
+from fxquant.core.run.spans import Span, cut_out, cut_span, is_quantizer, is_size, is_tensor
 
 __all__ = [
     "DENSE_LIMIT",
@@ -51,14 +49,15 @@ __all__ = [
     "MseObserver",
     "Observer",
     "PercentileObserver",
+    "Runner",
     "Span",
     "Substitution",
     "collect",
     "cut_out",
     "cut_span",
     "default_loss",
+    "dependents",
     "embed_shift",
-    "environment_bytes",
     "first_tensor",
     "images_for",
     "is_quantizer",
@@ -68,6 +67,7 @@ __all__ = [
     "kl",
     "live_bytes",
     "model_outputs",
+    "placeholders",
     "quality",
     "sample_cotangent",
     "sample_label_cotangent",

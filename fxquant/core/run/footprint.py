@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fxquant.core.ir import shape_of
+from fxquant.core.run.runner import last_read
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,7 @@ def live_bytes(graph: Graph) -> int:
 
     A value is alive from its node to its last reader; views count as values of their own, weights not at all.
     """
-    last: dict[Node, Node] = {}
-    for node in graph.nodes:
-        last.update(dict.fromkeys(node.all_input_nodes, node))
+    last = last_read(list(graph.nodes))
     traced = next((shape_of(node)[:1] for node in graph.nodes if node.op == "placeholder" and shape_of(node)), (1,))
     alive, most = 0, 0
     sizes: dict[Node, int] = {}
@@ -87,7 +86,7 @@ def live_bytes(graph: Graph) -> int:
             sizes[node] = prod(shape_of(node)) * value.dtype.itemsize // max(1, traced[0])
         alive += sizes.get(node, 0)
         most = max(most, alive)
-        alive -= sum(sizes.get(done, 0) for done in node.all_input_nodes if last[done] is node)
+        alive -= sum(sizes.get(done, 0) for done in last[node] if done is not node)
     return most
 
 

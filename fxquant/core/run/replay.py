@@ -1,7 +1,7 @@
-"""The task-loss oracle: the loss of any set of substitutions, replaying only what they change.
+"""The loss of any set of substitutions, running only the nodes that they change.
 
-One functional serves scoring, reconstruction and verification: `Phi(S) = E_x loss(f(x), f_S(x))`, where S replaces
-some nodes of the graph by other functions of the same inputs.
+Scoring, reconstruction and verification all need `Phi(S) = E_x loss(f(x), f_S(x))`, where S replaces some nodes of the
+graph by other functions of the same inputs.
 """
 
 from __future__ import annotations
@@ -11,23 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.node import map_arg
+from torch.fx import GraphModule, Node
 
 from fxquant.core.errors import CaptureError
 from fxquant.core.run.footprint import Footprint, storages
-
-Substitution = Mapping[str, Callable[[Tensor], Tensor]]
-"""Node name -> function of the node's first input that takes the node's place."""
+from fxquant.core.run.runner import Runner, Substitution, dependents
 
 
 class Environment(dict[Node, Any]):
-    """Values that a replay may read; one that is missing is run again from those that are there.
+    """Values that a replay may read; a missing one is computed again from those that are there.
 
     Args:
         values: value of each node kept.
-        substitution: what was substituted in the run that made them.
-        kept: the nodes of which this run and those on top of it keep the value; None for every node.
+        substitution: the substitution of the run that made them.
+        kept: the nodes whose values this run and the replays on top of it keep; None for every node.
     """
 
     def __init__(
@@ -41,8 +38,8 @@ class Environment(dict[Node, Any]):
         self.kept = kept
 
 
-class GraphReplay:
-    """Runs a graph, and re-runs only the nodes downstream of what changed.
+class GraphReplay(Runner):
+    """Runs a graph, and then again only the nodes downstream of a change.
 
     Args:
         module: the graph; its single output is a tensor, or a structure whose first tensor is the answer.
@@ -50,22 +47,9 @@ class GraphReplay:
     """
 
     def __init__(self, module: GraphModule, node_cost: Mapping[str, float] | None = None) -> None:
-        self.module = module
-        self._cost = node_cost or {}
-        self.nodes: list[Node] = list(module.graph.nodes)
-        self.position = {node: index for index, node in enumerate(self.nodes)}
-        self.by_name = {node.name: node for node in self.nodes}
-        # Submodule look-up by path is slow enough to show in small networks.
-        self._targets = {n: module.get_submodule(str(n.target)) for n in self.nodes if n.op == "call_module"}
-        self._interpreter = Interpreter(module, garbage_collect_values=False)
-        #: cost of all nodes run so far, in the unit of `node_cost`, for reports of what was spent
-        self.spent = 0.0
-        varying: set[Node] = set()
-        for node in self.nodes:
-            if node.op == "placeholder" or any(source in varying for source in node.all_input_nodes):
-                varying.add(node)
+        super().__init__(module, node_cost)
         # Inputs and weights exist anyway, and the answer is what a run is for.
-        self._always = {node for node in self.nodes if node not in varying or node.op in ("placeholder", "output")}
+        self._always = {node for node in self.nodes if node not in self.varying or node.op in ("placeholder", "output")}
 
     def forward(
         self,
@@ -77,19 +61,23 @@ class GraphReplay:
 
         Args:
             inputs: one tensor per placeholder.
-            substitution: what takes the place of which nodes.
+            substitution: functions that are run in place of nodes.
             kept: the nodes whose values are kept, for example by `Footprint.within`; None for all. Inputs, weights
                 and the answer are always kept.
         """
-        environment = Environment(self._inputs(inputs), substitution, kept)
-        order = [node for node in self.nodes if node.op != "placeholder"]
-        self._sweep(order, environment, {}, environment.substitution, self._retained(kept))
+        environment = Environment(self.given(inputs), substitution, kept)
+        self.run(self.steps, environment, None, environment.substitution, self._keep(kept))
         return self.answer(environment), environment
 
+    def recorded(self, inputs: tuple[Tensor, ...], substitution: Substitution) -> tuple[Tensor, Environment]:
+        """Run the whole graph with gradients recorded, keeping every value: all of them can be differentiated."""
+        with torch.enable_grad():
+            return self.forward(inputs, substitution)
+
     def footprint(self, inputs: tuple[Tensor, ...], substitution: Substitution | None = None) -> Footprint:
-        """Run the whole graph keeping nothing, and return what its values weigh; counts as nothing spent."""
+        """Run the whole graph keeping nothing, and return the bytes of its values; adds nothing to `spent`."""
         values: list[tuple[Node, int]] = []
-        live: Environment = Environment(self._inputs(inputs))
+        live = self.given(inputs)
         seen: dict[Node, int] = {}
         working, before = 0, self.spent
 
@@ -106,8 +94,7 @@ class GraphReplay:
                     values.append((node, own[address]))
                 seen[node] = address
 
-        order = [node for node in self.nodes if node.op != "placeholder"]
-        self._sweep(order, live, {}, substitution or {}, self._retained(frozenset()), weigh)
+        self.run(self.steps, live, None, substitution, self._keep(frozenset()), weigh)
         self.spent = before
         return Footprint(tuple(values), working)
 
@@ -120,7 +107,7 @@ class GraphReplay:
     ) -> tuple[Tensor, Environment]:
         """Run only what the substitution changes, the rest read from `base`; the same answer as a whole run.
 
-        Values that `base` did not keep are run again from those it kept, each once, and dropped after their last
+        Values that `base` did not keep are computed again from those it kept, each once, and dropped after their last
         reader: a replay holds at most what is kept and what a plain run holds at one node.
 
         Args:
@@ -132,10 +119,7 @@ class GraphReplay:
         names = set(substitution if changed is None else changed)
         dirty = {self.by_name[name] for name in names}
         start = min((self.position[node] for node in dirty), default=len(self.nodes))
-        run: set[Node] = set()
-        for node in self.nodes[start:]:
-            if node in dirty or any(source in run for source in node.all_input_nodes):
-                run.add(node)
+        run = dependents(self.nodes[start:], dirty)
         # A missing value that is read has only unchanged ancestors, or it would be among those to run.
         wanted = [source for node in run for source in node.all_input_nodes]
         while wanted:
@@ -143,81 +127,20 @@ class GraphReplay:
             if source not in run and source not in base:
                 run.add(source)
                 wanted.extend(source.all_input_nodes)
-        now = {name: made for name, made in base.substitution.items() if name not in names}
-        now |= {name: made for name, made in substitution.items() if name in names}
+        now = {name: function for name, function in base.substitution.items() if name not in names}
+        now |= {name: function for name, function in substitution.items() if name in names}
         fresh: Environment = Environment({}, now, base.kept)
         order = sorted(run, key=self.position.__getitem__)
-        self._sweep(order, fresh, base, now, self._retained(base.kept if keep else frozenset()))
+        self.run(order, fresh, base, now, self._keep(base.kept if keep else frozenset()))
         complete = Environment({**base, **fresh}, now, base.kept) if keep else fresh
         return self.answer(fresh if self.nodes[-1] in fresh else base), complete
 
-    def _inputs(self, inputs: tuple[Tensor, ...]) -> dict[Node, Any]:
-        return dict(zip((node for node in self.nodes if node.op == "placeholder"), inputs, strict=False))
-
-    def _retained(self, kept: frozenset[Node] | None) -> Callable[[Node], bool]:
-        return lambda node: kept is None or node in kept or node in self._always
-
-    def _sweep(
-        self,
-        order: list[Node],
-        fresh: Environment,
-        base: Mapping[Node, Any],
-        substitution: Substitution,
-        retained: Callable[[Node], bool],
-        after: Callable[[Node], None] = lambda _: None,
-    ) -> None:
-        """Run these nodes into `fresh`; one that is not retained is dropped when the last of its readers has run."""
-        lookup = _Layered(fresh, base)
-        running = set(order)
-        waiting = {node: sum(user in running for user in node.users) for node in order}
-        for node in order:
-            if node.op == "output":
-                fresh[node] = map_arg(node.args, lookup.__getitem__)[0]
-            else:
-                fresh[node] = self._run(node, lookup, substitution)
-            after(node)
-            for source in node.all_input_nodes:
-                if source in waiting:
-                    waiting[source] -= 1
-            for known in (*node.all_input_nodes, node):
-                if waiting.get(known) == 0 and not retained(known):
-                    fresh.pop(known, None)
-
-    def answer(self, environment: Environment) -> Tensor:
+    def answer(self, environment: Mapping[Node, Any]) -> Tensor:
         """Return the first tensor of the graph's output."""
         return first_tensor(environment[self.nodes[-1]])
 
-    def _run(self, node: Node, environment: Mapping[Node, Any], substitution: Substitution) -> Any:
-        if node.op == "get_attr":
-            return self._interpreter.fetch_attr(str(node.target))
-        self.spent += self._cost.get(node.name, 0.0)
-        args: Any = map_arg(node.args, environment.__getitem__)
-        kwargs: Any = map_arg(node.kwargs, environment.__getitem__)
-        replacement = substitution.get(node.name)
-        if replacement is not None:
-            return replacement(args[0])
-        if node.op == "call_module":
-            return self._targets[node](*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
-
-
-class _Layered(Mapping[Node, Any]):
-    """Reads fresh values first, then those of the base run."""
-
-    def __init__(self, fresh: Environment, base: Mapping[Node, Any]) -> None:
-        self._fresh, self._base = fresh, base
-
-    def __getitem__(self, node: Node) -> Any:
-        return self._fresh[node] if node in self._fresh else self._base[node]
-
-    def __iter__(self) -> Any:
-        return iter({**self._base, **self._fresh})
-
-    def __len__(self) -> int:
-        return len({**self._base, **self._fresh})
+    def _keep(self, kept: frozenset[Node] | None) -> Callable[[Node], bool] | None:
+        return None if kept is None else lambda node: node in kept or node in self._always
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -238,11 +161,6 @@ def _flatten(value: Any) -> list[Any]:
     if isinstance(value, list | tuple):
         return [leaf for member in value for leaf in _flatten(member)]
     return [value]
-
-
-def environment_bytes(environment: Mapping[Node, Any]) -> int:
-    """Return the bytes held by an environment, views of one storage counted once."""
-    return sum(storages({node: value for node, value in environment.items() if isinstance(value, Tensor)}).values())
 
 
 def model_outputs(module: GraphModule, inputs: tuple[Tensor, ...], batch: int = 64) -> Tensor:

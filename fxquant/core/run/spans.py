@@ -1,4 +1,4 @@
-"""Stretches of a graph as graphs of their own: the unit that is tuned, and the suffix behind it.
+"""Stretches of a graph as graphs of their own: the unit that is tuned, the suffix behind it, one op to be timed.
 
 A span is a set of neighbouring nodes with the values that flow in and out. Cut out with its quantizers it is the
 simulated unit; cut out without them it is the float unit; all nodes behind a cut, without quantizers, are the suffix
@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from fxquant.core.ir import FakeQuantize, finish, set_module, tensor_at, traced_images
+from fxquant.core.ir import (
+    FakeQuantize,
+    ScaleRule,
+    consumers,
+    finish,
+    rule_of,
+    sample_shape,
+    set_module,
+    tensor_at,
+    traced_images,
+)
+from fxquant.core.run.runner import dependents, placeholders
 
 Values = Mapping[str, Tensor]
 """Node name -> value over some images, images along axis 0."""
-
-
-def varying_nodes(graph: Graph) -> list[Node]:
-    """Return the nodes that depend on the input, placeholders and output left out, in graph order."""
-    seen: set[Node] = {node for node in graph.nodes if node.op == "placeholder"}
-    found = []
-    for node in graph.nodes:
-        if node.op not in ("placeholder", "output") and any(source in seen for source in node.all_input_nodes):
-            seen.add(node)
-            found.append(node)
-    return found
 
 
 def is_tensor(node: Node) -> bool:
@@ -70,18 +70,33 @@ class Span:
         return dict(zip(self.outputs, answers, strict=True))
 
     def compiled(self) -> Span:
-        """Return the same, its graph handed to torch.compile."""
+        """Return the same span, its graph passed through torch.compile."""
         return replace(self, module=torch.compile(self.module))
 
     def run(self, values: Values, batch: int) -> dict[str, Tensor]:
-        """Return the same over many images, `batch` at a time, without gradient."""
+        """Return the outputs over many images, `batch` at a time, without gradient."""
+
+        def take(index: Tensor) -> Values:
+            return {name: values[name][int(index[0]) : int(index[-1]) + 1] for name in self.inputs}
+
+        return self.over(take, len(values[self.inputs[0]]), batch)
+
+    def over(
+        self, take: Callable[[Tensor], Values], images: int, batch: int, kept: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Return the outputs over many images whose input values are made batch by batch, without gradient.
+
+        Args:
+            take: positions of images -> input name -> their values.
+            images: how many there are.
+            batch: images at a time.
+            kept: type that floating-point outputs are kept in; None leaves theirs.
+        """
         parts: dict[str, list[Tensor]] = {name: [] for name in self.outputs}
-        images = len(values[self.inputs[0]])
         with torch.no_grad():
-            for start in range(0, images, batch):
-                piece = {name: values[name][start : start + batch] for name in self.inputs}
-                for name, answer in self(piece).items():
-                    parts[name].append(answer)
+            for index in torch.split(torch.arange(images), batch):
+                for name, answer in self(take(index)).items():
+                    parts[name].append(answer if kept is None or not answer.is_floating_point() else answer.to(kept))
         return {name: torch.cat(pieces) for name, pieces in parts.items()}
 
 
@@ -94,52 +109,94 @@ def cut_span(
 ) -> Span:
     """Return some varying nodes of a graph, with the constants they read, as a span.
 
-    Parameters become buffers that share their memory: a span trains nothing but what `replacements` bring along.
+    Parameters become buffers that share their memory: nothing in a span can be trained but what `replacements` bring.
 
     Args:
         module: a float or simulated graph; it is not changed.
-        names: the nodes; whatever else they read that varies becomes an input.
+        names: the nodes; every other varying value they read becomes an input.
         outputs: those whose values are returned.
         quantized: False leaves every fake-quant node out, on weights too.
         replacements: fake-quant node name -> module that takes its place.
     """
-    inside, wanted = set(names), list(outputs)
-    varying = {node for node in module.graph.nodes if node.op == "placeholder"} | set(varying_nodes(module.graph))
-    chosen = [node for node in module.graph.nodes if node.name in inside]
-    graph, copies = Graph(), dict[Node, Node]()
-    outside = dict.fromkeys(s for node in chosen for s in node.all_input_nodes if s in varying and s.name not in inside)
+    inside, wanted = set(names), tuple(outputs)
+    varying = dependents(module.graph.nodes, placeholders(module.graph))
+    chosen = {node.name: node for node in module.graph.nodes if node.name in inside}
+    read = dict.fromkeys(source for node in chosen.values() for source in node.all_input_nodes)
+    outside = [node for node in read if node in varying and node.name not in inside]
     tensors, sizes = [n for n in outside if not is_size(n)], [n for n in outside if is_size(n)]
-    for source in (*tensors, *sizes):
-        copies[source] = graph.placeholder(source.name)
-        copies[source].meta = dict(source.meta)
-    swapped: dict[str, nn.Module] = {}
-
-    def copied(node: Node) -> Node:
-        if node in copies:
-            return copies[node]
-        quantizer = is_quantizer(module, node)
-        if quantizer and not quantized:
-            copies[node] = copied(node.all_input_nodes[0])
-            return copies[node]
-        for source in node.all_input_nodes:
-            copied(source)
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        if quantizer and replacements is not None and node.name in replacements:
-            swapped[str(node.target)] = replacements[node.name]
-        return copies[node]
-
-    by_name = {node.name: node for node in chosen}
-    for node in chosen:
-        copied(node)
-    graph.output(tuple(copied(by_name[name]) for name in wanted))
-    made = GraphModule(module, graph)
-    for path, replacement in swapped.items():
-        set_module(made, path, replacement)
+    copy = _Copy(module, {node: node.name for node in (*tensors, *sizes)}, quantized)
+    for node in chosen.values():
+        copy.of(node)
+    copy.graph.output(tuple(copy.of(chosen[name]) for name in wanted))
+    made = GraphModule(module, copy.graph)
+    for name, replacement in (replacements or {}).items():
+        if name in copy.quantizers:
+            set_module(made, copy.quantizers[name], replacement)
     _freeze(made)
     images = traced_images(module.graph)
-    return Span(
-        finish(made), tuple(n.name for n in tensors), {n.name: _size(n) // images for n in sizes}, tuple(wanted)
-    )
+    return Span(finish(made), tuple(n.name for n in tensors), {n.name: _size(n) // images for n in sizes}, wanted)
+
+
+def cut_out(module: GraphModule, node: Node) -> tuple[GraphModule, tuple[int, ...]]:
+    """Return a graph of one weighted op with its quantizers and the clip it absorbs, and the shape of its input
+    for one image.
+
+    Args:
+        module: float or simulated graph.
+        node: op whose first argument is its activation and whose other tensor arguments are constants.
+    """
+    source = node.args[0]
+    assert isinstance(source, Node)
+    outside = source.all_input_nodes[0] if source.op == "call_module" else source
+    copy = _Copy(module, {outside: "x"}, True)
+    copy.graph.output(copy.of(_end(node)))
+    return GraphModule(module, copy.graph), sample_shape(outside)
+
+
+class _Copy:
+    """A graph that nodes of another one are copied into, each behind all that it reads.
+
+    Args:
+        module: the graph that is read.
+        inputs: node -> name of the placeholder that takes its place.
+        quantized: False leaves fake-quant nodes out.
+    """
+
+    def __init__(self, module: GraphModule, inputs: Mapping[Node, str], quantized: bool) -> None:
+        self.graph = Graph()
+        #: name of each fake-quant node copied -> path of its module
+        self.quantizers: dict[str, str] = {}
+        self._module, self._quantized = module, quantized
+        self._copies: dict[Node, Node] = {}
+        for node, name in inputs.items():
+            self._copies[node] = self.graph.placeholder(name)
+            self._copies[node].meta = dict(node.meta)
+
+    def of(self, node: Node) -> Node:
+        """Return the copy of a node."""
+        if node in self._copies:
+            return self._copies[node]
+        quantizer = is_quantizer(self._module, node)
+        if quantizer and not self._quantized:
+            self._copies[node] = self.of(node.all_input_nodes[0])
+            return self._copies[node]
+        for source in node.all_input_nodes:
+            self.of(source)
+        if quantizer:
+            self.quantizers[node.name] = str(node.target)
+        self._copies[node] = self.graph.node_copy(node, self._copies.__getitem__)
+        return self._copies[node]
+
+
+def _end(node: Node) -> Node:
+    """Return the last of an op, the clip that it absorbs and the quantizer of its output."""
+    users = consumers(node)
+    if len(users) != 1:
+        return node
+    if users[0].op == "call_module":
+        return users[0]
+    rule = rule_of(users[0])
+    return _end(users[0]) if rule is not None and rule.scale is ScaleRule.ABSORB else node
 
 
 def _size(node: Node) -> int:
@@ -149,7 +206,7 @@ def _size(node: Node) -> int:
 
 
 def _freeze(module: GraphModule) -> None:
-    """Put buffers in the place of the parameters that the graph reads; containers are the span's own."""
+    """Turn the parameters that the graph reads into buffers; the containers belong to this module alone."""
     for node in module.graph.nodes:
         if node.op != "get_attr":
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from math import prod
 
 import torch
@@ -63,14 +64,7 @@ class Source:
         return {name: values[name] for name in names}
 
     def _run(self, span: Span) -> dict[str, Tensor]:
-        assert self._keep is not None
-        parts: dict[str, list[Tensor]] = {name: [] for name in span.outputs}
-        with torch.no_grad():
-            for start in range(0, len(self), RUN):
-                index = torch.arange(start, min(start + RUN, len(self)))
-                for name, answer in span(self.take(span.inputs, index)).items():
-                    parts[name].append(answer.to(self._keep) if answer.is_floating_point() else answer)
-        return {name: torch.cat(pieces) for name, pieces in parts.items()}
+        return span.over(partial(self.take, span.inputs), len(self), RUN, self._keep)
 
 
 def _restored(value: Tensor) -> Tensor:

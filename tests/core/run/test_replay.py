@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from fxquant.core.errors import CaptureError
-from fxquant.core.run import GraphReplay, Substitution, environment_bytes, first_tensor, model_outputs, storages
+from fxquant.core.run import GraphReplay, Substitution, first_tensor, model_outputs, storages
 from tests.models import MODELS
 from tests.programs import folded
 
@@ -154,24 +154,16 @@ def test_answers_over_many_images_do_not_depend_on_batches(name: str, batch: int
     assert torch.allclose(model_outputs(module, inputs, batch), first_tensor(module(*inputs)), atol=1e-6)
 
 
-def test_bytes_count_storages_once() -> None:
-    graph = Graph()
-    a, b = graph.placeholder("a"), graph.placeholder("b")
-    value = torch.zeros(10)
-    assert environment_bytes({a: value, b: value[2:]}) == 40
-    assert environment_bytes({a: value, b: 3}) == 40
-
-
 class Alive:
     """Bytes of the storages that nodes made and that still exist, whoever holds them."""
 
     def __init__(self, replay: GraphReplay, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sizes: dict[int, int] = {}
         self.peak = 0
-        run = replay._run
+        run = replay.value_of
 
-        def watched(node: Node, environment: Mapping[Node, Any], substitution: Substitution) -> Any:
-            value = run(node, environment, substitution)
+        def watched(node: Node, fetch: Callable[[Node], Any], substitution: Substitution) -> Any:
+            value = run(node, fetch, substitution)
             for tensor in (value if isinstance(value, tuple | list) else [value]) if node in self.counted else []:
                 if isinstance(tensor, Tensor):
                     self.watch(tensor.untyped_storage())
@@ -179,7 +171,7 @@ class Alive:
 
         self.counted = {node for node in replay.nodes if node not in replay._always}
         self.given: set[int] = set()
-        monkeypatch.setattr(replay, "_run", watched)
+        monkeypatch.setattr(replay, "value_of", watched)
 
     def watch(self, storage: torch.UntypedStorage) -> None:
         address = storage.data_ptr()

@@ -9,8 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.core.ir import FakeQuantize, Sites, nodes_by_name
-from fxquant.core.run import GraphReplay, Span, cut_span, first_tensor, is_quantizer, is_size, is_tensor, varying_nodes
+from fxquant.core.ir import FakeQuantize, Sites, nodes_by_name, resolve, show
+from fxquant.core.run import (
+    GraphReplay,
+    Span,
+    cut_out,
+    cut_span,
+    first_tensor,
+    is_quantizer,
+    is_size,
+    is_tensor,
+    varying_nodes,
+)
 from fxquant.passes.rounding.learned import Unit, find_units
 from tests import scoring
 from tests.models import MODELS
@@ -226,3 +236,50 @@ def test_kinds_of_nodes_are_told_apart() -> None:
     assert not any(is_tensor(node) for node in sizes)
     constants = {node for node in module.graph.nodes if node.op == "get_attr"}
     assert not constants & set(varying_nodes(module.graph))
+
+
+class TestCutOut:
+    """One op with its quantizers and its clip."""
+
+    @pytest.mark.parametrize("quantized", [False, True])
+    def test_it_computes_what_it_computes_inside(self, quantized: bool) -> None:
+        program = scoring.simulated("plain") if quantized else scoring.calibrated("plain")
+        _, environment = GraphReplay(program.module).forward(scoring.inputs("plain", 1))
+        values = {node.name: value for node, value in environment.items()}
+        for site in program[Sites].sites:
+            node = resolve(program.module.graph, site.nodes[0])
+            cut, shape = cut_out(program.module, node)
+            x = values[producer(program.module, node.all_input_nodes[0].name)]
+            assert shape == tuple(x.shape)
+            # Copies keep their names.
+            assert torch.equal(cut(x), values[cut.graph.output_node().all_input_nodes[0].name])
+
+    def test_a_float_op_takes_its_clip_along(self) -> None:
+        program = scoring.calibrated("plain")
+        cut, shape = cut_out(program.module, resolve(program.module.graph, "conv2d"))
+        assert shape == (1, 3, 6, 6)
+        assert show(cut).splitlines() == [
+            "x = x()",
+            "conv2d = conv2d.default(x, conv1.weight, conv1.bias)",
+            "relu = relu.default(conv2d)",
+            "return relu",
+        ]
+
+    def test_an_integer_op_takes_its_quantizers_along(self) -> None:
+        cut, _ = cut_out(module_of("plain"), resolve(module_of("plain").graph, "conv2d"))
+        assert show(cut).splitlines() == [
+            "x = x()",
+            "quantize_x = FakeQuantize(x)",
+            "quantize_conv1_weight = FakeQuantize(conv1.weight)",
+            "conv2d = conv2d.default(quantize_x, quantize_conv1_weight, conv1.bias)",
+            "relu = relu.default(conv2d)",
+            "quantize_relu = FakeQuantize(relu)",
+            "return quantize_relu",
+        ]
+        assert cut(torch.randn(5, 3, 6, 6)).shape[0] == 5
+
+    @pytest.mark.parametrize(("name", "node"), [("residual", "conv2d"), ("padded", "conv2d"), ("tokens", "linear_1")])
+    def test_a_value_with_several_readers_ends_it(self, name: str, node: str) -> None:
+        module = scoring.calibrated(name).module
+        cut, shape = cut_out(module, resolve(module.graph, node))
+        assert cut(torch.randn(shape)).shape[0] == shape[0]

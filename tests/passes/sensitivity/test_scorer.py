@@ -8,7 +8,7 @@ import torch
 
 from fxquant.core.facts import BitAllocation, SensitivityMatrix
 from fxquant.core.ir import Candidate, Choice, Program, Sites
-from fxquant.core.run import LOSSES, CalibrationSet, environment_bytes, model_outputs
+from fxquant.core.run import LOSSES, CalibrationSet, model_outputs, storages
 from fxquant.core.storage import ScoreStore
 from fxquant.passes import simulate, widest_plan
 from fxquant.passes.sensitivity import ESTIMATORS, Part, Scorer
@@ -184,7 +184,7 @@ def test_memory_is_known_before_the_work() -> None:
     assert stated.joint == 8 * len(each.columns) ** 2 * 6
     base = each.base(Part(0, IMAGES)).environment
     held = {node: value for node, value in base.items() if node.op == "get_attr" or node.op == "placeholder"}
-    assert stated.activations == environment_bytes(base) - environment_bytes(held)
+    assert stated.activations == sum(storages(base).values()) - sum(storages(held).values())
     assert 0 < stated.working <= stated.activations
     assert each.memory_bytes == 2 * stated.activations + stated.working + stated.joint
 
