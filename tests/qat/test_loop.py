@@ -21,7 +21,7 @@ from fxquant.qat import distill_step, parameter_groups, reestimate
 from tests.models import MODELS, built
 from tests.scoring import inputs, plain_net
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 IMAGES = inputs("plain", 24)[0]
 
 
