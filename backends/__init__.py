@@ -6,6 +6,7 @@ if not __name__.startswith("fxquant."):
 
 from fxquant.backends.base import BACKENDS, Executable, backend
 from fxquant.backends.described_target import described, identity, keep_target, kept_target
+from fxquant.backends.kernel_rows import KernelRow, target_of
 from fxquant.backends.qdq_ops import INT32_LIMIT, dequantize, dequantize_channels, quantize
 from fxquant.backends.reference import ReferenceBackend, to_qdq
 
@@ -13,6 +14,7 @@ __all__ = [
     "BACKENDS",
     "INT32_LIMIT",
     "Executable",
+    "KernelRow",
     "ReferenceBackend",
     "backend",
     "dequantize",
@@ -22,5 +24,6 @@ __all__ = [
     "keep_target",
     "kept_target",
     "quantize",
+    "target_of",
     "to_qdq",
 ]

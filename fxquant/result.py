@@ -384,15 +384,12 @@ def _settings_to_json(settings: Settings) -> dict[str, Any]:
     return document
 
 
-def _is_plain(value: object) -> bool:
-    return isinstance(value, str | int | float)
-
-
 def _settings_from_json(document: dict[str, Any]) -> Settings:
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in document.items()
     }
-    nested = [name for name, value in values.items() if isinstance(value, tuple) and not all(map(_is_plain, value))]
+    plain = (str, int, float)
+    nested = [n for n, v in values.items() if isinstance(v, tuple) and not all(isinstance(x, plain) for x in v)]
     if nested:
         raise ValueError(f"setting {nested[0]!r}")
     values["pins"] = {pattern: Choice.parse(label) for pattern, label in document["pins"].items()}

@@ -7,7 +7,7 @@ over the runtime's formula (`fxquant.backends.exact.requantize`) and nothing els
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.backends.exact.requantize import FORMS, Requantization, Sums, requantization
-from fxquant.backends.int8 import UINT8_MAX, ByteGrid
+from fxquant.backends.int8 import UINT8_MAX, ByteGrid, ConvGeometry, conv_geometry
 from fxquant.backends.qdq_ops import dequantize, dequantize_channels, quantize
 from fxquant.backends.reference import to_qdq
 from fxquant.core.ir import ScaleRule, clip_bounds, constant, erase_dead, finish, rule_of
@@ -49,7 +49,8 @@ class ExactLayer(nn.Module):
     Args:
         rule: how sums are requantized.
         op: the layer without bias.
-        linear: whether it is a linear layer, whose channels come last.
+        geometry: of a convolution, with the zeros to add in front of it; None for a linear layer, whose channels come
+            last.
         weight: int8, output channels first.
         scales: float32 `(channels,)`.
         bias: int32 `(channels,)`, or None.
@@ -62,7 +63,7 @@ class ExactLayer(nn.Module):
         self,
         rule: Requantization,
         op: Weighted,
-        linear: bool,
+        geometry: tuple[ConvGeometry, tuple[int, int, int, int]] | None,
         weight: Tensor,
         scales: Tensor,
         bias: Tensor | None,
@@ -73,12 +74,12 @@ class ExactLayer(nn.Module):
         super().__init__()
         #: how a compiler is told, see `FORMS`; any other word stands for the kernel itself
         self.form = "call"
-        self.rule, self.op, self.linear, self.grid, self.out, self.addend = rule, op, linear, grid, out, addend
+        self.rule, self.op, self.geometry, self.grid, self.out, self.addend = rule, op, geometry, grid, out, addend
         rows = weight.flatten(1).double()
         largest = rows.abs().sum(dim=1) * UINT8_MAX + (0 if bias is None else bias.double().abs())
         # Most layers stay below; others take float64, exact up to 2^53 and slower.
         kind = torch.float64 if float(largest.max()) >= WHOLE else torch.float32
-        channels = (-1,) if linear else (-1, *[1] * (weight.dim() - 2))
+        channels = (-1,) if geometry is None else (-1, *[1] * (weight.dim() - 2))
         self.weight, self.scales = weight.to(kind), scales.float().view(channels)
         self.bias = None if bias is None else bias.to(kind).view(channels)
         self.shift = (grid.zero_point * rows.sum(dim=1)).to(kind).view(channels)
@@ -87,7 +88,7 @@ class ExactLayer(nn.Module):
         """Return the layer's answer, the addend added before it is rounded."""
         centred = q.to(self.weight.dtype) - self.grid.zero_point
         sums = self.op(centred, self.weight)
-        found = Sums(sums, self.grid.scale, self.scales, self.bias, self.shift)
+        found = Sums(sums, self.grid.scale, self.scales, self.bias, self.shift, self._joined(q.shape))
         if self.form in FORMS:
             levels = FORMS[self.form](found, addend, self.addend, self.out)
             return levels if self.out is None else _clamped(levels, self.out)
@@ -97,8 +98,19 @@ class ExactLayer(nn.Module):
             assert self.out is not None
             return _clamped(self.rule.conv_add(found, addend, self.addend, self.out), self.out)
         if self.out is None:
-            return (self.rule.linear_real if self.linear else self.rule.conv_real)(found)
-        return _clamped((self.rule.linear if self.linear else self.rule.conv)(found, self.out), self.out)
+            return (self.rule.linear_real if self.geometry is None else self.rule.conv_real)(found)
+        return _clamped((self.rule.linear if self.geometry is None else self.rule.conv)(found, self.out), self.out)
+
+    def _joined(self, shape: Sequence[int]) -> bool:
+        """Return `Sums.joined` for an input of a shape."""
+        if self.geometry is None or self.rule.joins is None:
+            return False
+        geometry, (left, right, top, bottom) = self.geometry
+        # One axis counts as the width, as in `IntegerConv`.
+        (count, channels, *sizes), (out, each, *kernel) = shape, self.weight.shape
+        height, width = sizes if len(sizes) == 2 else (1, *sizes)
+        padded = (count, channels, height + top + bottom, width + left + right)
+        return self.rule.joins(padded, (out, each, *(kernel if len(kernel) == 2 else (1, *kernel))), geometry)
 
 
 class ExactJoin(nn.Module):
@@ -244,7 +256,8 @@ def _layer(exact: GraphModule, node: Node, rule: Requantization, out: ByteGrid |
         return None
     assert callable(node.target)
     op = partial(_weighted, node.target, tuple(rest[1:]))
-    layer = ExactLayer(rule, op, row.kind == "linear", integers, scales, offsets, _grid(exact, source), out)
+    geometry = conv_geometry(node, integers) if integers.dim() > 2 else None
+    layer = ExactLayer(rule, op, geometry, integers, scales, offsets, _grid(exact, source), out)
     layer.form = node.meta[FORM]
     return layer
 

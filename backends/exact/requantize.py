@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fxquant.backends.int8 import ONE_PASS_FROM, ByteGrid
+from fxquant.backends.int8 import ONE_PASS_FROM, ByteGrid, ConvGeometry, conv_joins_scales
 from fxquant.core.errors import OptionError
 
 
@@ -28,6 +28,7 @@ class Sums:
         scales: float32 step of the weight per channel, shaped to broadcast against `sums`.
         bias: integers of that type in units of `x_scale x scales`, shaped like `scales`; None without.
         shift: integers of that type `z_x sum(w)` per channel, shaped like `scales`.
+        joined: whether the kernel multiplies the two scales before it multiplies the sums.
     """
 
     sums: Tensor
@@ -35,6 +36,7 @@ class Sums:
     scales: Tensor
     bias: Tensor | None
     shift: Tensor
+    joined: bool = False
 
     def real_bias(self) -> Tensor:
         """Return the bias in real units as float32, zero without one."""
@@ -64,6 +66,7 @@ class Requantization:
         mul: two operands and the output grid.
         mean: totals over images as float32 integers without zero-point, pixels per image, input and output grid.
         average: uint8, its grid, the pooling, and the output grid.
+        joins: shapes of input and weight, geometry -> `Sums.joined` of a convolution; None where it is never so.
     """
 
     quantize: Callable[[Tensor, ByteGrid], Tensor]
@@ -76,6 +79,7 @@ class Requantization:
     mul: Callable[[Operands, ByteGrid], Tensor]
     mean: Callable[[Tensor, int, ByteGrid, ByteGrid], Tensor]
     average: Callable[[Tensor, ByteGrid, Pool, ByteGrid], Tensor]
+    joins: Callable[[tuple[int, ...], tuple[int, ...], ConvGeometry], bool] | None = None
 
 
 def _f32(value: float) -> Tensor:
@@ -155,7 +159,8 @@ def _onednn_sum(real: Tensor, q: Tensor, grid: ByteGrid, out: ByteGrid) -> Tenso
 
 
 def _onednn_real(found: Sums) -> Tensor:
-    real = found.sums.float() * _f32(found.x_scale) * found.scales
+    step, sums = _f32(found.x_scale), found.sums.float()
+    real = sums * (step * found.scales) if found.joined else sums * step * found.scales
     return real if found.bias is None else real + found.real_bias()
 
 
@@ -274,6 +279,7 @@ _EAGER = Requantization(
     mul=_torch_mul,
     mean=_torch_mean,
     average=_torch_average,
+    joins=conv_joins_scales,
 )
 
 REQUANTIZATIONS: dict[str, Requantization] = {

@@ -16,6 +16,7 @@ from fxquant.backends.int8.kernels import (
     ConvGeometry,
     ConvGrids,
     LinearEnd,
+    conv_joins_scales,
     conv_kernel_is_exact,
 )
 from fxquant.backends.int8.linear import ACTIVATIONS, IntegerLinear
@@ -28,7 +29,7 @@ from fxquant.backends.int8.modules import (
     IntegerPad,
     Quantize,
 )
-from fxquant.backends.int8.rules import INTEGER_OPS, Ending, IntegerOp, OpCall
+from fxquant.backends.int8.rules import INTEGER_OPS, Ending, IntegerOp, OpCall, conv_geometry
 
 __all__ = [
     "ACTIVATIONS",
@@ -58,6 +59,8 @@ __all__ = [
     "Quantize",
     "compiled",
     "conv2d_op",
+    "conv_geometry",
+    "conv_joins_scales",
     "conv_kernel_is_exact",
     "dequantize_u8",
     "fuse_attention",

@@ -143,7 +143,7 @@ def _conv(call: OpCall) -> Maker | str:
     if isinstance(found, str):
         return found
     weight, node = found[0], call.node
-    geometry, before = _geometry(node, weight)
+    geometry, before = conv_geometry(node, weight)
     images = weight.unsqueeze(2) if weight.dim() == 3 else weight
     form = traced_form(images, geometry, call.batch * prod(shape_of(node)[1:]))
     shape = _image_shape(node, before, call.batch)
@@ -173,7 +173,8 @@ def _prefers_packed(node: Node, weight: Tensor, batch: int) -> bool:
     return rows * weight.shape[0] * PASS_PER_ELEMENT > CALL
 
 
-def _geometry(node: Node, weight: Tensor) -> tuple[ConvGeometry, tuple[int, int, int, int]]:
+def conv_geometry(node: Node, weight: Tensor) -> tuple[ConvGeometry, tuple[int, int, int, int]]:
+    """Return a convolution node's geometry, and the zeros to add at left, right, top, bottom before it."""
     given = [*node.args[3:7], *([1], [0], [1], 1)[len(node.args[3:7]) :]]
     kernel = tuple(weight.shape[2:])
     stride, dilation = _pair(given[0], 1), _pair(given[2], 1)

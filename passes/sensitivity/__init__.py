@@ -30,7 +30,7 @@ from fxquant.passes.sensitivity.leaves import Leaves, activation_noise, rounded_
 from fxquant.passes.sensitivity.monotone import falling, monotone_pairs, repair
 from fxquant.passes.sensitivity.mpqco import label_cotangents
 from fxquant.passes.sensitivity.pairs import PairRuns, positive_part
-from fxquant.passes.sensitivity.path import attribution, formats
+from fxquant.passes.sensitivity.path import attribution, formats, jackknife
 from fxquant.passes.sensitivity.registry import ESTIMATORS, Estimate, Estimator, estimator
 from fxquant.passes.sensitivity.scorer import Part, Scorer, standard_error
 from fxquant.passes.sensitivity.shrunk import shrunk_pairs
@@ -70,6 +70,7 @@ __all__ = [
     "hawq",
     "hybrid",
     "image_generators",
+    "jackknife",
     "label_cotangents",
     "link",
     "loss_gradient",

@@ -68,7 +68,7 @@ def path(scorer: Scorer) -> Estimate:
         chosen = [plan[place] for place in own]
         home.update(chosen)
         values[chosen] = attribution(phi.mean(axis=1), losses.mean(), ceiling)[own]
-        stderr[chosen] = _jackknife(phi, losses, ceiling)[own]
+        stderr[chosen] = jackknife(phi, losses, ceiling)[own]
         gap = max(gap, abs(float(phi.sum(axis=0).mean() - losses.mean())) / ceiling)
     evaluations = float(sum(float(cell["evaluations"]) for cell in cells.values()))
     notes = {"ceiling": ceiling, "quadrature_error": gap}
@@ -100,7 +100,8 @@ def attribution(phi: NDArray[np.float64], loss: NDArray[np.float64], ceiling: fl
     return np.asarray(-np.log1p(-covered) * share, dtype=np.float64)
 
 
-def _jackknife(phi: NDArray[np.float64], losses: NDArray[np.float64], ceiling: float) -> NDArray[np.float64]:
+def jackknife(phi: NDArray[np.float64], losses: NDArray[np.float64], ceiling: float) -> NDArray[np.float64]:
+    """Return the jackknife standard error over images of `attribution`, NaN for fewer than two images."""
     images = losses.shape[-1]
     if images < 2:
         return np.full(len(phi), np.nan)

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fxquant.backends import BACKENDS, backend
+from fxquant.backends import BACKENDS, KernelRow, backend, target_of
 from fxquant.backends.int8 import INTEGER_OPS
-from fxquant.backends.kernel_rows import KernelRow, target_of
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import Target
 from fxquant.core.ir import OPS, OpRule, ScaleRule

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fxquant.passes.rounding.learned.adaround import ADAROUND
 from fxquant.passes.rounding.learned.asymmetric import POWER, asymmetric_parameters, with_asymmetric_weights
 from fxquant.passes.rounding.learned.brecq import BRECQ
-from fxquant.passes.rounding.learned.correction import EPSILON, corrected, has_statistics
+from fxquant.passes.rounding.learned.correction import EPSILON, corrected, has_statistics, mismatch
 from fxquant.passes.rounding.learned.cut import Cut, answer_of, feature_of
 from fxquant.passes.rounding.learned.engine import Reconstructor, reconstruct
 from fxquant.passes.rounding.learned.options import Reconstruction
@@ -53,6 +53,7 @@ __all__ = [
     "has_statistics",
     "kept_bytes",
     "kept_type",
+    "mismatch",
     "random_mask",
     "reconstruct",
     "relative_error",

@@ -77,7 +77,7 @@ def _correct(
     )
     for _ in range(steps):
         made = span({**originals, **inputs})
-        loss = sum((_mismatch(value, statistics[name]) for name, value in made.items()), torch.zeros(()))
+        loss = sum((mismatch(value, statistics[name]) for name, value in made.items()), torch.zeros(()))
         held = sum((channel_sums(inputs[name] - originals[name]) for name in inputs), torch.zeros(()))
         loss = loss + weight * held
         optimizer.zero_grad(set_to_none=True)
@@ -87,7 +87,7 @@ def _correct(
     return {**originals, **{name: value.detach() for name, value in inputs.items()}}
 
 
-def _mismatch(output: Tensor, known: Statistics) -> Tensor:
+def mismatch(output: Tensor, known: Statistics) -> Tensor:
     """Return the squared distance of each image's mean and deviation from the stored ones, summed over channels.
 
     `output` is what the folded op computes, `factor (a - mean) + shift`, from which those of a follow.

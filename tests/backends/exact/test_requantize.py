@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from fxquant.backends.int8 import (
     IntegerMul,
     LinearEnd,
     Quantize,
+    conv_joins_scales,
 )
 from fxquant.backends.onnx import open_session, session_options
 from fxquant.core.errors import OptionError
@@ -120,6 +122,7 @@ def test_eager_convolution(shape: tuple[int, int, int, int], low_high: tuple[int
     out = ByteGrid(wide.scale, wide.zero_point, *low_high)
     found, bias = layer(7, weight, sums, source, out)
     geometry, scales = ConvGeometry((1, 1), (shape[2] // 2,) * 2, (1, 1), shape[3]), found.scales.flatten()
+    found = replace(found, joined=conv_joins_scales(tuple(x.shape), tuple(weight.shape), geometry))
     last = x.contiguous(memory_format=torch.channels_last)
     made = IntegerConv(weight, scales, bias, geometry, ConvGrids(source, out))(last)
     assert torch.equal(made, whole(EAGER.conv(found, out), out))

@@ -13,8 +13,7 @@ from fxquant.core.run import CalibrationSet
 from fxquant.core.storage import Arrays
 from fxquant.flow import pipeline
 from fxquant.passes import simulate, widest_plan
-from fxquant.passes.sensitivity import ESTIMATORS, Scorer, Work, attribution, formats, measure_singles
-from fxquant.passes.sensitivity.path import _jackknife
+from fxquant.passes.sensitivity import ESTIMATORS, Scorer, Work, attribution, formats, jackknife, measure_singles
 from tests.scoring import full_forward, inputs, scorer, simulated
 
 diagonal = ESTIMATORS["diagonal"]
@@ -144,6 +143,6 @@ def test_coverage_by_hand() -> None:
 
 def test_the_jackknife_of_a_small_loss_is_its_standard_error() -> None:
     losses = 1e-4 * (1 + np.arange(8.0))
-    found = _jackknife(losses[None], losses, 1.0)
+    found = jackknife(losses[None], losses, 1.0)
     assert found == pytest.approx(losses.std(ddof=1) / 8**0.5, rel=1e-2)
-    assert np.isnan(_jackknife(losses[None, :1], losses[:1], 1.0)).all()
+    assert np.isnan(jackknife(losses[None, :1], losses[:1], 1.0)).all()

@@ -14,8 +14,7 @@ from fxquant.core.facts import NormStatistics, Statistics
 from fxquant.core.ir import Program, nodes_by_name
 from fxquant.core.run import GraphReplay, Span, cut_span, varying_nodes
 from fxquant.passes import Canonicalize, FoldBatchnorm
-from fxquant.passes.rounding.learned import corrected, has_statistics
-from fxquant.passes.rounding.learned.correction import _mismatch
+from fxquant.passes.rounding.learned import corrected, has_statistics, mismatch
 from tests.models import MODELS
 from tests.programs import captured, folded
 
@@ -66,7 +65,7 @@ def test_the_published_objective_falls_for_every_image() -> None:
 
 def test_mismatches_are_those_of_the_network_before_folding() -> None:
     span, known = unit(folded("residual"))
-    found = sum(float(_mismatch(value, known[name])) for name, value in span(images()).items())
+    found = sum(float(mismatch(value, known[name])) for name, value in span(images()).items())
     assert found == pytest.approx(float(objective(images()["x"], 0.0).mean()), rel=1e-4)
 
 
