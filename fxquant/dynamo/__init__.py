@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from fxquant.dynamo.backend import compile_graph
-from fxquant.dynamo.boundary import ASKING, DynamoGraph, caller_arguments, free_batch
+from fxquant.dynamo.boundary import DynamoGraph, caller_arguments, free_batch
 from fxquant.dynamo.transfer import check_same_model, graph_of, input_nodes, renamed
 
 __all__ = [
-    "ASKING",
     "DynamoGraph",
     "caller_arguments",
     "check_same_model",

@@ -28,9 +28,6 @@ _ARGUMENT = re.compile(r"L(\['[^']*'\]|\[\d+\])+")
 _MEMBER = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
 _SUBSCRIPT = re.compile(r"\['?([^']*?)'?\]")
 
-ASKING = ("fxquant.compiling", __name__)
-"""Modules whose frames lie between a graph and the question who runs it."""
-
 _DROPOUT_AT = 2
 """Position of `train` in the dropouts that torch implements in C++."""
 
@@ -191,7 +188,8 @@ def caller_arguments() -> tuple[str, ...] | None:
     frame, own = sys._getframe(1), list[CodeType]()
     while frame.f_code.co_name != "compile_wrapper":
         module = str(frame.f_globals.get("__name__"))
-        if module.partition(".")[0] != "torch" and module not in ASKING:
+        # Frames of this package lie between the graph and this question.
+        if module.partition(".")[0] != "torch" and module.rpartition(".")[0] != __package__:
             own.append(frame.f_code)
         if frame.f_back is None:
             return None

@@ -301,7 +301,7 @@ def test_where_inductor_fails_the_graph_runs_eagerly(monkeypatch: pytest.MonkeyP
 def test_what_the_readme_shows_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "fxquant" not in torch._dynamo.list_backends(exclude_tags=()):
         torch._dynamo.register_backend(name="fxquant")(compile_graph)
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+    text = (Path(__file__).parents[2] / "README.md").read_text()
     blocks = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
     (shown,) = (block for block in blocks if "torch.compile" in block)
     known = expected(small(), images())
@@ -316,7 +316,7 @@ def test_what_the_readme_shows_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_entry_point_is_there() -> None:
     config = configparser.ConfigParser()
-    config.read(Path(__file__).parent.parent / "setup.cfg")
+    config.read(Path(__file__).parents[2] / "setup.cfg")
     name, _, place = config["options.entry_points"]["torch_dynamo_backends"].strip().partition(" = ")
     module, _, attribute = place.partition(":")
     assert name == "fxquant"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.core.errors import CaptureError
-from fxquant.dynamo import ASKING, DynamoGraph, caller_arguments, free_batch
+from fxquant.dynamo import DynamoGraph, caller_arguments, free_batch
 from tests.models import MODELS, built
 from tests.small import images, small
 
@@ -178,7 +178,7 @@ def test_the_front_graph_is_told_from_those_behind_a_break() -> None:
             return graph(*arguments)
 
         # As if it were written where graphs are compiled.
-        return FunctionType(run.__code__, {**globals(), "__name__": ASKING[0]}, closure=run.__closure__)
+        return FunctionType(run.__code__, {**globals(), "__name__": "fxquant.dynamo.backend"}, closure=run.__closure__)
 
     torch.compile(Outer(), backend=backend)(torch.ones(3), torch.ones(3))
     assert len(seen) == 4
