@@ -25,16 +25,17 @@ from fxquant.passes.sensitivity.columns import Column, Constant, Quantizers, col
 from fxquant.passes.sensitivity.cotangents import generator, image_generators, loss_gradient, stream_of
 from fxquant.passes.sensitivity.coverage import coverage_pairs, link
 from fxquant.passes.sensitivity.hawq import probe
-from fxquant.passes.sensitivity.hybrid import choose_pairs, slope, suffix_cost
 from fxquant.passes.sensitivity.leaves import Leaves, activation_noise, rounded_values, weight_noise
 from fxquant.passes.sensitivity.monotone import falling, monotone_pairs, repair
 from fxquant.passes.sensitivity.mpqco import label_cotangents
+from fxquant.passes.sensitivity.pair_choice import choose_pairs, slope, suffix_cost
 from fxquant.passes.sensitivity.pairs import PairRuns, positive_part
-from fxquant.passes.sensitivity.path import attribution, formats, jackknife
+from fxquant.passes.sensitivity.path import attribution
 from fxquant.passes.sensitivity.registry import ESTIMATORS, Estimate, Estimator, estimator
 from fxquant.passes.sensitivity.scorer import Part, Scorer, standard_error
 from fxquant.passes.sensitivity.shrunk import shrunk_pairs
 from fxquant.passes.sensitivity.singles import measure_singles
+from fxquant.passes.sensitivity.walk import formats, walk
 from fxquant.passes.sensitivity.weight_mse import mean_square, relative_error
 
 __all__ = [
@@ -70,7 +71,6 @@ __all__ = [
     "hawq",
     "hybrid",
     "image_generators",
-    "jackknife",
     "label_cotangents",
     "link",
     "loss_gradient",
@@ -94,6 +94,7 @@ __all__ = [
     "stream_of",
     "suffix_cost",
     "sweep",
+    "walk",
     "weight_mse",
     "weight_noise",
 ]

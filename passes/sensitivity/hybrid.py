@@ -11,10 +11,9 @@ for their pairs were picked for their size.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fxquant.passes.sensitivity.columns import Column
 from fxquant.passes.sensitivity.monotone import repaired
+from fxquant.passes.sensitivity.pair_choice import choose_pairs, slope, suffix_cost
 from fxquant.passes.sensitivity.pairs import measure_pairs
 from fxquant.passes.sensitivity.registry import Estimate, estimator
 from fxquant.passes.sensitivity.scorer import Scorer, standard_error
@@ -22,9 +21,6 @@ from fxquant.passes.sensitivity.singles import measure_singles
 
 PAIRS_PER_SINGLE = 4.0
 """Evaluations spent on pairs, the sample included, at most this many times those of the single substitutions."""
-
-SAMPLED = 48
-"""Pairs measured at random among those that are not measured for their size."""
 
 
 @estimator("hybrid", has_pairs=True, measured=True)
@@ -57,51 +53,3 @@ def hybrid(scorer: Scorer) -> Estimate:
         "mean_share": float(shares.mean()),
     }
     return Estimate(values, stderr, found.evaluations, notes)
-
-
-def choose_pairs(
-    predicted: NDArray[np.float64],
-    between: NDArray[np.bool_],
-    cost: NDArray[np.float64],
-    budget: float,
-    seed: int,
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return the pairs measured at random, and those measured for their size, as symmetric masks.
-
-    Args:
-        predicted: shape (m, m), symmetric: predicted interactions.
-        between: shape (m, m), symmetric: which pairs there are.
-        cost: shape (m,): passes to run a column; a pair costs the smaller of the two.
-        budget: passes that all chosen pairs may cost together.
-        seed: of the sample.
-    """
-    first, second = np.nonzero(np.triu(between, k=1))
-    price = np.minimum(cost[first], cost[second])
-    # A sample that ate the whole budget would leave nothing for the pairs that matter.
-    random = np.random.default_rng(seed).permutation(len(first))[:SAMPLED]
-    random = random[np.cumsum(price[random]) <= budget / 4]
-    left = budget - price[random].sum()
-    rest = np.setdiff1d(np.arange(len(first)), random)
-    rest = rest[np.argsort(-np.abs(predicted[first[rest], second[rest]]), kind="stable")]
-    largest = rest[np.cumsum(price[rest]) <= left]
-    masks = []
-    for picked in (random, largest):
-        mask = np.zeros_like(between)
-        mask[first[picked], second[picked]] = mask[second[picked], first[picked]] = True
-        masks.append(mask)
-    return masks[0], masks[1]
-
-
-def slope(predicted: NDArray[np.float64], measured: NDArray[np.float64]) -> float:
-    """Return the least-squares slope of measured over predicted, within 0..1; 1 where there is nothing to fit."""
-    weight = float(predicted @ predicted)
-    return float(np.clip(predicted @ measured / weight, 0.0, 1.0)) if weight > 0 else 1.0
-
-
-def suffix_cost(scorer: Scorer, column: Column) -> float:
-    """Return what running a column alone takes, in whole-network passes: the nodes downstream of what it changes."""
-    fresh = {scorer.replay.by_name[name] for name in column.substitution}
-    for node in scorer.replay.nodes:
-        if any(source in fresh for source in node.all_input_nodes):
-            fresh.add(node)
-    return sum(scorer.costs[node.name] for node in fresh) / scorer.network_cost
