@@ -20,7 +20,7 @@ from fxquant.passes.measure_sensitivity import MeasureSensitivity
 from fxquant.passes.scale_weights import ScaleWeights
 from fxquant.passes.simulation import simulate, site_passes, widest_plan
 from fxquant.passes.tie_edges import TieEdges, UnionFind
-from fxquant.passes.verify_and_refine import Meter, VerifyAndRefine, image_losses, is_better, measured_loss
+from fxquant.passes.verify_and_refine import Meter, VerifyAndRefine, is_better, measured_loss
 
 __all__ = [
     "CHOSEN_RATIOS",
@@ -45,7 +45,6 @@ __all__ = [
     "VerifyAndRefine",
     "chosen_plans",
     "group_bits",
-    "image_losses",
     "is_better",
     "measured_loss",
     "mixed_plans",

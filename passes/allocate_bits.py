@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +22,9 @@ from fxquant.core.facts import (
     limit_products,
     limit_rows,
     tie_rows,
-    usage,
 )
 from fxquant.core.ir import Choice, Program, QuantizedEdges, Site, Sites
-from fxquant.passes.allocation import SOLVERS, border_cost, borders_of, fill, one_hot
+from fxquant.passes.allocation import SOLVERS, borders_of, fill, modelled_plan, one_hot
 from fxquant.passes.base import Pass
 
 
@@ -64,32 +63,22 @@ class AllocateBits(Pass):
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with its plans; the preferred surrogate's is the `BitAllocation`."""
-        limits, tables, sites = self.budget.limits, program[CostTables], program[Sites]
-        matrices = program[Surrogates].matrices
-        borders = borders_of(program, self.requantization_cost)
-        plans = {name: self._solve(matrix, borders, sites, tables) for name, matrix in matrices.items()}
+        limits, sites = self.budget.limits, program[Sites].sites
+        matrices, borders = program[Surrogates].matrices, borders_of(program, self.requantization_cost)
+        plans = {name: self._solve(program, matrix, borders) for name, matrix in matrices.items()}
         for name, matrix in matrices.items():
-            filled = self._fill(plans[name], matrix, borders, sites, tables)
+            filled = self._filled(program, plans[name], matrix, borders)
             if filled.choices != plans[name].choices:
                 plans[f"{name}, filled"] = filled
-        preferred = next(iter(matrices.values()))
-        for name, choices in uniform_plans(sites.sites).items():
-            if fits(choices, limits, tables):
-                plans[name] = BitAllocation(
-                    choices,
-                    estimator=name,
-                    objective=preferred.predict(choices),
-                    status="uniform",
-                    used=usage(choices, limits, tables),
-                    limits=limits,
-                    border_cost=border_cost(borders, one_hot(sites.candidates, choices)),
-                )
-        return program.with_facts(plans[next(iter(matrices))], Finalists(plans)), 0
+        preferred = next(iter(matrices))
+        for name, choices in uniform_plans(sites).items():
+            if fits(choices, limits, program[CostTables]):
+                plan = modelled_plan(program, choices, matrices[preferred], borders, limits)
+                plans[name] = replace(plan, estimator=name, status="uniform")
+        return program.with_facts(plans[preferred], Finalists(plans)), 0
 
-    def _solve(
-        self, matrix: SensitivityMatrix, borders: NDArray[np.float64], sites: Sites, tables: CostTables
-    ) -> BitAllocation:
-        limits = self.budget.limits
+    def _solve(self, program: Program, matrix: SensitivityMatrix, borders: NDArray[np.float64]) -> BitAllocation:
+        limits, tables, sites = self.budget.limits, program[CostTables], program[Sites]
         (costs, bounds), (ties, sides) = limit_rows(limits, tables, sites), tie_rows(sites)
         around, room = self._near_row(sites)
         before = len(ties) + len(around)
@@ -104,26 +93,23 @@ class AllocateBits(Pass):
             products=products,
         )
         if solution.interrupted:
-            # The solver hands over what it has; but who pressed Ctrl-C wants the run to end, not this solve.
+            # The solver returns the best plan so far, but Ctrl-C is meant for the run, not for this solve.
             raise KeyboardInterrupt
         if solution.status == "infeasible":
             raise InfeasibleBudgetError(infeasible_message(self.budget, sites, tables))
-        picked = [c for c, chosen in zip(matrix.candidates, solution.choice, strict=True) if chosen]
-        choices = {candidate.site: candidate.choice for candidate in picked}
+        choices = _picked(matrix, solution.choice)
         if len(choices) != len(sites.sites):
-            raise SolverError(f"solver {self.solver!r} chose {len(picked)} precisions for {len(sites.sites)} sites")
-        objective, requantized = matrix.predict(choices), border_cost(borders, one_hot(sites.candidates, choices))
-        return BitAllocation(
-            choices,
+            count = int(solution.choice.sum())
+            raise SolverError(f"solver {self.solver!r} chose {count} precisions for {len(sites.sites)} sites")
+        plan = modelled_plan(program, choices, matrix, borders, limits)
+        total = plan.objective + plan.border_cost
+        return replace(
+            plan,
             estimator=matrix.estimator,
-            objective=objective,
-            # The solver knows nothing of what every plan has in common.
-            bound=min(solution.bound + (objective + requantized - solution.objective), objective + requantized),
+            # The matrix has a constant that every plan shares; the solver's bound is without it.
+            bound=min(solution.bound + (total - solution.objective), total),
             gap=solution.gap,
             status=solution.status,
-            used=usage(choices, limits, tables),
-            limits=limits,
-            border_cost=requantized,
             notes=solution.notes,
         )
 
@@ -135,15 +121,11 @@ class AllocateBits(Pass):
         staying = one_hot(sites.candidates, plan.choices).astype(np.float64)
         return -staying[None, :], np.array([float(radius - len(sites.sites))])
 
-    def _fill(
-        self,
-        plan: BitAllocation,
-        matrix: SensitivityMatrix,
-        borders: NDArray[np.float64],
-        sites: Sites,
-        tables: CostTables,
+    def _filled(
+        self, program: Program, plan: BitAllocation, matrix: SensitivityMatrix, borders: NDArray[np.float64]
     ) -> BitAllocation:
-        """Return the plan with what the limits leave over spent, for the measured loss to compare with it."""
+        """Return the plan with what the limits leave over spent on wider sites: the measured loss compares the two."""
+        sites, tables = program[Sites], program[CostTables]
         widths = [[c.choice.weight_bits, c.choice.activation_bits] for c in matrix.candidates]
         wider = fill(
             np.diag(matrix.values),
@@ -154,16 +136,12 @@ class AllocateBits(Pass):
             one_hot(matrix.candidates, plan.choices),
             limit_products(plan.limits, tables, sites),
         )
-        choices = {c.site: c.choice for c, chosen in zip(matrix.candidates, wider, strict=True) if chosen}
-        return BitAllocation(
-            choices,
-            estimator=f"{matrix.estimator}, filled",
-            objective=matrix.predict(choices),
-            status="feasible",
-            used=usage(choices, plan.limits, tables),
-            limits=plan.limits,
-            border_cost=border_cost(borders, one_hot(sites.candidates, choices)),
-        )
+        filled = modelled_plan(program, _picked(matrix, wider), matrix, borders, plan.limits)
+        return replace(filled, estimator=f"{matrix.estimator}, filled", status="feasible")
+
+
+def _picked(matrix: SensitivityMatrix, chosen: NDArray[np.bool_]) -> dict[str, Choice]:
+    return {c.site: c.choice for c, taken in zip(matrix.candidates, chosen, strict=True) if taken}
 
 
 def uniform_plans(sites: tuple[Site, ...]) -> dict[str, dict[str, Choice]]:

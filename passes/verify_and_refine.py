@@ -1,13 +1,12 @@
-"""Let the measured loss decide: all finalists run on held-out calibration images, the best is improved by swaps."""
+"""Pick the finalist of least measured loss on held-out calibration images, and improve it by swaps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -22,12 +21,11 @@ from fxquant.core.facts import (
     fits,
     limit_rows,
     tie_rows,
-    usage,
 )
 from fxquant.core.host import SILENT, Reporter
 from fxquant.core.ir import Choice, Program, QuantizedEdges, Sites
 from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
-from fxquant.passes.allocation import border_cost, borders_of, one_hot, swaps
+from fxquant.passes.allocation import borders_of, modelled_plan, one_hot, swaps
 from fxquant.passes.base import Pass
 from fxquant.passes.simulation import simulate
 
@@ -51,7 +49,7 @@ def is_better(now: Tensor, then: Tensor, surcharge: float = 0.0) -> bool:
     Args:
         now: losses of the plan at hand, shape (images,).
         then: losses of the other plan on the same images; d is `now - then`.
-        surcharge: what the other plan costs more besides, in the unit of the loss.
+        surcharge: what the other plan costs more, in the unit of the loss.
     """
     fall = now - then
     if len(fall) < 2:
@@ -61,14 +59,17 @@ def is_better(now: Tensor, then: Tensor, surcharge: float = 0.0) -> bool:
 
 
 class Meter:
-    """Measures plans, each of them once.
+    """Measures plans of a program by simulation, each of them once.
 
     Args:
-        measure: plan -> loss of each image.
+        program: calibrated.
+        images: the images to measure on.
+        loss: name of the loss.
     """
 
-    def __init__(self, measure: Callable[[BitAllocation], Tensor]) -> None:
-        self._measure = measure
+    def __init__(self, program: Program, images: CalibrationSet, loss: str) -> None:
+        self._program, self._images, self._loss = program, images, loss
+        self._reference = model_outputs(program.module, images.inputs, 32)
         self._known: dict[frozenset[tuple[str, str]], Tensor] = {}
 
     def knows(self, choices: Mapping[str, Choice]) -> bool:
@@ -76,10 +77,11 @@ class Meter:
         return _key(choices) in self._known
 
     def losses(self, plan: BitAllocation) -> Tensor:
-        """Return the loss of each image."""
+        """Return the loss of each image, float64 of shape (images,)."""
         key = _key(plan.choices)
         if key not in self._known:
-            self._known[key] = self._measure(plan)
+            module = simulate(self._program, plan).module
+            self._known[key] = image_losses(module, self._images, self._reference, self._loss)
         return self._known[key]
 
 
@@ -92,7 +94,7 @@ class VerifyAndRefine(Pass):
     """Rewrite `BitAllocation` with the finalist of least measured loss, improved; ties go to the surrogates' own order.
 
     Improved means: of the plans that differ at one site or two and keep the limits, those that the surrogates rank
-    highest are measured; one that is better beyond the noise takes the plan's place, and the ranking starts anew.
+    highest are measured; one that is better beyond the noise replaces the plan, and the ranking starts again.
     What requantization between neighbours costs counts with the loss.
 
     Args:
@@ -123,27 +125,28 @@ class VerifyAndRefine(Pass):
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with the measured plan."""
         plans = program[Finalists].plans
-        with torch.no_grad():
-            reference = model_outputs(program.module, self.images.inputs, 32)
-        meter = Meter(lambda plan: image_losses(simulate(program, plan).module, self.images, reference, self.loss))
+        meter = Meter(program, self.images, self.loss)
         losses: dict[str, float] = {}
         for name, plan in self.reporter.track(plans.items(), "verify plans", len(plans)):
             losses[name] = float(meter.losses(plan).mean())
-        # A plan that overflows has no loss, and compares as neither better nor worse.
+        # A plan that overflows has loss NaN, which compares as neither better nor worse.
         totals = {name: losses[name] + plan.border_cost for name, plan in plans.items()}
         best = min(totals, key=lambda name: math.inf if math.isnan(totals[name]) else totals[name])
         plan = replace(plans[best], measured_loss=losses[best], finalists=losses)
         return program.with_facts(self._refined(program, plan, meter) if self.moves else plan), 0
 
     def _refined(self, program: Program, start: BitAllocation, meter: Meter) -> BitAllocation:
-        """Return a plan that is measurably better, or the one handed in."""
+        """Return a plan that is measurably better, or `start`."""
         borders, plan = borders_of(program, self.requantization_cost), start
+        matrices = program[Surrogates].matrices
+        matrix = matrices.get(start.estimator.split(",")[0], next(iter(matrices.values())))
         trials, rejected = self._trials(program, plan), 0
         for _ in self.reporter.track(range(self.moves), "refine plan", self.moves):
             choices = next((found for found in trials if not meter.knows(found)), None)
             if choices is None:
                 break
-            trial = _changed(program, start, choices, border_cost(borders, one_hot(program[Sites].candidates, choices)))
+            modelled = modelled_plan(program, choices, matrix, borders, start.limits)
+            trial = replace(modelled, estimator=f"{start.estimator}, {REFINED}", status="feasible")
             if is_better(meter.losses(plan), meter.losses(trial), trial.border_cost - plan.border_cost):
                 plan, rejected = trial, 0
                 trials = self._trials(program, plan)
@@ -162,7 +165,7 @@ class VerifyAndRefine(Pass):
         (costs, bounds), (ties, sides) = limit_rows(plan.limits, tables, sites), tie_rows(sites)
         borders, picked = borders_of(program, self.requantization_cost), one_hot(sites.candidates, plan.choices)
         if picked.sum() != len(sites.sites):
-            # A plan made elsewhere may hold what was never a candidate.
+            # A plan edited by hand may hold precisions that are no candidates.
             return
         near = swaps(
             [matrix.values + borders for matrix in matrices],
@@ -173,20 +176,6 @@ class VerifyAndRefine(Pass):
         )
         for chosen in near:
             choices = {c.site: c.choice for c, taken in zip(sites.candidates, chosen, strict=True) if taken}
-            # The solver's tolerance is not the budget's: what is kept is said here.
+            # The rows allow the solver's tolerance; the budget does not.
             if fits(choices, plan.limits, tables) and agrees(sites.sites, choices):
                 yield choices
-
-
-def _changed(program: Program, start: BitAllocation, choices: dict[str, Choice], borders: float) -> BitAllocation:
-    matrices = program[Surrogates].matrices
-    matrix = matrices.get(start.estimator.split(",")[0], next(iter(matrices.values())))
-    return BitAllocation(
-        choices,
-        estimator=f"{start.estimator}, {REFINED}",
-        objective=matrix.predict(choices),
-        status="feasible",
-        used=usage(choices, start.limits, program[CostTables]),
-        limits=start.limits,
-        border_cost=borders,
-    )

@@ -12,7 +12,7 @@ from fxquant.core.errors import CalibrationError, InfeasibleBudgetError, OptionE
 from fxquant.core.facts import BitAllocation, Budget, CostTables, Finalists, Settings, Surrogates
 from fxquant.core.host import SILENT, Reporter, time_runs, warn_if_busy
 from fxquant.core.ir import Program
-from fxquant.core.run import CalibrationSet, model_outputs
+from fxquant.core.run import CalibrationSet
 from fxquant.core.storage import ScoreStore
 from fxquant.flow.latency import measure_latency
 from fxquant.flow.pipeline import loss_name, run, score_identity
@@ -21,7 +21,6 @@ from fxquant.passes import (
     MeasureSensitivity,
     Meter,
     VerifyAndRefine,
-    image_losses,
     is_better,
     simulate,
     widest_plan,
@@ -131,8 +130,7 @@ def rescore_around(
         folder: where finished scores are kept; None keeps none.
     """
     settings, loss = program[Settings], loss_name(program, held_out)
-    reference = model_outputs(program.module, held_out.inputs, 32)
-    meter = Meter(lambda plan: image_losses(simulate(program, plan).module, held_out, reference, loss))
+    meter = Meter(program, held_out, loss)
 
     def solve(model: Surrogates, plan: BitAllocation, radius: int) -> BitAllocation | None:
         near = _allocator(settings, budget, (plan, radius))

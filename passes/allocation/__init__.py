@@ -5,7 +5,14 @@
 
 from __future__ import annotations
 
-from fxquant.passes.allocation.borders import border_cost, border_terms, borders_of, neighbours, one_hot
+from fxquant.passes.allocation.borders import (
+    border_cost,
+    border_terms,
+    borders_of,
+    modelled_plan,
+    neighbours,
+    one_hot,
+)
 from fxquant.passes.allocation.convexify import Lift, certify
 from fxquant.passes.allocation.exhaustive import solve_exhaustive
 from fxquant.passes.allocation.iqp import solve_iqp
@@ -41,6 +48,7 @@ __all__ = [
     "certify",
     "cold",
     "fill",
+    "modelled_plan",
     "neighbours",
     "one_hot",
     "reduce",

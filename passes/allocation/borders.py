@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from torch.fx import Graph, Node
 
+from fxquant.core.facts import BitAllocation, CostTables, SensitivityMatrix, usage
 from fxquant.core.ir import (
     Candidate,
     Choice,
@@ -89,3 +90,28 @@ def one_hot(candidates: tuple[Candidate, ...], choices: Mapping[str, Choice]) ->
 def border_cost(borders: FloatArray, picked: BoolArray) -> float:
     """Return `x' borders x` of a plan, (n,) bool."""
     return float(borders[np.ix_(picked, picked)].sum())
+
+
+def modelled_plan(
+    program: Program,
+    choices: dict[str, Choice],
+    matrix: SensitivityMatrix,
+    borders: FloatArray,
+    limits: dict[str, float],
+) -> BitAllocation:
+    """Return a plan with its modelled loss, the cost of its borders, and what it uses of each limit.
+
+    Args:
+        program: with `Sites` and `CostTables`.
+        choices: a candidate for every site.
+        matrix: predicts the loss.
+        borders: from `borders_of`.
+        limits: limit name -> what is allowed.
+    """
+    return BitAllocation(
+        choices,
+        objective=matrix.predict(choices),
+        used=usage(choices, limits, program[CostTables]),
+        limits=limits,
+        border_cost=border_cost(borders, one_hot(program[Sites].candidates, choices)),
+    )
