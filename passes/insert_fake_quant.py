@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from fxquant.core.errors import OptionError
-from fxquant.core.facts import BitAllocation, FakeQuantNodes, Ranges, Rounding, WeightGrid, WeightGrids
+from fxquant.core.facts import BitAllocation, FakeQuantNodes, Ranges, Rounding, WeightGrids
 from fxquant.core.ir import (
     Choice,
     EdgeGroups,
@@ -17,7 +17,6 @@ from fxquant.core.ir import (
     Program,
     Site,
     Sites,
-    activation_spec,
     constant,
     erase_dead,
     insert_after,
@@ -80,38 +79,31 @@ class InsertFakeQuant(Pass):
         bits = group_bits(groups, sites, choices, self.fixed_bits)
         rounding = Rounding.of(program, choices)
         for site in sites.sites if self.round_biases else ():
-            _set_values(program, site, choices[site.name], rounding)
+            _set_values(program, site, rounding)
         activations = {group: self._on_group(program, group, bits[group], rounding) for group in groups.producers}
-        weights = {site.name: _on_weight(program, site, choices[site.name], rounding) for site in sites.sites}
+        weights = {site.name: _on_weight(program, site, rounding) for site in sites.sites}
         for site in sites.sites if self.round_biases else ():
-            _round_bias(program, site, choices[site.name], rounding)
+            _round_bias(program, site, rounding)
         nodes = FakeQuantNodes(weights, activations, {site.name: _read_by(program, site) for site in sites.sites})
         count = sum(len(names) for names in (*activations.values(), *weights.values()))
         return program.with_facts(nodes), count
 
     def _on_group(self, program: Program, group: str, bits: int, rounding: Rounding) -> tuple[str, ...]:
-        spec, groups, graph = activation_spec(bits), program[EdgeGroups], program.module.graph
-        known = rounding.activations.get(group)
-        scale, zero_point = known or program[Ranges].parameters(groups.producers[group], spec)
+        groups, graph = program[EdgeGroups], program.module.graph
+        grid = rounding.activations.get(group) or program[Ranges].grid(groups.producers[group], bits)
         names = []
         for producer in groups.producers[group]:
             users = [resolve(graph, e.consumer) for e in groups.edges[group] if e.producer == producer]
-            inserted = FakeQuantize(spec, scale, zero_point)
+            inserted = FakeQuantize(grid)
             node = insert_after(program.module, resolve(graph, producer), f"quantize_{producer}", inserted, users)
             names.append(node.name)
         return tuple(names)
 
 
-def grid_of(program: Program, site: Site, choice: Choice, rounding: Rounding) -> WeightGrid:
-    """Return the grid of a site's weight: the rounding's own, or the plan's."""
-    known = rounding.grids.get(site.name)
-    return known if known is not None else program[WeightGrids].at(site.name, choice.weight_bits)
-
-
-def _set_values(program: Program, site: Site, choice: Choice, rounding: Rounding) -> None:
+def _set_values(program: Program, site: Site, rounding: Rounding) -> None:
     """Put the rounding's weight and biases in the place of the model's."""
     module, graph = program.module, program.module.graph
-    weight = rounding.weights.get(site.name, grid_of(program, site, choice, rounding).rounded)
+    weight = rounding.weight_of(site.name, program[WeightGrids])
     for node in (resolve(graph, name) for name in site.nodes):
         rule = rule_of(node)
         assert rule is not None
@@ -135,9 +127,8 @@ def _read_only_by(program: Program, path: str, names: Iterable[str]) -> bool:
     return {user.name for holder in holders for user in holder.users} <= set(names)
 
 
-def _on_weight(program: Program, site: Site, choice: Choice, rounding: Rounding) -> tuple[str, ...]:
-    grid = grid_of(program, site, choice, rounding)
-    inserted = FakeQuantize(grid.spec, grid.scale, grid.zero_point)
+def _on_weight(program: Program, site: Site, rounding: Rounding) -> tuple[str, ...]:
+    inserted = FakeQuantize(rounding.grid_of(site.name, program[WeightGrids]))
     graph, names = program.module.graph, []
     name = f"quantize_{site.weight.replace('.', '_')}"
     holders: dict[Node, list[Node]] = {}
@@ -153,7 +144,7 @@ def _on_weight(program: Program, site: Site, choice: Choice, rounding: Rounding)
     return tuple(names)
 
 
-def _round_bias(program: Program, site: Site, choice: Choice, rounding: Rounding) -> None:
+def _round_bias(program: Program, site: Site, rounding: Rounding) -> None:
     """Round the biases of a site's ops to `scale_x scale_w`, the step of the int32 accumulator they are added to.
 
     The error is far below a step of the output, but in a deep network it moves values across rounding edges, and the
@@ -169,7 +160,7 @@ def _round_bias(program: Program, site: Site, choice: Choice, rounding: Rounding
         value = constant(module, bias)
         if value is None or not isinstance(bias, Node) or not isinstance(quantizer, FakeQuantize):
             continue
-        step = quantizer.scale * grid_of(program, site, choice, rounding).scale
+        step = quantizer.scale * rounding.grid_of(site.name, program[WeightGrids]).scale
         integers = torch.round(value / step)
         rounded = torch.where(integers.abs() < BIAS_LIMIT, integers * step, value)
         path = str(bias.target)

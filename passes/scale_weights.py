@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from torch import Tensor
-
-from fxquant.core.facts import WeightGrid, WeightGrids
-from fxquant.core.ir import Program, QuantSpec, Sites, resolve, rule_of, tensor_at, weight_parameters, weight_spec
+from fxquant.core.facts import WeightGrids
+from fxquant.core.ir import Grid, Program, Sites, resolve, rule_of, tensor_at
 from fxquant.passes.base import Pass
 
 
@@ -28,19 +26,12 @@ class ScaleWeights(Pass):
         sites = program[Sites].sites
         # Every site at every width, so that a plan edited by hand needs no new search.
         widths = sorted({c.weight_bits for site in sites for c in site.choices if not c.is_float})
-        grids: dict[str, dict[int, WeightGrid]] = {}
+        grids: dict[str, dict[int, Grid]] = {}
         for site in sites:
             rule = rule_of(resolve(program.module.graph, site.nodes[0]))
             assert rule is not None
-            specs = [weight_spec(bits, rule.channel_axis) for bits in widths]
             weight = tensor_at(program.module, site.weight)
-            grids[site.name] = {spec.bits: WeightGrid(spec, *self._parameters(weight, spec)) for spec in specs}
+            grids[site.name] = {
+                bits: Grid.of_weight(weight, bits, rule.channel_axis, self.per_channel) for bits in widths
+            }
         return program.with_facts(WeightGrids(grids)), 0
-
-    def _parameters(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        if self.per_channel:
-            return weight_parameters(weight, spec)
-        # One channel of everything; kept in the shape of per-channel grids, so that all that reads them serves both.
-        scale, zero_point = weight_parameters(weight.reshape(1, -1), replace(spec, channel_axis=0))
-        channels = weight.shape[spec.channel_axis or 0]
-        return scale.expand(channels).clone(), zero_point.expand(channels).clone()

@@ -16,7 +16,6 @@ from fxquant.core.ir import (
     FakeQuantize,
     Program,
     Sites,
-    activation_spec,
     finish,
     fork,
     resolve,
@@ -137,15 +136,15 @@ def substituted(program: Program, *candidates: Candidate) -> GraphModule:
             continue
         grid = program[WeightGrids].at(candidate.site, candidate.choice.weight_bits)
         for name in nodes.weights[candidate.site]:
-            quantizer = FakeQuantize(grid.spec, grid.scale, grid.zero_point)
+            quantizer = FakeQuantize(grid)
             set_module(module, str(resolve(module.graph, name).target), quantizer)
         groups = program[EdgeGroups]
-        spec = activation_spec(candidate.choice.activation_bits)
+        bits = candidate.choice.activation_bits
         for name in nodes.inputs[candidate.site]:
             node = resolve(module.graph, name)
             group = groups.group_of(node.all_input_nodes[0].name)
             assert group is not None
-            quantizer = FakeQuantize(spec, *program[Ranges].parameters(groups.producers[group], spec))
+            quantizer = FakeQuantize(program[Ranges].grid(groups.producers[group], bits))
             set_module(module, str(node.target), quantizer)
     return finish(module)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxquant.core.errors import LoweringError
-from fxquant.core.ir import QuantSpec
+from fxquant.core.ir import Grid
 
 UINT8_MAX = 255
 
@@ -43,10 +43,10 @@ class ByteGrid:
             raise LoweringError(f"the grid [{self.low}, {self.high}] around {self.zero_point} does not fit uint8")
 
     @staticmethod
-    def of(spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> ByteGrid:
-        """Return the grid of a per-tensor quantizer; a signed one is shifted up to start at 0."""
-        shift = -spec.qmin
-        return ByteGrid(float(scale), int(zero_point) + shift, 0, spec.qmax + shift)
+    def of(grid: Grid) -> ByteGrid:
+        """Return a grid of one scale as kernels take it; a signed one is shifted up to start at 0."""
+        shift = -grid.spec.qmin
+        return ByteGrid(float(grid.scale), int(grid.zero_point) + shift, 0, grid.spec.qmax + shift)
 
     def clipped(self, low: float, high: float) -> ByteGrid:
         """Return the grid behind a clip of real values to `[low, high]`: the same integers, fewer of them."""

@@ -286,7 +286,7 @@ class _Lowering:
     def _quantize(self, node: Node, fake: FakeQuantize) -> bool:
         source = node.args[0]
         assert isinstance(source, Node)
-        grid = ByteGrid.of(fake.spec, fake.scale, fake.zero_point)
+        grid = ByteGrid.of(fake.grid)
         if source in self.integers and self.integers[source][1] == grid:
             self.integers[node] = self.integers[source]
         elif source in self.pending:

@@ -19,16 +19,14 @@ from fxquant.core.errors import LoweringError, OptionError
 from fxquant.core.ir import (
     OPS,
     FakeQuantize,
+    Grid,
     ScaleRule,
     erase_dead,
     finish,
     fork,
     is_constant,
-    quantize,
     site_name,
     tensor_at,
-    weight_parameters,
-    weight_spec,
 )
 
 aten = torch.ops.aten
@@ -67,10 +65,9 @@ def block_weights(weight: Tensor, block: int, bits: int) -> tuple[Tensor, Tensor
     """
     rows, inputs = weight.shape
     padded = functional.pad(weight.detach().float(), [0, -inputs % block]).reshape(-1, block)
-    spec = weight_spec(bits)
-    scale, zero_point = weight_parameters(padded, spec)
-    q = quantize(padded, scale, zero_point, spec).reshape(rows, -1)[:, :inputs]
-    return q.T.to(torch.int8).contiguous(), scale.reshape(rows, -1).T.contiguous()
+    grid = Grid.of_weight(padded, bits)
+    q = grid.quantize(padded).reshape(rows, -1)[:, :inputs]
+    return q.T.to(torch.int8).contiguous(), grid.scale.reshape(rows, -1).T.contiguous()
 
 
 def to_blocks(module: GraphModule, patterns: Sequence[str], block: int) -> tuple[GraphModule, tuple[str, ...]]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.core.errors import OptionError
-from fxquant.core.facts import Affine, BitAllocation, FakeQuantNodes, Rounding, WeightGrid
-from fxquant.core.ir import Choice, FakeQuantize, Program, Site, Sites, fork, resolve, rule_of, tensor_at
+from fxquant.core.facts import BitAllocation, FakeQuantNodes, Rounding
+from fxquant.core.ir import Choice, FakeQuantize, Grid, Program, Site, Sites, fork, resolve, rule_of, tensor_at
 
 METHOD = "trained"
 
@@ -81,7 +81,7 @@ def gather(simulated: Program, module: GraphModule) -> tuple[Rounding, TrainedVa
     nodes, before = simulated[FakeQuantNodes], Rounding.of(simulated, simulated[BitAllocation].choices)
     with torch.no_grad():
         grids = {name: _grid(module, names) for name, names in nodes.weights.items()}
-        activations: dict[str, Affine] = {}
+        activations: dict[str, Grid] = {}
         for group, names in nodes.activations.items():
             found = [_grid(module, (name,)) for name in names]
             if any(not torch.equal(each.scale, found[0].scale) for each in found):
@@ -89,7 +89,7 @@ def gather(simulated: Program, module: GraphModule) -> tuple[Rounding, TrainedVa
                     f"the quantizers {', '.join(names)} must share one step and have several; "
                     "train a copy that trainable() made"
                 )
-            activations[group] = found[0].scale, found[0].zero_point
+            activations[group] = found[0]
         weights: dict[str, Tensor] = {}
         biases: dict[str, Tensor] = {}
         for (kind, name), path in _site_tensors(simulated, module):
@@ -221,13 +221,14 @@ def _finite(module: GraphModule, path: str) -> Tensor:
     return value
 
 
-def _grid(module: GraphModule, names: tuple[str, ...]) -> WeightGrid:
+def _grid(module: GraphModule, names: tuple[str, ...]) -> Grid:
     quantizer = _quantizer(module, names[0])
-    scale = quantizer.step.detach().clone()
+    grid = quantizer.grid
+    scale = grid.scale
     if not (torch.isfinite(scale) & (scale > 0)).all():
         worst = scale.flatten()[~(torch.isfinite(scale) & (scale > 0)).flatten()][0]
         raise OptionError(
             f"the step of {names[0]!r} is {float(worst):g}; steps must be above 0 and finite: train again with a lower "
             "rate for steps"
         )
-    return WeightGrid(quantizer.spec, scale, quantizer.zero_point.clone())
+    return grid

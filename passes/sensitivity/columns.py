@@ -28,7 +28,6 @@ from fxquant.core.ir import (
     ScaleRule,
     Sites,
     activation_inputs,
-    activation_spec,
     resolve,
     rule_of,
     tensor_at,
@@ -79,10 +78,10 @@ class Quantizers:
     def weight(self, site: str, bits: int) -> dict[str, Replacement]:
         """Return the substitution that rounds a site's weight."""
         if (site, bits) not in self._weights:
-            grid, path = self._program[WeightGrids].at(site, bits), self._program[Sites].by_name(site).weight
-            value = tensor_at(self._program.module, path).detach() if grid.rounded is None else grid.rounded
+            grids, path = self._program[WeightGrids], self._program[Sites].by_name(site).weight
+            value = grids.rounded.get((site, bits), tensor_at(self._program.module, path).detach())
             with torch.no_grad():
-                rounded = FakeQuantize(grid.spec, grid.scale, grid.zero_point)(value)
+                rounded = FakeQuantize(grids.at(site, bits))(value)
             self._weights[site, bits] = Constant(rounded)
         return dict.fromkeys(self._nodes.weights[site], self._weights[site, bits])
 
@@ -102,11 +101,11 @@ class Quantizers:
 
     def _activation(self, name: str, bits: int) -> FakeQuantize:
         if (name, bits) not in self._activations:
-            groups, spec = self._program[EdgeGroups], activation_spec(bits)
+            groups = self._program[EdgeGroups]
             source = resolve(self._program.module.graph, name).all_input_nodes[0]
             group = groups.group_of(source.name)
             assert group is not None
-            quantizer = FakeQuantize(spec, *self._program[Ranges].parameters(groups.producers[group], spec))
+            quantizer = FakeQuantize(self._program[Ranges].grid(groups.producers[group], bits))
             self._activations[name, bits] = quantizer
         return self._activations[name, bits]
 

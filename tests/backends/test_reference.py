@@ -10,6 +10,7 @@ from fxquant.capture import capture
 from fxquant.core.errors import LoweringError
 from fxquant.core.ir import (
     FakeQuantize,
+    Grid,
     QuantSpec,
     activation_spec,
     finish,
@@ -41,11 +42,11 @@ def one_layer(weight: Tensor, bias: Tensor | None, weight_grid: FakeQuantize, in
 
 
 def input_grid(scale: float = 0.02, zero_point: int = 128) -> FakeQuantize:
-    return FakeQuantize(activation_spec(8), torch.tensor(scale), torch.tensor(zero_point))
+    return FakeQuantize(Grid(activation_spec(8), torch.tensor(scale), torch.tensor(zero_point)))
 
 
 def weight_grid(scale: list[float], bits: int = 8) -> FakeQuantize:
-    return FakeQuantize(weight_spec(bits), torch.tensor(scale), torch.zeros(len(scale), dtype=torch.int32))
+    return FakeQuantize(Grid(weight_spec(bits), torch.tensor(scale), torch.zeros(len(scale), dtype=torch.int32)))
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -116,7 +117,7 @@ def test_a_learned_rounding_is_kept() -> None:
             return torch.floor(x / scale) * scale
 
     weight = torch.full((1, 2, 1, 1), 0.0199)
-    grid = RoundsDown(weight_spec(8), torch.tensor([0.01]), torch.zeros(1, dtype=torch.int32))
+    grid = RoundsDown(Grid(weight_spec(8), torch.tensor([0.01]), torch.zeros(1, dtype=torch.int32)))
     lowered = to_qdq(one_layer(weight, None, grid, input_grid()))
     node = next(node for node in lowered.graph.nodes if node.target is dequantize_channels)
     assert tensor_at(lowered, str(node.args[0].target)).flatten().tolist() == [1, 1]
@@ -162,8 +163,8 @@ def test_grids_without_kernel_are_refused(weight: QuantSpec, activation: QuantSp
     module = one_layer(
         torch.full((1, 2, 1, 1), 0.5),
         None,
-        FakeQuantize(weight, torch.full(size, 0.004), torch.zeros(size, dtype=torch.int32)),
-        FakeQuantize(activation, torch.tensor(0.02), torch.tensor(0)),
+        FakeQuantize(Grid(weight, torch.full(size, 0.004), torch.zeros(size, dtype=torch.int32))),
+        FakeQuantize(Grid(activation, torch.tensor(0.02), torch.tensor(0))),
     )
     with pytest.raises(LoweringError, match="grid"):
         to_qdq(module)

@@ -29,8 +29,7 @@ def test_scores_and_simulation_use_the_rounded_weights() -> None:
     assert not np.array_equal(nearest.sensitivity.values.diagonal(), gptq.sensitivity.values.diagonal())
     plan = gptq.allocation
     site = next(s for s in gptq.program[Sites].sites if plan.choices[s.name].weight_bits < 8)
-    rounded = gptq.program[WeightGrids].at(site.name, plan.choices[site.name].weight_bits).rounded
-    assert rounded is not None
+    rounded = gptq.program[WeightGrids].rounded[site.name, plan.choices[site.name].weight_bits]
     values = dict(gptq.simulated.named_parameters())[site.weight]
     assert torch.equal(values, rounded)
 

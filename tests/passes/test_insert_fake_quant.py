@@ -13,7 +13,6 @@ from fxquant.core.ir import (
     Program,
     Sites,
     resolve,
-    round_trip,
     rule_of,
     show,
     tensor_at,
@@ -92,7 +91,7 @@ def test_weights_are_rounded_per_channel(name: str) -> None:
     for site in program[Sites].sites:
         weight, grid = tensor_at(program.module, site.weight), program[WeightGrids].at(site.name, 2)
         module = fakes(program)[program[FakeQuantNodes].weights[site.name][0]]
-        expected = round_trip(weight, grid.scale, grid.zero_point, grid.spec)
+        expected = grid.round_trip(weight)
         assert torch.allclose(module(weight), expected, atol=1e-6)
         assert len(module(weight)[0].unique()) <= 4
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fxquant.core.facts import WeightGrids
-from fxquant.core.ir import Choice, Sites, round_trip, tensor_at, weight_parameters
+from fxquant.core.ir import Choice, Grid, Sites, tensor_at
 from fxquant.passes import FindSites, ScaleWeights
 from tests.programs import TARGET, calibrated, check_pass, tied
 
@@ -20,8 +20,8 @@ def test_every_site_has_a_grid_at_every_width(name: str) -> None:
             grid = grids.at(site.name, bits)
             assert grid.spec.bits == bits
             assert grid.scale.shape == (site.channels,)
-            assert torch.equal(grid.scale, weight_parameters(weight, grid.spec)[0])
-            back = round_trip(weight, grid.scale, grid.zero_point, grid.spec)
+            assert torch.equal(grid.scale, Grid.of_weight(weight, bits, grid.spec.channel_axis or 0).scale)
+            back = grid.round_trip(weight)
             errors.append(float((back - weight).square().sum()))
         assert errors[0] > errors[1] > errors[2]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fxquant.core.facts.budget import Budget
 from fxquant.core.facts.cost_tables import CostTable, CostTables, Noise
 from fxquant.core.facts.expressions import matcher
-from fxquant.core.facts.grids import FakeQuantNodes, WeightGrid, WeightGrids
+from fxquant.core.facts.fake_quant_nodes import FakeQuantNodes
 from fxquant.core.facts.limits import (
     LIMIT_TABLES,
     agrees,
@@ -22,11 +22,12 @@ from fxquant.core.facts.norm_statistics import NormStatistics, Statistics
 from fxquant.core.facts.patterns import Types, found, matching, module_types, site_types
 from fxquant.core.facts.plan import BitAllocation, Finalists
 from fxquant.core.facts.ranges import BINS, Histogram, Ranges, clip_error, merged, mse_range
-from fxquant.core.facts.rounding import Affine, Rounding, UnitRecord
+from fxquant.core.facts.rounding import Rounding, UnitRecord
 from fxquant.core.facts.sensitivity_matrix import SensitivityMatrix, Surrogates
 from fxquant.core.facts.settings import CHEAP, CONTEXTS, EFFORTS, Effort, Settings, effort
 from fxquant.core.facts.target import LatencyRow, Target
 from fxquant.core.facts.target_file import SUFFIX, Described, read_target, to_json, write_target
+from fxquant.core.facts.weight_grids import WeightGrids
 
 __all__ = [
     "BINS",
@@ -35,7 +36,6 @@ __all__ = [
     "EFFORTS",
     "LIMIT_TABLES",
     "SUFFIX",
-    "Affine",
     "BitAllocation",
     "Budget",
     "CostTable",
@@ -57,7 +57,6 @@ __all__ = [
     "Target",
     "Types",
     "UnitRecord",
-    "WeightGrid",
     "WeightGrids",
     "agrees",
     "clip_error",

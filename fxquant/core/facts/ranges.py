@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fxquant.core.errors import CalibrationError, FileFormatError
-from fxquant.core.ir import QuantSpec, affine_parameters
+from fxquant.core.ir import Grid, QuantSpec, activation_spec
 from fxquant.core.storage import checked_document, parse_json, read_arrays, write_arrays
 
 BINS = 2048
@@ -76,8 +75,9 @@ def merged(histograms: Iterable[Histogram]) -> Histogram:
 
 def clip_error(histogram: Histogram, low: float, high: float, spec: QuantSpec) -> float:
     """Return the expected squared error of quantizing the histogram's bin centres on the grid of `[low, high]`."""
-    scale_t, zero_t = affine_parameters(torch.tensor(low), torch.tensor(high), spec)
-    scale, zero_point = float(scale_t), int(zero_t)
+    grid = Grid.covering(torch.tensor(low), torch.tensor(high), spec)
+    # In float64, as the bins are.
+    scale, zero_point = float(grid.scale), int(grid.zero_point)
     centres = histogram.centres
     q = np.clip(np.round(centres / scale) + zero_point, spec.qmin, spec.qmax)
     return float((histogram.counts * np.square((q - zero_point) * scale - centres)).sum())
@@ -103,28 +103,26 @@ class Ranges:
 
     histograms: dict[str, Histogram]
     clip: str = "mse"
-    _memo: dict[tuple[tuple[str, ...], QuantSpec], tuple[Tensor, Tensor]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    _memo: dict[tuple[tuple[str, ...], int], Grid] = field(default_factory=dict, repr=False, compare=False)
 
-    def parameters(self, producers: Iterable[str], spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        """Return scale and zero_point, shape `()`, for values that share one grid.
+    def grid(self, producers: Iterable[str], bits: int) -> Grid:
+        """Return the activation grid, one scale, of values that share it.
 
         Raises:
             CalibrationError: one of the values was never observed.
         """
         names = tuple(producers)
-        if (names, spec) not in self._memo:
-            self._memo[names, spec] = self._search(names, spec)
-        return self._memo[names, spec]
+        if (names, bits) not in self._memo:
+            self._memo[names, bits] = self._search(names, activation_spec(bits))
+        return self._memo[names, bits]
 
-    def _search(self, names: tuple[str, ...], spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    def _search(self, names: tuple[str, ...], spec: QuantSpec) -> Grid:
         missing = [name for name in names if name not in self.histograms]
         if missing:
             raise CalibrationError(f"values {missing} were never observed; calibrate after prepare, on the same graph")
         histogram = merged(self.histograms[name] for name in names)
         low, high = mse_range(histogram, spec) if self.clip == "mse" else (histogram.minimum, histogram.maximum)
-        return affine_parameters(torch.tensor(low), torch.tensor(high), spec)
+        return Grid.covering(torch.tensor(low), torch.tensor(high), spec)
 
     def save(self, path: Path) -> None:
         """Write the ranges as npz.

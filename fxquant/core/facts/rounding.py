@@ -12,14 +12,11 @@ import torch
 from torch import Tensor
 
 from fxquant.core.errors import FileFormatError, OptionError
-from fxquant.core.facts.grids import WeightGrid
-from fxquant.core.ir import Choice, Program, QuantSpec
+from fxquant.core.facts.weight_grids import WeightGrids
+from fxquant.core.ir import Choice, Grid, Program, QuantSpec
 from fxquant.core.storage import checked_document, parse_json, read_arrays, write_arrays
 
 FORMAT_VERSION = 1
-
-Affine = tuple[Tensor, Tensor]
-"""scale and zero_point of an activation, each of shape ()."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Rounding:
         weights: site name -> weight in float32, on its grid, or anywhere where the nearest grid value is meant.
         grids: site name -> grid of that weight where it is not the plan's own.
         biases: op node name -> bias in float32, shape (channels,).
-        activations: group name -> scale and zero_point of its values.
+        activations: group name -> grid of its values, scale and zero_point of shape ().
         parameters: attribute path -> float parameter that took the place of the model's own, so that the float network
             computes the same with them (equalization).
         units: what became of each unit.
@@ -70,9 +67,9 @@ class Rounding:
     choices: dict[str, Choice]
     method: str
     weights: dict[str, Tensor] = field(default_factory=dict)
-    grids: dict[str, WeightGrid] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
-    activations: dict[str, Affine] = field(default_factory=dict)
+    activations: dict[str, Grid] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
     units: tuple[UnitRecord, ...] = ()
     notes: tuple[str, ...] = ()
@@ -100,6 +97,26 @@ class Rounding:
         """Whether this was made for these choices."""
         return self.choices == choices
 
+    def grid_of(self, site: str, grids: WeightGrids) -> Grid:
+        """Return the grid of a site's weight: one that an algorithm found, else the plan's.
+
+        Args:
+            site: its name.
+            grids: of the program that this is a rounding of.
+
+        Raises:
+            OptionError: the plan's width was not a candidate.
+        """
+        return self.grids.get(site) or grids.at(site, self.choices[site].weight_bits)
+
+    def weight_of(self, site: str, grids: WeightGrids) -> Tensor | None:
+        """Return the weight that takes the place of the model's own, None where that is rounded to nearest.
+
+        Weights rounded before there was a plan lie on the plan's grid, and are of no use on another.
+        """
+        before_plan = None if site in self.grids else grids.rounded.get((site, self.choices[site].weight_bits))
+        return self.weights.get(site, before_plan)
+
     def save(self, path: Path) -> None:
         """Write the rounding as npz.
 
@@ -113,6 +130,7 @@ class Rounding:
             "choices": {site: choice.label for site, choice in self.choices.items()},
             "notes": list(self.notes),
             "specs": {site: asdict(grid.spec) for site, grid in self.grids.items()},
+            "activation_specs": {group: asdict(grid.spec) for group, grid in self.activations.items()},
             # JSON has no NaN; a unit that was not measured simply has no loss.
             "units": [{k: _plain(v) for k, v in asdict(unit).items()} for unit in self.units],
         }
@@ -121,8 +139,8 @@ class Rounding:
             arrays |= {f"{kind}:{name}": _array(tensor) for name, tensor in getattr(self, kind).items()}
         for name, grid in self.grids.items():
             arrays |= {f"grid_scale:{name}": _array(grid.scale), f"grid_zero:{name}": _array(grid.zero_point)}
-        for name, (scale, zero_point) in self.activations.items():
-            arrays |= {f"scale:{name}": _array(scale), f"zero:{name}": _array(zero_point)}
+        for name, grid in self.activations.items():
+            arrays |= {f"scale:{name}": _array(grid.scale), f"zero:{name}": _array(grid.zero_point)}
         write_arrays(path, arrays)
 
     @staticmethod
@@ -142,24 +160,23 @@ class Rounding:
                 kind, colon, name = key.partition(":")
                 if colon:
                     members.setdefault(kind, {})[name] = torch.from_numpy(np.array(array))
-            scales, zeros = members.get("grid_scale", {}), members.get("grid_zero", {})
-            steps, points = members.get("scale", {}), members.get("zero", {})
             return Rounding(
                 {str(site): Choice.parse(label) for site, label in header["choices"].items()},
                 str(header["method"]),
                 members.get("weights", {}),
-                {
-                    site: WeightGrid(QuantSpec(**spec), scales[site], zeros[site])
-                    for site, spec in header["specs"].items()
-                },
+                _grids(header["specs"], members.get("grid_scale", {}), members.get("grid_zero", {})),
                 members.get("biases", {}),
-                {name: (step, points[name]) for name, step in steps.items()},
+                _grids(header["activation_specs"], members.get("scale", {}), members.get("zero", {})),
                 members.get("parameters", {}),
                 tuple(_record(unit) for unit in header["units"]),
                 tuple(str(note) for note in header["notes"]),
             )
         except (KeyError, ValueError, TypeError, AttributeError, OptionError) as error:
             raise FileFormatError(f"{path} is not an intact rounding ({error}); quantize again") from error
+
+
+def _grids(specs: dict[str, Any], scales: dict[str, Tensor], zero_points: dict[str, Tensor]) -> dict[str, Grid]:
+    return {name: Grid(QuantSpec(**spec), scales[name], zero_points[name]) for name, spec in specs.items()}
 
 
 def _record(document: dict[str, Any]) -> UnitRecord:

@@ -22,14 +22,7 @@ from fxquant.core.ir.graphs import (
     tensor_at,
     trace_line,
 )
-from fxquant.core.ir.numerics import (
-    SMALLEST_SCALE,
-    affine_parameters,
-    dequantize,
-    quantize,
-    round_trip,
-    weight_parameters,
-)
+from fxquant.core.ir.grid import SMALLEST_SCALE, Grid
 from fxquant.core.ir.ops import (
     OPS,
     REFUSED,
@@ -71,6 +64,7 @@ __all__ = [
     "Edge",
     "EdgeGroups",
     "FakeQuantize",
+    "Grid",
     "OpRule",
     "PassRecord",
     "PlanEdges",
@@ -82,12 +76,10 @@ __all__ = [
     "Sites",
     "activation_inputs",
     "activation_spec",
-    "affine_parameters",
     "arguments",
     "clip_bounds",
     "constant",
     "consumers",
-    "dequantize",
     "differentiable",
     "edges_between",
     "erase_dead",
@@ -99,10 +91,8 @@ __all__ = [
     "is_constant",
     "needs_two_tensors",
     "nodes_by_name",
-    "quantize",
     "resolve",
     "round_learned",
-    "round_trip",
     "rule_of",
     "sample_elements",
     "sample_shape",
@@ -114,6 +104,5 @@ __all__ = [
     "tensor_at",
     "trace_line",
     "traced_images",
-    "weight_parameters",
     "weight_spec",
 ]

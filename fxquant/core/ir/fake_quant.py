@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxquant.core.ir.grid import Grid
 from fxquant.core.ir.spec import QuantSpec
 
 FINEST_SHARE = 2.0**-8
@@ -15,26 +16,24 @@ FINEST_SHARE = 2.0**-8
 
 
 class FakeQuantize(nn.Module):
-    """Simulates one integer grid: `(clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale`.
+    """Simulates one grid: `(clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale`.
 
     The gradient with respect to x is 1 inside the grid and 0 outside (straight-through, Bengio et al. 2013). After
     `learn()` scale is a parameter with the gradient of `round_learned`; the values are the same to the bit.
 
     Args:
-        spec: the grid.
-        scale: float32, shape `()` or `(channels,)`, above 0.
-        zero_point: int32 of the shape of scale.
+        grid: copied; scales become float32 and zero-points int32.
     """
 
     scale: Tensor
     zero_point: Tensor
     finest: Tensor | None
 
-    def __init__(self, spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> None:
+    def __init__(self, grid: Grid) -> None:
         super().__init__()
-        self.spec = spec
-        self.register_buffer("scale", scale.detach().float().clone())
-        self.register_buffer("zero_point", zero_point.detach().to(torch.int32).clone())
+        self.spec = grid.spec
+        self.register_buffer("scale", grid.scale.detach().float().clone())
+        self.register_buffer("zero_point", grid.zero_point.detach().to(torch.int32).clone())
         # Not part of the state: a checkpoint has the same tensors whether steps are learned or not.
         self.register_buffer("finest", None, persistent=False)
 
@@ -47,6 +46,11 @@ class FakeQuantize(nn.Module):
         else:
             self.register_buffer("scale", scale)
             self.finest = None
+
+    @property
+    def grid(self) -> Grid:
+        """The grid in force, with copies of its scales and zero-points."""
+        return Grid(self.spec, self.step.detach().clone(), self.zero_point.clone())
 
     @property
     def step(self) -> Tensor:

@@ -18,9 +18,7 @@ from fxquant.passes.rounding.closed_form.input_gram import (
 )
 from fxquant.passes.rounding.closed_form.layerwise import (
     RowRounder,
-    grid_of,
     moments_of,
-    nearest_rows,
     on_grid,
     round_layerwise,
 )
@@ -45,11 +43,9 @@ __all__ = [
     "geometry_of",
     "gpfq_rows",
     "gptq_rows",
-    "grid_of",
     "held_out_losses",
     "judged",
     "moments_of",
-    "nearest_rows",
     "on_grid",
     "patches",
     "rescaled",

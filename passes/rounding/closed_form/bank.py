@@ -7,7 +7,9 @@ reconstructed).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import WeightGrids
@@ -48,15 +50,13 @@ class RoundWeights(Pass):
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with rounded weights beside its grids; the graph stays as it is."""
-        sites, grids = program[Sites].sites, dict(program[WeightGrids].grids)
+        sites, grids, rounded = program[Sites].sites, program[WeightGrids].grids, dict[tuple[str, int], Tensor]()
         walk = Prefix(program.module, fitting(program.module, self.images))
         for site in self.reporter.track(sites, f"{self.method} at every width", len(sites)):
             walk.to(site.nodes[0])
             moments = moments_of(site, program.module, walk)
             rounder, weight = METHODS[self.method](moments), tensor_at(program.module, site.weight)
             groups = moments.gram.shape[0]
-            grids[site.name] = {
-                bits: replace(grid, rounded=on_grid(weight, grid, groups, rounder))
-                for bits, grid in grids[site.name].items()
-            }
-        return program.with_facts(WeightGrids(grids)), 0
+            for bits, grid in grids[site.name].items():
+                rounded[site.name, bits] = on_grid(weight, grid, groups, rounder)
+        return program.with_facts(WeightGrids(grids, rounded)), 0

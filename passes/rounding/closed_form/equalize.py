@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.core.errors import OptionError
-from fxquant.core.facts import Ranges, Settings, UnitRecord, WeightGrid, WeightGrids
+from fxquant.core.facts import Ranges, Settings, UnitRecord, WeightGrids
 from fxquant.core.ir import (
+    Grid,
     Program,
     Sites,
     erase_dead,
@@ -21,7 +22,6 @@ from fxquant.core.ir import (
     rule_of,
     set_parameter,
     tensor_at,
-    weight_parameters,
 )
 from fxquant.core.run import OBSERVERS, CalibrationSet, GraphReplay
 from fxquant.passes.rounding.closed_form.chains import ScaleChain, scale_chains
@@ -157,13 +157,16 @@ def rescaled(
     scaled = Program(module, program.facts, program.log)
     values = {name for chain in chains for name in chain.between}
     ranges = observed(scaled, values & set(program[Ranges].histograms), images)
-    grids = dict(program[WeightGrids].grids)
-    for site in program[Sites].sites:
-        if site.weight in parameters:
-            weight = parameters[site.weight]
-            specs = {bits: grid.spec for bits, grid in grids[site.name].items()}
-            grids[site.name] = {b: WeightGrid(spec, *weight_parameters(weight, spec)) for b, spec in specs.items()}
-    return scaled.with_facts(ranges, WeightGrids(grids))
+    known = program[WeightGrids]
+    changed = {site.name: parameters[site.weight] for site in program[Sites].sites if site.weight in parameters}
+    fresh = {
+        name: {
+            bits: Grid.of_weight(weight, bits, grid.spec.channel_axis or 0) for bits, grid in known.grids[name].items()
+        }
+        for name, weight in changed.items()
+    }
+    rounded = {(name, bits): weight for (name, bits), weight in known.rounded.items() if name not in changed}
+    return scaled.with_facts(ranges, WeightGrids({**known.grids, **fresh}, rounded))
 
 
 def observed(program: Program, producers: set[str], images: CalibrationSet) -> Ranges:

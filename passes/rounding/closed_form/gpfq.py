@@ -7,10 +7,9 @@ import time
 import torch
 from torch import Tensor
 
-from fxquant.core.facts import WeightGrid
-from fxquant.core.ir import Program
+from fxquant.core.ir import Grid, Program
 from fxquant.passes.rounding.closed_form.input_gram import Moments
-from fxquant.passes.rounding.closed_form.layerwise import RowRounder, nearest_rows, round_layerwise
+from fxquant.passes.rounding.closed_form.layerwise import RowRounder, round_layerwise
 from fxquant.passes.rounding.closed_form.verdict import judged
 from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
 
@@ -43,15 +42,15 @@ def gpfq_rows(moments: Moments) -> RowRounder:
     strength = torch.where(dead, torch.ones_like(energy), energy)
     followed = moments.cross.tril().transpose(1, 2)
 
-    def rounder(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: WeightGrid) -> Tensor:
+    def rounder(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
         wanted = rows @ followed
         values, integers = torch.zeros_like(rows), torch.empty_like(rows)
         for t in range(rows.shape[2]):
             spent = values[:, :, :t] @ gram[:, t, :t].unsqueeze(2)
             target = (wanted[:, :, t : t + 1] - spent) / strength[:, t].reshape(-1, 1, 1)
             target = torch.where(dead[:, t].reshape(-1, 1, 1), rows[:, :, t : t + 1], target)
-            integers[:, :, t : t + 1] = q = nearest_rows(target, scale, zero_point, grid)
-            values[:, :, t : t + 1] = (q - zero_point) * scale
+            integers[:, :, t : t + 1] = q = grid.nearest(target, scale, zero_point)
+            values[:, :, t : t + 1] = grid.value(q, scale, zero_point)
         return integers
 
     return rounder

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from fxquant.core.errors import FailureError
-from fxquant.core.facts import WeightGrid
-from fxquant.core.ir import Program
+from fxquant.core.ir import Grid, Program
 from fxquant.passes.rounding.closed_form.input_gram import Moments, squared_error
-from fxquant.passes.rounding.closed_form.layerwise import RowRounder, nearest_rows, round_layerwise
+from fxquant.passes.rounding.closed_form.layerwise import RowRounder, round_layerwise
 from fxquant.passes.rounding.closed_form.rescale import rescaled
 from fxquant.passes.rounding.closed_form.verdict import judged
 from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
@@ -70,7 +69,7 @@ def gptq_rows(moments: Moments, damping: float = DAMPING, ordered: bool = True, 
     order = diagonal.argsort(dim=1, descending=True, stable=True) if ordered else _positions(diagonal)
     inverse_root = _inverse_root(_permuted(gram, order), damping)
 
-    def rounder(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: WeightGrid) -> Tensor:
+    def rounder(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
         index = order.unsqueeze(1).expand_as(rows)
         left = rows.gather(2, index)
         chosen = torch.empty_like(left)
@@ -79,14 +78,14 @@ def gptq_rows(moments: Moments, damping: float = DAMPING, ordered: bool = True, 
             errors = torch.empty_like(left[:, :, start:stop])
             for j in range(start, stop):
                 column = left[:, :, j : j + 1]
-                chosen[:, :, j : j + 1] = q = nearest_rows(column, scale, zero_point, grid)
-                error = (column - (q - zero_point) * scale) / inverse_root[:, j : j + 1, j : j + 1]
+                chosen[:, :, j : j + 1] = q = grid.nearest(column, scale, zero_point)
+                error = (column - grid.value(q, scale, zero_point)) / inverse_root[:, j : j + 1, j : j + 1]
                 left[:, :, j:stop] -= error * inverse_root[:, j : j + 1, j:stop]
                 errors[:, :, j - start : j - start + 1] = error
             left[:, :, stop:] -= errors @ inverse_root[:, start:stop, stop:]
         found = torch.empty_like(chosen).scatter_(2, index, chosen)
-        plain = nearest_rows(rows, scale, zero_point, grid)
-        ours, theirs = (squared_error(rows - (q - zero_point) * scale, gram) for q in (found, plain))
+        plain = grid.nearest(rows, scale, zero_point)
+        ours, theirs = (squared_error(rows - grid.value(q, scale, zero_point), gram) for q in (found, plain))
         return torch.where((ours < theirs).unsqueeze(2), found, plain)
 
     return rounder

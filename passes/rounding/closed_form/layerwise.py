@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.core.facts import FakeQuantNodes, Rounding, WeightGrid, WeightGrids
-from fxquant.core.ir import Site, resolve, tensor_at
+from fxquant.core.facts import FakeQuantNodes, Rounding, WeightGrids
+from fxquant.core.ir import Grid, Site, resolve, tensor_at
 from fxquant.passes.rounding.closed_form.input_gram import GramAccumulator, Moments, geometry_of, to_rows
 from fxquant.passes.rounding.closed_form.prefix import Prefix, fitting
 from fxquant.passes.rounding.registry import RoundingTask
 
-Regrid = Callable[[Tensor, WeightGrid, Tensor, "RowRounder"], WeightGrid]
+Regrid = Callable[[Tensor, Grid, Tensor, "RowRounder"], Grid]
 """(weight, grid, H, how it will be rounded) -> the grid to round it on."""
 
-RowRounder = Callable[[Tensor, Tensor, Tensor, WeightGrid], Tensor]
+RowRounder = Callable[[Tensor, Tensor, Tensor, Grid], Tensor]
 """(weight rows float64 (groups, rows, K), scale and zero point of each row (groups, rows, 1), grid) -> integers, same
 shape."""
 
@@ -26,25 +25,14 @@ Prepare = Callable[[Moments], RowRounder]
 """Moments of an op's input -> how to round weights that meet it; what all widths share is computed once."""
 
 
-def grid_of(task: RoundingTask, site: Site) -> WeightGrid:
-    """Return the grid of a site's weight: what an earlier algorithm found, or the plan's."""
-    known = task.rounding.grids.get(site.name)
-    return known or task.program[WeightGrids].at(site.name, task.choices[site.name].weight_bits)
-
-
-def on_grid(weight: Tensor, grid: WeightGrid, groups: int, rounder: RowRounder) -> Tensor:
+def on_grid(weight: Tensor, grid: Grid, groups: int, rounder: RowRounder) -> Tensor:
     """Return a weight rounded row by row, float32 of its shape, every value on the grid."""
     rows = to_rows(weight.detach().double(), groups)
     shape = (groups, rows.shape[1], 1)
     scale, zero_point = (part.expand(weight.shape[0]).reshape(shape) for part in (grid.scale, grid.zero_point))
     integers = rounder(rows, scale.double(), zero_point.double(), grid)
     # The product is taken in float32, as the quantizer takes it.
-    return ((integers - zero_point).float() * scale.float()).reshape(weight.shape)
-
-
-def nearest_rows(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: WeightGrid) -> Tensor:
-    """Return the nearest integers of the grid, as float64."""
-    return (torch.round(rows / scale) + zero_point).clamp(grid.spec.qmin, grid.spec.qmax)
+    return grid.value(integers, scale.float(), zero_point).reshape(weight.shape)
 
 
 def round_layerwise(
@@ -72,7 +60,7 @@ def round_layerwise(
         quantized.to(site.nodes[0])
         moments = moments_of(site, simulated.module, quantized, floating)
         weight = tensor_at(task.program.module, site.weight)
-        rounder, grid = prepare(moments), grid_of(task, site)
+        rounder, grid = prepare(moments), earlier.grid_of(site.name, task.program[WeightGrids])
         if regrid is not None:
             grids[site.name] = grid = regrid(weight, grid, moments.gram, rounder)
         weights[site.name] = on_grid(weight, grid, len(moments.gram), rounder).to(weight.device)

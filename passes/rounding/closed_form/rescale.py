@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxquant.core.facts import WeightGrid
-from fxquant.core.ir import SMALLEST_SCALE
+from fxquant.core.ir import SMALLEST_SCALE, Grid
 from fxquant.passes.rounding.closed_form.input_gram import squared_error, to_rows
 from fxquant.passes.rounding.closed_form.layerwise import RowRounder
 
@@ -14,7 +13,7 @@ RATIOS = (1.0, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15)
 """Candidate scales as shares of the grid's own, which comes first and stays where none is better."""
 
 
-def rescaled(weight: Tensor, grid: WeightGrid, gram: Tensor, rounder: RowRounder) -> WeightGrid:
+def rescaled(weight: Tensor, grid: Grid, gram: Tensor, rounder: RowRounder) -> Grid:
     """Return the grid with each channel's scale `s_c = argmin_r d' H d`, `d = w_c - rounded(w_c; r s)`, r of `RATIOS`.
 
     The plan's scales minimise `|d|^2` of nearest rounding; under H, and with an algorithm that makes up for errors,
@@ -37,7 +36,7 @@ def rescaled(weight: Tensor, grid: WeightGrid, gram: Tensor, rounder: RowRounder
     points = zero_point.expand(groups, count, size, 1).reshape(groups, count * size, 1)
     stacked = rows.unsqueeze(1).expand(groups, count, size, rows.shape[2]).reshape(groups, count * size, -1)
     integers = rounder(stacked, scales, points, grid)
-    error = squared_error(stacked - (integers - points) * scales, gram).reshape(groups, count, size)
+    error = squared_error(stacked - grid.value(integers, scales, points), gram).reshape(groups, count, size)
     best = error.argmin(dim=1, keepdim=True)
     found = scales.reshape(groups, count, size).gather(1, best).reshape(-1).float()
-    return WeightGrid(grid.spec, found, grid.zero_point.expand(weight.shape[0]))
+    return Grid(grid.spec, found, grid.zero_point.expand(weight.shape[0]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fxquant.passes.rounding.learned.adaround import ADAROUND
-from fxquant.passes.rounding.learned.asymmetric import POWER, asymmetric_parameters, with_asymmetric_weights
+from fxquant.passes.rounding.learned.asymmetric import POWER, asymmetric_grid, with_asymmetric_weights
 from fxquant.passes.rounding.learned.brecq import BRECQ
 from fxquant.passes.rounding.learned.correction import EPSILON, corrected, has_statistics, mismatch
 from fxquant.passes.rounding.learned.cut import Cut, answer_of, feature_of
@@ -45,7 +45,7 @@ __all__ = [
     "Tuner",
     "Unit",
     "answer_of",
-    "asymmetric_parameters",
+    "asymmetric_grid",
     "channel_sums",
     "corrected",
     "feature_of",

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.core.facts import FakeQuantNodes, WeightGrid
+from fxquant.core.facts import FakeQuantNodes
 from fxquant.core.ir import (
     FakeQuantize,
+    Grid,
     Program,
     QuantSpec,
     Sites,
-    affine_parameters,
     finish,
     fork,
     set_module,
@@ -25,8 +25,8 @@ POWER = 2.4
 """Of the rounding error that is minimised."""
 
 
-def asymmetric_parameters(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Return scale and zero_point of each channel with the least `mean |w - round_trip(w)|^2.4`.
+def asymmetric_grid(weight: Tensor, spec: QuantSpec) -> Grid:
+    """Return the grid, each channel's scale and zero_point those of least `mean |w - round_trip(w)|^2.4`.
 
     Tried are 100 fractions of each channel's own range, and for each of them every zero-point (PD-Quant's code; the
     one-dimensional search is enough where the range does not hold zero).
@@ -34,18 +34,17 @@ def asymmetric_parameters(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tens
     Args:
         weight: float32, channels along `spec.channel_axis`.
         spec: grid that is not symmetric.
-
-    Returns:
-        scale (float32) and zero_point (int32), shape (channels,).
     """
     axis = spec.channel_axis or 0
     rows = weight.detach().float().movedim(axis, 0).reshape(weight.shape[axis], -1)
     low, high = rows.amin(dim=1).clamp(max=0.0), rows.amax(dim=1).clamp(min=0.0)
-    best_scale, best_zero = affine_parameters(low, high, spec)
+    widest = Grid.covering(low, high, spec)
+    best_scale, best_zero = widest.scale, widest.zero_point
     best = torch.full_like(low, torch.inf)
     levels = spec.qmax - spec.qmin
     for fraction in torch.linspace(1.0 / FRACTIONS, 1.0, FRACTIONS).tolist():
-        scale, own = affine_parameters(low * fraction, high * fraction, spec)
+        tried = Grid.covering(low * fraction, high * fraction, spec)
+        scale, own = tried.scale, tried.zero_point
         # Beyond 4 bits the zero-points around the range's own are all that can win, and 256 would take minutes.
         offsets = range(spec.qmin, spec.qmax + 1) if levels < 16 else range(-2, 3)
         for offset in offsets:
@@ -55,16 +54,16 @@ def asymmetric_parameters(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tens
             better = error < best
             best = torch.where(better, error, best)
             best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+    return Grid(spec, best_scale, best_zero)
 
 
-def with_asymmetric_weights(program: Program) -> tuple[GraphModule, dict[str, WeightGrid]]:
+def with_asymmetric_weights(program: Program) -> tuple[GraphModule, dict[str, Grid]]:
     """Return a simulated graph with asymmetric grids on all weights, and those grids by site.
 
     Args:
         program: simulated; it is not changed.
     """
-    module, grids = fork(program.module), dict[str, WeightGrid]()
+    module, grids = fork(program.module), dict[str, Grid]()
     for site in program[Sites].sites:
         for name in program[FakeQuantNodes].weights.get(site.name, ()):
             path = str(next(node.target for node in module.graph.nodes if node.name == name))
@@ -72,8 +71,6 @@ def with_asymmetric_weights(program: Program) -> tuple[GraphModule, dict[str, We
             assert isinstance(known, FakeQuantize)
             spec = QuantSpec(known.spec.bits, True, False, known.spec.channel_axis)
             if site.name not in grids:
-                parameters = asymmetric_parameters(tensor_at(module, site.weight), spec)
-                grids[site.name] = WeightGrid(spec, *parameters)
-            grid = grids[site.name]
-            set_module(module, path, FakeQuantize(grid.spec, grid.scale, grid.zero_point))
+                grids[site.name] = asymmetric_grid(tensor_at(module, site.weight), spec)
+            set_module(module, path, FakeQuantize(grids[site.name]))
     return finish(module), grids

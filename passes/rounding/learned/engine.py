@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxquant.core.errors import CalibrationError
-from fxquant.core.facts import FakeQuantNodes, NormStatistics, Statistics, UnitRecord, WeightGrid, WeightGrids
-from fxquant.core.ir import Program
+from fxquant.core.facts import FakeQuantNodes, NormStatistics, Statistics, UnitRecord, WeightGrids
+from fxquant.core.ir import Grid, Program
 from fxquant.core.run import LOSSES, CalibrationSet, Span, cut_span, varying_nodes
 from fxquant.core.storage import Arrays, tensor_digest, text_digest
 from fxquant.passes.rounding.learned.asymmetric import with_asymmetric_weights
@@ -66,7 +66,7 @@ class Reconstructor:
             )
         bare = task.bare()
         self.module, nodes = bare.module, bare[FakeQuantNodes]
-        self.grids: dict[str, WeightGrid] = {}
+        self.grids: dict[str, Grid] = {}
         if options.asymmetric:
             self.module, self.grids = with_asymmetric_weights(bare)
         self.quantizers = Quantizers(self.module, nodes, task.sites, {} if options.asymmetric else _earlier(task))
@@ -279,17 +279,17 @@ class Reconstructor:
 
     def _done(self, decided: Outcome, records: tuple[UnitRecord, ...]) -> Program:
         known = self.task.rounding
-        grids = {**known.grids, **self.grids}
-        for site, scale in decided.scales.items():
-            grid = grids.get(site) or self.task.program[WeightGrids].at(site, self.task.choices[site].weight_bits)
-            grids[site] = WeightGrid(grid.spec, scale, grid.zero_point)
-        spec_of = self.quantizers.zero_points()
+        started = replace(known, grids={**known.grids, **self.grids})
+        learned = {
+            site: replace(started.grid_of(site, self.task.program[WeightGrids]), scale=scale)
+            for site, scale in decided.scales.items()
+        }
         rounding = replace(
             known,
             weights=decided.weights,
-            grids=grids,
+            grids={**started.grids, **learned},
             biases={},
-            activations={group: (scale, spec_of[group]) for group, scale in decided.steps.items()},
+            activations={g: self.quantizers.with_step(g, scale) for g, scale in decided.steps.items()},
             units=(*known.units, *records),
             notes=(*known.notes, *self.notes),
         )
@@ -298,13 +298,9 @@ class Reconstructor:
 
 def _earlier(task: RoundingTask) -> dict[str, Tensor]:
     """Return site name -> weight that the task's program has in the place of nearest rounding."""
-    rounding, grids, found = task.rounding, task.program[WeightGrids], dict[str, Tensor]()
-    for site in task.sites:
-        grid = rounding.grids.get(site.name) or grids.at(site.name, task.choices[site.name].weight_bits)
-        weight = rounding.weights.get(site.name, grid.rounded)
-        if weight is not None:
-            found[site.name] = weight
-    return found
+    rounding, grids = task.rounding, task.program[WeightGrids]
+    weights = {site.name: rounding.weight_of(site.name, grids) for site in task.sites}
+    return {name: weight for name, weight in weights.items() if weight is not None}
 
 
 def _constants(node: Node) -> list[Node]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxquant.core.facts import FakeQuantNodes
-from fxquant.core.ir import FakeQuantize, Site, tensor_at
+from fxquant.core.ir import FakeQuantize, Grid, Site, tensor_at
 from fxquant.core.storage import Arrays
 from fxquant.passes.rounding.learned.options import Reconstruction
 from fxquant.passes.rounding.learned.quantizers import LearnedActivation, SoftRounding, StraightThrough
@@ -159,16 +159,12 @@ class Quantizers:
             if _key(group) in learned:
                 places |= dict.fromkeys(names, learned[_key(group)])
             elif group in decided.steps:
-                places |= dict.fromkeys(names, self._with_step(group, decided.steps[group]))
+                places |= dict.fromkeys(names, FakeQuantize(self.with_step(group, decided.steps[group])))
         return places
 
-    def zero_points(self) -> dict[str, Tensor]:
-        """Return group name -> zero_point of its values."""
-        return {g: self._quantizer(names[0]).zero_point for g, names in self.nodes.activations.items() if names}
-
-    def _with_step(self, group: str, scale: Tensor) -> FakeQuantize:
-        known = self._quantizer(self.nodes.activations[group][0])
-        return FakeQuantize(known.spec, scale, known.zero_point)
+    def with_step(self, group: str, scale: Tensor) -> Grid:
+        """Return the grid of a group's values with another scale."""
+        return replace(self._quantizer(self.nodes.activations[group][0]).grid, scale=scale)
 
     def _groups(self, unit: Unit) -> list[str]:
         return list(dict.fromkeys(self._group_of[name] for name in unit.nodes if name in self._group_of))

@@ -29,7 +29,18 @@ from fxquant.backends.int8 import (
 from fxquant.capture import capture
 from fxquant.core.errors import LoweringError
 from fxquant.core.facts import BitAllocation
-from fxquant.core.ir import Choice, FakeQuantize, Program, QuantSpec, ScaleRule, Sites, activation_inputs, rule_of, show
+from fxquant.core.ir import (
+    Choice,
+    FakeQuantize,
+    Grid,
+    Program,
+    QuantSpec,
+    ScaleRule,
+    Sites,
+    activation_inputs,
+    rule_of,
+    show,
+)
 from fxquant.core.run import CalibrationSet, first_tensor, model_outputs
 from fxquant.passes import (
     Calibrate,
@@ -111,7 +122,7 @@ def _steps_off(simulated: GraphModule, lowered: GraphModule, inputs: tuple[Tenso
                 break
         fake = simulated.get_submodule(str(source.target))
         assert isinstance(fake, FakeQuantize)
-        expected = _integers(recorder.values[source.name], ByteGrid.of(fake.spec, fake.scale, fake.zero_point))
+        expected = _integers(recorder.values[source.name], ByteGrid.of(fake.grid))
         found[node.name] = (made.double() - expected.double()).abs()
     return found
 
@@ -209,9 +220,9 @@ def _clipped_conv(clip: Any, zero_point: int, bits: int) -> tuple[GraphModule, T
     torch.manual_seed(0)
     graph, root = torch.fx.Graph(), nn.Module()
     activation = QuantSpec(bits, signed=False, symmetric=False)
-    root.first_in = FakeQuantize(QuantSpec(8, False, False), torch.tensor(0.02), torch.tensor(128))
-    root.between = FakeQuantize(activation, torch.tensor(0.0537), torch.tensor(zero_point))
-    root.grid = FakeQuantize(QuantSpec(8, True, True, 0), torch.full((4,), 0.0103), torch.zeros(4))
+    root.first_in = FakeQuantize(Grid(QuantSpec(8, False, False), torch.tensor(0.02), torch.tensor(128)))
+    root.between = FakeQuantize(Grid(activation, torch.tensor(0.0537), torch.tensor(zero_point)))
+    root.grid = FakeQuantize(Grid(QuantSpec(8, True, True, 0), torch.full((4,), 0.0103), torch.zeros(4)))
     root.register_buffer("weight", torch.randn(4, 4, 3, 3) * 0.4)
     x = graph.placeholder("x")
     weight = graph.call_module("grid", (graph.get_attr("weight"),))
@@ -262,7 +273,7 @@ def test_learned_rounding_is_kept() -> None:
     nearest = FxInt8Backend().lower(simulated)(x)
     nearest_grid = simulated.get_submodule("grid")
     assert isinstance(nearest_grid, FakeQuantize)
-    simulated.grid = Up(nearest_grid.spec, nearest_grid.scale, nearest_grid.zero_point)
+    simulated.grid = Up(nearest_grid.grid)
     made = FxInt8Backend().lower(simulated)(x)
     torch.testing.assert_close(made, simulated(x), atol=1e-3, rtol=0)
     assert (made - nearest).abs().max() > 0.01

@@ -27,7 +27,7 @@ from fxquant.backends.int8 import (
     quantize_u8,
 )
 from fxquant.core.errors import LoweringError
-from fxquant.core.ir import FakeQuantize, QuantSpec, activation_spec
+from fxquant.core.ir import FakeQuantize, Grid, QuantSpec, activation_spec
 
 FULL = ByteGrid(0.02, 77, 0, 255)
 
@@ -177,8 +177,8 @@ def test_quantize_rounds_half_to_even_as_the_simulation_does(zero_point: int) ->
     spec = activation_spec(4)
     scale, zero = torch.tensor(0.25), torch.tensor(zero_point)
     x = torch.cat([torch.arange(-40, 41) * 0.125, torch.randn(500) * 3, torch.tensor([1e9, -1e9, 0.0])])
-    grid = ByteGrid.of(spec, scale, zero)
-    expected = FakeQuantize(spec, scale, zero)(x)
+    grid = ByteGrid.of(Grid(spec, scale, zero))
+    expected = FakeQuantize(Grid(spec, scale, zero))(x)
     q = quantize_u8(x, grid)
     assert q.dtype == torch.uint8
     assert torch.equal(dequantize_u8(q, grid), expected)
@@ -188,9 +188,9 @@ def test_signed_grid_is_shifted_into_uint8() -> None:
     spec = QuantSpec(bits=6, signed=True, symmetric=False)
     scale, zero = torch.tensor(0.1), torch.tensor(-5)
     x = torch.randn(300) * 3
-    grid = ByteGrid.of(spec, scale, zero)
+    grid = ByteGrid.of(Grid(spec, scale, zero))
     assert (grid.zero_point, grid.low, grid.high) == (27, 0, 63)
-    torch.testing.assert_close(dequantize_u8(quantize_u8(x, grid), grid), FakeQuantize(spec, scale, zero)(x))
+    torch.testing.assert_close(dequantize_u8(quantize_u8(x, grid), grid), FakeQuantize(Grid(spec, scale, zero))(x))
 
 
 @given(

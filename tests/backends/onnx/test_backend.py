@@ -24,7 +24,7 @@ from fxquant.backends.onnx import (
 )
 from fxquant.capture import capture
 from fxquant.core.errors import FileFormatError, LoweringError, MissingDependencyError, OptionError, OutputError
-from fxquant.core.ir import FakeQuantize, activation_spec, fork
+from fxquant.core.ir import FakeQuantize, Grid, activation_spec, fork
 from fxquant.core.run import model_outputs
 from fxquant.passes import Canonicalize, FoldBatchnorm
 from tests.backends.lowered import QUANTIZED, calibrated, error_in_steps, example, plan_of, simulated
@@ -238,7 +238,7 @@ def test_activations_of_few_bits_are_clipped_to_their_grid() -> None:
     quantizer = module.get_submodule("quantize_x")
     assert isinstance(quantizer, FakeQuantize)
     module.set_submodule(
-        "quantize_x", FakeQuantize(activation_spec(3), torch.tensor(0.4), torch.tensor(4, dtype=torch.int32))
+        "quantize_x", FakeQuantize(Grid(activation_spec(3), torch.tensor(0.4), torch.tensor(4, dtype=torch.int32)))
     )
     inputs = tuple(10 * t for t in example("residual", 4))
     expected = ReferenceBackend().compile(module, inputs)(inputs)

@@ -19,7 +19,7 @@ from fxquant.backends.onnx import (
 )
 from fxquant.capture import capture
 from fxquant.core.errors import OptionError
-from fxquant.core.ir import Program, round_trip, weight_parameters, weight_spec
+from fxquant.core.ir import Grid, Program
 from fxquant.passes import Canonicalize
 from tests.backends.lowered import calibrated, plan_of
 
@@ -62,8 +62,7 @@ def test_blocks_are_never_coarser_than_channels(bits: int, block: int) -> None:
     assert q.shape == (100, 10)
     assert scale.shape == (-(-100 // block), 10)
     rounded = block_linear(torch.eye(100), q, scale, None, block, bits).T
-    spec = weight_spec(bits)
-    channels = round_trip(weight, *weight_parameters(weight, spec), spec)
+    channels = Grid.of_weight(weight, bits).round_trip(weight)
     assert ((rounded - weight) ** 2).sum() < ((channels - weight) ** 2).sum()
     expected = nn.functional.linear(x, rounded, bias)
     assert torch.allclose(block_linear(x, q, scale, bias, block, bits), expected, atol=1e-5)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fxquant.core.errors import CalibrationError
 from fxquant.core.facts import BINS, Histogram, Ranges, clip_error, merged, mse_range
-from fxquant.core.ir import SMALLEST_SCALE, activation_spec, round_trip
+from fxquant.core.ir import SMALLEST_SCALE, activation_spec
 from fxquant.core.run import MseObserver
 from tests.core.storage.test_codecs import damaged, is_refused
 
@@ -46,8 +46,8 @@ def test_clip_error_is_the_real_one() -> None:
     values = torch.randn(5000, generator=torch.Generator().manual_seed(3))
     observer(values)
     spec = activation_spec(4)
-    scale, zero_point = Ranges({"v": observer.histogram()}, "full").parameters(["v"], spec)
-    real = float((round_trip(values, scale, zero_point, spec) - values).square().sum())
+    grid = Ranges({"v": observer.histogram()}, "full").grid(["v"], 4)
+    real = float((grid.round_trip(values) - values).square().sum())
     histogram = observer.histogram()
     assert clip_error(histogram, histogram.minimum, histogram.maximum, spec) == pytest.approx(real, rel=0.02)
 
@@ -55,11 +55,10 @@ def test_clip_error_is_the_real_one() -> None:
 @pytest.mark.parametrize("value", [0.0, 5.0, -5.0, 1e-30, 1e30])
 @pytest.mark.parametrize("clip", ["mse", "full"])
 def test_constant_values_get_a_usable_grid(value: float, clip: str) -> None:
-    spec = activation_spec(8)
-    scale, zero_point = Ranges({"v": seen(value, value)}, clip).parameters(["v"], spec)
-    assert float(scale) >= SMALLEST_SCALE
-    back = round_trip(torch.tensor(value), scale, zero_point, spec)
-    assert abs(float(back) - value) <= float(scale) * 1.01 + abs(value) * 0.01
+    grid = Ranges({"v": seen(value, value)}, clip).grid(["v"], 8)
+    assert float(grid.scale) >= SMALLEST_SCALE
+    back = grid.round_trip(torch.tensor(value))
+    assert abs(float(back) - value) <= float(grid.scale) * 1.01 + abs(value) * 0.01
 
 
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=4), st.floats(0.01, 100.0))
@@ -82,18 +81,17 @@ def test_merging_does_not_move_mass() -> None:
 
 def test_unobserved_values_are_named() -> None:
     with pytest.raises(CalibrationError, match=r"values \['other'\] were never observed"):
-        Ranges({"v": seen(1.0)}).parameters(["v", "other"], activation_spec(8))
+        Ranges({"v": seen(1.0)}).grid(["v", "other"], 8)
 
 
 def test_a_group_has_one_grid_and_asking_twice_gives_it_twice() -> None:
     ranges = Ranges({"a": seen(1.0, 2.0), "b": seen(-4.0, 1.0)}, "full")
-    spec = activation_spec(8)
-    scale, zero_point = ranges.parameters(["a", "b"], spec)
-    assert float(scale) == pytest.approx(6.0 / 255)
-    assert int(zero_point) == 170
-    again = ranges.parameters(("a", "b"), spec)
-    assert torch.equal(again[0], scale)
-    assert float(ranges.parameters(["a"], spec)[0]) == pytest.approx(2.0 / 255)
+    grid = ranges.grid(["a", "b"], 8)
+    assert grid.spec == activation_spec(8)
+    assert float(grid.scale) == pytest.approx(6.0 / 255)
+    assert int(grid.zero_point) == 170
+    assert ranges.grid(("a", "b"), 8) is grid
+    assert float(ranges.grid(["a"], 8).scale) == pytest.approx(2.0 / 255)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fxquant.core.errors import FileFormatError, OptionError, OutputError
-from fxquant.core.facts import Rounding, UnitRecord, WeightGrid
-from fxquant.core.ir import Choice, QuantSpec
+from fxquant.core.facts import Rounding, UnitRecord
+from fxquant.core.ir import Choice, Grid, QuantSpec, activation_spec
 from fxquant.core.storage import read_arrays, write_arrays
 from tests import scoring
 
@@ -21,14 +21,14 @@ PLAN = {"a": Choice(4, 8), "b": Choice(2, 8)}
 
 def example() -> Rounding:
     spec = QuantSpec(4, True, False, 0)
-    grid = WeightGrid(spec, torch.tensor([0.5, 0.25]), torch.tensor([1, -2], dtype=torch.int32))
+    grid = Grid(spec, torch.tensor([0.5, 0.25]), torch.tensor([1, -2], dtype=torch.int32))
     return Rounding(
         PLAN,
         "equalize+pdquant",
         weights={"a": torch.tensor([[0.5, -1.0], [0.25, 0.0]])},
         grids={"a": grid},
         biases={"conv:1": torch.tensor([1.0, 2.0])},
-        activations={"group": (torch.tensor(0.125), torch.tensor(3, dtype=torch.int32))},
+        activations={"group": Grid(activation_spec(4), torch.tensor(0.125), torch.tensor(3, dtype=torch.int32))},
         parameters={"conv.weight": torch.tensor([2.0])},
         units=(
             UnitRecord("a", "pdquant", 0.5, 0.25, True, "", 1.5, ("a", "b")),
@@ -53,8 +53,10 @@ def test_a_file_gives_back_every_tensor_and_record(tmp_path: Path) -> None:
     assert read.grids["a"].spec == known.grids["a"].spec
     assert torch.equal(read.grids["a"].scale, known.grids["a"].scale)
     assert torch.equal(read.grids["a"].zero_point, known.grids["a"].zero_point)
-    scale, zero_point = read.activations["group"]
-    assert (float(scale), int(zero_point), scale.shape, zero_point.dtype) == (0.125, 3, (), torch.int32)
+    read_grid = read.activations["group"]
+    assert read_grid.spec == activation_spec(4)
+    assert (float(read_grid.scale), int(read_grid.zero_point)) == (0.125, 3)
+    assert (read_grid.scale.shape, read_grid.zero_point.dtype) == ((), torch.int32)
 
 
 def test_a_file_of_another_version_or_cut_short_is_refused(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxquant.core.ir import FINEST_SHARE, FakeQuantize, QuantSpec, activation_spec, round_trip, weight_spec
+from fxquant.core.ir import FINEST_SHARE, FakeQuantize, Grid, QuantSpec, activation_spec, weight_spec
 
 
 def test_gradient_is_one_inside_and_zero_outside() -> None:
-    fake = FakeQuantize(activation_spec(8), torch.tensor(0.1), torch.tensor(10))
+    fake = FakeQuantize(Grid(activation_spec(8), torch.tensor(0.1), torch.tensor(10)))
     x = torch.tensor([-5.0, -0.5, 0.0, 3.0, 100.0], requires_grad=True)
     fake(x).sum().backward()
     assert x.grad is not None
@@ -21,19 +21,19 @@ def test_channels_have_their_own_scale() -> None:
     spec = weight_spec(4, 1)
     scale = torch.tensor([0.1, 0.5, 1.0])
     x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
-    fake = FakeQuantize(spec, scale, torch.zeros(3, dtype=torch.int32))
-    expected = round_trip(x, scale, torch.zeros(3, dtype=torch.int32), spec)
+    fake = FakeQuantize(Grid(spec, scale, torch.zeros(3, dtype=torch.int32)))
+    expected = fake.grid.round_trip(x)
     assert torch.allclose(fake(x), expected, atol=1e-6)
 
 
 def test_state_is_its_own_and_survives_a_round_trip() -> None:
     scale = torch.tensor(0.25, dtype=torch.float64)
-    fake = FakeQuantize(activation_spec(4), scale, torch.tensor(3))
+    fake = FakeQuantize(Grid(activation_spec(4), scale, torch.tensor(3)))
     scale.fill_(9.0)
     assert fake.scale.dtype == torch.float32
     assert float(fake.scale) == 0.25
     assert fake.zero_point.dtype == torch.int32
-    other = FakeQuantize(activation_spec(4), torch.tensor(1.0), torch.tensor(0))
+    other = FakeQuantize(Grid(activation_spec(4), torch.tensor(1.0), torch.tensor(0)))
     other.load_state_dict(fake.state_dict())
     x = torch.linspace(-2, 2, 9)
     assert torch.equal(fake(x), other(x))
@@ -41,7 +41,7 @@ def test_state_is_its_own_and_survives_a_round_trip() -> None:
 
 
 def test_large_values_saturate_at_their_own_end() -> None:
-    fake = FakeQuantize(activation_spec(8), torch.tensor(1e-3), torch.tensor(128))
+    fake = FakeQuantize(Grid(activation_spec(8), torch.tensor(1e-3), torch.tensor(128)))
     low, high = fake(torch.tensor([-1e6, 1e6])).tolist()
     assert low < 0 < high
 
@@ -54,7 +54,7 @@ def test_large_values_saturate_at_their_own_end() -> None:
 )
 def test_without_gradient_the_same_to_the_bit(bits: int, scale: float, zero: int, values: list[float]) -> None:
     spec = activation_spec(bits)
-    fake = FakeQuantize(spec, torch.tensor(scale), torch.tensor(zero % 2**bits))
+    fake = FakeQuantize(Grid(spec, torch.tensor(scale), torch.tensor(zero % 2**bits)))
     x = torch.tensor(values)
     expected = torch.fake_quantize_per_tensor_affine(x, fake.scale, fake.zero_point, spec.qmin, spec.qmax)
     before = x.clone()
@@ -89,7 +89,7 @@ def shaped(values: Tensor, spec: QuantSpec, dim: int) -> Tensor:
 
 @pytest.mark.parametrize(("spec", "scale", "zero"), CASES)
 def test_learning_changes_no_value(spec: QuantSpec, scale: Tensor, zero: Tensor) -> None:
-    fake, x = FakeQuantize(spec, scale, zero), drawn(spec)
+    fake, x = FakeQuantize(Grid(spec, scale, zero)), drawn(spec)
     expected, keys = fake(x), set(fake.state_dict())
     fake.learn()
     assert isinstance(fake.scale, torch.nn.Parameter)
@@ -109,7 +109,7 @@ def test_learning_changes_no_value(spec: QuantSpec, scale: Tensor, zero: Tensor)
 )
 def test_learning_changes_no_value_of_any_grid(bits: int, scale: float, zero: int, values: list[float]) -> None:
     fake, x = (
-        FakeQuantize(activation_spec(bits), torch.tensor(scale), torch.tensor(zero % 2**bits)),
+        FakeQuantize(Grid(activation_spec(bits), torch.tensor(scale), torch.tensor(zero % 2**bits))),
         torch.tensor(values),
     )
     expected = fake(x)
@@ -119,7 +119,7 @@ def test_learning_changes_no_value_of_any_grid(bits: int, scale: float, zero: in
 
 @pytest.mark.parametrize(("spec", "scale", "zero"), CASES)
 def test_gradients_of_a_learned_step(spec: QuantSpec, scale: Tensor, zero: Tensor) -> None:
-    fake, x = FakeQuantize(spec, scale, zero), drawn(spec).requires_grad_()
+    fake, x = FakeQuantize(Grid(spec, scale, zero)), drawn(spec).requires_grad_()
     fake.learn()
     cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
     torch.autograd.backward(fake(x), cotangent)
@@ -143,7 +143,7 @@ def test_gradients_of_a_learned_step(spec: QuantSpec, scale: Tensor, zero: Tenso
 
 
 def test_a_step_that_overshoots_stays_positive_and_comes_back() -> None:
-    fake = FakeQuantize(weight_spec(4, 0), torch.tensor([0.1, 0.2]), torch.zeros(2, dtype=torch.int32))
+    fake = FakeQuantize(Grid(weight_spec(4, 0), torch.tensor([0.1, 0.2]), torch.zeros(2, dtype=torch.int32)))
     fake.learn()
     with torch.no_grad():
         fake.scale[0] = -3.0

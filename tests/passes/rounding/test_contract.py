@@ -11,7 +11,7 @@ import torch
 from fxquant.backends import backend
 from fxquant.core.errors import LoweringError
 from fxquant.core.facts import BitAllocation, FakeQuantNodes, Rounding, WeightGrids
-from fxquant.core.ir import Program, Sites, resolve, round_trip, tensor_at
+from fxquant.core.ir import Program, Sites, resolve, tensor_at
 from fxquant.core.run import LOSSES, model_outputs
 from fxquant.passes.rounding import ROUNDERS, RoundingTask
 from tests.passes.rounding.tasks import images, task_of
@@ -47,7 +47,7 @@ def tensors(rounding: Rounding) -> dict[str, torch.Tensor]:
     for kind in ("weights", "biases", "parameters"):
         found |= {f"{kind} {name}": value for name, value in getattr(rounding, kind).items()}
     found |= {f"grid {name}": grid.scale for name, grid in rounding.grids.items()}
-    found |= {f"scale {name}": scale for name, (scale, _) in rounding.activations.items()}
+    found |= {f"scale {name}": grid.scale for name, grid in rounding.activations.items()}
     return found
 
 
@@ -76,8 +76,7 @@ def test_weights_of_the_simulated_network_lie_on_its_grids(method: str, name: st
     task = replace(short(name), program=rounded(method, name))
     simulated = task.simulated()
     for site in task.sites:
-        grid = task.rounding.grids.get(site.name)
-        grid = grid or task.program[WeightGrids].at(site.name, task.choices[site.name].weight_bits)
+        grid = task.rounding.grid_of(site.name, task.program[WeightGrids])
         assert grid.spec.bits == task.choices[site.name].weight_bits
         for node in simulated[FakeQuantNodes].weights[site.name]:
             quantizer = simulated.module.get_submodule(str(resolve(simulated.module.graph, node).target))
@@ -85,8 +84,8 @@ def test_weights_of_the_simulated_network_lie_on_its_grids(method: str, name: st
         weight = task.rounding.weights.get(site.name)
         if weight is not None:
             assert weight.shape == tensor_at(task.program.module, site.weight).shape
-            once = round_trip(weight, grid.scale, grid.zero_point, grid.spec)
-            assert torch.equal(round_trip(once, grid.scale, grid.zero_point, grid.spec), once)
+            once = grid.round_trip(weight)
+            assert torch.equal(grid.round_trip(once), once)
 
 
 @every_rounder

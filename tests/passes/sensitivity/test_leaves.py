@@ -62,7 +62,7 @@ def test_noise_by_hand() -> None:
         assert column.weight_bits is not None
         grid = program[WeightGrids].at(column.site, column.weight_bits)
         value = tensor_at(program.module, f"{column.site}.weight").detach()
-        rounded = FakeQuantize(grid.spec, grid.scale, grid.zero_point)(value)
+        rounded = FakeQuantize(grid)(value)
         expected = np.zeros(4)
         expected[names.index(column.site)] = float((rounded - value).square().mean())
         np.testing.assert_allclose(found[row], expected, rtol=1e-5)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.core.facts import Ranges, WeightGrids
-from fxquant.core.ir import Candidate, EdgeGroups, activation_spec
+from fxquant.core.ir import Candidate, EdgeGroups
 from fxquant.core.run import CalibrationSet
 from fxquant.passes.sensitivity import ESTIMATORS, positive_part
 from tests.scoring import full_forward_losses, inputs, plain_net, scorer, simulated
@@ -38,8 +38,8 @@ def activation_grid(producer: str) -> Callable[[Tensor], Tensor]:
     program = simulated("plain")
     group = program[EdgeGroups].group_of(producer)
     assert group is not None
-    scale, zero = program[Ranges].parameters(program[EdgeGroups].producers[group], activation_spec(8))
-    return lambda x: on_grid(x, scale, zero, 0, 255)
+    grid = program[Ranges].grid(program[EdgeGroups].producers[group], 8)
+    return lambda x: on_grid(x, grid.scale, grid.zero_point, 0, 255)
 
 
 def eager(x: Tensor, *candidates: Candidate) -> Tensor:

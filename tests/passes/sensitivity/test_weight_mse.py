@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fxquant.core.facts import BINS, Histogram, Ranges, WeightGrids
-from fxquant.core.ir import Choice, EdgeGroups, FakeQuantize, Sites, activation_spec, tensor_at
+from fxquant.core.ir import Choice, EdgeGroups, FakeQuantize, Sites, tensor_at
 from fxquant.core.run import CalibrationSet
 from fxquant.passes.sensitivity import ESTIMATORS, Column, Constant, mean_square, relative_error
 from tests.scoring import inputs, scorer, simulated
@@ -25,7 +25,7 @@ def test_relative_error_of_weights_and_activations_by_hand() -> None:
         if column.site is not None and column.weight_bits is not None:
             value = tensor_at(program.module, program[Sites].by_name(column.site).weight).detach()
             grid = program[WeightGrids].at(column.site, column.weight_bits)
-            rounded = FakeQuantize(grid.spec, grid.scale, grid.zero_point)(value)
+            rounded = FakeQuantize(grid)(value)
             expected = float((rounded - value).double().norm() / value.double().norm()) ** 2
         else:
             assert column.activation_bits is not None
@@ -33,7 +33,7 @@ def test_relative_error_of_weights_and_activations_by_hand() -> None:
             for name in column.substitution:
                 producer = each.replay.by_name[name].all_input_nodes[0].name
                 group = next(g for g in program[EdgeGroups].producers.values() if producer in g)
-                step, _ = program[Ranges].parameters(group, activation_spec(column.activation_bits))
+                step = program[Ranges].grid(group, column.activation_bits).scale
                 expected += float(step) ** 2 / 12 / mean_square(program[Ranges].histograms[producer])
         kinds.add(column.site is None)
         assert relative_error(each, column) == pytest.approx(expected, rel=1e-5)

@@ -7,7 +7,7 @@ import torch
 
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation, SensitivityMatrix, WeightGrids
-from fxquant.core.ir import Program, Sites, round_trip, tensor_at
+from fxquant.core.ir import Program, Sites, tensor_at
 from fxquant.core.run import CalibrationSet, model_outputs
 from fxquant.flow import pipeline
 from fxquant.passes import simulate
@@ -26,11 +26,11 @@ def test_every_site_is_rounded_on_its_grid_at_every_width(method: str, name: str
         weight = tensor_at(program.module, site.weight)
         assert set(done[WeightGrids].grids[site.name]) == {2, 4, 8}
         for bits, grid in done[WeightGrids].grids[site.name].items():
-            assert grid.rounded is not None
-            assert grid.rounded.shape == weight.shape
-            assert torch.equal(round_trip(grid.rounded, grid.scale, grid.zero_point, grid.spec), grid.rounded)
-            assert torch.equal(grid.scale, program[WeightGrids].at(site.name, bits).scale)
-            assert program[WeightGrids].at(site.name, bits).rounded is None
+            rounded = done[WeightGrids].rounded[site.name, bits]
+            assert rounded.shape == weight.shape
+            assert torch.equal(grid.round_trip(rounded), rounded)
+            assert grid is program[WeightGrids].at(site.name, bits)
+    assert not program[WeightGrids].rounded
 
 
 def test_outputs_of_float_inputs_are_nearer_than_with_nearest_rounding() -> None:
@@ -43,11 +43,10 @@ def test_outputs_of_float_inputs_are_nearer_than_with_nearest_rounding() -> None
         weight = tensor_at(program.module, site.weight).detach()
         for bits in (2, 4):
             grid = grids.at(site.name, bits)
-            assert grid.rounded is not None
-            plain = round_trip(weight, grid.scale, grid.zero_point, grid.spec)
+            plain = grid.round_trip(weight)
             ours, theirs = (
                 float(squared_error(to_rows(weight.double() - q.double(), len(gram)), gram).sum())
-                for q in (grid.rounded, plain)
+                for q in (grids.rounded[site.name, bits], plain)
             )
             assert ours <= theirs * (1 + 1e-9)
             total = [total[0] + ours, total[1] + theirs]

@@ -11,7 +11,7 @@ import torch
 from fxquant.capture import capture
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import Ranges, Rounding, Settings, WeightGrids
-from fxquant.core.ir import Program, Sites, tensor_at, weight_parameters
+from fxquant.core.ir import Grid, Program, Sites, tensor_at
 from fxquant.core.run import CalibrationSet, GraphReplay, model_outputs
 from fxquant.flow import pipeline
 from fxquant.passes.rounding import ROUNDERS, RoundingTask
@@ -80,8 +80,7 @@ def test_parameters_ranges_and_grids_belong_to_the_scaled_network() -> None:
         assert torch.equal(tensor_at(done.module, path), value)
     for site in done[Sites].sites:
         for bits, grid in done[WeightGrids].grids[site.name].items():
-            scale, _ = weight_parameters(tensor_at(done.module, site.weight), grid.spec)
-            assert torch.equal(grid.scale, scale)
+            assert torch.equal(grid.scale, Grid.of_weight(tensor_at(done.module, site.weight), bits).scale)
             assert grid.spec.bits == bits
     replay = GraphReplay(done.module)
     with torch.no_grad():

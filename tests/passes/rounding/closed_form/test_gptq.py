@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fxquant.core.errors import FailureError
-from fxquant.core.facts import BitAllocation, WeightGrid
-from fxquant.core.ir import round_trip, weight_parameters, weight_spec
+from fxquant.core.facts import BitAllocation
+from fxquant.core.ir import Grid
 from fxquant.core.run import model_outputs
 from fxquant.passes import simulate
 from fxquant.passes.rounding import ROUNDERS, RoundingTask
@@ -20,13 +20,12 @@ from tests.passes.rounding.tasks import correlated, task_of
 gptq = ROUNDERS["gptq"]
 
 
-def grid(weight: Tensor, bits: int) -> WeightGrid:
-    spec = weight_spec(bits)
-    return WeightGrid(spec, *weight_parameters(weight, spec))
+def grid(weight: Tensor, bits: int) -> Grid:
+    return Grid.of_weight(weight, bits)
 
 
-def nearest(weight: Tensor, of: WeightGrid) -> Tensor:
-    return round_trip(weight, of.scale, of.zero_point, of.spec)
+def nearest(weight: Tensor, of: Grid) -> Tensor:
+    return of.round_trip(weight)
 
 
 def seeded(*shape: int, seed: int = 0) -> Tensor:
@@ -84,15 +83,14 @@ def test_blocks_change_speed_only() -> None:
     assert torch.equal(one, many)
 
 
-def direct(weight: Tensor, of: WeightGrid, gram: Tensor, damping: float) -> Tensor:
+def direct(weight: Tensor, of: Grid, gram: Tensor, damping: float) -> Tensor:
     """Return optimal brain quantization in the weight's own order, the inverse of what is left taken anew each time."""
     left, chosen = weight.double().clone(), torch.zeros_like(weight)
     damped = gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     for j in range(weight.shape[1]):
         inverse = torch.linalg.inv(damped[j:, j:])
         column = left[:, j].float()
-        spec = weight_spec(of.spec.bits)
-        chosen[:, j] = round_trip(column.unsqueeze(1), of.scale, of.zero_point, spec).squeeze(1)
+        chosen[:, j] = of.round_trip(column.unsqueeze(1)).squeeze(1)
         left[:, j:] -= ((left[:, j] - chosen[:, j]) / inverse[0, 0]).unsqueeze(1) * inverse[0]
     return chosen
 

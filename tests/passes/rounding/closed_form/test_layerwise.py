@@ -9,23 +9,25 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxquant.core.facts import WeightGrid
-from fxquant.core.ir import resolve, round_trip, tensor_at, weight_parameters, weight_spec
+from fxquant.core.facts import WeightGrids
+from fxquant.core.ir import Grid, resolve, tensor_at
 from fxquant.core.run import GraphReplay
 from fxquant.passes.rounding.closed_form import (
     GramAccumulator,
     Moments,
     RowRounder,
     geometry_of,
-    grid_of,
-    nearest_rows,
     on_grid,
     round_layerwise,
 )
 from tests.passes.rounding.tasks import task_of
 
 
-def downwards(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: WeightGrid) -> Tensor:
+def nearest(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    return grid.nearest(rows, scale, zero_point)
+
+
+def downwards(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
     """Round down, which no other algorithm does."""
     return (torch.floor(rows / scale) + zero_point).clamp(grid.spec.qmin, grid.spec.qmax)
 
@@ -38,12 +40,11 @@ def source(node: Node) -> Node:
 
 def test_nearest_rows_are_the_quantizers_values() -> None:
     weight = torch.randn(6, 2, 3, 3, generator=torch.Generator().manual_seed(0))
-    spec = weight_spec(4)
-    grid = WeightGrid(spec, *weight_parameters(weight, spec))
-    plain = round_trip(weight, grid.scale, grid.zero_point, spec)
-    assert torch.equal(on_grid(weight, grid, 2, nearest_rows), plain)
+    grid = Grid.of_weight(weight, 4)
+    plain = grid.round_trip(weight)
+    assert torch.equal(on_grid(weight, grid, 2, nearest), plain)
     lower = on_grid(weight, grid, 2, downwards)
-    assert torch.equal(round_trip(lower, grid.scale, grid.zero_point, spec), lower)
+    assert torch.equal(grid.round_trip(lower), lower)
     assert (lower <= plain).all()
 
 
@@ -79,7 +80,7 @@ def test_ops_that_share_a_weight_are_counted_together(name: str) -> None:
 
     def prepare(moments: Moments) -> RowRounder:
         seen.append(moments)
-        return nearest_rows
+        return nearest
 
     found = round_layerwise(task, prepare, "test")
     done = task.simulated(found)
@@ -99,15 +100,15 @@ def test_ops_that_share_a_weight_are_counted_together(name: str) -> None:
 def test_mixed_widths_and_grids_of_earlier_algorithms_are_kept() -> None:
     task = task_of("plain", 2, 8)
     site = task.sites[0]
-    own = grid_of(task, site)
+    own = task.rounding.grid_of(site.name, task.program[WeightGrids])
     coarse = replace(own, scale=own.scale * 3)
     earlier = replace(task.rounding, grids={site.name: coarse}, biases={"conv2d": torch.ones(6)})
     tuned = replace(task, program=task.program.with_facts(earlier))
-    found = round_layerwise(tuned, lambda _: nearest_rows, "test")
+    found = round_layerwise(tuned, lambda _: nearest, "test")
     assert found.grids == {site.name: coarse}
     assert set(found.biases) == {"conv2d"}
     for k, each in enumerate(task.sites):
-        grid = coarse if k == 0 else grid_of(task, each)
+        grid = coarse if k == 0 else task.rounding.grid_of(each.name, task.program[WeightGrids])
         assert grid.spec.bits == (2, 8)[k % 2]
         weight = tensor_at(task.program.module, each.weight).detach()
-        assert torch.equal(found.weights[each.name], round_trip(weight, grid.scale, grid.zero_point, grid.spec))
+        assert torch.equal(found.weights[each.name], grid.round_trip(weight))

@@ -11,7 +11,7 @@ from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation, Rounding
 from fxquant.core.ir import FLOAT, Sites, tensor_at
 from fxquant.passes.rounding import RoundingTask
-from fxquant.passes.rounding.closed_form import first_site, held_out_losses, judged, nearest_rows, round_layerwise
+from fxquant.passes.rounding.closed_form import first_site, held_out_losses, judged, round_layerwise
 from tests.passes.rounding.tasks import images, task_of
 
 
@@ -36,7 +36,9 @@ def test_a_rounding_that_answers_worse_is_put_aside() -> None:
 
 def test_one_that_answers_no_worse_stays() -> None:
     task = task_of("plain", 4, held_out=images("plain", 5))
-    same = round_layerwise(task, lambda _: nearest_rows, "nearest")
+    same = round_layerwise(
+        task, lambda _: lambda rows, scale, zero_point, grid: grid.nearest(rows, scale, zero_point), "nearest"
+    )
     done = judged(task, same, "again", 0.0)[Rounding]
     assert done.method == "again"
     assert done.units[0].kept

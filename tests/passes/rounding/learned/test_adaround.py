@@ -17,9 +17,9 @@ def test_units_are_layers_and_steps_stay() -> None:
     assert found.method == "adaround"
     assert not found.grids
     module = task.simulated().module
-    for group, (scale, zero_point) in found.activations.items():
+    for group, grid in found.activations.items():
         quantizer = module.get_submodule(f"quantize_{group}")
-        assert (scale, zero_point) == (quantizer.scale, quantizer.zero_point)
+        assert (grid.scale, grid.zero_point) == (quantizer.scale, quantizer.zero_point)
 
 
 def test_neither_drops_nor_the_prediction_are_part_of_it() -> None:

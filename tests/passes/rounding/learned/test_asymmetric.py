@@ -9,8 +9,8 @@ from torch import Tensor
 from fxquant.backends import to_qdq
 from fxquant.core.errors import LoweringError
 from fxquant.core.facts import FakeQuantNodes
-from fxquant.core.ir import FakeQuantize, QuantSpec, Sites, round_trip, weight_parameters
-from fxquant.passes.rounding.learned import POWER, asymmetric_parameters, with_asymmetric_weights
+from fxquant.core.ir import FakeQuantize, Grid, QuantSpec, Sites
+from fxquant.passes.rounding.learned import POWER, asymmetric_grid, with_asymmetric_weights
 from tests import scoring
 from tests.passes.rounding.tasks import task_of
 
@@ -22,16 +22,16 @@ def skewed(channels: int = 6) -> Tensor:
     return torch.randn(channels, 3, 3, 3, generator=generator) * 0.5 + shift
 
 
-def error(weight: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor) -> Tensor:
-    off = (weight - round_trip(weight, scale, zero_point, spec)).abs().pow(POWER)
+def error(weight: Tensor, grid: Grid) -> Tensor:
+    off = (weight - grid.round_trip(weight)).abs().pow(POWER)
     return off.flatten(1).mean(dim=1)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_errors_are_no_larger_than_on_symmetric_grids(bits: int) -> None:
-    weight, symmetric, free = skewed(), QuantSpec(bits, True, True, 0), QuantSpec(bits, True, False, 0)
-    one = error(weight, symmetric, *weight_parameters(weight, symmetric))
-    other = error(weight, free, *asymmetric_parameters(weight, free))
+    weight = skewed()
+    one = error(weight, Grid.of_weight(weight, bits))
+    other = error(weight, asymmetric_grid(weight, QuantSpec(bits, True, False, 0)))
     assert bool((other <= one * 1.02).all())
     # Where all weights lie on one side, a symmetric grid wastes half of its values.
     assert float(other[-1]) < 0.6 * float(one[-1])
@@ -41,20 +41,22 @@ def test_errors_are_no_larger_than_on_symmetric_grids(bits: int) -> None:
 def test_zero_points_lie_on_the_grid_and_zero_stays_exact(bits: int) -> None:
     spec = QuantSpec(bits, True, False, 0)
     for weight in (skewed(), -skewed(), torch.zeros(2, 3), torch.tensor([[1.0, 2.0], [-1.0, -4.0]])):
-        scale, zero_point = asymmetric_parameters(weight, spec)
+        grid = asymmetric_grid(weight, spec)
+        scale, zero_point = grid.scale, grid.zero_point
         assert scale.shape == zero_point.shape == (len(weight),)
         assert (scale.dtype, zero_point.dtype) == (torch.float32, torch.int32)
         assert bool((scale > 0).all())
         assert int(zero_point.min()) >= spec.qmin
         assert int(zero_point.max()) <= spec.qmax
-        assert torch.equal(round_trip(torch.zeros_like(weight), scale, zero_point, spec), torch.zeros_like(weight))
+        assert torch.equal(grid.round_trip(torch.zeros_like(weight)), torch.zeros_like(weight))
 
 
 def test_channels_may_stand_on_another_axis() -> None:
     weight = skewed().flatten(1)
-    one = asymmetric_parameters(weight, QuantSpec(4, True, False, 0))
-    other = asymmetric_parameters(weight.T.contiguous(), QuantSpec(4, True, False, 1))
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    one = asymmetric_grid(weight, QuantSpec(4, True, False, 0))
+    other = asymmetric_grid(weight.T.contiguous(), QuantSpec(4, True, False, 1))
+    assert torch.equal(one.scale, other.scale)
+    assert torch.equal(one.zero_point, other.zero_point)
 
 
 def test_every_weight_of_the_graph_gets_its_grid() -> None:

@@ -16,7 +16,7 @@ def test_units_are_blocks_and_steps_are_learned() -> None:
     assert [unit.sites for unit in found.units] == [("conv1",), ("conv2", "conv3"), ("fc",)]
     assert found.method == "brecq"
     module = task.simulated().module
-    moved = [scale != module.get_submodule(f"quantize_{g}").scale for g, (scale, _) in found.activations.items()]
+    moved = [grid.scale != module.get_submodule(f"quantize_{g}").scale for g, grid in found.activations.items()]
     assert any(moved)
 
 

@@ -70,7 +70,7 @@ def unguarded(name: str, profile: str = "pdquant", *bits: int) -> tuple[Rounding
 
 def same(one: Rounding, other: Rounding) -> bool:
     """Whether every tensor is the same to the bit."""
-    steps = [{name: scale for name, (scale, _) in each.activations.items()} for each in (one, other)]
+    steps = [{name: grid.scale for name, grid in each.activations.items()} for each in (one, other)]
     pairs = [(one.weights, other.weights), (steps[0], steps[1])]
     return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
 
@@ -102,8 +102,8 @@ def test_the_loss_of_the_network_falls(profile: str) -> None:
 def test_adaround_leaves_the_steps_as_calibrated() -> None:
     given = task("plain", 2, guard=False, step_lr=0.0)
     found, calibrated = rounded(given, "adaround"), dict(given.simulated().module.named_buffers())
-    for group, (scale, _) in found.activations.items():
-        assert torch.equal(scale, calibrated[f"quantize_{group}.scale"])
+    for group, grid in found.activations.items():
+        assert torch.equal(grid.scale, calibrated[f"quantize_{group}.scale"])
 
 
 @pytest.mark.parametrize("profile", ["pdquant", "fast"])
@@ -218,8 +218,8 @@ def test_little_memory_gives_nearly_the_same(keep: torch.dtype | None, monkeypat
     little = rounded(given)
     unlike = [float((little.weights[site] != weight).float().mean()) for site, weight in plenty.weights.items()]
     assert max(unlike) < 0.05
-    for group, (scale, _) in plenty.activations.items():
-        assert float(little.activations[group][0]) == pytest.approx(float(scale), rel=0.01)
+    for group, grid in plenty.activations.items():
+        assert float(little.activations[group].scale) == pytest.approx(float(grid.scale), rel=0.01)
 
 
 def test_correction_is_left_out_where_its_inputs_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,8 +283,8 @@ def test_a_second_stage_goes_on_from_the_first() -> None:
     assert second.method == "brecq+network"
     for site, weight in first[Rounding].weights.items():
         assert torch.allclose(second.weights[site], weight, atol=1e-6)
-    for group, (scale, _) in first[Rounding].activations.items():
-        assert torch.allclose(second.activations[group][0], scale)
+    for group, grid in first[Rounding].activations.items():
+        assert torch.allclose(second.activations[group].scale, grid.scale)
     assert len(second.units) == len(first[Rounding].units) + 1
 
 
@@ -316,7 +316,7 @@ def test_integer_backends_compute_what_was_simulated(profile: str, target: str) 
 def test_a_suffix_in_half_precision_changes_little_and_not_nothing() -> None:
     _, whole = unguarded("plain")
     half = rounded(task("plain", 2, 4, guard=False, half_suffix=True))
-    pairs = [(whole.activations[group][0], half.activations[group][0]) for group in whole.activations]
+    pairs = [(whole.activations[group].scale, half.activations[group].scale) for group in whole.activations]
     assert any(not torch.equal(one, other) for one, other in pairs)
     assert all(torch.allclose(one, other, rtol=0.05) for one, other in pairs)
 

@@ -21,5 +21,5 @@ def test_half_of_everything_is_dropped_and_it_matters() -> None:
         found = ROUNDERS["qdrop"](replace(asked, store=task_of("plain", 2).store))[Rounding]
         assert [unit.sites for unit in found.units] == [("conv1",), ("conv2", "conv3"), ("fc",)]
         assert found.method == "qdrop"
-        made.append(torch.stack([scale for scale, _ in found.activations.values()]))
+        made.append(torch.stack([grid.scale for grid in found.activations.values()]))
     assert not torch.equal(*made)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxquant.core.ir import SMALLEST_SCALE, FakeQuantize, QuantSpec
+from fxquant.core.ir import SMALLEST_SCALE, FakeQuantize, Grid, QuantSpec
 from fxquant.passes.rounding.learned import LearnedActivation, SoftRounding, StraightThrough, random_mask
 
 SHAPE = (5, 3, 3, 3)
@@ -24,7 +24,7 @@ def grid(symmetric: bool = True, share: float = 1.0) -> FakeQuantize:
     """Return a 4-bit grid per channel that holds this share of the weights' range."""
     scale = weight().flatten(1).abs().amax(dim=1) * share / 7
     zero_point = torch.zeros(5, dtype=torch.int32) if symmetric else torch.tensor([-3, -1, 0, 2, 4], dtype=torch.int32)
-    return FakeQuantize(QuantSpec(4, True, symmetric, 0), scale, zero_point)
+    return FakeQuantize(Grid(QuantSpec(4, True, symmetric, 0), scale, zero_point))
 
 
 class TestSoftRounding:
@@ -97,7 +97,7 @@ class TestStraightThrough:
         module = StraightThrough(weight(), grid())
         module.shift.data = torch.randn(SHAPE, generator=seeded(4))
         module.factor.data = torch.tensor([0.8, 0.9, 1.0, 1.1, 1.2])
-        learned = FakeQuantize(module.spec, module.steps(), module.zero_point)
+        learned = FakeQuantize(Grid(module.spec, module.steps(), module.zero_point))
         assert torch.allclose(learned(module.hard()), module.hard(), atol=1e-6)
         assert not torch.allclose(grid()(module.hard()), module.hard(), atol=1e-3)
 
@@ -118,7 +118,7 @@ class TestLearnedActivation:
     SPEC = QuantSpec(4, False, False, None)
 
     def quantizer(self, point: int = 5) -> FakeQuantize:
-        return FakeQuantize(self.SPEC, torch.tensor(0.25), torch.tensor(point))
+        return FakeQuantize(Grid(self.SPEC, torch.tensor(0.25), torch.tensor(point)))
 
     def x(self) -> Tensor:
         return torch.randn(4, 3, 6, 6, generator=seeded(5)) * 2

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from fxquant.core.errors import OptionError
-from fxquant.core.facts import WeightGrid, WeightGrids
-from fxquant.core.ir import weight_spec
+from fxquant.core.facts import WeightGrids
+from fxquant.core.ir import Grid, weight_spec
 
-GRID = WeightGrid(weight_spec(4), torch.ones(3), torch.zeros(3, dtype=torch.int32))
+GRID = Grid(weight_spec(4), torch.ones(3), torch.zeros(3, dtype=torch.int32))
 GRIDS = WeightGrids({"conv": {4: GRID, 8: GRID}, "fc": {4: GRID}})
 
 

@@ -1,0 +1,134 @@
+"""`Grid`: the values a quantized tensor may take, and the arithmetic of rounding to them.
+
+Rounding is half to even, then clamping, as ONNX QuantizeLinear and `quantized_decomposed` do it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxquant.core.errors import OptionError
+from fxquant.core.ir.spec import QuantSpec, weight_spec
+
+SMALLEST_SCALE = 2.0**-40
+"""Floor of every scale: keeps constant and dead channels finite, far below any useful step."""
+
+SEARCH_STEPS = 40
+SEARCH_LOWEST = 0.3
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The values `(q - zero_point) * scale` for the integers q of a spec; all other forms of a grid are made from it.
+
+    Algorithms round through `nearest` and `value`: a format with other levels than evenly spaced ones (a codebook,
+    powers of two) has others of these two, and its own kernel in `FakeQuantize`.
+
+    Args:
+        spec: width and sign of the integers, and the axis that counts channels.
+        scale: float, shape `()` or `(channels,)`, above 0.
+        zero_point: integers of the shape of scale, within the spec.
+
+    Raises:
+        OptionError: scale and zero_point have different shapes.
+    """
+
+    spec: QuantSpec
+    scale: Tensor
+    zero_point: Tensor
+
+    def __post_init__(self) -> None:
+        if self.scale.shape != self.zero_point.shape:
+            shapes = f"{tuple(self.scale.shape)} and {tuple(self.zero_point.shape)}"
+            raise OptionError(f"scale and zero_point of a grid have shapes {shapes}; give them the same one")
+
+    @staticmethod
+    def covering(low: Tensor, high: Tensor, spec: QuantSpec) -> Grid:
+        """Return the grid that covers `[low, high]` and zero.
+
+        `scale = (high - low) / (qmax - qmin)`, `zero_point = round(qmin - low / scale)`; symmetric grids use
+        `scale = max(-low / -qmin, high / qmax)` and zero_point 0. Zero is always exactly on the grid. The scale is
+        float32 and at least 2^-40, the zero_point int32, both of the shape of low.
+
+        Args:
+            low: float tensor, shape `()` or `(channels,)`; values above 0 count as 0.
+            high: the same shape; values below 0 count as 0.
+            spec: of the grid.
+        """
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        if spec.symmetric:
+            scale = torch.maximum(low / spec.qmin, high / spec.qmax).clamp(min=SMALLEST_SCALE)
+            return Grid(spec, scale.float(), torch.zeros_like(scale, dtype=torch.int32))
+        scale = ((high - low) / (spec.qmax - spec.qmin)).clamp(min=SMALLEST_SCALE)
+        zero_point = torch.round(spec.qmin - low / scale).clamp(spec.qmin, spec.qmax)
+        return Grid(spec, scale.float(), zero_point.to(torch.int32))
+
+    @staticmethod
+    def of_weight(weight: Tensor, bits: int, channel_axis: int = 0, per_channel: bool = True) -> Grid:
+        """Return the grid of a weight with the scales of least squared error, by search over clip ratios.
+
+        `argmin_r sum((w - round_trip(w; r * max|w| / qmax))^2)` over 40 ratios r in [0.3, 1], each channel on its own,
+        starting at `-qmin` for the negative side so that the full signed range is used. Scale (float32) and zero_point
+        (int32 zeros) have shape `(channels,)`.
+
+        Args:
+            weight: float tensor.
+            bits: width of the grid.
+            channel_axis: axis of the weight that counts output channels.
+            per_channel: False finds one scale for all channels, which all of them get.
+        """
+        spec, channels = weight_spec(bits, channel_axis), weight.shape[channel_axis]
+        weight = weight.detach().float()
+        rows = weight.movedim(channel_axis, 0).reshape(channels, -1) if per_channel else weight.reshape(1, -1)
+        # 1.0 is the scale that clips nothing; both signs reach their own end of the lopsided signed range.
+        widest = Grid.covering(rows.amin(dim=1), rows.amax(dim=1), spec)
+        symmetric = (rows.abs().amax(dim=1) / spec.qmax).clamp(min=SMALLEST_SCALE)
+        best, best_error = widest.scale, torch.full_like(widest.scale, torch.inf)
+        for ratio in torch.linspace(SEARCH_LOWEST, 1.0, SEARCH_STEPS).tolist():
+            for reference in (widest.scale, symmetric) if ratio == 1.0 else (symmetric,):
+                scale = (reference * ratio).clamp(min=SMALLEST_SCALE)
+                # PyTorch's fused op: this search makes dozens of passes over every weight.
+                rounded = torch.fake_quantize_per_channel_affine(
+                    rows, scale, widest.zero_point, 0, spec.qmin, spec.qmax
+                )
+                error = rounded.sub_(rows).square_().sum(dim=1)
+                better = error < best_error
+                best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
+        return Grid(spec, best.expand(channels).clone(), widest.zero_point.expand(channels).clone())
+
+    def nearest(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Return `clamp(round(x / scale) + zero_point, qmin, qmax)` in the type of x.
+
+        Args:
+            x: float tensor.
+            scale: in place of the grid's own, broadcastable to x.
+            zero_point: likewise.
+        """
+        return torch.clamp(torch.round(x / scale) + zero_point, self.spec.qmin, self.spec.qmax)
+
+    def value(self, q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Return `(q - zero_point) * scale` in the type of scale; arguments as those of `nearest`."""
+        return (q - zero_point).to(scale.dtype) * scale
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Return the nearest integers of the grid as int32, of the shape of x."""
+        return self.nearest(x, self.along(x, self.scale), self.along(x, self.zero_point)).to(torch.int32)
+
+    def dequantize(self, q: Tensor) -> Tensor:
+        """Return the values of integers of the grid in the type of scale, of the shape of q."""
+        return self.value(q, self.along(q, self.scale), self.along(q, self.zero_point))
+
+    def round_trip(self, x: Tensor) -> Tensor:
+        """Return `dequantize(quantize(x))`: x as the integer kernel will see it."""
+        return self.dequantize(self.quantize(x))
+
+    def along(self, x: Tensor, parameter: Tensor) -> Tensor:
+        """Return a parameter, of shape `()` or `(channels,)`, so that it broadcasts along the channel axis of x."""
+        if self.spec.channel_axis is None or parameter.dim() == 0:
+            return parameter
+        shape = [1] * x.dim()
+        shape[self.spec.channel_axis] = -1
+        return parameter.reshape(shape)
