@@ -17,6 +17,7 @@ from fxquant.flow import allocate as search
 from fxquant.flow.latency import measure_latency
 from fxquant.flow.pipeline import loss_name
 from fxquant.passes import simulate
+from fxquant.passes.rounding import accepted
 
 STEPS = 8
 """Budgets tried between the least and the most a plan can cost."""
@@ -105,9 +106,9 @@ def choose(
             return None
         judged = judge.verdict(finish(solved))
         if not _kept(judged):
-            # What lowers the loss may still turn an image at the border.
+            # A lower loss may still change the answer to an image close to a decision.
             plain = judge.verdict(solved)
-            judged = plain if _kept(plain) else judged
+            judged = judged if accepted(None, None, _kept(plain), _kept(judged)) else plain
         told = ", ".join(f"{name} {value:.4g}" for name, value in judged[BitAllocation].quality.items())
         word = "kept" if _kept(judged) else "broken"
         reporter.say(f"{budget.minimize} within {bound:.4g}: {told} on {len(held_out)} held-out images, {word}")

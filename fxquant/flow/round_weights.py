@@ -17,7 +17,7 @@ from fxquant.core.storage import ScoreStore, text_digest
 from fxquant.flow import allocate as search
 from fxquant.flow.pipeline import loss_name, score_identity
 from fxquant.passes import measured_loss, simulate
-from fxquant.passes.rounding import ROUNDERS, RoundingTask
+from fxquant.passes.rounding import ROUNDERS, RoundingTask, accepted, rejection
 from fxquant.passes.rounding.learned import Reconstruction
 
 JOIN = "+"
@@ -141,7 +141,7 @@ def round_with_feedback(
         if again[BitAllocation].choices == plan.choices:
             break
         tried = round_plan(again, chain, images, held_out, folder, reporter, overrides)
-        if not _loss(tried) < _loss(best):
+        if not accepted(_loss(best), _loss(tried)):
             break
         best = tried
     return best
@@ -173,10 +173,11 @@ def _better(
 
     before, after = loss_of(program), loss_of(rounded)
     finalists = {**plan.finalists, ROUNDED + chain: after}
-    reporter.say(f"{chain}: held-out loss {before:.4g} -> {after:.4g}{'' if after < before else ', left as it was'}")
-    if after < before:
+    reason = rejection(before, after, loss)
+    reporter.say(f"{chain}: held-out loss {before:.4g} -> {after:.4g}{', rejected' if reason else ''}")
+    if not reason:
         return rounded.with_facts(replace(plan, measured_loss=after, finalists=finalists))
-    note = f"{chain} was tried and left: held-out loss {before:.4g} became {after:.4g}"
+    note = f"{chain} was rejected: {reason}"
     known = Rounding.of(program, plan.choices)
     kept = replace(known, units=rounded[Rounding].units, notes=(*known.notes, *rounded[Rounding].notes, note))
     return program.with_facts(kept, replace(plan, measured_loss=before, finalists=finalists))

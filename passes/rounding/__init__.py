@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fxquant.passes.rounding import nearest
+from fxquant.passes.rounding.acceptance import accepted, rejection
 from fxquant.passes.rounding.closed_form import bias_correction, equalize, gpfq, gptq
 from fxquant.passes.rounding.learned import adaround, brecq, pdquant, qdrop
 from fxquant.passes.rounding.registry import ROUNDERS, Rounder, RoundingTask
@@ -11,6 +12,7 @@ __all__ = [
     "ROUNDERS",
     "Rounder",
     "RoundingTask",
+    "accepted",
     "adaround",
     "bias_correction",
     "brecq",
@@ -20,4 +22,5 @@ __all__ = [
     "nearest",
     "pdquant",
     "qdrop",
+    "rejection",
 ]

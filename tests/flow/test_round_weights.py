@@ -105,7 +105,7 @@ def test_another_plan_drops_the_rounding() -> None:
     assert not torch.equal(made.simulated(images()), planned().simulated(images()))
 
 
-def test_a_rounding_that_does_not_help_is_left_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rounding_that_does_not_help_is_rejected_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     def worse(task: RoundingTask) -> Program:
         weights = {site.name: torch.zeros_like(task.program.module.get_parameter(site.weight)) for site in task.sites}
         record = UnitRecord("stem", "worse", 0.1, 0.2, True, "", 0.0, ("stem",))
@@ -115,7 +115,7 @@ def test_a_rounding_that_does_not_help_is_left_with_a_note(monkeypatch: pytest.M
     scoring, held_out = split()
     before = planned().program
     after = round_plan(before, "worse", scoring, held_out)
-    assert any("worse was tried and left" in note for note in after[Rounding].notes)
+    assert any("worse was rejected" in note for note in after[Rounding].notes)
     assert not after[Rounding].weights
     assert [unit.method for unit in after[Rounding].units] == ["worse"]
     assert after[BitAllocation].finalists[ROUNDED + "worse"] > (after[BitAllocation].measured_loss or 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.core.errors import OptionError
-from fxquant.core.facts import Ranges, Settings, UnitRecord, WeightGrids
+from fxquant.core.facts import Ranges, Settings, WeightGrids
 from fxquant.core.ir import (
     Grid,
     Program,
@@ -24,6 +24,7 @@ from fxquant.core.ir import (
     tensor_at,
 )
 from fxquant.core.run import OBSERVERS, CalibrationSet, GraphReplay
+from fxquant.passes.rounding.acceptance import record_of
 from fxquant.passes.rounding.closed_form.chains import ScaleChain, scale_chains
 from fxquant.passes.rounding.closed_form.prefix import BATCH
 from fxquant.passes.rounding.closed_form.verdict import first_site, judged, recorded
@@ -59,10 +60,8 @@ def equalize(task: RoundingTask) -> Program:
         # A deep network says the same of every layer.
         said = [*list(refusals.values())[:REASONS], *(["..."] if len(refusals) > REASONS else [])]
         reason = "no two layers can be equalized: " + "; ".join(said)
-        nan = float("nan")
         seconds = time.perf_counter() - started
-        record = UnitRecord(first_site(task), "equalize", nan, nan, False, reason, seconds)
-        return recorded(task, earlier, record)
+        return recorded(task, earlier, record_of(first_site(task), "equalize", None, None, reason, seconds))
     parameters = equalized(task.program.module, chains)
     program = rescaled(task.program, chains, parameters, task.images)
     notes = tuple(f"the output of {name!r} is not equalized: {why}" for name, why in refusals.items())

@@ -1,4 +1,4 @@
-"""Whether what a closed-form algorithm found stays: held-out images decide over the whole network."""
+"""Accept or reject what an algorithm found for the whole network, and record it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from fxquant.core.errors import OptionError
 from fxquant.core.facts import Rounding, UnitRecord
 from fxquant.core.ir import Program
 from fxquant.core.run import LOSSES, model_outputs
+from fxquant.passes.rounding.acceptance import record_of, rejection
 from fxquant.passes.rounding.registry import RoundingTask
 
-NAN = float("nan")
-UNMEASURED = (NAN, NAN)
 
-
-def held_out_losses(task: RoundingTask, rounding: Rounding, program: Program | None = None) -> tuple[float, float]:
-    """Return the mean loss on the held-out images of the plan as it was and with the rounding; NaN without images."""
+def held_out_losses(
+    task: RoundingTask, rounding: Rounding, program: Program | None = None
+) -> tuple[float, float] | tuple[None, None]:
+    """Return the mean loss on the held-out images of the plan as it was and with the rounding; None without images."""
     if task.held_out is None:
-        return UNMEASURED
+        return None, None
     changed = task if program is None else replace(task, program=program)
     inputs, labels, loss = task.held_out.inputs, task.held_out.labels, LOSSES[task.loss]
     reference = model_outputs(task.program.module, inputs)
@@ -31,7 +31,7 @@ def held_out_losses(task: RoundingTask, rounding: Rounding, program: Program | N
 def judged(
     task: RoundingTask, rounding: Rounding, method: str, seconds: float, program: Program | None = None
 ) -> Program:
-    """Return the task's program with the rounding, or as it was where held-out images answer worse; recorded.
+    """Return the task's program with the rounding, or as it was where the held-out loss does not fall; recorded.
 
     Args:
         task: the plan.
@@ -41,10 +41,8 @@ def judged(
         program: where the algorithm changed the network itself, the changed one.
     """
     before, after = held_out_losses(task, rounding, program)
-    # A loss that is not a number is never an improvement; one that was not measured is never a reason.
-    kept = task.held_out is None or after <= before
-    reason = "" if kept else f"held-out {task.loss} rises from {before:.4g} to {after:.4g}"
-    return recorded(task, rounding, UnitRecord(first_site(task), method, before, after, kept, reason, seconds), program)
+    reason = rejection(before, after, task.loss)
+    return recorded(task, rounding, record_of(first_site(task), method, before, after, reason, seconds), program)
 
 
 def recorded(task: RoundingTask, rounding: Rounding, record: UnitRecord, program: Program | None = None) -> Program:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 from functools import cached_property, partial
@@ -17,6 +16,7 @@ from fxquant.core.facts import FakeQuantNodes, NormStatistics, Statistics, UnitR
 from fxquant.core.ir import Grid, Program
 from fxquant.core.run import LOSSES, CalibrationSet, Span, cut_span, varying_nodes
 from fxquant.core.storage import Arrays, tensor_digest, text_digest
+from fxquant.passes.rounding.acceptance import record_of, rejection
 from fxquant.passes.rounding.learned.asymmetric import with_asymmetric_weights
 from fxquant.passes.rounding.learned.correction import corrected, has_statistics
 from fxquant.passes.rounding.learned.cut import Cut, answer_of, feature_of
@@ -177,15 +177,14 @@ class Reconstructor:
         started = time.perf_counter()
         before = after = self._held_out_loss(cut, self.nearest(cut, decided), held)
         outcome, reason = self._learned(cut, decided, quantized, floats)
-        if not reason and not math.isnan(before):
+        if not reason:
             after = self._held_out_loss(cut, cut.quantized(self.quantizers.in_place({}, decided.joined(outcome))), held)
-            if not after < before:
-                reason = f"held-out loss {before:.4g} became {after:.4g}"
+            reason = rejection(before, after, self.task.loss)
         if reason:
             outcome = self.quantizers.as_calibrated(cut.unit, decided)
         seconds = time.perf_counter() - started
         unit = cut.unit
-        return outcome, UnitRecord(unit.name, self.method, before, after, not reason, reason, seconds, unit.sites)
+        return outcome, record_of(unit.name, self.method, before, after, reason, seconds, unit.sites)
 
     def _learned(self, cut: Cut, decided: Outcome, quantized: Source, floats: Source) -> tuple[Outcome, str]:
         """Return what the loop comes to, and why it cannot be used, "" if it can."""
@@ -199,10 +198,10 @@ class Reconstructor:
             return outcome, f"diverged: error {trace.first:.3g} at first, {trace.last:.3g} at last"
         return outcome, ""
 
-    def _held_out_loss(self, cut: Cut, span: Span, held: Source | None) -> float:
-        """Return the loss of the network quantized up to this unit, NaN without images or an answer to tell."""
+    def _held_out_loss(self, cut: Cut, span: Span, held: Source | None) -> float | None:
+        """Return the loss of the network quantized up to this unit, None without images or an answer to measure it."""
         if held is None or not cut.computes(self.answer):
-            return math.nan
+            return None
         names = {*span.inputs, *(cut.suffix.inputs if cut.suffix is not None else ())} - set(span.outputs)
         losses = []
         with torch.no_grad():

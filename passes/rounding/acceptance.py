@@ -1,0 +1,54 @@
+"""The one rule by which a rounding is accepted or rejected, for units, algorithms, chains and feedback alike."""
+
+from __future__ import annotations
+
+import math
+
+from fxquant.core.facts import UnitRecord
+
+
+def accepted(before: float | None, after: float | None, keeps_before: bool = True, keeps_after: bool = True) -> bool:
+    """Return whether a rounding stays: it must lower the mean loss on held-out images.
+
+    A tie is a rejection: without a gain the plan stays as it was, which is simpler and already verified. A loss that is
+    not a number counts as infinite. Limits on answers come before the loss: one that breaks limits which are kept
+    without it is rejected whatever it gains.
+
+    Args:
+        before: mean held-out loss without the rounding, None where none was measured, which is no reason to reject.
+        after: the same with it.
+        keeps_before: whether limits on answers are kept without it.
+        keeps_after: whether they are kept with it.
+    """
+    if keeps_before != keeps_after:
+        return keeps_after
+    return before is None or after is None or _comparable(after) < _comparable(before)
+
+
+def rejection(before: float | None, after: float | None, loss: str) -> str:
+    """Return why a rounding is rejected, "" where it is accepted.
+
+    Args:
+        before: as for `accepted`.
+        after: as for `accepted`.
+        loss: name of the loss.
+    """
+    return "" if accepted(before, after) else f"held-out {loss} does not fall: {before:.4g} before, {after:.4g} after"
+
+
+def record_of(
+    name: str,
+    method: str,
+    before: float | None,
+    after: float | None,
+    reason: str,
+    seconds: float,
+    sites: tuple[str, ...] = (),
+) -> UnitRecord:
+    """Return the record of a unit, kept where there is no reason against it; losses not measured become NaN."""
+    known, found = (math.nan if loss is None else loss for loss in (before, after))
+    return UnitRecord(name, method, known, found, not reason, reason, seconds, sites)
+
+
+def _comparable(loss: float) -> float:
+    return math.inf if math.isnan(loss) else loss

@@ -1,0 +1,87 @@
+"""One rule accepts or rejects a rounding, and no other place decides."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import fxquant
+from fxquant.core.facts import BitAllocation, Rounding
+from fxquant.core.run import CalibrationSet
+from fxquant.flow import round_plan
+from fxquant.passes.rounding import ROUNDERS, acceptance, accepted, rejection
+from tests.passes.rounding.tasks import images, task_of
+from tests.small import images as small_images
+from tests.small import small_result
+
+NAN, INF = math.nan, math.inf
+ORDER = ast.Lt | ast.LtE | ast.Gt | ast.GtE
+ROOT = Path(fxquant.__file__).parent
+
+LOSSES = [
+    (1.0, 0.5, True),
+    (0.5, 1.0, False),
+    (1.0, 1.0, False),
+    (0.0, 0.0, False),
+    (1.0, NAN, False),
+    (NAN, 1.0, True),
+    (NAN, NAN, False),
+    (INF, 1.0, True),
+    (1.0, INF, False),
+    (INF, NAN, False),
+    (None, None, True),
+    (None, 1.0, True),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "stays"), LOSSES)
+def test_a_rounding_stays_if_the_loss_falls_or_was_not_measured(
+    before: float | None, after: float | None, stays: bool
+) -> None:
+    assert accepted(before, after) is stays
+    assert rejection(before, after, "kl").startswith("" if stays else "held-out kl does not fall")
+    assert bool(rejection(before, after, "kl")) is not stays
+
+
+@pytest.mark.parametrize("after", [0.5, 2.0, None])
+def test_limits_on_answers_come_before_the_loss(after: float | None) -> None:
+    assert not accepted(1.0, after, keeps_before=True, keeps_after=False)
+    assert accepted(1.0, after, keeps_before=False, keeps_after=True)
+    assert accepted(1.0, after, False, False) is accepted(1.0, after, True, True)
+
+
+@pytest.mark.parametrize("rule", [True, False])
+@pytest.mark.parametrize("method", ["gptq", "bias_correction", "brecq"])
+def test_algorithms_and_units_follow_it(method: str, rule: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceptance, "accepted", lambda *_: rule)
+    task = task_of("plain", 2, held_out=images("plain", 5))
+    found = ROUNDERS[method](replace(task, overrides={"iterations": 2, "batch": 4}))[Rounding]
+    assert found.units
+    assert all(unit.kept is rule for unit in found.units)
+
+
+@pytest.mark.parametrize("rule", [True, False])
+def test_a_chain_follows_it(rule: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceptance, "accepted", lambda *_: rule)
+    program = small_result("reference", 3.0).program
+    done = round_plan(program, "gptq", *CalibrationSet((small_images(),)).split(0.25, 0))
+    assert bool(done[Rounding].weights) is rule
+    assert ("rejected" in "".join(done[Rounding].notes)) is not rule
+    assert done[BitAllocation].measured_loss is not None
+
+
+@pytest.mark.parametrize("place", ["passes/rounding", "flow/round_weights.py", "flow/cheapest.py"])
+def test_no_other_place_compares_losses(place: str) -> None:
+    files = [ROOT / place] if place.endswith(".py") else sorted((ROOT / place).rglob("*.py"))
+    assert files
+    # Divergence in the course of tuning is judged by training losses.
+    for path in (path for path in files if path.name not in ("acceptance.py", "tune.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare) and any(isinstance(sign, ORDER) for sign in node.ops):
+                text = ast.unparse(node)
+                assert not re.search(r"before|after|loss|tried", text), f"{path}: {text}"
