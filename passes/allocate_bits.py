@@ -1,4 +1,4 @@
-"""Choose a precision for every site: the integer quadratic program, one plan per surrogate."""
+"""Choose a precision for every site: solve an integer quadratic program for each surrogate."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from fxquant.passes.base import Pass
 class AllocateBits(Pass):
     """Write `Finalists` and `BitAllocation`.
 
-    Finalists are the best plan of every surrogate, the same with what the limits leave over spent on wider sites, and
-    the uniform plans that fit.
+    Finalists are the best plan of every surrogate, the same with the slack of the limits spent on wider sites, and the
+    uniform plans that fit.
 
     Args:
         budget: the limits.
@@ -124,7 +124,7 @@ class AllocateBits(Pass):
     def _filled(
         self, program: Program, plan: BitAllocation, matrix: SensitivityMatrix, borders: NDArray[np.float64]
     ) -> BitAllocation:
-        """Return the plan with what the limits leave over spent on wider sites: the measured loss compares the two."""
+        """Return the plan with the slack of its limits spent on wider sites; the measured loss decides later."""
         sites, tables = program[Sites], program[CostTables]
         widths = [[c.choice.weight_bits, c.choice.activation_bits] for c in matrix.candidates]
         wider = fill(

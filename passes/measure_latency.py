@@ -1,9 +1,9 @@
 """Measure milliseconds on this machine in the target's runtime, and add the `latency` table to the costs.
 
-Each distinct layer is timed alone, in float and in integers; then whole networks: the float one, the one in integers,
-and some in which stretches of sites are float. `passes.cost.latency` makes a model of them. Whoever picks the best
-plan of a model picks its errors along, so some more networks are measured that the model itself thinks fast, and it is
-fitted anew. What was measured before on this machine, with these versions, is read back from disk.
+Each distinct layer is timed alone, in float and in integers; then whole networks: the float one, the integer one, and
+some that mix both. `passes.cost` fits a model to them. The best plan by a model exploits the model's errors, so further
+networks that the model predicts to be fast are measured, and the model is fitted again. Measurements on this machine
+with these versions are cached on disk.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ Compile = Callable[[GraphModule, tuple[Tensor, ...]], Callable[[tuple[Tensor, ..
 """Makes a float or simulated graph run in the runtime that is measured."""
 
 PLANS, CHOSEN = 12, 8
-"""Whole networks that mix float and integers: drawn, and chosen by a first model as the program would choose them."""
+"""Whole networks that mix float and integers: drawn at random, and chosen by a first model as a solver would."""
 CHOSEN_RATIOS = (0.3, 0.95)
-"""Between which shares of the way from all integers to all float the chosen ones lie."""
+"""Latency limits of the chosen ones, as shares of the way from all integers to all float."""
 SHARES = (0.1, 0.3, 0.5, 0.8)
-"""Shares of sites that are float in the networks where each site is drawn alone."""
+"""Shares of float sites in the networks whose sites are drawn independently."""
 DRAWS = 20
-"""Plans drawn for each that is measured."""
+"""Plans drawn for each one that is measured."""
 TOGETHER = 0.5e9
-"""Bytes of float weights that may be loaded at once, in all networks that are timed in turn."""
+"""Bytes of float weights loaded at once, over all networks that are timed in turn."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class MeasureLatency(Pass):
 
     Args:
         inputs: one sample per input.
-        compile: makes a graph run in the target's runtime.
+        compile: compiles a graph for the target's runtime.
         threads: threads of that runtime, None for its default; one thread is measured in CPU time.
-        cache: what has been measured before.
+        cache: earlier measurements.
         reporter: shows progress.
         plans: networks that mix float and integers, at least 0; none are measured where no site may be float.
-        chosen: further ones that a model of the former finds fast for what they keep in float, at least 0.
-        seed: of the choice of those.
+        chosen: further ones that a model of the former predicts to be fast, at least 0.
+        seed: of the draws.
 
     Raises:
         OptionError: a negative number of plans.
@@ -124,7 +124,7 @@ class MeasureLatency(Pass):
             found = measure()
             self.cache.put(key, found)
             if count > 2:
-                # Said of whole networks, once: layers alone only set the prior.
+                # Whole networks decide; times of single layers only set the prior.
                 warn_if_busy(found)
         return found
 
@@ -138,7 +138,7 @@ class MeasureLatency(Pass):
         return time_runs(runs, self.threads)
 
     def _time_wholes(self, program: Program, plans: Sequence[frozenset[str]]) -> list[Timing]:
-        """Return the timings of networks, in batches that fit into memory, each beside the two without borders."""
+        """Return the timings of networks, in batches that fit into memory; each batch times the first two again."""
         ends = [self.compile(program.module, self.inputs), self.compile(_mixed(program, frozenset()), self.inputs)]
         weights = sum(tensor.numel() * 4 for tensor in program.module.state_dict().values())
         size = max(2, int(TOGETHER / max(1, weights)) - len(ends))
@@ -162,23 +162,23 @@ def _observations(plans: Sequence[frozenset[str]], timings: Sequence[Timing]) ->
 
 
 def _rescaled(found: Sequence[Timing], first: Sequence[Timing]) -> list[Timing]:
-    """Return the timings behind the first two, in the time of the first batch: machines change pace between batches."""
+    """Return the timings after the first two, at the pace of the first batch: machines change pace between batches."""
     ratio = math.sqrt(math.prod(first[k].milliseconds / found[k].milliseconds for k in range(2)))
     return [Timing(t.milliseconds * ratio, t.spread, t.outliers, t.waiting) for t in found[2:]]
 
 
 def mixed_plans(names: Sequence[str], count: int, seed: int, places: Sequence[HandOver] = ()) -> list[frozenset[str]]:
-    """Return sets of sites to measure in float: by turns stretches of neighbours and sites drawn one by one.
+    """Return sets of sites to measure in float: by turns stretches of neighbours and independently drawn sites.
 
-    Stretches show what an island costs where borders are few, single sites separate one border from the next. Each is
-    the one of `DRAWS` that shows most of what the earlier ones have not: a border counts by its values, and a
-    quarter, a ninth, ... of that once it has been seen in that direction.
+    Stretches have few borders, and show the cost of a float island; independent sites tell neighbouring borders apart.
+    Each plan is the most informative of `DRAWS`: a border counts by the number of its values, and a quarter, a ninth,
+    ... of that after it was seen once, twice, ... in the same direction.
 
     Args:
         names: sites that may be float, in the order of the network.
-        count: plans, fewer where there are not as many that mix.
-        seed: of the choice.
-        places: borders that are to be seen; without them the first draw is taken.
+        count: plans; fewer if there are not as many.
+        seed: of the draws.
+        places: borders to cover; without any, the first draw is taken.
     """
     draw, found, seen = random.Random(seed), dict[frozenset[str], None](), Counter[tuple[HandOver, bool]]()
     for attempt in range(20 * count):
@@ -186,7 +186,7 @@ def mixed_plans(names: Sequence[str], count: int, seed: int, places: Sequence[Ha
             break
         make = _stretches if attempt % 2 else _drawn
         trials = [make(names, draw) for _ in range(DRAWS if places else 1)]
-        plan = max(trials, key=lambda trial: _news(trial, places, seen))
+        plan = max(trials, key=lambda trial: _gain(trial, places, seen))
         if 0 < len(plan) < len(names) and plan not in found:
             found[plan] = None
             seen.update((place, place.one in plan) for place in places if _is_border(place, plan))
@@ -197,8 +197,8 @@ def _is_border(place: HandOver, floats: frozenset[str]) -> bool:
     return (place.one in floats) != (place.other in floats)
 
 
-def _news(floats: frozenset[str], places: Sequence[HandOver], seen: Mapping[tuple[HandOver, bool], int]) -> float:
-    """Return how much a plan shows that has not been seen."""
+def _gain(floats: frozenset[str], places: Sequence[HandOver], seen: Mapping[tuple[HandOver, bool], int]) -> float:
+    """Return how informative a plan is: the values on its borders, less for those seen before."""
     borders = [place for place in places if _is_border(place, floats)]
     return sum((place.elements + place.pooled) / (1 + seen[place, place.one in floats]) ** 2 for place in borders)
 
@@ -216,12 +216,12 @@ def _drawn(names: Sequence[str], draw: random.Random) -> frozenset[str]:
 
 
 def chosen_plans(model: LatencyModel, names: Sequence[str], count: int, seed: int) -> list[frozenset[str]]:
-    """Return sets of sites in float as the program would choose them: worth much, and fast by the model.
+    """Return sets of float sites as a solver would choose them: valuable, and fast by the model.
 
     Args:
-        model: says what a plan takes.
+        model: predicts milliseconds.
         names: sites that may be float; all others run in integers.
-        count: plans at most, each for gains and a limit drawn at random.
+        count: plans at most, each for random gains and a random limit.
         seed: of the draws.
     """
     if len(names) < 2:
@@ -244,7 +244,7 @@ def chosen_plans(model: LatencyModel, names: Sequence[str], count: int, seed: in
         try:
             solution = SOLVERS["greedy"](np.diag(losses), groups, costs, [1.0, 0.0], seed=seed, products=products)
         except SolverError:
-            # Where float is as fast as integers there may be nothing to choose.
+            # If float is as fast as integers, no plan may be within the limit.
             continue
         plan = frozenset(
             c.site for c, taken in zip(candidates, solution.choice, strict=True) if taken and c.choice.is_float
@@ -255,7 +255,7 @@ def chosen_plans(model: LatencyModel, names: Sequence[str], count: int, seed: in
 
 
 def signature(module: GraphModule, site: Site) -> str:
-    """Return what the time of a site depends on: op, shapes, settings, clip; equal sites are measured once."""
+    """Return a key of what the time of a site depends on: op, shapes, settings, clip; equal sites are measured once."""
     node = resolve(module.graph, site.nodes[0])
     settings = [str(argument) for argument in node.args if not isinstance(argument, Node)]
     readers = [rule.kind for rule in map(rule_of, consumers(node)) if rule is not None]

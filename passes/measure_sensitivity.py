@@ -22,7 +22,7 @@ class MeasureSensitivity(Pass):
         estimators: names, the preferred one first.
         loss: name of the loss.
         store: finished cells of an earlier run; None keeps none.
-        reporter: shows progress, and what the work takes before it starts.
+        reporter: shows progress, and the memory needed before the work starts.
         seed: seed of sampled labels and probes.
         shards: this process among those that share the work.
         context: the plan that everything else is quantized by; None leaves everything else in float.

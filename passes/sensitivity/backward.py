@@ -24,7 +24,7 @@ from fxquant.passes.sensitivity.columns import Column
 from fxquant.passes.sensitivity.scorer import Part, Scorer
 
 Gradients = Mapping[str, Tensor]
-"""Node name -> gradient, for the ops of sites and for activation fake-quant nodes; nodes without influence left out."""
+"""Node name -> gradient, for ops of sites and activation fake-quant nodes; nodes without influence are left out."""
 
 
 class Tape:
@@ -38,8 +38,8 @@ class Tape:
     def __init__(self, scorer: Scorer, part: Part) -> None:
         self.scorer = scorer
         self.images = len(part.images)
-        # A node that passes its input on would share its gradient with the input's other readers; an alias does not.
-        apart = {name: _alias if change is scorer.off[name] else change for name, change in scorer.standing.items()}
+        # A quantizer that returns its input itself would also collect the gradients of the input's other readers.
+        apart = {name: _alias if change is scorer.off[name] else change for name, change in scorer.in_context.items()}
         inputs = tuple(t.detach().clone().requires_grad_(t.is_floating_point()) for t in part.images.inputs)
         self.answer, self.environment = scorer.replay.recorded(inputs, apart)
         #: answer of the float network
@@ -68,8 +68,8 @@ class Tape:
             if site is None:
                 continue
             quantizer = self.scorer.replay.by_name[name]
-            standing = self.environment[quantizer]
-            delta = replacement(standing) - standing.detach()
+            weight = self.environment[quantizer]
+            delta = replacement(weight) - weight.detach()
             for op in self.ops[site]:
                 if quantizer in op.all_input_nodes:
                     yield op, self._apply(op, quantizer, delta)
@@ -77,7 +77,7 @@ class Tape:
     def input_shifts(self, column: Column) -> Iterator[tuple[Node, Tensor]]:
         """Yield dX for every activation node that the column changes."""
         for name, replacement in column.substitution.items():
-            if name in self._weights or replacement is self.scorer.standing[name]:
+            if name in self._weights or replacement is self.scorer.in_context[name]:
                 continue
             node = self.scorer.replay.by_name[name]
             source = self.environment[node.all_input_nodes[0]].detach()

@@ -1,4 +1,4 @@
-"""One sweep over cells: those of the store as they are, the others measured, shared out where we are several."""
+"""Measure the cells that a store lacks, shared out among the processes of a distributed run."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Memory:
-    """What scoring holds, in bytes.
+    """Memory that scoring takes, in bytes.
 
     Args:
         batch: images in a batch.
-        activations: values kept for one batch; a sweep of pairs keeps two such sets.
-        working: most that a plain run of the batch holds at once, on top of what is kept.
+        activations: intermediate values kept for one batch; a sweep of pairs keeps two such sets.
+        working: most that a run of the batch holds at once in addition.
         joint: losses of all pairs on all images, float64 of shape (columns, columns, images); for pairs only.
-        recomputes: whether not all values are kept, so that some are computed again when they are read.
+        recomputes: some values are not kept, and computed again when they are read.
     """
 
     batch: int
@@ -63,12 +63,12 @@ class Memory:
         return 2 * self.activations + self.working + self.joint
 
     def text(self) -> str:
-        """Return it as a line for people, in MB of 10^6 bytes."""
+        """Return one readable line, in MB of 10^6 bytes."""
         kept, working, joint = (f"{size / 1e6:.1f} MB" for size in (self.activations, self.working, self.joint))
-        again = ", the rest computed again when read" if self.recomputes else ""
+        again = ", the rest recomputed when read" if self.recomputes else ""
         return (
             f"batch size {self.batch}; memory: {kept} of kept activations{again} (twice for pairs), "
-            f"{working} at work, {joint} for all pairs' losses"
+            f"{working} while running, {joint} for all pairs' losses"
         )
 
 
@@ -80,7 +80,7 @@ def sweep(
     reporter: Reporter,
     device: torch.device,
 ) -> dict[str, Arrays]:
-    """Return all cells by key, each measured by one process and handed to the others.
+    """Return all cells by key, each measured by one process and sent to the others.
 
     Args:
         title: shown with the progress.
@@ -94,7 +94,7 @@ def sweep(
         WorkerError: another process was lost, or has another list of cells.
     """
     keys = list(work)
-    # What is left to measure may follow from what was measured; unlike machines could round to unlike lists.
+    # The keys may depend on earlier measurements, which unlike machines could round to unlike lists.
     shards.agree(text_digest("\n".join(keys)), device)
     have = [store.get(key) is not None for key in keys]
     reporter.say(f"{title}: {len(keys)} cells, {sum(have)} already finished")
@@ -102,7 +102,7 @@ def sweep(
     new = [key for key, held, lacking in zip(keys, have, wanted, strict=True) if lacking or not held]
     providers = dict(zip(keys, owners, strict=True))
     bar = reporter.track(new, title, len(new))
-    # In a round each process has one cell to measure: nobody waits longer for another than a cell takes.
+    # One cell for each process in a round: none waits longer for another than a cell takes.
     for start in range(0, len(new), shards.world_size):
         turn = new[start : start + shards.world_size]
         for key in turn:
@@ -111,14 +111,14 @@ def sweep(
         for key in turn:
             _ = next(bar)
             if shards.world_size > 1:
-                _hand_over(key, providers[key], store, shards, device)
+                _send(key, providers[key], store, shards, device)
     _ = list(bar)
     return {key: cell for key in keys if (cell := store.get(key)) is not None}
 
 
-def _hand_over(key: str, owner: int, store: ScoreStore, shards: Shards, device: torch.device) -> None:
-    mine = store.get(key) if owner == shards.rank else None
-    packed = shards.broadcast(owner, None if mine is None else pack_arrays(mine), device)
-    # In a shared folder it lies already; elsewhere it is kept, so that any of the folders can be gone on from.
-    if mine is None and store.get(key) is None:
+def _send(key: str, owner: int, store: ScoreStore, shards: Shards, device: torch.device) -> None:
+    measured = store.get(key) if owner == shards.rank else None
+    packed = shards.broadcast(owner, None if measured is None else pack_arrays(measured), device)
+    # Where processes have folders of their own, each keeps every cell, so that a later run can resume from any of them.
+    if measured is None and store.get(key) is None:
         store.put(key, unpack_arrays(packed))

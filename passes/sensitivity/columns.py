@@ -1,4 +1,4 @@
-"""What is measured: the perturbations behind the candidates, and how candidates are made of them.
+"""Columns: the perturbations that are measured, and how the candidates are composed of them.
 
 With one activation width, a candidate (site, W, A) is one perturbation: its weight is rounded, and so is the activation
 it reads (CLADO, arXiv 2307.05657). With several widths, weight and activation are perturbed apart: one column for each
@@ -38,7 +38,7 @@ Replacement = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """Stands in for a fake-quant node on a weight: the rounded weight, whatever the input."""
+    """Replaces a fake-quant node on a weight: returns the rounded weight, whatever the input."""
 
     value: Tensor
 
@@ -52,11 +52,11 @@ class Column:
     """One perturbation.
 
     Args:
-        owner: what it perturbs; of the columns of one owner a plan has at most one.
-        substitution: fake-quant node -> what takes its place; empty for float.
+        owner: the site or tie it perturbs; a plan has at most one column of each owner.
+        substitution: fake-quant node -> its replacement; empty for float.
         site: the site whose weight it rounds, None for activations alone.
         weight_bits: width of that weight, None without.
-        activation_bits: width of the activations, None where they stay as they are.
+        activation_bits: width of the activations, None where they are not changed.
     """
 
     owner: str
@@ -67,7 +67,7 @@ class Column:
 
 
 class Quantizers:
-    """The replacements of a simulated graph's fake-quant nodes: one object per node and width, compared by identity."""
+    """Makes replacements of fake-quant nodes: one object for each node and width, compared by identity."""
 
     def __init__(self, program: Program) -> None:
         self._program = program
@@ -92,8 +92,8 @@ class Quantizers:
     def group(self, group: str, bits: int) -> dict[str, Replacement]:
         """Return the substitution that rounds every value of an activation group, each once.
 
-        A node whose input only moves values of the group about (a reshape, a max pool) rounds nothing new, and is left
-        out: the answer is the same, and expansions of the loss would count its noise again.
+        A node whose inputs are rearranged values of the group (by a reshape, a max pool) is left out: the values lie on
+        the grid already, and estimators that add up noise would count it twice.
         """
         members = self._nodes.activations[group]
         fresh = [name for name in members if not _rounded(resolve(self._program.module.graph, name), members)]

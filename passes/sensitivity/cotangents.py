@@ -1,4 +1,4 @@
-"""What a backward pass starts from: the loss's own gradient, and random draws that do not depend on the batch."""
+"""Cotangents that backward passes start from: the loss's gradient, and random draws that do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def loss_gradient(scorer: Scorer, part: Part, answer: Tensor, reference: Tensor)
     Args:
         scorer: says which loss.
         part: the batch, for its labels.
-        answer: where to differentiate, shape (images, ...); its own history stays out of it.
+        answer: where to differentiate, shape (images, ...); it is detached.
         reference: answer of the float network, the same shape.
     """
     point = answer.detach().requires_grad_()
@@ -45,7 +45,7 @@ def image_generators(scorer: Scorer, part: Part, stream: int, first: int = 0) ->
         scorer: says how the images are split.
         part: the batch.
         stream: which draw.
-        first: number of the first image's generator; those before it are left to the caller.
+        first: number of the first image's generator; smaller numbers are for the caller.
     """
     start = part.index * scorer.batch + first
     return [generator(stream, number) for number in range(start, start + len(part.images))]

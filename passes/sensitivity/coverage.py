@@ -20,7 +20,7 @@ from fxquant.passes.sensitivity.registry import Estimate
 from fxquant.passes.sensitivity.scorer import standard_error
 
 HEADROOM = 1.5
-"""The ceiling over the largest mean loss that was measured: plans as a whole are worse than any pair."""
+"""Ceiling over the largest mean loss that was measured: whole plans are worse than any pair."""
 
 
 @pair_model("coverage", unit="coverage units")

@@ -6,8 +6,8 @@ of the gradient for labels sampled from the model), the response `s(i) = v . J d
     values[i, i] = E[grad . J delta_i] + E[s(i)^2] / 2,    values[i, j] = E[s(i) s(j)] / 2,
 
 the Gauss-Newton model of the loss. It is positive semidefinite by construction, up to the first-order term, which is 0
-around the float network. The most likely class instead of a sample gives about half, and the square of the gradient's
-mean over images next to nothing.
+around the float network. With the most likely class instead of a sample the matrix is about half as large; with the
+square of the mean gradient it almost vanishes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _cell(scorer: Scorer, part: Part) -> Cell:
     answer = tape.answer.detach()
     drawn = [cotangents(scorer, part, answer, tape.reference, sample) for sample in range(SAMPLES)]
     slope = loss_gradient(scorer, part, answer, tape.reference)
-    # Round-off apart, the slope is 0 around the float network, and its backward pass is saved.
+    # Around the float network the slope is 0 up to round-off: no backward pass needed.
     sloped = bool(slope.abs().max() > 1e-6 * drawn[0].abs().max())
     gradients = [tape.gradients(each) for each in ([*drawn, slope] if sloped else drawn)]
     found = tape.responses(gradients).cpu().numpy()

@@ -1,7 +1,7 @@
 """`fisher_out`: squared gradient times squared shift, element by element of each op's output (ModelOpt's AutoQuantize).
 
-Squared before it is summed: the elements of an output are taken for independent. ModelOpt has no half in front; here it
-puts the score in units of the loss.
+Squaring before summing treats the elements of an output as independent. The factor 1/2, which ModelOpt leaves out, puts
+the score in units of the loss.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def fisher_out(scorer: Scorer) -> Estimate:
     """Return `values = diag(E sum g_Y^2 dY^2 / 2)` over the outputs Y of the ops a column changes, about 2 passes.
 
     g is the gradient of log p(y) with y sampled from the model. Values that other ops than layers read, for example a
-    residual add, count where they stand.
+    residual add, count at the quantizer.
     """
     found = scorer.by_batch("backward pass of outputs", "fisher_out", _cell)
     return Estimate.diagonal(found.joined("squares") / 2, found.evaluations)

@@ -1,11 +1,10 @@
-"""`hybrid`: pairs measured where they matter, the Gram elsewhere, and an error bar from a sample of the rest.
+"""`hybrid`: the pairs that matter measured, the Gram elsewhere, and an error bar from a random sample.
 
 The single substitutions predict every pair (see `gram`). The pairs of largest predicted interaction, mostly two low
-widths, are measured exactly until the budget of evaluations is spent; of the others a random sample is measured too. It
-says how far the predictions are off, and its regression slope scales those that stay predictions: measured
-interactions are smaller than predicted ones where the loss saturates. Measured and predicted terms together are scaled
-until the model never gains by giving up bits (see `monotone`): the negative ones among them would be credited twice,
-for their pairs were picked for their size.
+widths, are measured until the budget of evaluations is spent, and so is a random sample of the others. The sample shows
+the error of the predictions, and its regression slope scales those that are not measured: measured interactions are
+smaller than predicted ones where the loss saturates. All pair terms are then scaled until the model never gains by
+giving up bits (see `monotone`), because pairs that were picked for their size overstate the negative terms.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The float network with its weights and quantized values as leaves: curvature against the power of rounding noise.
+"""Gradients in weights and quantized values of the float network, and the power of their rounding noise.
 
-HAWQ and FIT take rounding for isotropic noise: of a tensor with n elements, Hessian (or Fisher matrix) H and shift d,
+HAWQ and FIT model rounding as isotropic noise: of a tensor with n elements, Hessian (or Fisher matrix) H and shift d,
 
     d' H d / 2  ~  Tr(H) |d|^2 / (2 n),
 

@@ -1,7 +1,7 @@
 """`monotone`: measured pairs, scaled down until the model never gains by giving a site fewer bits.
 
 Pair terms of a saturating loss are negative. Summed over many sites they outweigh the losses of single sites, and the
-quadratic says that more damage is better. Widening site i from b to b' changes the model by at most
+model then predicts that more damage lowers the loss. Widening site i from b to b' changes the model by at most
 
     (V_ii(b') - V_ii(b)) + 2 t sum over j of max over c of (V_ij(b', c) - V_ij(b, c)),
 

@@ -1,8 +1,8 @@
 """`mpqco`: half the mean square of each image's first-order change of its log-likelihood (MPQCO).
 
-Images are squared one by one: the square of the mean over images is next to nothing. The published method takes the
+Responses are squared image by image: the square of their mean almost vanishes. The published method takes the
 likelihood of the true class, as here with loss "ce"; otherwise the label is sampled from the model, which needs no
-labels and estimates the Fisher matrix instead of its empirical stand-in.
+labels and estimates the Fisher matrix itself instead of the empirical one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def label_cotangents(scorer: Scorer, part: Part, answer: Tensor) -> Tensor:
     generators = image_generators(scorer, part, scorer.seed)
     if scorer.loss == "mse":
         return sample_cotangent("mse", answer, answer, generators)
-    # The loss is a mean over positions, of which each has a label of its own.
+    # The loss is a mean over positions, each with its own label.
     return sample_label_cotangent(answer, generators) / sqrt(prod(answer.shape[2:]))
 
 

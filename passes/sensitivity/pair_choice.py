@@ -30,7 +30,7 @@ def choose_pairs(
     """
     first, second = np.nonzero(np.triu(between, k=1))
     price = np.minimum(cost[first], cost[second])
-    # A sample that ate the whole budget would leave nothing for the pairs that matter.
+    # A quarter at most, so that most of the budget goes to the largest pairs.
     random = np.random.default_rng(seed).permutation(len(first))[:SAMPLED]
     random = random[np.cumsum(price[random]) <= budget / 4]
     left = budget - price[random].sum()

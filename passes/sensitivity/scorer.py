@@ -1,8 +1,8 @@
-"""The scorer: what every estimator measures with, on one batch of images after the other.
+"""The scorer: measures losses of columns for every estimator, batch by batch.
 
 A column (see `columns`) is a substitution in a network that is otherwise float, or otherwise quantized as a given plan
-(the context). Only nodes downstream are run again. Losses are against the float network's answers, and counted from the
-context's own loss, so that the context alone has loss 0 and the four-term identity holds around any plan.
+(the context). Only nodes downstream of the change are run again. Losses are against the float network's answers, minus
+the context's own loss: the context has loss 0, and the four-term identity holds around any plan.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from fxquant.passes.sensitivity.cell_sweep import Cell, Gathered, Memory, Work, 
 from fxquant.passes.sensitivity.columns import Column, Quantizers, Replacement, columns_of
 
 ENVIRONMENT_LIMIT = 384 * 10**6
-"""Bytes of intermediate values kept for one batch; a pair sweep keeps two such sets. Where those of a single image take
-more, a part is kept and the rest computed again."""
+"""Bytes of intermediate values kept for one batch; a pair sweep keeps two such sets. If one image takes more, a part is
+kept and the rest recomputed."""
 
 LARGEST_BATCH = 64
 
@@ -109,21 +109,21 @@ class Scorer:
         position = {name: index for index, name in enumerate(self.replay.by_name)}
         first: dict[str, int] = {}
         for column in self.columns:
-            # Weights stand anywhere before the op that reads them.
+            # A weight's node may come anywhere before the op that reads it.
             read = program[Sites].by_name(column.site).nodes if column.site is not None else column.substitution
             places = [position[name] for name in read]
             first[column.owner] = min([first.get(column.owner, len(position)), *places])
         owners = {owner: rank for rank, owner in enumerate(sorted(first, key=lambda owner: first[owner]))}
         self.by_depth: list[int] = sorted(range(len(self.columns)), key=lambda k: owners[self.columns[k].owner])
-        #: what every quantizer does in the context
-        self.standing = self._assigned()
+        #: the replacement of every quantizer in the context
+        self.in_context = self._assigned()
         self._kept: tuple[int, Base] | None = None
-        self._footprint = self.replay.footprint(images.slice(0, 1).inputs, self.standing)
+        self._footprint = self.replay.footprint(images.slice(0, 1).inputs, self.in_context)
         self._parts_kept = self._footprint.within(ENVIRONMENT_LIMIT, self.costs)
         self.batch = max(1, min(LARGEST_BATCH, len(images), ENVIRONMENT_LIMIT // max(1, self._footprint.total)))
 
     def _assigned(self, *chosen: int) -> dict[str, Replacement]:
-        """Return what every quantizer does once these columns took the place of their owners' part of the context."""
+        """Return the replacement of every quantizer where these columns replace their owners' part of the context."""
         own = [self.columns[k] for k in chosen]
         replaced = {column.owner for column in own}
         made = dict(self.off)
@@ -155,7 +155,7 @@ class Scorer:
         if self._kept is None or self._kept[0] != part.index:
             self._kept = None
             with torch.no_grad():
-                answer, environment = self.replay.forward(part.images.inputs, self.standing, self._parts_kept)
+                answer, environment = self.replay.forward(part.images.inputs, self.in_context, self._parts_kept)
                 reference = answer
                 if self._context:
                     reference, _ = self.replay.forward(part.images.inputs, self.off, frozenset())
@@ -175,7 +175,7 @@ class Scorer:
             keep: return an environment for further replays.
         """
         below = () if on_top_of is None else (on_top_of,)
-        before = self._assigned(*below) if below else self.standing
+        before = self._assigned(*below) if below else self.in_context
         after = self._assigned(*below, column)
         changed = [name for name, replacement in after.items() if replacement is not before[name]]
         with torch.no_grad():
@@ -192,16 +192,11 @@ class Scorer:
 
     @property
     def memory(self) -> Memory:
-        """What scoring holds, known before it starts."""
+        """Memory that scoring takes, known before it starts."""
         kept = self._parts_kept
         held = sum(size for node, size in self._footprint.values if kept is None or node in kept)
         size = 8 * len(self.columns) ** 2 * len(self.images)
         return Memory(self.batch, self.batch * held, self.batch * self._footprint.working, size, kept is not None)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes that a sweep of pairs holds: kept values, values at work, and the losses of all pairs."""
-        return self.memory.total
 
     def measure(self, title: str, work: Work) -> dict[str, Arrays]:
         """Return finished cells by key: those of the store as they are, the others measured and kept.
@@ -213,7 +208,7 @@ class Scorer:
         Raises:
             WorkerError: another process of a sharded run was lost.
         """
-        # The store knows model, data and settings; what else the numbers of a cell depend on is in its name.
+        # The store is for one model, data and settings; the name of a cell holds what else its numbers depend on.
         around = "" if self.context is None else f"-{text_digest(str(sorted(self._labels(self.context).items())))}"
         prefix = f"batch{self.batch}-seed{self.seed}{around}-"
         named = {f"{prefix}{key}": measured for key, measured in work.items()}

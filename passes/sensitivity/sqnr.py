@@ -1,7 +1,7 @@
 """`sqnr`: noise-to-signal power of the network's answer, each substitution alone (AIMET's mixed precision, phase 1).
 
 AIMET ranks by the ratio of signal to noise in dB. Its inverse is kept here as a plain ratio: independent noises add
-up, so it is the form that a sum over sites may use; the order of the choices is the same.
+up, so ratios can be summed over sites; the order of the choices is the same.
 """
 
 from __future__ import annotations
@@ -19,6 +19,6 @@ def sqnr(scorer: Scorer) -> Estimate:
     singles = measure_singles(scorer)
     signal = max(float(singles.answer_power.mean()), float(np.finfo(np.float32).tiny))
     ratio = singles.shift_power.mean(axis=1) / signal
-    # Of a ratio of means, the spread is that of what the ratio leaves over on each image.
+    # The standard error of a ratio of means is that of the residuals of each image.
     residuals = (singles.shift_power - ratio[:, None] * singles.answer_power) / signal
     return Estimate(np.diag(ratio), np.diag(standard_error(residuals)), singles.evaluations)

@@ -68,7 +68,7 @@ def _steps(scorer: Scorer, part: Part, whole: dict[str, Replacement], reference:
     walker = copy.copy(scorer)
     walker.columns = tuple(Column(name, {name: replacement}, None, None, None) for name, replacement in whole.items())
     for t in POINTS if whole else ():
-        walker.standing = {**scorer.off, **{name: _partway(replacement, t) for name, replacement in whole.items()}}
+        walker.in_context = {**scorer.off, **{name: _partway(replacement, t) for name, replacement in whole.items()}}
         tape = Tape(walker, part)
         slope = loss_gradient(scorer, part, tape.answer, reference)
         # From a point on the way, 1 - t of the step is left to go.

@@ -1,6 +1,6 @@
 """`weight_mse`: relative error of the rounded values themselves, no image and no network (MixQuant).
 
-Data-free fallback: it knows how well a grid fits a tensor, and nothing of what the tensor is for.
+Data-free fallback: it measures how well a grid fits a tensor, not how much the tensor matters.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def relative_error(scorer: Scorer, column: Column) -> float:
     program, total, weights = scorer.program, 0.0, set()
     for name, replacement in column.substitution.items():
         if isinstance(replacement, Constant):
-            # A module used twice has several nodes on one weight, which is rounded once.
+            # A module used twice has several nodes on one weight, which counts once.
             weights.add(replacement)
         elif isinstance(replacement, FakeQuantize):
             producer = scorer.replay.by_name[name].all_input_nodes[0].name

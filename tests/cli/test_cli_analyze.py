@@ -25,7 +25,7 @@ def test_it_says_what_it_is_about_to_do_and_goes_on(tmp_path: Path, capsys: Capt
     start = told.index("9 candidates, 9 perturbations to measure on 18 images with pairs, gram; batch size 18; memory:")
     assert start < told.index("score single choices: 1 cells, 0 already finished")
     assert told.index("score pairs of choices: 6 cells, 0 already finished") < told.index("choices: 6 of 6 in ")
-    assert re.search(r"memory: \d+\.\d MB of kept activations \(twice for pairs\), \d+\.\d MB at work", told)
+    assert re.search(r"memory: \d+\.\d MB of kept activations \(twice for pairs\), \d+\.\d MB while running", told)
     assert list(fxquant.load(out).program[Surrogates].matrices) == ["pairs", "gram"]
     assert not (out / "scores").exists()
     assert len(list((work / "scores").glob("*.npz"))) == 7

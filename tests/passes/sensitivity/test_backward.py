@@ -24,7 +24,7 @@ def directional(each: Scorer, part: Part, column: int, cotangent: Tensor, step: 
         delta = replacement(source) - standing
         moved[name] = Constant(standing + step * delta) if isinstance(replacement, Constant) else _shifted(step * delta)
     with torch.no_grad():
-        answer, _ = each.replay.replay(base.environment, {**each.standing, **moved}, changed=moved)
+        answer, _ = each.replay.replay(base.environment, {**each.in_context, **moved}, changed=moved)
     return (cotangent * (answer - base.answer)).flatten(1).sum(1).double() / step
 
 

@@ -104,7 +104,7 @@ def test_memory_as_a_line() -> None:
     memory = Memory(16, 2_000_000, 500_000, 3_000_000, True)
     assert memory.total == 7_500_000
     assert memory.text() == (
-        "batch size 16; memory: 2.0 MB of kept activations, the rest computed again when read (twice for pairs), "
-        "0.5 MB at work, 3.0 MB for all pairs' losses"
+        "batch size 16; memory: 2.0 MB of kept activations, the rest recomputed when read (twice for pairs), "
+        "0.5 MB while running, 3.0 MB for all pairs' losses"
     )
-    assert "again" not in Memory(16, 1, 1, 1, False).text()
+    assert "recomputed" not in Memory(16, 1, 1, 1, False).text()

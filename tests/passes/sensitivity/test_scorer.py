@@ -170,7 +170,7 @@ def test_values_that_do_not_fit_are_computed_again_to_the_same_bits(
         each = made(limit)
         assert each.memory.recomputes
         assert each.memory.activations <= limit
-        assert each.memory_bytes < whole.memory_bytes
+        assert each.memory.total < whole.memory.total
         found = pairs(each)
         assert np.array_equal(found.values, expected.values)
         assert np.array_equal(found.stderr, expected.stderr)
@@ -186,7 +186,7 @@ def test_memory_is_known_before_the_work() -> None:
     held = {node: value for node, value in base.items() if node.op == "get_attr" or node.op == "placeholder"}
     assert stated.activations == sum(storages(base).values()) - sum(storages(held).values())
     assert 0 < stated.working <= stated.activations
-    assert each.memory_bytes == 2 * stated.activations + stated.working + stated.joint
+    assert each.memory.total == 2 * stated.activations + stated.working + stated.joint
 
 
 def test_cells_of_another_context_seed_or_batch_are_not_confused(tmp_path: Path) -> None:
