@@ -28,9 +28,10 @@ from fxquant.core.facts import Statistics
 from fxquant.core.run import Span, cut_span
 from fxquant.passes.rounding import RoundingTask
 from fxquant.passes.rounding.learned import (
+    BETA,
     EPSILON,
-    FAITHFUL,
-    FAST,
+    MIX,
+    PROFILES,
     Cut,
     LearnedActivation,
     Outcome,
@@ -39,9 +40,11 @@ from fxquant.passes.rounding.learned import (
     SoftRounding,
     Source,
     Tuner,
-    corrected,
+    corrected_inputs,
 )
 
+FAITHFUL = PROFILES["pdquant-faithful"].stages["pdquant-faithful"]
+FAST = PROFILES["fast"].stages["fast"]
 UNITS = (1, 4, 7, 9)
 """Positions of the units that are timed: a block of each width, and the last."""
 TURNS, STEPS = 5, 3
@@ -130,7 +133,7 @@ class Plain:
         targets, reference = material.targets(index), material.answers(index)
         mixed = quantized
         if options.inputs == "mixed":
-            mixed = {n: torch.where(torch.rand_like(x) < options.mix, quantized[n], x) for n, x in floats.items()}
+            mixed = {n: torch.where(torch.rand_like(x) < MIX, quantized[n], x) for n, x in floats.items()}
         both = self.unit({n: torch.cat([mixed[n], quantized[n]]) for n in self.unit.inputs})
         count = len(index)
         loss = torch.zeros(())
@@ -145,7 +148,7 @@ class Plain:
         total = loss
         if passed >= options.warmup:
             share = (passed - options.warmup) / (1 - options.warmup)
-            beta = options.beta[1] + (options.beta[0] - options.beta[1]) * (1 - share)
+            beta = BETA[1] + (BETA[0] - BETA[1]) * (1 - share)
             for module in self.rounds:
                 total = total + options.regulariser * (1 - (2 * module.h() - 1).abs().pow(beta)).sum()
         self.weights.zero_grad()
@@ -221,7 +224,7 @@ def disagreement(index: int, iterations: int) -> float:
     Left to themselves the two part after a few steps: Adam's first ones go by the sign of the gradient, and round-off
     decides the sign where the gradient is next to nothing.
     """
-    quiet = replace(FAITHFUL, asymmetric=False, correction=0, inputs="quantized", drop=0.0, iterations=iterations)
+    quiet = replace(FAITHFUL, correction=0, inputs="quantized", drop=0.0, iterations=iterations)
     bench = Bench(quiet)
     (tuner, plain), draw = bench.at(index), bench.batches(index)
     largest = 0.0
@@ -237,7 +240,7 @@ def disagreement(index: int, iterations: int) -> float:
 def iteration_seconds(index: int) -> tuple[float, float]:
     """Return the seconds of one iteration, plain and ours, medians of turns taken one after the other."""
     # Past the warm-up from the first iteration on, as four fifths of the iterations are.
-    options = replace(FAITHFUL, asymmetric=False, correction=0, iterations=STEPS, warmup=0.0)
+    options = replace(FAITHFUL, correction=0, iterations=STEPS, warmup=0.0)
     bench = Bench(options)
     (tuner, plain), draw = bench.at(index), bench.batches(index)
     seconds: dict[str, list[float]] = {"plain": [], "ours": []}
@@ -268,9 +271,9 @@ def fast_seconds(index: int) -> float:
 
 def correction_seconds(index: int) -> tuple[float, float]:
     """Return the seconds of one step of correcting one image, plain and ours, both in batches of 32."""
-    bench = Bench(replace(FAITHFUL, asymmetric=False))
+    bench = Bench(FAITHFUL)
     engine = bench.engine
-    tuner, _ = Bench(replace(FAITHFUL, asymmetric=False, correction=0)).at(index)
+    tuner, _ = Bench(replace(FAITHFUL, correction=0)).at(index)
     cut = engine.cut(index)
     known = {name: engine.statistics[name] for name in cut.unit.nodes if name in engine.statistics}
     if not known:
@@ -284,7 +287,7 @@ def correction_seconds(index: int) -> tuple[float, float]:
             piece = {name: value[start : start + 32] for name, value in every.items()}
             plain_correction(span, piece, known, CORRECTIONS)
         between = time.perf_counter()
-        corrected(span, every, known, CORRECTIONS, FAITHFUL.correction_weight, 32)
+        corrected_inputs(span, every, known, CORRECTIONS, FAITHFUL.correction_weight, 32)
         if turn:
             seconds["plain"].append(between - started)
             seconds["ours"].append(time.perf_counter() - between)
@@ -298,7 +301,7 @@ def main() -> None:
     rows: list[dict[str, str | float]] = []
     totals = dict.fromkeys(("plain loop", "our loop", "plain correction", "our correction", "fast"), 0.0)
     for index in UNITS:
-        name = Bench(replace(FAITHFUL, asymmetric=False, correction=0)).engine.units[index].name
+        name = Bench(replace(FAITHFUL, correction=0)).engine.units[index].name
         apart = disagreement(index, 25)
         plain, ours = iteration_seconds(index)
         plain_step, our_step = correction_seconds(index)

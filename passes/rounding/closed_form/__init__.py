@@ -23,7 +23,7 @@ from fxquant.passes.rounding.closed_form.layerwise import (
     round_layerwise,
 )
 from fxquant.passes.rounding.closed_form.prefix import FEWEST, Prefix, fitting
-from fxquant.passes.rounding.closed_form.rescale import RATIOS, rescaled
+from fxquant.passes.rounding.closed_form.rescale import RATIOS, with_best_scales
 from fxquant.passes.rounding.closed_form.verdict import first_site, held_out_losses, judged
 
 __all__ = [
@@ -48,9 +48,9 @@ __all__ = [
     "moments_of",
     "on_grid",
     "patches",
-    "rescaled",
     "round_layerwise",
     "scale_chains",
     "squared_error",
     "to_rows",
+    "with_best_scales",
 ]

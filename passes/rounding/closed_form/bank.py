@@ -18,10 +18,10 @@ from fxquant.core.ir import Program, Sites, tensor_at
 from fxquant.core.run import CalibrationSet
 from fxquant.passes.base import Pass
 from fxquant.passes.rounding.closed_form import gpfq, gptq
-from fxquant.passes.rounding.closed_form.layerwise import Prepare, moments_of, on_grid
+from fxquant.passes.rounding.closed_form.layerwise import RowAlgorithm, moments_of, on_grid
 from fxquant.passes.rounding.closed_form.prefix import Prefix, fitting
 
-METHODS: dict[str, Prepare] = {"gptq": gptq.gptq_rows, "gpfq": gpfq.gpfq_rows}
+METHODS: dict[str, RowAlgorithm] = {"gptq": gptq.gptq_rows, "gpfq": gpfq.gpfq_rows}
 """Name -> moments of a site's input to a rounding of its weight on any grid."""
 
 

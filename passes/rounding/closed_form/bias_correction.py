@@ -27,11 +27,11 @@ def bias_correction(task: RoundingTask) -> Program:
     an op without a bias gets one.
     """
     started = time.perf_counter()
-    rounding = corrected(task)
+    rounding = corrected_biases(task)
     return judged(task, rounding, "bias_correction", time.perf_counter() - started)
 
 
-def corrected(task: RoundingTask) -> Rounding:
+def corrected_biases(task: RoundingTask) -> Rounding:
     """Return the task's rounding with corrected biases."""
     simulated = task.simulated()
     images = fitting(simulated.module, task.images)

@@ -63,7 +63,7 @@ def equalize(task: RoundingTask) -> Program:
         seconds = time.perf_counter() - started
         return recorded(task, earlier, record_of(first_site(task), "equalize", None, None, reason, seconds))
     parameters = equalized(task.program.module, chains)
-    program = rescaled(task.program, chains, parameters, task.images)
+    program = with_parameters(task.program, chains, parameters, task.images)
     notes = tuple(f"the output of {name!r} is not equalized: {why}" for name, why in refusals.items())
     rounding = replace(earlier, parameters={**earlier.parameters, **parameters}, notes=(*earlier.notes, *notes))
     return judged(task, rounding, "equalize", time.perf_counter() - started, program)
@@ -130,7 +130,7 @@ def _balance(first: _Layer, second: _Layer, channels: Tensor) -> float:
     return float(scale.log().abs().max())
 
 
-def rescaled(
+def with_parameters(
     program: Program, chains: list[ScaleChain], parameters: dict[str, Tensor], images: CalibrationSet
 ) -> Program:
     """Return the program with the parameters in place, its ranges between scaled layers and its weight grids renewed.

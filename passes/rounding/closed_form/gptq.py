@@ -11,7 +11,7 @@ from fxquant.core.errors import FailureError
 from fxquant.core.ir import Grid, Program
 from fxquant.passes.rounding.closed_form.input_gram import Moments, squared_error
 from fxquant.passes.rounding.closed_form.layerwise import RowRounder, round_layerwise
-from fxquant.passes.rounding.closed_form.rescale import rescaled
+from fxquant.passes.rounding.closed_form.rescale import with_best_scales
 from fxquant.passes.rounding.closed_form.verdict import judged
 from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
 
@@ -43,7 +43,7 @@ def gptq_rescaled(task: RoundingTask) -> Program:
     The paper takes scales as given; the grids found go with the rounding. Takes about ten times as long per layer.
     """
     started = time.perf_counter()
-    rounding = round_layerwise(task, gptq_rows, "gptq_rescaled", regrid=rescaled)
+    rounding = round_layerwise(task, gptq_rows, "gptq_rescaled", regrid=with_best_scales)
     return judged(task, rounding, "gptq_rescaled", time.perf_counter() - started)
 
 

@@ -21,7 +21,7 @@ RowRounder = Callable[[Tensor, Tensor, Tensor, Grid], Tensor]
 """(weight rows float64 (groups, rows, K), scale and zero point of each row (groups, rows, 1), grid) -> integers, same
 shape."""
 
-Prepare = Callable[[Moments], RowRounder]
+RowAlgorithm = Callable[[Moments], RowRounder]
 """Moments of an op's input -> how to round weights that meet it; what all widths share is computed once."""
 
 
@@ -36,7 +36,7 @@ def on_grid(weight: Tensor, grid: Grid, groups: int, rounder: RowRounder) -> Ten
 
 
 def round_layerwise(
-    task: RoundingTask, prepare: Prepare, title: str, crossed: bool = False, regrid: Regrid | None = None
+    task: RoundingTask, algorithm: RowAlgorithm, title: str, crossed: bool = False, regrid: Regrid | None = None
 ) -> Rounding:
     """Return the task's rounding with every weight rounded on the network that is quantized in front of it.
 
@@ -44,7 +44,7 @@ def round_layerwise(
 
     Args:
         task: the plan; biases, grids and activation ranges of earlier algorithms stay, weights are chosen anew.
-        prepare: the algorithm.
+        algorithm: how rows are rounded.
         title: shown with the progress.
         crossed: whether the algorithm also wants the float network's inputs.
         regrid: chooses a grid for each weight; None leaves it on its own.
@@ -60,7 +60,7 @@ def round_layerwise(
         quantized.to(site.nodes[0])
         moments = moments_of(site, simulated.module, quantized, floating)
         weight = tensor_at(task.program.module, site.weight)
-        rounder, grid = prepare(moments), earlier.grid_of(site.name, task.program[WeightGrids])
+        rounder, grid = algorithm(moments), earlier.grid_of(site.name, task.program[WeightGrids])
         if regrid is not None:
             grids[site.name] = grid = regrid(weight, grid, moments.gram, rounder)
         weights[site.name] = on_grid(weight, grid, len(moments.gram), rounder).to(weight.device)

@@ -13,7 +13,7 @@ RATIOS = (1.0, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15)
 """Candidate scales as shares of the grid's own, which comes first and stays where none is better."""
 
 
-def rescaled(weight: Tensor, grid: Grid, gram: Tensor, rounder: RowRounder) -> Grid:
+def with_best_scales(weight: Tensor, grid: Grid, gram: Tensor, rounder: RowRounder) -> Grid:
     """Return the grid with each channel's scale `s_c = argmin_r d' H d`, `d = w_c - rounded(w_c; r s)`, r of `RATIOS`.
 
     The plan's scales minimise `|d|^2` of nearest rounding; under H, and with an algorithm that makes up for errors,

@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-from fxquant.passes.rounding.learned.adaround import ADAROUND
-from fxquant.passes.rounding.learned.asymmetric import POWER, asymmetric_grid, with_asymmetric_weights
-from fxquant.passes.rounding.learned.brecq import BRECQ
-from fxquant.passes.rounding.learned.correction import EPSILON, corrected, has_statistics, mismatch
+from fxquant.passes.rounding.learned.asymmetric import POWER, asymmetric_grid, with_asymmetric_grids
+from fxquant.passes.rounding.learned.correction import EPSILON, corrected_inputs, has_statistics, mismatch
 from fxquant.passes.rounding.learned.cut import Cut, answer_of, feature_of
 from fxquant.passes.rounding.learned.engine import Reconstructor, reconstruct
 from fxquant.passes.rounding.learned.options import Reconstruction
 from fxquant.passes.rounding.learned.outcome import Constant, Outcome, Quantizers
-from fxquant.passes.rounding.learned.pdquant import FAITHFUL, FAST, PDQUANT, SECOND_STAGE, VIT
-from fxquant.passes.rounding.learned.qdrop import QDROP
+from fxquant.passes.rounding.learned.profiles import PROFILES, Profile, run_profile
 from fxquant.passes.rounding.learned.quantizers import LearnedActivation, SoftRounding, StraightThrough, random_mask
 from fxquant.passes.rounding.learned.sources import RUN, Source, kept_bytes, kept_type
-from fxquant.passes.rounding.learned.tune import Material, Pieces, Tuner, channel_sums, relative_error, softened_kl
+from fxquant.passes.rounding.learned.tune import (
+    BETA,
+    MIX,
+    Material,
+    Pieces,
+    Tuner,
+    channel_sums,
+    relative_error,
+    softened_kl,
+)
 from fxquant.passes.rounding.learned.units import LARGEST, Unit, find_units
 
 __all__ = [
-    "ADAROUND",
-    "BRECQ",
+    "BETA",
     "EPSILON",
-    "FAITHFUL",
-    "FAST",
     "LARGEST",
-    "PDQUANT",
+    "MIX",
     "POWER",
-    "QDROP",
+    "PROFILES",
     "RUN",
-    "SECOND_STAGE",
-    "VIT",
     "Constant",
     "Cut",
     "LearnedActivation",
     "Material",
     "Outcome",
     "Pieces",
+    "Profile",
     "Quantizers",
     "Reconstruction",
     "Reconstructor",
@@ -47,7 +49,7 @@ __all__ = [
     "answer_of",
     "asymmetric_grid",
     "channel_sums",
-    "corrected",
+    "corrected_inputs",
     "feature_of",
     "find_units",
     "has_statistics",
@@ -57,6 +59,7 @@ __all__ = [
     "random_mask",
     "reconstruct",
     "relative_error",
+    "run_profile",
     "softened_kl",
-    "with_asymmetric_weights",
+    "with_asymmetric_grids",
 ]

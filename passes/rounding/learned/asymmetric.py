@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
-from fxquant.core.facts import FakeQuantNodes
-from fxquant.core.ir import (
-    FakeQuantize,
-    Grid,
-    Program,
-    QuantSpec,
-    Sites,
-    finish,
-    fork,
-    set_module,
-    tensor_at,
-)
+from fxquant.core.facts import WeightGrids
+from fxquant.core.ir import Grid, QuantSpec, tensor_at
+from fxquant.passes.rounding.registry import RoundingTask
 
 FRACTIONS = 100
 """Range fractions that are tried."""
@@ -57,20 +49,11 @@ def asymmetric_grid(weight: Tensor, spec: QuantSpec) -> Grid:
     return Grid(spec, best_scale, best_zero)
 
 
-def with_asymmetric_weights(program: Program) -> tuple[GraphModule, dict[str, Grid]]:
-    """Return a simulated graph with asymmetric grids on all weights, and those grids by site.
-
-    Args:
-        program: simulated; it is not changed.
-    """
-    module, grids = fork(program.module), dict[str, Grid]()
-    for site in program[Sites].sites:
-        for name in program[FakeQuantNodes].weights.get(site.name, ()):
-            path = str(next(node.target for node in module.graph.nodes if node.name == name))
-            known = module.get_submodule(path)
-            assert isinstance(known, FakeQuantize)
-            spec = QuantSpec(known.spec.bits, True, False, known.spec.channel_axis)
-            if site.name not in grids:
-                grids[site.name] = asymmetric_grid(tensor_at(module, site.weight), spec)
-            set_module(module, path, FakeQuantize(grids[site.name]))
-    return finish(module), grids
+def with_asymmetric_grids(task: RoundingTask) -> RoundingTask:
+    """Return the task with an asymmetric grid for every weight, and no weights of earlier algorithms."""
+    rounding, grids = task.rounding, dict[str, Grid]()
+    for site in task.sites:
+        known = rounding.grid_of(site.name, task.program[WeightGrids]).spec
+        spec = QuantSpec(known.bits, signed=True, symmetric=False, channel_axis=known.channel_axis)
+        grids[site.name] = asymmetric_grid(tensor_at(task.program.module, site.weight), spec)
+    return replace(task, program=task.program.with_facts(replace(rounding, weights={}, grids=grids)))

@@ -30,7 +30,7 @@ def has_statistics(node: Node) -> bool:
     return prod(shape_of(node)[2:]) > 1
 
 
-def corrected(
+def corrected_inputs(
     span: Span,
     inputs: Mapping[str, Tensor],
     statistics: Mapping[str, Statistics],

@@ -18,12 +18,9 @@ class Cut:
         units: all units.
         index: position of this one.
         wanted: names of the values the suffix is run for: the answer and, where it counts, the feature.
-        compiled: hand the suffix to torch.compile.
     """
 
-    def __init__(
-        self, module: GraphModule, units: tuple[Unit, ...], index: int, wanted: tuple[str, ...], compiled: bool = False
-    ) -> None:
+    def __init__(self, module: GraphModule, units: tuple[Unit, ...], index: int, wanted: tuple[str, ...]) -> None:
         self.unit, self.index, self._module = units[index], index, module
         unit = self.unit
         self.floats = cut_span(module, unit.nodes, unit.outputs, quantized=False)
@@ -34,8 +31,6 @@ class Cut:
         self.suffix: Span | None = None
         if outputs:
             self.suffix = cut_span(module, behind, outputs, quantized=False)
-            if compiled:
-                self.suffix = self.suffix.compiled()
 
     def quantized(self, places: dict[str, nn.Module]) -> Span:
         """Return the unit with these modules in place of its quantizers."""

@@ -13,12 +13,11 @@ from torch.fx import Node
 
 from fxquant.core.errors import CalibrationError
 from fxquant.core.facts import FakeQuantNodes, NormStatistics, Statistics, UnitRecord, WeightGrids
-from fxquant.core.ir import Grid, Program
+from fxquant.core.ir import Program
 from fxquant.core.run import LOSSES, CalibrationSet, Span, cut_span, varying_nodes
 from fxquant.core.storage import Arrays, tensor_digest, text_digest
 from fxquant.passes.rounding.acceptance import record_of, rejection
-from fxquant.passes.rounding.learned.asymmetric import with_asymmetric_weights
-from fxquant.passes.rounding.learned.correction import corrected, has_statistics
+from fxquant.passes.rounding.learned.correction import corrected_inputs, has_statistics
 from fxquant.passes.rounding.learned.cut import Cut, answer_of, feature_of
 from fxquant.passes.rounding.learned.options import Reconstruction
 from fxquant.passes.rounding.learned.outcome import Outcome, Quantizers
@@ -40,7 +39,7 @@ def reconstruct(task: RoundingTask, options: Reconstruction, method: str) -> Pro
         method: name for the records.
 
     Raises:
-        CalibrationError: fewer images than a batch, or distribution correction without batch normalisation.
+        CalibrationError: fewer images than a batch.
     """
     return Reconstructor(task, options.changed(task.overrides), method).run()
 
@@ -66,10 +65,7 @@ class Reconstructor:
             )
         bare = task.bare()
         self.module, nodes = bare.module, bare[FakeQuantNodes]
-        self.grids: dict[str, Grid] = {}
-        if options.asymmetric:
-            self.module, self.grids = with_asymmetric_weights(bare)
-        self.quantizers = Quantizers(self.module, nodes, task.sites, {} if options.asymmetric else _earlier(task))
+        self.quantizers = Quantizers(self.module, nodes, task.sites, _earlier(task))
         self.units = find_units(self.module, task.sites, options.unit)
         self.answer = answer_of(self.module)
         self.feature = feature_of(self.module, task.sites) if options.feature else None
@@ -91,10 +87,10 @@ class Reconstructor:
             return False
         self.statistics = {} if known is None else self._usable(known)
         if not self.statistics:
-            why = "distribution correction needs batch normalisation behind convolutions, and the network has none left"
-            if options.needs_correction:
-                raise CalibrationError(f"{why}; use correction=0 or a profile without it")
-            self.notes.append(f"{why}: left out")
+            self.notes.append(
+                "distribution correction needs batch normalisation behind convolutions, and the network has none left: "
+                "left out"
+            )
             return False
         if self.keep is None:
             self.notes.append("distribution correction left out: its inputs do not fit into memory_mb")
@@ -134,7 +130,7 @@ class Reconstructor:
     def cut(self, index: int) -> Cut:
         """Return the graph cut around the unit at this position."""
         wanted = tuple(name for name in (self.answer, self.feature) if name is not None)
-        return Cut(self.module, self.units, index, wanted, self.options.compile_suffix)
+        return Cut(self.module, self.units, index, wanted)
 
     def seed(self, index: int) -> int:
         """Return the seed of a unit: its own, so that a resumed run is the same as one in a piece."""
@@ -218,7 +214,7 @@ class Reconstructor:
     def _material(self, cut: Cut, quantized: Source, floats: Source, options: Reconstruction) -> Material:
         unit, suffix = cut.unit, cut.suffix if options.wants_answers else None
         reads = {*unit.inputs, *(suffix.inputs if suffix is not None else ())} - set(unit.outputs)
-        fixed = self._corrected(cut, floats)
+        fixed = self._tuning_inputs(cut, floats)
         source = floats if fixed is None else Source(fixed, self.keep)
         targets = source.outputs(cut.floats)
         answers = self._answers
@@ -237,7 +233,7 @@ class Reconstructor:
             lambda index: {name: value[index] for name, value in answers.items()},
         )
 
-    def _corrected(self, cut: Cut, floats: Source) -> dict[str, Tensor] | None:
+    def _tuning_inputs(self, cut: Cut, floats: Source) -> dict[str, Tensor] | None:
         """Return the unit's corrected float inputs, None where nothing is corrected."""
         options, task = self.options, self.task
         known = self.statistics if self.correct else {}
@@ -253,7 +249,9 @@ class Reconstructor:
             batch = CORRECTION_BATCH.get(self.device.type, len(floats))
             total = -(-len(floats) // batch)
             track = partial(task.reporter.track, title=f"correct inputs of {cut.unit.name}", total=total)
-            found = corrected(span, every, statistics, options.correction, options.correction_weight, batch, track)
+            found = corrected_inputs(
+                span, every, statistics, options.correction, options.correction_weight, batch, track
+            )
             # What the unit reads besides stays as it is.
             cell = task.corrections.put(key, {name: value.cpu().numpy() for name, value in {**every, **found}.items()})
         return {name: torch.from_numpy(cell[name]).to(self.device) for name in cut.unit.inputs}
@@ -278,15 +276,14 @@ class Reconstructor:
 
     def _done(self, decided: Outcome, records: tuple[UnitRecord, ...]) -> Program:
         known = self.task.rounding
-        started = replace(known, grids={**known.grids, **self.grids})
         learned = {
-            site: replace(started.grid_of(site, self.task.program[WeightGrids]), scale=scale)
+            site: replace(known.grid_of(site, self.task.program[WeightGrids]), scale=scale)
             for site, scale in decided.scales.items()
         }
         rounding = replace(
             known,
             weights=decided.weights,
-            grids={**started.grids, **learned},
+            grids={**known.grids, **learned},
             biases={},
             activations={g: self.quantizers.with_step(g, scale) for g, scale in decided.steps.items()},
             units=(*known.units, *records),

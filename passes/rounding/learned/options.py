@@ -15,7 +15,7 @@ LEARNED = ("rounding", "straight_through")
 """What is learned of a weight: whether each value goes up or down, or the value and its scale."""
 INPUTS = ("quantized", "float", "mixed")
 """What a unit reads while it is tuned."""
-PROBABILITIES = ("mix", "drop", "warmup")
+PROBABILITIES = ("drop", "warmup")
 COUNTS = ("iterations", "batch", "prediction_every", "memory_mb")
 
 
@@ -36,26 +36,21 @@ class Reconstruction:
         weight_lr: Adam's rate for straight-through weights, as a share of each channel's step.
         step_lr: Adam's rate for activation steps, falling to 0 as a cosine; 0 keeps them as calibrated.
         step_share: whether that rate is a share of each step, or absolute as published.
-        inputs: "quantized" (from the quantized network in front), "float", or "mixed" element by element.
-        mix: probability that an element of a mixed input is the quantized one.
+        inputs: "quantized" (from the quantized network in front), "float", or "mixed" half and half by element.
         drop: probability that an element of an activation passes its quantizer unrounded (QDrop); 0 is off.
         regulariser: weight of the term that drives each h to 0 or 1.
         warmup: share of the iterations without that term.
-        beta: its exponent at first and in the end, falling linearly after the warm-up.
         prediction: weight of the prediction difference; 0 is off.
         prediction_every: steps of which one carries the prediction term, then as many times as heavy.
         temperature: T.
         feature: weight of the penultimate features' error; 0 is off.
         normalise: divide each error by its value at nearest rounding, so that the weights mean the same everywhere.
         answer_by_prediction: tune the unit that holds the network's answer by the prediction term alone.
-        correction: Adam steps of distribution correction of the float inputs; 0 is off.
-        needs_correction: refuse a network without batch normalisation; False leaves the correction out and says so.
+        correction: Adam steps of distribution correction of the float inputs; 0 is off, and a network without batch
+            normalisation does without.
         correction_weight: how strongly corrected inputs are held at the original ones, `1 / lambda_c`.
-        asymmetric: weights on asymmetric grids, which no integer backend takes: for simulation only.
         guard: keep a unit's result only if the held-out loss of the network up to it falls.
         memory_mb: megabytes that cached values may take; beyond it they are kept in bfloat16, then run again.
-        compile_suffix: run the suffix through torch.compile; pays after some ten thousand iterations of a unit.
-        half_suffix: run the suffix in bfloat16; pays where the processor multiplies such numbers (GPU, AMX).
 
     Raises:
         OptionError: a value out of range.
@@ -70,11 +65,9 @@ class Reconstruction:
     step_lr: float = 5e-4
     step_share: bool = True
     inputs: str = "mixed"
-    mix: float = 0.5
     drop: float = 0.5
     regulariser: float = 0.05
     warmup: float = 0.2
-    beta: tuple[float, float] = (20.0, 2.0)
     prediction: float = 0.0
     prediction_every: int = 1
     temperature: float = 4.0
@@ -82,13 +75,9 @@ class Reconstruction:
     normalise: bool = True
     answer_by_prediction: bool = False
     correction: int = 0
-    needs_correction: bool = False
     correction_weight: float = 50.0
-    asymmetric: bool = False
     guard: bool = True
     memory_mb: int = 2048
-    compile_suffix: bool = False
-    half_suffix: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("learned", LEARNED), ("inputs", INPUTS)):
@@ -108,8 +97,6 @@ class Reconstruction:
                 raise OptionError(f"{name}={getattr(self, name)} must be a finite number of at least 0")
         if self.temperature == 0:
             raise OptionError("temperature=0 must be above 0")
-        if len(self.beta) != 2 or min(self.beta) <= 0:
-            raise OptionError(f"beta={self.beta} must be two numbers above 0, first and last")
 
     def changed(self, overrides: Mapping[str, object]) -> Reconstruction:
         """Return these settings with some of them replaced.

@@ -18,6 +18,10 @@ from fxquant.passes.rounding.learned.quantizers import (
     random_mask,
 )
 
+MIX = 0.5
+"""Probability that an element of a mixed input is the quantized one (QDrop, arXiv 2203.05740)."""
+BETA = (20.0, 2.0)
+"""Exponent of the regulariser at first and in the end, falling linearly after the warm-up (AdaRound)."""
 NORM_BATCHES = 4
 """Batches over which the errors of nearest rounding are averaged."""
 DIVERGED = 1e3
@@ -200,11 +204,7 @@ class Tuner:
     def _answer_errors(self, values: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
         pieces, options = self.pieces, self.options
         if pieces.suffix is not None:
-            kind = next(iter(values.values())).device.type
-            with torch.autocast(kind, dtype=torch.bfloat16, enabled=options.half_suffix):
-                found = pieces.suffix(values)
-            # Differences of answers are small beside the answers: they are taken in float32.
-            values = {**values, **{name: value.float() for name, value in found.items()}}
+            values = {**values, **pieces.suffix(values)}
         reference = self.material.answers(index)
         errors = {}
         if options.prediction:
@@ -223,7 +223,7 @@ class Tuner:
             return {name: floats[name] for name in names}
         # Integers, such as token numbers, are the same in both networks.
         return {
-            name: torch.lerp(floats[name], value, random_mask(value, options.mix, self.generator))
+            name: torch.lerp(floats[name], value, random_mask(value, MIX, self.generator))
             if value.is_floating_point()
             else value
             for name, value in ((name, quantized[name]) for name in names)
@@ -238,7 +238,7 @@ class Tuner:
         passed = iteration / options.iterations
         if not self._soft or passed < options.warmup or not options.regulariser:
             return None
-        (high, low), share = options.beta, (passed - options.warmup) / max(1e-9, 1 - options.warmup)
+        (high, low), share = BETA, (passed - options.warmup) / max(1e-9, 1 - options.warmup)
         beta = low + (high - low) * (1 - share)
         return options.regulariser * sum((module.penalty(beta) for module in self._soft), torch.zeros(()))
 

@@ -18,7 +18,7 @@ from tests.passes.rounding.tasks import images, task_of
 
 NETS = ["plain", "shared"]
 
-SHORT: dict[str, object] = {"iterations": 8, "batch": 4, "needs_correction": False}
+SHORT: dict[str, object] = {"iterations": 8, "batch": 4}
 """Overrides that keep algorithms that train within seconds."""
 
 every_rounder = pytest.mark.parametrize("method", sorted(ROUNDERS))

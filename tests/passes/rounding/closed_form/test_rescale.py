@@ -15,9 +15,9 @@ from fxquant.passes.rounding.closed_form import (
     Moments,
     gptq_rows,
     on_grid,
-    rescaled,
     squared_error,
     to_rows,
+    with_best_scales,
 )
 from tests.passes.rounding.tasks import correlated, task_of
 
@@ -29,7 +29,7 @@ def test_no_row_is_worse_than_on_its_own_grid_and_some_are_better(groups: int) -
     x = correlated(20, 100, 1, groups)
     gram = x.transpose(1, 2) @ x
     rounder = gptq_rows(Moments(gram, gram))
-    found = rescaled(weight, grid, gram, rounder)
+    found = with_best_scales(weight, grid, gram, rounder)
     ours, theirs = (
         squared_error(to_rows(weight.double() - on_grid(weight, g, groups, rounder).double(), groups), gram)
         for g in (found, grid)
@@ -42,7 +42,7 @@ def test_no_row_is_worse_than_on_its_own_grid_and_some_are_better(groups: int) -
     # Each channel is its own: another order of channels finds the same scales.
     if groups == 1:
         turned = replace(grid, scale=grid.scale.flip(0))
-        assert torch.equal(rescaled(weight.flip(0), turned, gram, rounder).scale, found.scale.flip(0))
+        assert torch.equal(with_best_scales(weight.flip(0), turned, gram, rounder).scale, found.scale.flip(0))
 
 
 def test_a_channel_whose_own_scale_is_best_keeps_it() -> None:
@@ -50,7 +50,7 @@ def test_a_channel_whose_own_scale_is_best_keeps_it() -> None:
     grid = Grid(spec, torch.full((2,), 0.5), torch.zeros(2, dtype=torch.int32))
     weight = torch.tensor([[0.5, -4.0, 3.5], [1.0, -1.5, 0.0]])
     gram = torch.eye(3, dtype=torch.float64).unsqueeze(0)
-    assert torch.equal(rescaled(weight, grid, gram, gptq_rows(Moments(gram, gram))).scale, grid.scale)
+    assert torch.equal(with_best_scales(weight, grid, gram, gptq_rows(Moments(gram, gram))).scale, grid.scale)
 
 
 def test_the_registered_algorithm_hands_its_grids_on() -> None:

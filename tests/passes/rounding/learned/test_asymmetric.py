@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,9 +11,8 @@ from torch import Tensor
 from fxquant.backends import to_qdq
 from fxquant.core.errors import LoweringError
 from fxquant.core.facts import FakeQuantNodes
-from fxquant.core.ir import FakeQuantize, Grid, QuantSpec, Sites
-from fxquant.passes.rounding.learned import POWER, asymmetric_grid, with_asymmetric_weights
-from tests import scoring
+from fxquant.core.ir import FakeQuantize, Grid, QuantSpec, tensor_at
+from fxquant.passes.rounding.learned import POWER, asymmetric_grid, with_asymmetric_grids
 from tests.passes.rounding.tasks import task_of
 
 
@@ -59,23 +60,26 @@ def test_channels_may_stand_on_another_axis() -> None:
     assert torch.equal(one.zero_point, other.zero_point)
 
 
-def test_every_weight_of_the_graph_gets_its_grid() -> None:
-    program = scoring.simulated("shared")
-    module, grids = with_asymmetric_weights(program)
-    assert set(grids) == {site.name for site in program[Sites].sites}
-    for site, names in program[FakeQuantNodes].weights.items():
-        for name in names:
-            target = next(str(node.target) for node in module.graph.nodes if node.name == name)
-            quantizer, before = module.get_submodule(target), program.module.get_submodule(target)
+def test_every_weight_gets_its_grid() -> None:
+    task = task_of("shared", 4, 8)
+    found = with_asymmetric_grids(task)
+    assert set(found.rounding.grids) == {site.name for site in task.sites}
+    module, names = found.bare().module, found.bare()[FakeQuantNodes].weights
+    for site, grid in found.rounding.grids.items():
+        assert (grid.spec.symmetric, grid.spec.bits) == (False, task.choices[site].weight_bits)
+        for node in (node for node in module.graph.nodes if node.name in names[site]):
+            quantizer = module.get_submodule(str(node.target))
             assert isinstance(quantizer, FakeQuantize)
-            assert isinstance(before, FakeQuantize)
-            assert not quantizer.spec.symmetric
-            assert before.spec.symmetric
-            assert torch.equal(quantizer.scale, grids[site].scale)
+            assert quantizer.spec == grid.spec
+            assert torch.equal(quantizer.scale, grid.scale)
+    # A weight rounded on another grid does not lie on this one.
+    weights = {site.name: tensor_at(task.program.module, site.weight) for site in task.sites}
+    earlier = task.program.with_facts(replace(task.rounding, weights=weights))
+    assert not with_asymmetric_grids(replace(task, program=earlier)).rounding.weights
 
 
 def test_no_integer_backend_takes_them() -> None:
-    to_qdq(task_of("plain", 4, 8).simulated().module)
-    module, _ = with_asymmetric_weights(task_of("plain", 4, 8).simulated())
+    task = task_of("plain", 4, 8)
+    to_qdq(task.simulated().module)
     with pytest.raises(LoweringError, match="grid"):
-        to_qdq(module)
+        to_qdq(with_asymmetric_grids(task).simulated().module)

@@ -14,7 +14,7 @@ from fxquant.core.facts import NormStatistics, Statistics
 from fxquant.core.ir import Program, nodes_by_name
 from fxquant.core.run import GraphReplay, Span, cut_span, varying_nodes
 from fxquant.passes import Canonicalize, FoldBatchnorm
-from fxquant.passes.rounding.learned import corrected, has_statistics, mismatch
+from fxquant.passes.rounding.learned import corrected_inputs, has_statistics, mismatch
 from tests.models import MODELS
 from tests.programs import captured, folded
 
@@ -49,7 +49,7 @@ def objective(x: Tensor, weight: float) -> Tensor:
 @cache
 def result(batch: int, weight: float = 50.0) -> Tensor:
     span, known = unit(folded("residual"))
-    return corrected(span, images(), known, STEPS, weight, batch)["x"]
+    return corrected_inputs(span, images(), known, STEPS, weight, batch)["x"]
 
 
 def test_a_large_batch_equals_small_ones() -> None:
@@ -83,7 +83,7 @@ def test_the_first_step_goes_down_the_published_gradient() -> None:
         total = total + spread.square().sum(dim=1).mean()
     (gradient,) = torch.autograd.grad(total, x)
     # Adam's first step is the sign of the gradient times the rate.
-    stepped = corrected(span, images(), known, 1, 50.0, 8)["x"] - images()["x"]
+    stepped = corrected_inputs(span, images(), known, 1, 50.0, 8)["x"] - images()["x"]
     clear = gradient.abs() > gradient.abs().median()
     assert torch.allclose(stepped[clear], -1e-3 * gradient[clear].sign(), rtol=1e-2, atol=2e-6)
 
@@ -99,7 +99,7 @@ def test_channels_whose_factor_is_zero_say_nothing() -> None:
         name: replace(each, factor=torch.cat([torch.zeros(1), each.factor[1:]]), mean=each.mean + 100 * torch.eye(8)[0])
         for name, each in known.items()
     }
-    made = corrected(span, images(), dead, STEPS, 50.0, 8)["x"]
+    made = corrected_inputs(span, images(), dead, STEPS, 50.0, 8)["x"]
     assert bool(torch.isfinite(made).all())
     assert float((made - images()["x"]).abs().max()) < 0.05
 
@@ -135,4 +135,4 @@ def test_integers_stay_as_they_are() -> None:
     span, known = unit(folded("residual"))
     whole = Span(lambda x: span.module(x.float()), span.inputs, span.sizes, span.outputs)
     x = {"x": images()["x"].round().long()}
-    assert corrected(whole, x, known, 3, 50.0, 8)["x"].equal(x["x"])
+    assert corrected_inputs(whole, x, known, 3, 50.0, 8)["x"].equal(x["x"])

@@ -7,17 +7,7 @@ import math
 import pytest
 
 from fxquant.core.errors import OptionError
-from fxquant.passes.rounding.learned import (
-    ADAROUND,
-    BRECQ,
-    FAITHFUL,
-    FAST,
-    PDQUANT,
-    QDROP,
-    SECOND_STAGE,
-    VIT,
-    Reconstruction,
-)
+from fxquant.passes.rounding.learned import PROFILES, Reconstruction
 
 REFUSED: list[dict[str, object]] = [
     {"unit": "blocks"},
@@ -27,7 +17,6 @@ REFUSED: list[dict[str, object]] = [
     {"batch": 0},
     {"prediction_every": 0},
     {"memory_mb": 0},
-    {"mix": 1.5},
     {"drop": -0.1},
     {"warmup": 2.0},
     {"rounding_lr": -1.0},
@@ -35,12 +24,10 @@ REFUSED: list[dict[str, object]] = [
     {"regulariser": math.nan},
     {"correction": -1},
     {"temperature": 0.0},
-    {"beta": (20.0,)},
-    {"beta": (20.0, 0.0)},
 ]
 
 
-WRONG: list[tuple[str, object]] = [("iterations", "many"), ("iterations", 2.5), ("drop", "half"), ("beta", 3)]
+WRONG: list[tuple[str, object]] = [("iterations", "many"), ("iterations", 2.5), ("drop", "half")]
 
 
 @pytest.mark.parametrize("values", REFUSED, ids=str)
@@ -68,22 +55,13 @@ def test_a_number_of_blocks_may_be_a_number() -> None:
 
 
 def test_changes_leave_the_rest_as_it_was() -> None:
-    changed = PDQUANT.changed({"iterations": 7, "drop": 0})
-    assert (changed.iterations, changed.drop, changed.correction) == (7, 0, PDQUANT.correction)
-    assert PDQUANT.changed({}) == PDQUANT
+    known = PROFILES["pdquant"].stages["pdquant"]
+    changed = known.changed({"iterations": 7, "drop": 0})
+    assert (changed.iterations, changed.drop, changed.correction) == (7, 0, known.correction)
+    assert known.changed({}) == known
 
 
 def test_answers_are_wanted_for_either_term() -> None:
-    asked = [options.wants_answers for options in (ADAROUND, BRECQ, QDROP, FAITHFUL, PDQUANT, FAST, SECOND_STAGE, VIT)]
-    assert asked == [False] * 3 + [True] * 5
+    assert not Reconstruction().wants_answers
+    assert Reconstruction(prediction=1.0).wants_answers
     assert Reconstruction(feature=1.0).wants_answers
-
-
-def test_the_faithful_profile_is_the_published_one() -> None:
-    told = (FAITHFUL.iterations, FAITHFUL.batch, FAITHFUL.rounding_lr, FAITHFUL.step_lr, FAITHFUL.step_share)
-    assert told == (20000, 32, 3e-3, 4e-5, False)
-    assert (FAITHFUL.regulariser, FAITHFUL.warmup, FAITHFUL.beta) == (0.01, 0.2, (20.0, 2.0))
-    assert (FAITHFUL.prediction, FAITHFUL.temperature, FAITHFUL.correction_weight) == (10.0, 4.0, 50.0)
-    assert (FAITHFUL.inputs, FAITHFUL.mix, FAITHFUL.drop, FAITHFUL.correction) == ("mixed", 0.5, 0.5, 500)
-    assert FAITHFUL.asymmetric
-    assert not FAITHFUL.normalise

@@ -15,7 +15,7 @@ from fxquant.core.ir import Sites
 from fxquant.core.run import Span, cut_span
 from fxquant.passes import simulate
 from fxquant.passes.rounding.learned import (
-    FAITHFUL,
+    PROFILES,
     LearnedActivation,
     Material,
     Outcome,
@@ -28,12 +28,19 @@ from fxquant.passes.rounding.learned import (
     find_units,
     relative_error,
     softened_kl,
+    tune,
 )
 from tests import scoring
 from tests.passes.rounding.tasks import plan_of
 
 IMAGES = 12
-PLAIN = replace(FAITHFUL, iterations=10, batch=4, drop=0.0, mix=1.0, asymmetric=False, correction=0)
+PLAIN = replace(PROFILES["pdquant-faithful"].stages["pdquant-faithful"], iterations=10, batch=4, drop=0.0, correction=0)
+
+
+@pytest.fixture(autouse=True)
+def quantized_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mix nothing in unless a test asks for it: what is drawn at random cannot be written down by hand."""
+    monkeypatch.setattr(tune, "MIX", 1.0)
 
 
 def tuner(options: Reconstruction, index: int = 1, feature: str | None = None) -> Tuner:
@@ -119,10 +126,11 @@ def test_the_loss_is_their_published_sum() -> None:
     assert trace.losses[0] == pytest.approx(float((errors["rec"] + 10.0 * errors["prediction"]).detach()), rel=1e-5)
 
 
-def test_float_inputs_are_read_where_they_are_asked_for() -> None:
+def test_float_inputs_are_read_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     index = torch.arange(4)
-    for asked, mix in (("float", 0.5), ("mixed", 0.0)):
-        made = tuner(replace(PLAIN, inputs=asked, mix=mix))
+    monkeypatch.setattr(tune, "MIX", 0.0)
+    for asked in ("float", "mixed"):
+        made = tuner(replace(PLAIN, inputs=asked))
         outputs, targets = made.pieces.unit(made.material.floats(index)), made.material.targets(index)
         expected = sum(channel_sums(outputs[name] - targets[name]) for name in targets)
         assert float(made.errors(index, 0)["rec"].detach()) == pytest.approx(
@@ -175,7 +183,7 @@ def test_the_feature_error_is_taken_in_front_of_the_last_layer() -> None:
 
 
 def test_the_penalty_waits_for_the_warm_up_and_its_exponent_falls_linearly() -> None:
-    made = tuner(replace(PLAIN, iterations=100, warmup=0.2, beta=(20.0, 2.0), regulariser=0.5))
+    made = tuner(replace(PLAIN, iterations=100, warmup=0.2, regulariser=0.5))
     soft = [module for module in made.pieces.learned.values() if isinstance(module, SoftRounding)]
     assert [made._penalty(iteration) for iteration in (0, 19)] == [None, None]
     for iteration, beta in ((20, 20.0), (60, 11.0), (100, 2.0)):
@@ -229,8 +237,9 @@ def test_divergence_stops_the_loop() -> None:
     assert len(trace.losses) < 30
 
 
-def test_one_seed_gives_one_course() -> None:
-    options = replace(PLAIN, mix=0.5, drop=0.5)
+def test_one_seed_gives_one_course(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "MIX", 0.5)
+    options = replace(PLAIN, drop=0.5)
     assert tuner(options).run().losses == tuner(options).run().losses
     other = tuner(options)
     other._batches.manual_seed(1)
