@@ -1,4 +1,4 @@
-"""Round a plan better than to nearest: a chain of algorithms, kept only if the held-out loss falls."""
+"""Round a plan with a chain of algorithms, kept only if the held-out loss falls."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from fxquant.passes.rounding import ROUNDERS, RoundingTask, accepted, rejection
 from fxquant.passes.rounding.learned import Reconstruction
 
 JOIN = "+"
-"""Between the names of a chain."""
+"""Separates the names of a chain."""
 LESS_MEMORY = "give fewer images, or a smaller memory_mb or batch among the rounding options"
 ROUNDED = "rounded, "
-"""In front of a chain's name among a plan's finalists."""
+"""Prefix of a chain's name among a plan's finalists."""
 
 
 def algorithms(chain: str, overrides: Mapping[str, object] | None = None) -> tuple[str, ...]:
@@ -32,10 +32,10 @@ def algorithms(chain: str, overrides: Mapping[str, object] | None = None) -> tup
 
     Args:
         chain: names joined by "+".
-        overrides: settings of the reconstruction engine, which are checked along.
+        overrides: settings of the reconstruction engine, which are checked too.
 
     Raises:
-        OptionError: one of them is unknown, or a setting is, or has a value out of range.
+        OptionError: an unknown algorithm or setting, or a value out of range.
     """
     _ = Reconstruction().changed(overrides or {})
     names = tuple(name.strip() for name in chain.split(JOIN))
@@ -54,28 +54,28 @@ def round_plan(
     overrides: Mapping[str, object] | None = None,
     corrections: ScoreStore | None = None,
 ) -> Program:
-    """Return the program with the plan's weights, biases and scales tuned, or as it was where that does not help.
+    """Return the program with weights, biases and scales rounded, or as it was if the held-out loss does not fall.
 
     Args:
         program: calibrated, with the plan.
-        chain: names of algorithms joined by "+", each going on from what the one before it left.
+        chain: names of algorithms joined by "+", each starting at the result of the one before it.
         images: to tune on.
-        held_out: images that decide whether each unit, and the whole, stays; None keeps everything.
-        folder: where finished units are kept, so that a killed run goes on; None keeps none.
+        held_out: images that decide whether each unit, and the chain, is accepted; None accepts everything.
+        folder: keeps finished units, from which a killed run resumes; None keeps none.
         reporter: shows progress.
-        overrides: settings of the reconstruction engine -> value, in the place of the algorithm's own.
+        overrides: settings of the reconstruction engine -> value, which replaces the algorithm's own.
         corrections: corrected inputs of earlier runs on the same images; None for those of `folder`, or none.
 
     Raises:
         OptionError: an unknown algorithm or setting.
-        CalibrationError: the images are too few, or an algorithm needs what the network does not have.
+        CalibrationError: the images are too few.
     """
     names, settings, plan = algorithms(chain, overrides), program[Settings], program[BitAllocation]
     loss = loss_name(program, images)
     known = score_identity(program, images, loss) if folder is not None else {}
     if corrections is None:
         corrections = ScoreStore(None if folder is None else folder / "corrections", _fields(known, "model", "data"))
-    # Units are tuned anew for another plan, another seed or other settings; each has a folder of its own.
+    # Units depend on the plan, the seed and the settings: each combination has its own folder.
     asked = text_digest(f"{plan.to_json()['choices']} {sorted((overrides or {}).items())} {settings.seed} {chain}")
     rounded = program
     for position, name in enumerate(names):
@@ -96,7 +96,7 @@ def round_plan(
             rounded = ROUNDERS[name](task)
     own = _scales_by_channel(rounded)
     if own and not backend(settings.target).target.per_channel:
-        note = f"{chain} was left: it gives channels of {own[0]!r} scales of their own, which the target does not run"
+        note = f"{chain} was rejected: channels of {own[0]!r} get different scales, and the target runs one per weight"
         reporter.say(note)
         left = Rounding.of(program, plan.choices)
         return program.with_facts(replace(left, notes=(*left.notes, note)))
@@ -113,17 +113,17 @@ def round_with_feedback(
     reporter: Reporter = SILENT,
     overrides: Mapping[str, object] | None = None,
 ) -> Program:
-    """Round the plan; then solve it anew with what each unit really cost, and round again, while that helps.
+    """Round the plan, then solve it again with the measured cost of each unit and round the new plan, while that helps.
 
     Args:
         program: calibrated, with sensitivity and the plan.
-        chain: see `round_plan`, as for all but the next.
+        chain: names of algorithms joined by "+".
         images: to tune on.
-        held_out: decides.
-        feedback: times at most that the plan is solved anew; the one with the lowest held-out loss stays.
+        held_out: images that decide what is accepted.
+        feedback: how many times at most the plan is solved again; the plan of the lowest held-out loss is returned.
         folder: keeps finished units.
         reporter: shows progress.
-        overrides: settings of the reconstruction engine.
+        overrides: settings of the reconstruction engine -> value.
 
     Raises:
         OptionError: feedback for a plan without limits.
@@ -133,10 +133,12 @@ def round_with_feedback(
     for _ in range(feedback):
         plan = best[BitAllocation]
         if not plan.limits:
-            raise OptionError("feedback solves the plan's limits anew, and this plan has none; resolve it for a budget")
-        # From the network as it was calibrated: what a chain did to the best one's, it will do again.
-        told = realised(best)
-        program = program.with_facts(told[Surrogates], told[SensitivityMatrix])
+            raise OptionError(
+                "feedback solves the plan's limits again, and this plan has none; resolve the result for a budget first"
+            )
+        # Starts at the network as calibrated: the chain will change it again.
+        measured = realised(best)
+        program = program.with_facts(measured[Surrogates], measured[SensitivityMatrix])
         again = search.allocate(program, Budget.of(plan.limits), held_out, reporter)
         if again[BitAllocation].choices == plan.choices:
             break
@@ -148,7 +150,7 @@ def round_with_feedback(
 
 
 def _scales_by_channel(program: Program) -> list[str]:
-    """Return the sites to whose channels a rounding gave scales that differ."""
+    """Return the sites whose channels have different scales in the rounding."""
     grids = program[Rounding].grids if Rounding in program else {}
     return [site for site, grid in grids.items() if bool((grid.scale != grid.scale.reshape(-1)[0]).any())]
 
@@ -165,7 +167,7 @@ def _fields(identity: Mapping[str, str], *names: str) -> dict[str, str]:
 def _better(
     program: Program, rounded: Program, chain: str, held_out: CalibrationSet, loss: str, reporter: Reporter
 ) -> Program:
-    """Return the rounded program if its held-out loss is lower, and note what was found on the plan either way."""
+    """Return the rounded program if it is accepted, else the program; the plan records both losses."""
     plan, reference = program[BitAllocation], model_outputs(program.module, held_out.inputs, 32)
 
     def loss_of(candidate: Program) -> float:
@@ -184,7 +186,7 @@ def _better(
 
 
 def realised(program: Program, lowest: float = 0.1, highest: float = 10.0) -> Program:
-    """Return the program with its surrogates corrected by what units really cost once rounded.
+    """Return the program with its surrogates corrected by the measured cost of rounded units.
 
     The loss telescopes over prefixes of the network, `Phi(1..n) = sum_k Phi(1..k) - Phi(1..k-1)`: each unit's realised
     increment, over the increment that the surrogate predicts for it, scales the candidates of the unit's sites. With r
@@ -193,7 +195,7 @@ def realised(program: Program, lowest: float = 0.1, highest: float = 10.0) -> Pr
     Args:
         program: with a rounding whose units were measured.
         lowest: smallest ratio used.
-        highest: largest ratio used; a unit that costs next to nothing in the model says little.
+        highest: largest ratio used; ratios over a predicted cost near zero are noise.
 
     Raises:
         OptionError: no unit was measured.
@@ -201,13 +203,13 @@ def realised(program: Program, lowest: float = 0.1, highest: float = 10.0) -> Pr
     plan = program[BitAllocation]
     units = _last_pass(program[Rounding])
     if not units:
-        raise OptionError("no unit of this rounding was measured on held-out images; reconstruct with such images")
+        raise OptionError("no unit of this rounding was measured on held-out images; reconstruct with held-out images")
     matrices = {}
     for name, matrix in program[Surrogates].matrices.items():
         ratios: dict[str, float] = {}
         predicted, spent = matrix.predict({}), 0.0
         for unit in units:
-            # A shared weight is decided, and counted, in the first unit that holds it.
+            # A shared weight counts in the first unit that holds it, which decides it.
             new = [site for site in unit.sites if site not in ratios]
             now = matrix.predict({site: plan.choices[site] for site in (*ratios, *new)})
             expected, real = now - predicted, _realised_loss(unit) - spent
@@ -229,5 +231,5 @@ def _last_pass(rounding: Rounding) -> list[UnitRecord]:
     for unit in rounding.units:
         if unit.sites and math.isfinite(_realised_loss(unit)):
             passes.setdefault(unit.method, []).append(unit)
-    # One unit that is the whole network tells nothing of its parts.
+    # One unit that is the whole network has no increments for its parts.
     return max(reversed(passes.values()), key=lambda units: len(units) > 1, default=[])

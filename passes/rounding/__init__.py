@@ -1,4 +1,4 @@
-"""Rounding algorithms: one file each, all behind one `Rounding`."""
+"""Rounding algorithms: closed forms and learned ones, each a function from a `RoundingTask` to a program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nearest rounding: every weight to the closest value of its grid, the rung all others are compared with."""
+"""Nearest rounding: every weight to the closest value of its grid, the baseline of all other algorithms."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
 
 @ROUNDERS.register("nearest")
 def nearest(task: RoundingTask) -> Program:
-    """Forget what earlier algorithms chose: `q = clamp(round(w / scale), qmin, qmax)`."""
-    # Parameters that took the place of the model's own are in the graph, and would be missed by who reads a file.
+    """Discard the choices of earlier algorithms: `q = clamp(round(w / scale), qmin, qmax)`."""
+    # Equalized parameters are in the graph already, and a file of the rounding must hold them.
     return task.program.with_facts(Rounding(task.choices, "nearest", parameters=task.rounding.parameters))

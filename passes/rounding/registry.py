@@ -1,4 +1,4 @@
-"""The table of rounding algorithms, and what each of them is handed."""
+"""The table of rounding algorithms, and their common argument."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from fxquant.passes.simulation import simulate
 
 @dataclass(frozen=True)
 class RoundingTask:
-    """One plan of one network, to be rounded better.
+    """One plan of one network, whose weights are to be rounded.
 
     Args:
         program: calibrated float program with the plan (`BitAllocation`), and the `Rounding` of an earlier algorithm.
         images: calibration images to tune on.
-        held_out: images that decide whether what was tuned stays; None keeps everything.
+        held_out: images that decide whether a rounding is accepted; None accepts everything.
         loss: name of the loss.
         seed: seed of every random choice.
-        store: finished units; a killed run goes on from there.
-        corrections: corrected inputs, which depend on the float network and the images alone: one for all plans.
-        overrides: settings of the reconstruction engine -> value, in the place of each algorithm's own.
+        store: finished units, from which a killed run resumes.
+        corrections: corrected inputs; they depend on the float network and the images alone, and serve all plans.
+        overrides: settings of the reconstruction engine -> value, which replaces the algorithm's own.
         reporter: shows progress.
     """
 
@@ -52,20 +52,20 @@ class RoundingTask:
 
     @property
     def rounding(self) -> Rounding:
-        """What earlier algorithms chose for this plan; one that changes nothing where there was none."""
+        """The rounding that earlier algorithms chose for this plan, an empty one if none did."""
         return Rounding.of(self.program, self.choices)
 
     def simulated(self, rounding: Rounding | None = None) -> Program:
-        """Return the simulated program with a rounding in place, the task's own where none is given."""
+        """Return the simulated program with a rounding, by default that of earlier algorithms."""
         chosen = self.rounding if rounding is None else rounding
         return simulate(self.program.with_facts(chosen), self.program[BitAllocation])
 
     def bare(self) -> Program:
-        """Return the simulated program without rounding: with its quantizers off it is exactly the float network."""
+        """Return the simulated program without rounded weights: its quantizers off, it is exactly the float network."""
         return simulate(self.program, self.program[BitAllocation], round_biases=False)
 
     def done(self, rounding: Rounding, method: str, program: Program | None = None) -> Program:
-        """Return the program with this rounding, its name added to those before it."""
+        """Return the program with this rounding, its name appended to those of earlier algorithms."""
         names = [name for name in (self.rounding.method, method) if name != "nearest"]
         named = replace(rounding, method="+".join(names) or "nearest")
         return (self.program if program is None else program).with_facts(named)

@@ -1,4 +1,4 @@
-"""What a batch normalisation knew of its input, kept after it was folded away."""
+"""Statistics of batch normalisations, kept after folding."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one batch normalisation `y = factor (a - mean) + shift`, folded into the op in front of it.
+    """Statistics of one batch normalisation `y = factor (a - mean) + shift`, folded into the preceding op.
 
-    With them the input a is recovered from the folded op's output: `a = (y - shift) / factor + mean`.
+    They recover its input from the folded op's output: `a = (y - shift) / factor + mean`.
 
     Args:
         factor: `gamma / sqrt(variance + eps)`, shape (channels,).
@@ -28,6 +28,6 @@ class Statistics:
 
 @dataclass(frozen=True)
 class NormStatistics:
-    """Name of the folded op -> what was known of its unfolded output; channels are on axis 1."""
+    """Name of the folded op -> statistics of its output before folding; channels are on axis 1."""
 
     folded: dict[str, Statistics]

@@ -1,4 +1,4 @@
-"""What calibration saw on each value: a histogram that grows without storing activations."""
+"""Calibrated ranges: a histogram of each value that may carry a quantizer."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ class Histogram:
 
 
 def merged(histograms: Iterable[Histogram]) -> Histogram:
-    """Return one histogram over the union: what a group of edges with one scale sees."""
+    """Return one histogram over the union, that of a group of edges with one scale."""
     members = list(histograms)
     if len(members) == 1:
         return members[0]
     low = min(h.low for h in members)
     high = max(h.low + BINS * h.width for h in members)
     width = (high - low) / BINS
-    # Each member counts the same, whatever its size: a large map must not drown a small one.
+    # Each member has the same weight, or a large feature map would outweigh a small one.
     counts = sum((h.rebinned(low, width) / h.counts.sum() for h in members), np.zeros(BINS))
     return Histogram(low, width, counts, min(h.minimum for h in members), max(h.maximum for h in members))
 
@@ -97,7 +97,7 @@ class Ranges:
     """Calibrated distribution of every value that may carry a quantizer.
 
     Args:
-        histograms: producer node name -> what was seen there.
+        histograms: producer node name -> distribution of its values.
         clip: "mse" searches the clip of least squared error per grid, "full" uses minimum and maximum as they are.
     """
 

@@ -1,4 +1,4 @@
-"""`Rounding`: the weights, biases and grids that a rounding algorithm chose for one plan."""
+"""The weights, biases and grids that rounding algorithms chose for one plan."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """What became of one unit of the network.
+    """Outcome of one unit of the network.
 
     Args:
         name: the unit's first site.
         method: the algorithm.
         before: held-out loss of the network, quantized up to this unit, with the unit as it was; NaN if not measured.
-        after: the same with the unit's result in place.
-        kept: whether the result stayed.
-        reason: why it did not, "" where it did.
+        after: held-out loss with the unit's result.
+        kept: whether the result was accepted.
+        reason: why it was not, "" if it was.
         seconds: wall time.
         sites: the sites whose weights it holds.
     """
@@ -46,19 +46,19 @@ class UnitRecord:
 
 @dataclass(frozen=True)
 class Rounding:
-    """What a rounding algorithm chose; it holds for one plan, and `simulate` puts it into that plan's graph.
+    """The choices of rounding algorithms for one plan, which `simulate` applies to that plan's graph.
 
     Args:
         choices: the plan it was made for.
         method: the algorithms, in order, joined by "+".
-        weights: site name -> weight in float32, on its grid, or anywhere where the nearest grid value is meant.
+        weights: site name -> weight in float32; values off its grid mean the nearest value on it.
         grids: site name -> grid of that weight where it is not the plan's own.
         biases: op node name -> bias in float32, shape (channels,).
         activations: group name -> grid of its values, scale and zero_point of shape ().
-        parameters: attribute path -> float parameter that took the place of the model's own, so that the float network
-            computes the same with them (equalization).
-        units: what became of each unit.
-        notes: what else a person should know, for example which step was left out and why.
+        parameters: attribute path -> float parameter that replaces the model's own without changing the float network's
+            function (equalization).
+        units: outcome of each unit.
+        notes: further information for the user, for example which step was left out and why.
 
     Raises:
         OptionError: no plan, or a tensor that is not finite.
@@ -76,7 +76,7 @@ class Rounding:
 
     def __post_init__(self) -> None:
         if not self.choices:
-            raise OptionError("a rounding needs the plan it was made for")
+            raise OptionError("a rounding needs the plan it was made for; its choices are empty")
         for kind, tensors in (("weight", self.weights), ("bias", self.biases), ("parameter", self.parameters)):
             for name, tensor in tensors.items():
                 if not torch.isfinite(tensor).all():
@@ -84,9 +84,9 @@ class Rounding:
 
     @staticmethod
     def of(program: Program, choices: dict[str, Choice]) -> Rounding:
-        """Return the program's rounding if it was made for these choices, else one that changes nothing.
+        """Return the program's rounding if it was made for these choices, else an empty one.
 
-        Parameters that took the place of the model's own are in the program's graph whatever the plan, and stay.
+        Equalized parameters are in the program's graph whatever the plan, and stay.
         """
         known: Rounding | None = program.facts.get(Rounding)
         if known is None or known.holds_for(choices):
@@ -131,7 +131,7 @@ class Rounding:
             "notes": list(self.notes),
             "specs": {site: asdict(grid.spec) for site, grid in self.grids.items()},
             "activation_specs": {group: asdict(grid.spec) for group, grid in self.activations.items()},
-            # JSON has no NaN; a unit that was not measured simply has no loss.
+            # JSON has no NaN: a loss that was not measured is null.
             "units": [{k: _plain(v) for k, v in asdict(unit).items()} for unit in self.units],
         }
         arrays = {"header": np.array(json.dumps(header))}

@@ -1,4 +1,4 @@
-"""Closed-form rounding algorithms: one file each, no training."""
+"""Closed-form rounding algorithms: one file each, without training."""
 
 from __future__ import annotations
 

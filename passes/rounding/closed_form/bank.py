@@ -1,8 +1,8 @@
-"""Weights rounded well at every candidate width before there is a plan, so that scores see what a plan would get.
+"""Pre-round weights at every candidate width, for scoring before there is a plan.
 
-Scores of nearest rounding overstate what low widths cost after reconstruction. One walk through the float network gives
-the moments of every site's input, and they serve all widths (BRECQ, arXiv 2102.05426, likewise scores what was
-reconstructed).
+Scores taken with nearest rounding overstate the cost of low widths after reconstruction. One walk through the float
+network gives the moments of every site's input, which serve all widths (BRECQ, arXiv 2102.05426, likewise scores
+reconstructed weights).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from fxquant.passes.rounding.closed_form.layerwise import RowAlgorithm, moments_
 from fxquant.passes.rounding.closed_form.prefix import Prefix, fitting
 
 METHODS: dict[str, RowAlgorithm] = {"gptq": gptq.gptq_rows, "gpfq": gpfq.gpfq_rows}
-"""Name -> moments of a site's input to a rounding of its weight on any grid."""
+"""Name -> algorithm, which rounds a weight on any grid given the moments of its input."""
 
 
 @dataclass(frozen=True)
 class RoundWeights(Pass):
-    """Write `WeightGrids` whose grids hold every site's weight rounded layer by layer on the float network's inputs.
+    """Write `WeightGrids` with every site's weight rounded at every width, on the float network's inputs.
 
     Args:
         images: calibration images.
@@ -49,7 +49,7 @@ class RoundWeights(Pass):
             raise OptionError(f"unknown weight rounding {self.method!r}; known: {', '.join(METHODS)}")
 
     def run(self, program: Program) -> tuple[Program, int]:
-        """Return the program with rounded weights beside its grids; the graph stays as it is."""
+        """Return the program with rounded weights beside its grids; the graph does not change."""
         sites, grids, rounded = program[Sites].sites, program[WeightGrids].grids, dict[tuple[str, int], Tensor]()
         walk = Prefix(program.module, fitting(program.module, self.images))
         for site in self.reporter.track(sites, f"{self.method} at every width", len(sites)):

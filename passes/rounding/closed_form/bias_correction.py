@@ -1,4 +1,4 @@
-"""Bias correction: what rounding moves the mean of a channel by is taken from its bias (arXiv 1906.04721)."""
+"""Bias correction: subtract from each bias the shift of its channel's mean that rounding causes (arXiv 1906.04721)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
 
 @ROUNDERS.register("bias_correction")
 def bias_correction(task: RoundingTask) -> Program:
-    """Give every channel the float network's mean again, op by op, each behind the corrected ones.
+    """Restore every channel's mean to the float network's, op by op, each after those before it were corrected.
 
-    `b <- b + E[y_float] - E[y_quantized]` per output channel, means over images and positions in front of the
-    activation: the empirical variant of arXiv 1906.04721, section 4.2. Weights stay as earlier algorithms rounded them;
-    an op without a bias gets one.
+    `b <- b + E[y_float] - E[y_quantized]` per output channel, means over images and positions before the
+    activation: the empirical variant of arXiv 1906.04721, section 4.2. Weights stay as earlier algorithms rounded
+    them; an op without a bias gets one.
     """
     started = time.perf_counter()
     rounding = corrected_biases(task)
@@ -44,7 +44,7 @@ def corrected_biases(task: RoundingTask) -> Rounding:
         floating.past(name)
         node = resolve(simulated.module.graph, name)
         shift = channel_means(floating.value(name), node) - channel_means(quantized.value(name), node)
-        # The op is linear in its bias: what comes behind it sees the corrected one without another run.
+        # The op is linear in its bias, so that its output is shifted instead of run again.
         dimensions = quantized.value(name)[0].dim()
         shape = [-1] + [1] * (dimensions - 1 - channel_axis(dimensions, node))
         quantized.change(name, partial(_shifted, shift=shift.reshape(shape)))

@@ -1,8 +1,8 @@
 """Pairs of weighted ops between which channels may be scaled without changing what the network computes.
 
-`f(s x) = s f(x)` for s > 0 holds of ReLU, pooling, zero padding and reshapes: what a layer's channel is multiplied by,
-the next layer's weights may be divided by (arXiv 1906.04721, section 4.1). What the ops in between do to the channels
-is not known from a table but probed: the output of the first op is replaced by channel codes, read at the second.
+`f(s x) = s f(x)` for s > 0 holds for ReLU, pooling, zero padding and reshapes: a factor on a layer's channel can be
+divided out of the next layer's weights (arXiv 1906.04721, section 4.1). Where the ops in between move each channel is
+probed: the output of the first op is replaced by channel codes, which are read at the input of the second.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ CODE_TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class ScaleChain:
-    """Two weighted ops, what the first one writes reaches the second alone.
+    """Two weighted ops, the second of which is the only reader of the first.
 
     Args:
         first: node name of the op whose output channels are scaled.
-        second: node name of the op whose weights take the scale back.
+        second: node name of the op whose weights undo the scale.
         between: names of the values from the first op's output up to the second's input, in order.
         channels: the first op's output channel that each element of the second's weight meets, -1 where it meets none;
             shape of the second's weight.
@@ -82,7 +82,7 @@ def _unfit(node: Node, rule: OpRule) -> str | None:
 
 
 def _path(node: Node) -> list[Node] | str:
-    """Return the nodes from a weighted op to the next one it alone feeds, or why there is none."""
+    """Return the nodes from a weighted op to the next one if that is its only reader, or why there is none."""
     path = [node]
     while True:
         value = path[-1]
@@ -116,7 +116,7 @@ def _probe(replay: GraphReplay, base: Environment, path: list[Node], falling: bo
     assert isinstance(source, Node)
     _, after = replay.replay(base, {first.name: lambda _: coded}, keep=True)
     read = after[source].movedim(channel_axis(after[source].dim(), last), 0).flatten(1)
-    # Padding is zero in every code; what is left of a channel must be its code alone.
+    # Padding reads as zero; every other element of a channel must hold the channel's code.
     value = read.amax(dim=1)
     alone = ((read - value.unsqueeze(1)).abs() <= CODE_TOLERANCE) | (read == 0)
     distance, channel = (value.unsqueeze(1) - codes.unsqueeze(0)).abs().min(dim=1)
@@ -125,7 +125,7 @@ def _probe(replay: GraphReplay, base: Environment, path: list[Node], falling: bo
 
 
 def _met_by(node: Node, channel: Tensor) -> Tensor:
-    """Return what stands for each input channel at every element of the weight that meets it."""
+    """Return the values of the input channels, spread over the elements of the weight that multiply them."""
     rule = rule_of(node)
     assert rule is not None
     assert rule.weight is not None

@@ -1,4 +1,4 @@
-"""Cross-layer equalization: channels between two layers are scaled to like ranges (arXiv 1906.04721, section 4.1)."""
+"""Cross-layer equalization: scale channels between two layers to equal ranges (arXiv 1906.04721, section 4.1)."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
 
 SWEEPS = 100
 CONVERGED = 1e-4
-"""Largest `|log s|` of a sweep that counts as none."""
+"""Largest `|log s|` of a sweep after which the sweeps end."""
 
 REASONS = 3
-"""Reasons that are listed where no layer can be scaled."""
+"""Reasons listed where no layer can be scaled."""
 
 
 @ROUNDERS.register("equalize")
 def equalize(task: RoundingTask) -> Program:
-    """Scale channels between neighbouring layers so that both layers' weights use their ranges alike.
+    """Scale channels between neighbouring layers so that the weights of both have equal ranges.
 
     `W1 <- W1 / s, b1 <- b1 / s, W2 <- W2 s` with `s_i = sqrt(r1_i r2_i) / r2_i`, r1 and r2 the largest |weight| of
-    channel i in the first and the second layer; arXiv 1906.04721, eq. 11, swept over all pairs until nothing moves. The
-    float network computes what it did. Ranges between the layers are observed and weight grids searched anew.
+    channel i in the first and the second layer; arXiv 1906.04721, eq. 11, swept over all pairs until it converges. The
+    float network's function does not change. Ranges between the layers are observed and weight grids searched again.
 
     Raises:
-        OptionError: weights, biases or grids were chosen already: they belong to the unscaled network.
+        OptionError: an earlier algorithm chose weights, biases or grids, which belong to the unscaled network.
     """
     earlier = task.rounding
     if earlier.weights or earlier.biases or earlier.grids or earlier.activations:
@@ -57,9 +57,9 @@ def equalize(task: RoundingTask) -> Program:
     started = time.perf_counter()
     chains, refusals = scale_chains(task.program, task.images)
     if not chains:
-        # A deep network says the same of every layer.
-        said = [*list(refusals.values())[:REASONS], *(["..."] if len(refusals) > REASONS else [])]
-        reason = "no two layers can be equalized: " + "; ".join(said)
+        # A deep network has the same reason for every layer.
+        reasons = [*list(refusals.values())[:REASONS], *(["..."] if len(refusals) > REASONS else [])]
+        reason = "no two layers can be equalized: " + "; ".join(reasons)
         seconds = time.perf_counter() - started
         return recorded(task, earlier, record_of(first_site(task), "equalize", None, None, reason, seconds))
     parameters = equalized(task.program.module, chains)
@@ -71,7 +71,7 @@ def equalize(task: RoundingTask) -> Program:
 
 @dataclass
 class _Layer:
-    """A weighted op under way, in float64."""
+    """The parameters of a weighted op in float64, scaled in place."""
 
     weight_path: str
     bias_path: str | None
@@ -116,11 +116,11 @@ def _balance(first: _Layer, second: _Layer, channels: Tensor) -> float:
     """Scale one pair and return the largest `|log s|`."""
     count = first.weight.shape[0]
     one = first.weight.abs().flatten(1).amax(dim=1)
-    # Slot 0 gathers what meets no channel (padding); the rest is by channel.
+    # Slot 0 collects the elements that read no channel (padding), the others are by channel.
     two = torch.zeros(count + 1, dtype=one.dtype, device=one.device)
     two.scatter_reduce_(0, (channels + 1).flatten(), second.weight.abs().flatten(), "amax")
     two = two[1:]
-    # A channel that is zero on either side can be scaled at will, and is left alone.
+    # A channel that is zero on either side gains nothing from scaling.
     alive = (one > 0) & (two > 0)
     scale = torch.where(alive, torch.sqrt(one / torch.where(alive, two, one)), torch.ones_like(one))
     scale = torch.where(alive, scale, torch.ones_like(scale))
@@ -133,11 +133,11 @@ def _balance(first: _Layer, second: _Layer, channels: Tensor) -> float:
 def with_parameters(
     program: Program, chains: list[ScaleChain], parameters: dict[str, Tensor], images: CalibrationSet
 ) -> Program:
-    """Return the program with the parameters in place, its ranges between scaled layers and its weight grids renewed.
+    """Return the program with the parameters, and with new ranges between scaled layers and new weight grids.
 
     Args:
         program: calibrated float program.
-        chains: what was scaled.
+        chains: the scaled pairs.
         parameters: attribute path -> value.
         images: run to observe the values between the layers again.
     """
@@ -169,7 +169,7 @@ def with_parameters(
 
 
 def observed(program: Program, producers: set[str], images: CalibrationSet) -> Ranges:
-    """Return the program's ranges, those of these producers observed anew with the program's own observer."""
+    """Return the program's ranges, those of these producers observed again with the program's own observer."""
     known = program[Ranges]
     settings: Settings | None = program.facts.get(Settings)
     name = settings.observer if settings is not None else {"mse": "mse"}.get(known.clip, "minmax")

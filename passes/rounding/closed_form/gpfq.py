@@ -1,4 +1,4 @@
-"""GPFQ, greedy path following: every weight makes up for the error of those before it (arXiv 2201.11113)."""
+"""GPFQ, greedy path following: each weight compensates the error of those before it (arXiv 2201.11113)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fxquant.passes.rounding.closed_form.verdict import judged
 from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
 
 NEGLIGIBLE = 1e-12
-"""An input whose energy is below this share of the largest is taken as always zero."""
+"""An input whose energy is below this share of the largest counts as always zero."""
 
 
 @ROUNDERS.register("gpfq")
 def gpfq(task: RoundingTask) -> Program:
     """Round each layer's weight so that its output on the quantized network follows the float network's.
 
-    Unlike GPTQ it also makes up for the error of the layers in front: the target is the float weight on the float
-    network's values. Scales stay those of the grid; arXiv 2010.11784 and 2201.11113, algorithm 1.
+    Unlike GPTQ it also compensates the error of earlier layers: the target is the float weight on the float network's
+    values. Scales stay those of the grid; arXiv 2010.11784 and 2201.11113, algorithm 1.
     """
     started = time.perf_counter()
     rounding = round_layerwise(task, gpfq_rows, "gpfq", crossed=True)
@@ -30,7 +30,7 @@ def gpfq(task: RoundingTask) -> Program:
 
 
 def gpfq_rows(moments: Moments) -> RowRounder:
-    """Return how GPFQ rounds weights that meet this input.
+    """Return how GPFQ rounds weights that read this input.
 
     With `f_t` and `x_t` the float and the quantized network's t-th input over all images, and u = 0 at first:
     `u += w_t f_t`, `q_t = round(<x_t, u> / |x_t|^2)`, `u -= q_t x_t`. Only inner products are needed:

@@ -1,4 +1,4 @@
-"""GPTQ: weights are rounded one by one, and those still to come make up for the error (arXiv 2210.17323)."""
+"""GPTQ: round weights one by one, later ones compensating the error of earlier ones (arXiv 2210.17323)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fxquant.passes.rounding.closed_form.verdict import judged
 from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
 
 DAMPING = 0.01
-"""Share of the mean diagonal that is added to the diagonal (section 3, step 3)."""
+"""Share of the mean diagonal added to the diagonal (section 3, step 3)."""
 
 BLOCK = 128
-"""Columns whose corrections reach the columns behind them together (section 3, step 2)."""
+"""Columns whose corrections are applied to all later columns at once (section 3, step 2)."""
 
 ATTEMPTS = 12
 
@@ -48,12 +48,12 @@ def gptq_rescaled(task: RoundingTask) -> Program:
 
 
 def gptq_rows(moments: Moments, damping: float = DAMPING, ordered: bool = True, block: int = BLOCK) -> RowRounder:
-    """Return how GPTQ rounds weights that meet this input.
+    """Return how GPTQ rounds weights that read this input.
 
     With `U' U = (H + damping mean(H_jj) I)^-1`, U upper triangular: column j is rounded to `q`, its error
-    `e = (w_j - q) / U_jj` is taken from the columns behind it, `w_k <- w_k - e U_jk`. A row whose output error would
-    then exceed nearest rounding's (the paper knows no such guard: damping and clamped corrections can do that) is
-    rounded to nearest. Inputs that were always zero are rounded to nearest and correct nothing.
+    `e = (w_j - q) / U_jj` is subtracted from later columns, `w_k <- w_k - e U_jk`. A row whose output error would then
+    exceed nearest rounding's is rounded to nearest (a guard that the paper lacks: damping and clamped corrections can
+    do harm). Weights of inputs that are always zero are rounded to nearest and correct nothing.
 
     Args:
         moments: of the op's input; only `gram` is read.
@@ -104,7 +104,7 @@ def _inverse_root(gram: Tensor, damping: float) -> Tensor:
     """Return U of `U' U = (H + damping)^-1`, upper triangular, each group on its own."""
     diagonal = gram.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(dim=1, keepdim=True)
-    # A group that never saw anything but zeros is the identity: nothing corrects anything.
+    # A group that read only zeros gets the identity, so that none of its weights corrects another.
     added = torch.where(mean > 0, damping * mean, torch.ones_like(mean)).expand_as(diagonal)
     for _ in range(ATTEMPTS):
         root, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(added))
@@ -113,6 +113,9 @@ def _inverse_root(gram: Tensor, damping: float) -> Tensor:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
             if not failed.any() and torch.isfinite(upper).all():
                 return upper
-        # Round-off can make a nearly singular H indefinite.
+        # Round-off can make a nearly singular H indefinite; ten times the damping is tried.
         added = added * 10.0
-    raise FailureError("the inputs' second moments cannot be factored; the network's activations are not finite")
+    raise FailureError(
+        "the second moments of the inputs cannot be factored: activations of the network are not finite; "
+        "check the model on the calibration images"
+    )

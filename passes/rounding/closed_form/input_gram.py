@@ -1,8 +1,8 @@
-"""Second moments of what a weighted op reads, streamed: all that GPTQ and GPFQ need to know of the images.
+"""Second moments of a weighted op's input, accumulated batch by batch: the statistics that GPTQ and GPFQ need.
 
 The output of a linear layer or of one position of a convolution is `W x` with x the patch under the filter. Over all
 images and positions, `sum |W x - Q x|^2 = tr((W - Q) H (W - Q)')` with `H = sum x x'`: K x K numbers per group of the
-convolution take the place of every patch of every image.
+convolution replace every patch of every image.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Geometry:
         stride: step along each.
         padding: zeros (in front, behind) along each.
         dilation: distance of filter taps along each.
-        groups: groups of input channels that meet filters of their own.
+        groups: groups of input channels, each with its own filters.
     """
 
     kernel: tuple[int, ...] = ()
@@ -69,7 +69,7 @@ def geometry_of(node: Node) -> Geometry:
 def channel_axis(dimensions: int, node: Node) -> int:
     """Return the axis of an input or output of a weighted op that counts channels.
 
-    It stands in front of the axes the filter slides along, and last where there are none.
+    It precedes the axes the filter slides along, and is the last where there are none.
 
     Args:
         dimensions: axes of the input or output.
@@ -95,7 +95,7 @@ def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
 
 
 def patches(x: Tensor, geometry: Geometry, limit: int = PIECE_ELEMENTS) -> Iterator[Tensor]:
-    """Yield what the filters meet, piece by piece, each of shape (groups, positions, K), K = filter elements.
+    """Yield the patches under the filters, piece by piece, each of shape (groups, positions, K), K = filter elements.
 
     Args:
         x: input of the op: (images, channels, ...) or (channels, ...) for a convolution, (..., features) for a linear
@@ -161,7 +161,7 @@ class GramAccumulator:
             reference: the float network's input of the same shape, wanted if and only if `crossed`.
 
         Raises:
-            PipelineError: the reference is missing, not asked for, or of another shape.
+            PipelineError: the reference is missing, not wanted, or of another shape.
         """
         if (reference is not None) != self._crossed or (reference is not None and reference.shape != x.shape):
             raise PipelineError("cross moments need the float input beside the quantized one, of the same shape")
@@ -173,10 +173,10 @@ class GramAccumulator:
                 self._cross = _added(self._cross, transposed @ next(others))
 
     def moments(self) -> Moments:
-        """Return what was counted.
+        """Return the moments of all batches.
 
         Raises:
-            PipelineError: nothing was.
+            PipelineError: no batch was added.
         """
         if self._gram is None:
             raise PipelineError("no batch was counted; run images through the network first")

@@ -1,4 +1,4 @@
-"""Layer by layer in graph order: every weight is rounded on what the network quantized in front of it gives."""
+"""Round layer by layer in graph order, each weight for the inputs that the network quantized so far gives it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RowRounder = Callable[[Tensor, Tensor, Tensor, Grid], Tensor]
 shape."""
 
 RowAlgorithm = Callable[[Moments], RowRounder]
-"""Moments of an op's input -> how to round weights that meet it; what all widths share is computed once."""
+"""Moments of an op's input -> how to round weights that read it; work that all widths share is done once."""
 
 
 def on_grid(weight: Tensor, grid: Grid, groups: int, rounder: RowRounder) -> Tensor:
@@ -38,16 +38,16 @@ def on_grid(weight: Tensor, grid: Grid, groups: int, rounder: RowRounder) -> Ten
 def round_layerwise(
     task: RoundingTask, algorithm: RowAlgorithm, title: str, crossed: bool = False, regrid: Regrid | None = None
 ) -> Rounding:
-    """Return the task's rounding with every weight rounded on the network that is quantized in front of it.
+    """Return the task's rounding with every weight rounded on the network quantized up to it.
 
-    Ops that share a weight are all run up to, with the weights in between rounded as they are, before it is rounded.
+    A weight that several ops share is rounded after the inputs of all of them were seen.
 
     Args:
-        task: the plan; biases, grids and activation ranges of earlier algorithms stay, weights are chosen anew.
+        task: the plan; biases, grids and activation ranges of earlier algorithms stay, their weights do not.
         algorithm: how rows are rounded.
         title: shown with the progress.
-        crossed: whether the algorithm also wants the float network's inputs.
-        regrid: chooses a grid for each weight; None leaves it on its own.
+        crossed: whether the algorithm also needs the float network's inputs.
+        regrid: chooses a grid for each weight; None keeps its grid.
     """
     earlier = replace(task.rounding, weights={})
     simulated = task.simulated(earlier)
@@ -64,7 +64,7 @@ def round_layerwise(
         if regrid is not None:
             grids[site.name] = grid = regrid(weight, grid, moments.gram, rounder)
         weights[site.name] = on_grid(weight, grid, len(moments.gram), rounder).to(weight.device)
-        # It takes the quantizer's place in the walk, whatever grid the quantizer has.
+        # From here on the walk has the rounded weight in place of its quantizer's output.
         for name in simulated[FakeQuantNodes].weights[site.name]:
             quantized.settle(name, weights[site.name])
     notes = () if len(images) == len(task.images) else (f"{title} saw {len(images)} of {len(task.images)} images",)
@@ -72,18 +72,18 @@ def round_layerwise(
 
 
 def moments_of(site: Site, module: GraphModule, quantized: Prefix, floating: Prefix | None = None) -> Moments:
-    """Return the moments of what the ops of a site read, over all images.
+    """Return the moments of the inputs of a site's ops, over all images.
 
     Args:
-        site: its first op is where the walk of the quantized network stands, or later.
+        site: its first op is the next node of the walk, or a later one.
         module: the graph that is walked.
-        quantized: the walk; ops behind the first are looked up ahead of it.
-        floating: the walk through the float network, if its inputs are wanted.
+        quantized: the walk; a copy of it runs ahead to the site's later ops.
+        floating: the walk through the float network, if its inputs are needed.
     """
     counted = GramAccumulator(floating is not None)
     for position, name in enumerate(site.nodes):
         if position == 1:
-            # Later ops read what the first one's weight, still to be rounded, leads to.
+            # Later ops depend on the first one's weight, which is not rounded yet: a copy of the walk goes there.
             quantized, floating = quantized.ahead(), None if floating is None else floating.ahead()
         quantized.to(name)
         if floating is not None:

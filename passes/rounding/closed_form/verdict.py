@@ -35,9 +35,9 @@ def judged(
 
     Args:
         task: the plan.
-        rounding: what the algorithm chose.
+        rounding: the algorithm's.
         method: the algorithm.
-        seconds: what it took.
+        seconds: its wall time.
         program: where the algorithm changed the network itself, the changed one.
     """
     before, after = held_out_losses(task, rounding, program)
@@ -46,7 +46,7 @@ def judged(
 
 
 def recorded(task: RoundingTask, rounding: Rounding, record: UnitRecord, program: Program | None = None) -> Program:
-    """Return the task's program with the record, and with the rounding where the record says that it stays."""
+    """Return the task's program with the record, and with the rounding if the record keeps it."""
     if record.kept:
         return task.done(replace(rounding, units=(*task.rounding.units, record)), record.method, program)
     earlier = task.rounding

@@ -1,4 +1,4 @@
-"""Asymmetric weight grids, a zero-point for each channel, as PD-Quant was published; no integer backend takes them."""
+"""Asymmetric weight grids, with a zero-point for each channel, as in PD-Quant; no integer backend runs them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fxquant.core.ir import Grid, QuantSpec, tensor_at
 from fxquant.passes.rounding.registry import RoundingTask
 
 FRACTIONS = 100
-"""Range fractions that are tried."""
+"""Number of range fractions tried."""
 POWER = 2.4
-"""Of the rounding error that is minimised."""
+"""Exponent of the rounding error that is minimised."""
 
 
 def asymmetric_grid(weight: Tensor, spec: QuantSpec) -> Grid:
@@ -37,7 +37,7 @@ def asymmetric_grid(weight: Tensor, spec: QuantSpec) -> Grid:
     for fraction in torch.linspace(1.0 / FRACTIONS, 1.0, FRACTIONS).tolist():
         tried = Grid.covering(low * fraction, high * fraction, spec)
         scale, own = tried.scale, tried.zero_point
-        # Beyond 4 bits the zero-points around the range's own are all that can win, and 256 would take minutes.
+        # Beyond 4 bits only zero-points near the range's own can win, and all 256 would take minutes.
         offsets = range(spec.qmin, spec.qmax + 1) if levels < 16 else range(-2, 3)
         for offset in offsets:
             zero = torch.full_like(own, offset) if levels < 16 else (own + offset).clamp(spec.qmin, spec.qmax)

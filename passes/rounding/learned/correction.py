@@ -1,9 +1,10 @@
-"""Distribution correction: nudge a unit's float inputs until its activations look like those of the training set.
+"""Distribution correction: adjust a unit's float inputs to the activation statistics of the training set.
 
 PD-Quant (arXiv 2212.07048), section 3.3: with a_n the input of a batch normalisation for image n,
     `loss = sum_norms |mean - mean_hw(a_n)|^2 + |sqrt(var + 1e-6) - sqrt(var_hw(a_n) + 1e-6)|^2
             + (1 / lambda_c) mean_hw sum_c (x - x_0)^2`,  mean over images,
-minimised over the unit's input x by Adam. It depends on the float network and the images alone: once for all plans.
+minimised over the unit's input x by Adam. It depends on the float network and the images alone, and is done once for
+all plans.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fxquant.passes.rounding.learned.tune import channel_sums
 
 RATE, SMALLEST_RATE, PATIENCE, DECAY = 1e-3, 1e-5, 100, 0.1
 EPSILON = 1e-6
-"""Under the square root, as in the authors' code."""
+"""Added under the square root, as in the authors' code."""
 
 
 def has_statistics(node: Node) -> bool:
@@ -44,10 +45,10 @@ def corrected_inputs(
     Args:
         span: float unit whose outputs are those of its folded ops, named in `statistics`.
         inputs: input name -> values over all images.
-        statistics: folded op -> what batch normalisation knew.
+        statistics: folded op -> statistics of its batch normalisation.
         steps: of Adam.
-        weight: of the distance from the original, `1 / lambda_c`.
-        batch: images at a time; the objective is a mean over images, so that this changes next to nothing.
+        weight: of the distance from the original inputs, `1 / lambda_c`.
+        batch: images at a time; the objective is a mean over images, so that this hardly changes the result.
         track: yields the first image of each batch, showing progress.
     """
     images = len(next(iter(inputs.values())))
@@ -66,7 +67,7 @@ def _correct(
     steps: int,
     weight: float,
 ) -> dict[str, Tensor]:
-    # Integers, such as token numbers, stay as they are.
+    # Integers, such as token ids, are not corrected.
     floats = [name for name, value in originals.items() if value.is_floating_point()]
     inputs = {name: originals[name].clone().requires_grad_(True) for name in floats}
     if not inputs:
@@ -90,10 +91,10 @@ def _correct(
 def mismatch(output: Tensor, known: Statistics) -> Tensor:
     """Return the squared distance of each image's mean and deviation from the stored ones, summed over channels.
 
-    `output` is what the folded op computes, `factor (a - mean) + shift`, from which those of a follow.
+    `output` is the folded op's, `factor (a - mean) + shift`, from which the statistics of a follow.
     """
     flat = output.flatten(2)
-    # A channel whose factor is 0 says nothing of what went in.
+    # Where the factor is 0 the output does not depend on the input.
     alive = known.factor.abs() > 1e-12
     factor = torch.where(alive, known.factor, torch.ones_like(known.factor))
     deviation, mean = torch.var_mean(flat, dim=2)

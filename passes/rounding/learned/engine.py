@@ -1,4 +1,4 @@
-"""The reconstruction engine: unit after unit, each tuned behind the quantized and in front of the float network."""
+"""The reconstruction engine: tune unit after unit, each between the quantized prefix and the float suffix."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def reconstruct(task: RoundingTask, options: Reconstruction, method: str) -> Pro
 
     Args:
         task: the plan, the images and where finished units are kept.
-        options: how; the task's overrides take their place.
+        options: how each unit is tuned; the task's overrides replace some of them.
         method: name for the records.
 
     Raises:
@@ -53,7 +53,7 @@ class Reconstructor:
         method: name for the records, and of the cells in the store.
 
     Raises:
-        CalibrationError: see `reconstruct`.
+        CalibrationError: fewer images than a batch.
     """
 
     def __init__(self, task: RoundingTask, options: Reconstruction, method: str) -> None:
@@ -74,9 +74,13 @@ class Reconstructor:
         copies = 2 + (options.correction > 0)
         needed = kept_bytes(self.module, self.units, len(task.images), copies)
         self.keep = kept_type(needed, options.memory_mb * 10**6)
-        names = {torch.float32: "float32", torch.bfloat16: "bfloat16", None: "nowhere, they are run again"}
+        names = {
+            torch.float32: "kept in float32",
+            torch.bfloat16: "kept in bfloat16",
+            None: "computed again when needed",
+        }
         task.reporter.say(
-            f"{method}: {len(self.units)} units, {needed / 1e6:.0f} MB of values in float32, kept in {names[self.keep]}"
+            f"{method}: {len(self.units)} units, {needed / 1e6:.0f} MB of values in float32, {names[self.keep]}"
         )
         self.statistics: dict[str, Statistics] = {}
         self.correct = self._may_correct()
@@ -88,17 +92,17 @@ class Reconstructor:
         self.statistics = {} if known is None else self._usable(known)
         if not self.statistics:
             self.notes.append(
-                "distribution correction needs batch normalisation behind convolutions, and the network has none left: "
-                "left out"
+                "distribution correction was left out: it needs batch normalisation behind convolutions, and the "
+                "network has none whose channels are unscaled"
             )
             return False
         if self.keep is None:
-            self.notes.append("distribution correction left out: its inputs do not fit into memory_mb")
+            self.notes.append("distribution correction was left out: its inputs do not fit into memory_mb; raise it")
             return False
         return True
 
     def _usable(self, known: NormStatistics) -> dict[str, Statistics]:
-        """Return what is known of values with a deviation, and was not made untrue by scaling channels since."""
+        """Return the statistics of values with a deviation, but for channels that were scaled since."""
         scaled = self.task.rounding.parameters
         nodes = [node for node in self.module.graph.nodes if node.name in known.folded and has_statistics(node)]
         own = {node.name: [str(source.target) for source in _constants(node)] for node in nodes}
@@ -133,19 +137,19 @@ class Reconstructor:
         return Cut(self.module, self.units, index, wanted)
 
     def seed(self, index: int) -> int:
-        """Return the seed of a unit: its own, so that a resumed run is the same as one in a piece."""
+        """Return the seed of a unit; independent of earlier units, so that a resumed run gives the same result."""
         return int(text_digest(f"{self.task.seed} {self.method} {index}"), 16) % 2**62
 
     def tuner(self, cut: Cut, decided: Outcome, quantized: Source, floats: Source) -> Tuner:
-        """Return what tunes a unit.
+        """Return the loop that tunes a unit.
 
         Args:
             cut: around the unit.
             decided: of earlier units.
-            quantized: values in front of the unit, of the quantized network.
-            floats: the same of the float network.
+            quantized: values that cross the cut before the unit, of the quantized network.
+            floats: values that cross it in the float network.
         """
-        # What the answer does not depend on is tuned for its own outputs' sake.
+        # Where the answer does not depend on the unit, only its own outputs can be compared.
         options = self.options if cut.computes(self.answer) else replace(self.options, prediction=0.0, feature=0.0)
         generator = torch.Generator(self.device).manual_seed(self.seed(cut.index))
         learned = self.quantizers.learned(cut.unit, decided, options, generator)
@@ -162,14 +166,14 @@ class Reconstructor:
         return Tuner(pieces, material, options, self.seed(cut.index), generator)
 
     def nearest(self, cut: Cut, decided: Outcome) -> Span:
-        """Return a unit as it is without tuning."""
+        """Return a unit as calibrated, without tuning."""
         calibrated = self.quantizers.as_calibrated(cut.unit, decided)
         return cut.quantized(self.quantizers.in_place({}, decided.joined(calibrated)))
 
     def _tuned(
         self, cut: Cut, decided: Outcome, quantized: Source, floats: Source, held: Source | None
     ) -> tuple[Outcome, UnitRecord]:
-        """Tune one unit, and take what came of it only if it helps."""
+        """Tune one unit and return its outcome, that of calibration where tuning is rejected."""
         started = time.perf_counter()
         before = after = self._held_out_loss(cut, self.nearest(cut, decided), held)
         outcome, reason = self._learned(cut, decided, quantized, floats)
@@ -183,7 +187,7 @@ class Reconstructor:
         return outcome, record_of(unit.name, self.method, before, after, reason, seconds, unit.sites)
 
     def _learned(self, cut: Cut, decided: Outcome, quantized: Source, floats: Source) -> tuple[Outcome, str]:
-        """Return what the loop comes to, and why it cannot be used, "" if it can."""
+        """Return the outcome of the loop, and why it cannot be used, "" if it can."""
         if not self.quantizers.has_open(cut.unit, decided, self.options):
             return Outcome(), "earlier units decided its weights and steps"
         tuner = self.tuner(cut, decided, quantized, floats)
@@ -195,7 +199,7 @@ class Reconstructor:
         return outcome, ""
 
     def _held_out_loss(self, cut: Cut, span: Span, held: Source | None) -> float | None:
-        """Return the loss of the network quantized up to this unit, None without images or an answer to measure it."""
+        """Return the loss of the network quantized up to this unit, None without images or without an answer."""
         if held is None or not cut.computes(self.answer):
             return None
         names = {*span.inputs, *(cut.suffix.inputs if cut.suffix is not None else ())} - set(span.outputs)
@@ -252,7 +256,7 @@ class Reconstructor:
             found = corrected_inputs(
                 span, every, statistics, options.correction, options.correction_weight, batch, track
             )
-            # What the unit reads besides stays as it is.
+            # Other inputs of the unit are not corrected.
             cell = task.corrections.put(key, {name: value.cpu().numpy() for name, value in {**every, **found}.items()})
         return {name: torch.from_numpy(cell[name]).to(self.device) for name in cut.unit.inputs}
 
@@ -293,21 +297,21 @@ class Reconstructor:
 
 
 def _earlier(task: RoundingTask) -> dict[str, Tensor]:
-    """Return site name -> weight that the task's program has in the place of nearest rounding."""
+    """Return site name -> weight that replaces nearest rounding in the task's program."""
     rounding, grids = task.rounding, task.program[WeightGrids]
     weights = {site.name: rounding.weight_of(site.name, grids) for site in task.sites}
     return {name: weight for name, weight in weights.items() if weight is not None}
 
 
 def _constants(node: Node) -> list[Node]:
-    """Return the constants that an op reads, through their quantizers too."""
+    """Return the constants that an op reads, directly or through quantizers."""
     sources = [s.all_input_nodes[0] if s.op == "call_module" else s for s in node.all_input_nodes]
     return [source for source in sources if source.op == "get_attr"]
 
 
 def _to_arrays(record: UnitRecord) -> Arrays:
-    told = [record.before, record.after, float(record.kept), record.seconds]
-    return {"record": np.array(told), "reason": np.array(record.reason)}
+    numbers = [record.before, record.after, float(record.kept), record.seconds]
+    return {"record": np.array(numbers), "reason": np.array(record.reason)}
 
 
 def _from_arrays(unit: Unit, method: str, cell: Arrays) -> UnitRecord:

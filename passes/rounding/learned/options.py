@@ -1,4 +1,4 @@
-"""The settings of the reconstruction engine; AdaRound, BRECQ, QDrop and PD-Quant are rows of them."""
+"""The settings of the reconstruction engine; profiles are rows of them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fxquant.core.errors import OptionError
 from fxquant.passes.rounding.learned.units import check_granularity
 
 LEARNED = ("rounding", "straight_through")
-"""What is learned of a weight: whether each value goes up or down, or the value and its scale."""
+"""What is learned for a weight: whether each value is rounded up or down, or the value and its scale."""
 INPUTS = ("quantized", "float", "mixed")
-"""What a unit reads while it is tuned."""
+"""Which network's values a unit reads while it is tuned."""
 PROBABILITIES = ("drop", "warmup")
 COUNTS = ("iterations", "batch", "prediction_every", "memory_mb")
 
@@ -25,7 +25,7 @@ class Reconstruction:
 
     `loss = rec + prediction * pd + feature * feat + regulariser * sum(1 - |2h - 1|^beta)`, with `rec` the squared error
     of the unit's outputs summed over channels, `pd = KL(softmax(p / T) || softmax(z / T))` of the network's answer, and
-    `feat` the squared error of the values in front of the last weighted op.
+    `feat` the squared error of the values that the last weighted op reads.
 
     Args:
         unit: "layer", "block", a number of neighbouring blocks, "stage" or "network".
@@ -35,22 +35,22 @@ class Reconstruction:
         rounding_lr: Adam's rate for the rounding logits.
         weight_lr: Adam's rate for straight-through weights, as a share of each channel's step.
         step_lr: Adam's rate for activation steps, falling to 0 as a cosine; 0 keeps them as calibrated.
-        step_share: whether that rate is a share of each step, or absolute as published.
+        step_share: whether that rate is relative to each step, or absolute as published.
         inputs: "quantized" (from the quantized network in front), "float", or "mixed" half and half by element.
-        drop: probability that an element of an activation passes its quantizer unrounded (QDrop); 0 is off.
+        drop: probability that an element of an activation stays unrounded (QDrop); 0 is off.
         regulariser: weight of the term that drives each h to 0 or 1.
         warmup: share of the iterations without that term.
         prediction: weight of the prediction difference; 0 is off.
-        prediction_every: steps of which one carries the prediction term, then as many times as heavy.
+        prediction_every: period in steps of the prediction term, whose weight is multiplied by it.
         temperature: T.
         feature: weight of the penultimate features' error; 0 is off.
-        normalise: divide each error by its value at nearest rounding, so that the weights mean the same everywhere.
-        answer_by_prediction: tune the unit that holds the network's answer by the prediction term alone.
-        correction: Adam steps of distribution correction of the float inputs; 0 is off, and a network without batch
-            normalisation does without.
-        correction_weight: how strongly corrected inputs are held at the original ones, `1 / lambda_c`.
+        normalise: divide each error by its value at nearest rounding, so that weights are comparable across units.
+        answer_by_prediction: tune the unit that computes the network's answer by the prediction term alone.
+        correction: Adam steps of distribution correction of the float inputs; 0 is off. Without batch normalisation
+            it is left out, with a note.
+        correction_weight: weight of the distance between corrected and original inputs, `1 / lambda_c`.
         guard: keep a unit's result only if the held-out loss of the network up to it falls.
-        memory_mb: megabytes that cached values may take; beyond it they are kept in bfloat16, then run again.
+        memory_mb: megabytes for cached values; beyond it they are kept in bfloat16, then computed again.
 
     Raises:
         OptionError: a value out of range.
@@ -116,7 +116,7 @@ class Reconstruction:
         try:
             return replace(self, **values)
         except (TypeError, AttributeError) as error:
-            raise OptionError(f"rounding options {values} hold a value of the wrong type ({error})") from error
+            raise OptionError(f"the rounding options {values} contain a value of the wrong type ({error})") from error
 
     @property
     def wants_answers(self) -> bool:

@@ -1,4 +1,4 @@
-"""What is decided of a unit's quantizers: learned while it is under way, fixed afterwards, kept in the store."""
+"""The quantizers of a unit: modules that learn while it is tuned, tensors once it is decided."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fxquant.passes.rounding.learned.units import Unit
 
 
 class Constant(nn.Module):
-    """A weight that has been decided.
+    """Returns a decided weight.
 
     Args:
         value: float32 on its grid.
@@ -32,7 +32,7 @@ class Constant(nn.Module):
         self.register_buffer("value", value)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return it, whatever weight is passed."""
+        """Return the decided weight in place of the one passed."""
         del weight
         return self.value
 
@@ -52,7 +52,7 @@ class Outcome:
     steps: dict[str, Tensor] = field(default_factory=dict)
 
     def joined(self, other: Outcome) -> Outcome:
-        """Return both, the other one's word for what both hold."""
+        """Return both merged; `other` wins."""
         return Outcome(self.weights | other.weights, self.scales | other.scales, self.steps | other.steps)
 
     @property
@@ -63,13 +63,13 @@ class Outcome:
         return positive and all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
     def arrays(self) -> Arrays:
-        """Return it as named arrays."""
+        """Return the tensors as named arrays."""
         kinds = {"weight": self.weights, "scale": self.scales, "step": self.steps}
         return {f"{k}:{name}": t.detach().cpu().numpy() for k, held in kinds.items() for name, t in held.items()}
 
     @staticmethod
     def from_arrays(arrays: Arrays, device: torch.device) -> Outcome:
-        """Read what `arrays` returned; arrays of other names are passed over."""
+        """Read what `arrays` returned; arrays of other names are ignored."""
         held: dict[str, dict[str, Tensor]] = {"weight": {}, "scale": {}, "step": {}}
         for key, array in arrays.items():
             kind, colon, name = key.partition(":")
@@ -79,13 +79,13 @@ class Outcome:
 
 
 class Quantizers:
-    """Finds the quantizers of a unit, and what takes their place.
+    """The quantizers of a simulated graph, and the modules that replace them.
 
     Args:
         module: bare simulated graph.
-        nodes: where its quantizers stand.
+        nodes: its quantizers.
         sites: those it quantizes.
-        earlier: site name -> weight that an earlier algorithm chose; it takes the place of nearest rounding.
+        earlier: site name -> weight that an earlier algorithm chose, in place of nearest rounding.
     """
 
     def __init__(
@@ -104,10 +104,10 @@ class Quantizers:
     def learned(
         self, unit: Unit, decided: Outcome, options: Reconstruction, generator: torch.Generator
     ) -> dict[str, nn.Module]:
-        """Return site or group name -> module that learns, for what no earlier unit has decided.
+        """Return site or group name -> module that learns, for weights and steps that no earlier unit decided.
 
-        A scale that units share is learned by the first of them, and so is a weight. Straight-through weights go on
-        from an earlier algorithm's; rounding directions start at the float weight, for on the grid none is left open.
+        The first of several units that share a scale or weight learns it. Straight-through weights start at those of an
+        earlier algorithm; rounding directions start at the float weight, since on the grid none would be open.
         """
         made: dict[str, nn.Module] = {}
         for site in unit.sites:
@@ -130,7 +130,7 @@ class Quantizers:
         return weights or (options.step_lr > 0 and any(group not in decided.steps for group in self._groups(unit)))
 
     def decided(self, unit: Unit, learned: Mapping[str, nn.Module]) -> Outcome:
-        """Return what the learned modules have come to; groups whose step was not learned stay as they are."""
+        """Return the tensors that the modules have learned; steps that were not learned are those of calibration."""
         outcome = Outcome()
         for name, module in learned.items():
             if isinstance(module, SoftRounding | StraightThrough):
@@ -144,13 +144,13 @@ class Quantizers:
         return outcome
 
     def as_calibrated(self, unit: Unit, decided: Outcome) -> Outcome:
-        """Return nearest rounding, or an earlier algorithm's, and calibrated steps for what no earlier unit decided."""
+        """Return nearest rounding, or an earlier algorithm's, and calibrated steps where no earlier unit decided."""
         weights = {s: self._nearest(s) for s in unit.sites if s not in decided.weights}
         groups = [group for group in self._groups(unit) if group not in decided.steps]
         return Outcome(weights, {}, {g: self._quantizer(self.nodes.activations[g][0]).scale for g in groups})
 
     def in_place(self, learned: Mapping[str, nn.Module], decided: Outcome) -> dict[str, nn.Module]:
-        """Return quantizer node name -> module: what is learned, else what has been decided."""
+        """Return quantizer node name -> the module that learns it, else its decided value."""
         places: dict[str, nn.Module] = {}
         for site, names in self.nodes.weights.items():
             if site in learned or site in decided.weights:
@@ -181,5 +181,5 @@ class Quantizers:
 
 
 def _key(group: str) -> str:
-    """Return the name a group goes by among learned modules, where sites stand as well."""
+    """Return the key of a group among learned modules; sites are keyed by their own names."""
     return f"values of {group}"

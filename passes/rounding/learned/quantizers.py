@@ -12,10 +12,10 @@ STRETCH = 1.2
 
 
 class SoftRounding(nn.Module):
-    """A weight whose values go up or down by as much as `h` says (AdaRound, arXiv 2004.10568, eq. 22-24).
+    """A weight whose values are rounded down, plus a learned `h` in 0..1 (AdaRound, arXiv 2004.10568, eq. 22-24).
 
     `W = scale (clamp(floor(w / scale) + h + zero_point, qmin, qmax) - zero_point)`, `h = clamp(1.2 sigmoid(a) - 0.1,
-    0, 1)`, with `a` such that W is w to begin with.
+    0, 1)`, with `a` such that initially W is w.
 
     Args:
         weight: float32 values to round.
@@ -43,7 +43,7 @@ class SoftRounding(nn.Module):
         return (STRETCH * torch.sigmoid(self.logits) - (STRETCH - 1) / 2).clamp(0.0, 1.0)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the softly rounded weight, whatever weight is passed."""
+        """Return the softly rounded weight in place of the one passed."""
         del weight
         return self._on_grid(self.directions())
 
@@ -60,10 +60,10 @@ class SoftRounding(nn.Module):
 
 
 class StraightThrough(nn.Module):
-    """A weight that is learned together with its scale, rounding passed over in the gradient (LSQ, arXiv 1902.08153).
+    """A weight learned together with its scale; gradients skip the rounding (LSQ, arXiv 1902.08153).
 
-    What is learned are factors near 1 of the scale, and shifts of the values in units of the scale, so that one
-    learning rate fits every channel.
+    Learned are factors of the scale, near 1, and shifts of the values in units of the scale, so that one learning rate
+    fits every channel.
 
     Args:
         weight: float32 values.
@@ -92,7 +92,7 @@ class StraightThrough(nn.Module):
         return self.base + self.shift * self.scale.reshape(_broadcast(self.base, self.spec))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the rounded weight, whatever weight is passed."""
+        """Return the rounded weight in place of the one passed."""
         del weight
         return round_learned(self.values(), self.steps(), self.zero_point, self.spec)
 
@@ -103,12 +103,12 @@ class StraightThrough(nn.Module):
 
 
 class LearnedActivation(nn.Module):
-    """An activation quantizer with a learned step, some elements passing unrounded (QDrop, arXiv 2203.05740).
+    """An activation quantizer with a learned step that leaves random elements unrounded (QDrop, arXiv 2203.05740).
 
     Args:
         quantizer: the node's grid, one scale for the tensor.
         learn: whether the step is learned.
-        drop: probability that an element passes as it is.
+        drop: probability that an element stays unrounded.
         generator: draws those elements; None for the global one.
     """
 
@@ -121,7 +121,7 @@ class LearnedActivation(nn.Module):
         self.drop = drop
         self.register_buffer("start", quantizer.scale.clone())
         self.register_buffer("zero_point", quantizer.zero_point.clone())
-        # Learned as a share of the step, so that one rate fits all.
+        # The factor is learned, not the step, so that one rate fits all steps.
         self.factor = nn.Parameter(torch.ones_like(quantizer.scale), requires_grad=learn)
         self._generator = generator
 
@@ -130,7 +130,7 @@ class LearnedActivation(nn.Module):
         return (self.start * self.factor).clamp(min=SMALLEST_SCALE)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x on the grid, or some of it."""
+        """Return x on the grid; while training, some elements unrounded."""
         rounded = random_mask(x, 1 - self.drop, self._generator) if self.drop and self.training else None
         return round_learned(x, self.steps(), self.zero_point, self.spec, rounded)
 
@@ -138,10 +138,10 @@ class LearnedActivation(nn.Module):
 def random_mask(like: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
     """Return ones and zeros of the shape and type of `like`, each element one with this probability, in steps of 1/256.
 
-    One random byte decides each element: an eighth of what PyTorch's own Bernoulli draws cost on a CPU.
+    One random byte decides each element, at an eighth of the cost of PyTorch's Bernoulli draws on a CPU.
     """
     limit = round(probability * 256)
-    # A byte is compared with a byte: 256 would wrap to 0.
+    # The comparison is between bytes, where 256 would wrap to 0.
     if limit >= 256:
         return torch.ones_like(like)
     words = torch.empty(-(-like.numel() // 8), dtype=torch.int64, device=like.device).random_(

@@ -1,4 +1,4 @@
-"""Tune one unit: the loop that AdaRound, BRECQ, QDrop and PD-Quant share."""
+"""Tune one unit: the loop that all profiles share."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ Draw = Callable[[Tensor], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Material:
-    """What a unit is tuned on; every function returns the values of the images it is given the indices of.
+    """The values a unit is tuned on; every function returns those of the images with the given indices.
 
     Args:
-        images: how many there are.
-        quantized: inputs of the unit, and whatever else the suffix reads, from the quantized network.
-        floats: inputs of the unit from the float network, corrected where that was asked for.
+        images: their number.
+        quantized: inputs of the unit, and other values that the suffix reads, from the quantized network.
+        floats: inputs of the unit from the float network, corrected if the options ask for it.
         targets: outputs of the float unit on those.
         answers: answer and features of the float network on the original images.
     """
@@ -52,17 +52,16 @@ class Material:
 
 @dataclass(frozen=True)
 class Pieces:
-    """The unit under way and what is behind it.
+    """The unit that is tuned, and the suffix behind it.
 
     Args:
-        unit: the unit with learned modules in place of its quantizers; it returns the feature too where it holds it.
+        unit: the unit with learned modules in place of its quantizers; it also returns the feature if it computes it.
         nearest: the unit as calibrated, weights rounded to nearest.
-        suffix: float network behind the unit; None where nothing is, or where nobody asks.
+        suffix: float network behind the unit; None if there is none, or no loss term needs it.
         answer: name of the network's answer.
-        feature: name of the values in front of the last weighted op, None where neither the
-            unit nor the suffix computes them.
+        feature: name of the values that the last weighted op reads, None if neither unit nor suffix computes them.
         divergence: (float answer, answer) -> mean difference.
-        learned: the modules in place.
+        learned: the modules in place of quantizers.
     """
 
     unit: Span
@@ -81,12 +80,12 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Trace:
-    """Errors in the course of the tuning, without the regulariser.
+    """Errors during the tuning, without the regulariser.
 
     Args:
         first: mean weighted error over the first iterations.
         last: the same over the last.
-        diverged: whether it stopped for lack of a finite or sensible error.
+        diverged: whether it stopped because the error was not finite or grew too large.
         losses: of every iteration.
     """
 
@@ -99,7 +98,7 @@ class Trace:
 def channel_sums(error: Tensor) -> Tensor:
     """Return squares summed over channels, mean over images and positions: shape ().
 
-    Channels stand on axis 1 of pictures and of vectors, on the last axis of token sequences.
+    Channels are on axis 1 of images and vectors, on the last axis of token sequences.
     """
     channels = error.shape[-1] if error.dim() == 3 else error.shape[1] if error.dim() > 1 else 1
     return error.square().sum() * (channels / error.numel())
@@ -116,7 +115,7 @@ def softened_kl(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def relative_error(reference: Tensor, answer: Tensor) -> Tensor:
-    """Return the squared error of answers that are no class scores, as a share of their squares."""
+    """Return the squared error of answers that are not class scores, relative to their squares."""
     return (answer - reference).square().sum() / reference.square().sum().clamp(min=1e-12)
 
 
@@ -124,9 +123,9 @@ class Tuner:
     """Runs the loop.
 
     Args:
-        pieces: the unit and its surroundings.
-        material: what it is tuned on.
-        options: how.
+        pieces: the unit and its suffix.
+        material: the values it is tuned on.
+        options: settings of the loop.
         seed: of the batches.
         generator: draws mixtures, on the device of the values; the learned modules hold it too.
     """
@@ -187,7 +186,7 @@ class Tuner:
         if turn and options.inputs == "quantized":
             outputs = answered = unit(inputs)
         elif turn:
-            # One pass for both: what is compared with the targets, and what goes on to the answer.
+            # One pass for both: mixed inputs for the targets, quantized ones for the answer.
             both = unit({name: torch.cat([inputs[name], quantized[name]]) for name in unit.inputs})
             outputs = {name: value[: len(index)] for name, value in both.items()}
             answered = {name: value[len(index) :] for name, value in both.items()}
