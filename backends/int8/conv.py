@@ -94,7 +94,7 @@ class IntegerConv(nn.Module):
         if self.form != "call":
             self._rescaling(1.0 if grids.out is None else grids.out.scale)
         self._packed = _Packed()
-        if shape is not None and self.form == "call" and not self.exact and not geometry.sees_only_padding(self.weight):
+        if shape is not None and self.form == "call" and not self.exact and geometry.reads(self.weight, shape):
             self._packed.weight = kernels.packed_conv(self.weight, scales, grids.source, geometry, shape)
             self.register_buffer("zeros", torch.zeros(len(scales), dtype=torch.int8), persistent=False)
         if self.form == "shifted":

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from math import inf, isinf
 
 import torch
 import torch.nn.functional as F
@@ -39,10 +40,30 @@ class ConvGeometry:
         """Stride, padding and dilation, in the order of ATen's arguments."""
         return self.stride, self.padding, self.dilation
 
-    def sees_only_padding(self, weight: Tensor) -> bool:
-        """Whether the padding is as wide as the filter of a weight `(O, C, h, w)`, so that it can fill a window."""
-        extents = ((k - 1) * d + 1 for k, d in zip(weight.shape[2:], self.dilation, strict=True))
-        return any(p >= extent for p, extent in zip(self.padding, extents, strict=True))
+    def extents(self, weight: Tensor) -> tuple[int, int]:
+        """Return the pixels from the first tap of a weight `(O, C, h, w)` to its last, in height and width."""
+        (height, width), (rows, columns) = weight.shape[2:], self.dilation
+        return (height - 1) * rows + 1, (width - 1) * columns + 1
+
+    def least_image(self, weight: Tensor) -> tuple[float, float]:
+        """Return the height and width from which on oneDNN 3.12 computes a convolution right.
+
+        Where all taps of a window lie in the padding it reads outside of the image: if the padding is as wide as the
+        filter, or the image falls between two taps. Where a stride leaves one column it writes wrong numbers.
+        """
+        extents = self.extents(weight)
+        least = [
+            inf if p >= extent else float(d) if p else 0.0
+            for p, d, extent in zip(self.padding, self.dilation, extents, strict=True)
+        ]
+        stride = self.stride[1]
+        two_columns = extents[1] + stride - 2 * self.padding[1] if stride > 1 else 0
+        return least[0], max(least[1], two_columns)
+
+    def reads(self, weight: Tensor, image: Sequence[int]) -> bool:
+        """Whether oneDNN computes the convolution of an image `(N, C, H, W)` right; see `least_image`."""
+        height, width = self.least_image(weight)
+        return image[2] >= height and image[3] >= width
 
 
 @dataclass(frozen=True)
@@ -166,16 +187,27 @@ def prepared_conv(
         shape: of an input, which the packed form is chosen for; inputs of other sizes run too.
         exact: take the float64 route, for CPUs where `conv_kernel_is_exact` is False.
     """
-    if geometry.sees_only_padding(weight):
-        # oneDNN 3.12 reads outside of x for windows that lie in the padding altogether: no window may.
-        (top, left), plain = geometry.padding, replace(geometry, padding=(0, 0))
-        wide = (*shape[:2], shape[2] + 2 * top, shape[3] + 2 * left)
-        inner = prepared_conv(weight, scales, bias, plain, grids, wide, exact)
-        return lambda x, other: inner(pad_u8(x, (left, left, top, top), grids.source.zero_point), other)
     if exact:
         return lambda x, other: _exact_conv(x, other, weight, scales, bias, geometry, grids)
+    height, width = geometry.least_image(weight)
+
+    def small(x: Tensor, other: Tensor | None) -> Tensor:
+        """Compute the same from an image that holds its padding, and only the columns that are read."""
+        (top, left), plain = geometry.padding, replace(geometry, padding=(0, 0))
+        x = pad_u8(x, (left, left, top, top), grids.source.zero_point)
+        if not plain.reads(weight, x.shape):
+            # One window per row: its stride does not matter.
+            x = x[..., : plain.extents(weight)[1]].contiguous(memory_format=torch.channels_last)
+            plain = replace(plain, stride=(plain.stride[0], 1))
+        return prepared_conv(weight, scales, bias, plain, grids, x.shape)(x, other)
+
+    if isinf(height) or isinf(width):
+        return small
     packed = packed_conv(weight, scales, grids.source, geometry, shape)
-    return onednn_conv(packed, scales, _no_zero_points(len(scales)), bias, geometry, grids)
+    call = onednn_conv(packed, scales, _no_zero_points(len(scales)), bias, geometry, grids)
+    if max(height, width) <= 1:
+        return call
+    return lambda x, other: (call if x.shape[2] >= height and x.shape[3] >= width else small)(x, other)
 
 
 def onednn_conv(

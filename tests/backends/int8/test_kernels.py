@@ -304,13 +304,49 @@ def test_the_rounder_is_exact_over_the_range_it_serves() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "padding", "dilation", "sees"), [(1, 1, 3, True), (2, 2, 2, False), (2, 3, 2, True)]
+    ("size", "kernel", "padding", "dilation", "stride", "reads"),
+    [
+        (5, 1, 1, 3, 1, False),
+        (5, 2, 2, 2, 1, True),
+        (5, 2, 3, 2, 1, False),
+        (1, 2, 1, 2, 1, False),
+        (2, 2, 1, 2, 1, True),
+        (5, 3, 0, 2, 2, False),
+        (7, 3, 0, 2, 2, True),
+        (3, 3, 1, 1, 2, True),
+    ],
 )
-def test_window_of_nothing_but_padding_is_recognised(kernel: int, padding: int, dilation: int, sees: bool) -> None:
-    """oneDNN crashes on these now and then, so the recognition is tested, not the crash."""
-    geometry = ConvGeometry((1, 3), (0, padding), (1, dilation), 1)
-    assert geometry.sees_only_padding(_int8(2, 2, 3, kernel)) is sees
-    assert ConvGeometry((3, 1), (padding, 0), (dilation, 1), 1).sees_only_padding(_int8(2, 2, kernel, 3)) is sees
+def test_images_that_onednn_misreads_are_recognised(
+    size: int, kernel: int, padding: int, dilation: int, stride: int, reads: bool
+) -> None:
+    """oneDNN crashes on some of these now and then, so the recognition is tested, not the crash."""
+    geometry = ConvGeometry((1, stride), (0, padding), (1, dilation), 1)
+    assert geometry.reads(_int8(2, 2, 3, kernel), (1, 2, 9, size)) is reads
+    # Rows may be left alone by a stride.
+    turned = ConvGeometry((stride, 1), (padding, 0), (dilation, 1), 1)
+    assert turned.reads(_int8(2, 2, kernel, 3), (1, 2, size, 9)) is (reads or stride > 1)
+
+
+@pytest.mark.parametrize(
+    ("image", "weight", "geometry"),
+    [
+        ((5, 3, 5), (2, 5, 1, 3), ConvGeometry((1, 2), (1, 0), (1, 2), 1)),
+        ((2, 3, 3), (6, 1, 3, 3), ConvGeometry((1, 2), (2, 0), (2, 1), 2)),
+        ((1, 3, 1), (2, 1, 2, 2), ConvGeometry((1, 1), (1, 1), (1, 2), 1)),
+        ((5, 1, 5), (3, 5, 3, 2), ConvGeometry((2, 1), (3, 0), (2, 1), 1)),
+    ],
+)
+def test_images_that_onednn_misreads_are_computed_right(
+    image: tuple[int, ...], weight: tuple[int, ...], geometry: ConvGeometry
+) -> None:
+    x, w, scales = _uint8(2, *image), _int8(*weight), torch.ones(weight[0])
+    assert not geometry.reads(w, x.shape)
+    grids = ConvGrids(ByteGrid(1.0, 9, 0, 255), None)
+    expected = F.conv2d(x.double() - 9, w.double(), None, *geometry.sizes, geometry.groups)
+    assert torch.equal(kernels.conv2d(x, w, scales, None, geometry, grids).double(), expected)
+    # A call that was prepared for a larger image takes this one too.
+    larger = torch.Size((2, image[0], 20, 20))
+    assert torch.equal(kernels.prepared_conv(w, scales, None, geometry, grids, larger)(x, None).double(), expected)
 
 
 @pytest.mark.parametrize("pads", [(1, 0, 2, 3), (0, 0, 0, 0), (0, 4, 0, 1)])
