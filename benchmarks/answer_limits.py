@@ -42,7 +42,7 @@ def measured(name: str, folder: str) -> list[Row]:
         began = time.monotonic()
         try:
             result = fxquant.quantize(
-                model, calibration, fxquant.Budget.of(limit), seed=SEED, workdir=folder, progress=False
+                model, calibration, fxquant.Budget.of(limit), options={"seed": SEED}, workdir=folder, progress=False
             )
         except FxquantError as error:
             row["plan"] = str(error)[:140]

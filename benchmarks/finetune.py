@@ -92,7 +92,12 @@ def main() -> None:
     images, labels = network.evaluation()
     started = time.perf_counter()
     scored = fxquant.quantize(
-        network.factory(), network.calibration(CALIBRATION_IMAGES), None, effort="fast", seed=SEED, progress=False
+        network.factory(),
+        network.calibration(CALIBRATION_IMAGES),
+        None,
+        effort="fast",
+        options={"seed": SEED},
+        progress=False,
     )
     meta = {"network": NETWORK, "seed": SEED, "calibration images": CALIBRATION_IMAGES, "effort": "fast"}
     meta |= {"steps": STEPS, "batch": BATCH, "weight rate": WEIGHT_LR, "step rate": STEP_LR, "test images": len(labels)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
@@ -14,15 +15,13 @@ from fxquant.backends.onnx import write_onnx
 from fxquant.capture import capture as capture_program
 from fxquant.capture import input_names
 from fxquant.core.errors import CalibrationError
-from fxquant.core.facts import BitAllocation, Budget, Effort, Settings
-from fxquant.core.facts import effort as effort_preset
+from fxquant.core.facts import EFFORTS, BitAllocation, Budget, EffortName, Settings
 from fxquant.core.host import ALONE, Reporter, Shards
-from fxquant.core.ir import Choice, Program
+from fxquant.core.ir import Program
 from fxquant.core.run import collect, images_for
 from fxquant.core.storage import work_folder
 from fxquant.flow import algorithms, check_labels, choose, pipeline, round_plan, round_with_feedback
 from fxquant.passes import simulate, widest_plan
-from fxquant.passes.sensitivity import ESTIMATORS
 from fxquant.result import Result
 
 
@@ -31,72 +30,39 @@ def quantize(
     calibration: object,
     budget: Budget | None,
     *,
-    bits: Sequence[int] = (2, 4, 8),
-    activation_bits: Sequence[int] = (8,),
-    target: str = "onnxruntime",
-    seed: int = 0,
-    effort: str = "default",
-    progress: bool = True,
-    workdir: str | Path | None = None,
-    pins: Mapping[str, Choice | str] | None = None,
-    pin_ends: bool = False,
-    keep_float: Sequence[str] = (),
-    forbid: Mapping[str, Choice | str | Sequence[Choice | str]] | None = None,
-    observer: str = "mse",
-    loss: str | None = None,
-    estimators: Sequence[str] | None = None,
-    context: str = "float",
-    solver: str = "iqp",
-    time_limit: float = 60.0,
-    requantization_cost: float = 0.0,
-    refine_moves: int | None = None,
-    rounds: int | None = None,
-    scoring_rounding: str = "nearest",
+    bits: Sequence[int] | None = None,
+    activation_bits: Sequence[int] | None = None,
+    target: str | Path | None = None,
+    effort: EffortName | None = None,
+    keep_float: Sequence[str] | None = None,
     rounding: str | None = None,
-    rounding_options: Mapping[str, object] | None = None,
-    threads: int | None = None,
-    distributed: bool = False,
+    workdir: str | Path | None = None,
+    progress: bool = True,
+    options: Settings | Mapping[str, Any] | None = None,
 ) -> Result:
     """Quantize a model within a budget, precision chosen per layer.
 
     Args:
         model: trained module or exported program; it is copied, never modified, moved or switched to eval.
         calibration: iterable of Tensor | tuple | dict batches, or a tensor of images; a label that follows the inputs
-            is ignored unless `loss` needs it. At least two images, a few hundred are good.
+            is ignored unless the loss needs it. At least two images, a few hundred are good. A quarter of them is held
+            out from scoring, to measure plans on.
         budget: limits on costs, on answers or both; None only scores and leaves every layer at its widest integer
             precision, for `resolve` to choose from later.
-        bits: candidate weight bits; 32 lets a layer stay in float.
-        activation_bits: candidate activation bits.
-        target: name of the runtime that will run the model.
-        seed: same seed, same answer.
+        bits: candidate weight bits, by default 2, 4 and 8; 32 lets a layer stay in float.
+        activation_bits: candidate activation bits, by default 8.
+        target: runtime that will run the model, by default "onnxruntime", or the path of a target file.
         effort: "fast", "default" or "best".
-        progress: bars on a terminal, elsewhere a line on stderr for each stage.
-        workdir: folder that keeps finished scores; the same call goes on where a killed one stopped.
-        pins: layer pattern (glob, "re:..." or "type:Conv2d") -> precision (`Choice` or "W8A8").
-        pin_ends: pin first and last layer to 8 bits.
-        keep_float: patterns of layers that stay in float.
-        forbid: pattern of layers -> precisions (one or several `Choice` or "W2A8") that may not be used there.
-        observer: "minmax", "mse", "moving_average" or "percentile".
-        loss: "kl", "ce" (with labels: CLADO as published) or "mse"; None picks by the model's output.
-        estimators: sensitivity estimators, overriding the effort's.
-        context: "float" scores each layer in the float network, "widest" with all others at their widest integers.
-        solver: "iqp", "linear", "greedy" or "exhaustive".
-        time_limit: seconds for each solve.
-        requantization_cost: added to a plan's modelled loss, in its unit, for every two neighbouring layers that take
-            their activations at unlike widths, or one of them in float.
-        refine_moves: plans measured at most to improve the best one by swaps, overriding the effort's; 0 is none.
-        rounds: times the plan is scored again around itself and solved near it, overriding the effort's; 0 is none.
-        scoring_rounding: "nearest", or "gptq" or "gpfq": layers are scored with weights rounded well, so that low
-            widths are not thought worse than they will be.
+        keep_float: patterns of layers (glob, "re:..." or "type:Conv2d") that stay in float.
         rounding: how the plan's weights are rounded: "nearest", "gptq", "pdquant" or another algorithm, or several
-            joined by "+"; None by effort. Kept only where the held-out loss falls; `reconstruct` does it later.
-        rounding_options: settings of the reconstruction engine -> value, for example `{"iterations": 300}`.
-        threads: threads of the target's runtime.
-        distributed: share the scoring among the processes that `torchrun` started, each of which makes this call; all
-            of them get the same scores, one of them writes the result.
+            joined by "+"; by default the effort's. Kept only where the held-out loss falls.
+        workdir: folder that keeps finished scores; the same call goes on where a killed one stopped.
+        progress: bars on a terminal, elsewhere a line on stderr for each stage.
+        options: all other settings, as a `Settings` or as name -> value: `{"seed": 1, "pins": {"stem": "W8A8"}}`. What
+            is given by name above replaces what is given here.
 
     Returns:
-        The result, whose plan was measured on a quarter of the images that scoring did not see.
+        The result, whose plan was measured on the held-out images.
 
     Raises:
         InputError: the model, the calibration data or an option cannot be used.
@@ -104,45 +70,24 @@ def quantize(
         OutputError: the workdir cannot be written, found before the work.
         WorkerError: another process that shares the scoring was lost.
     """
-    preset = effort_preset(effort)
-    settings = Settings(
-        bits=tuple(sorted(set(bits))),
-        activation_bits=tuple(sorted(set(activation_bits))),
-        target=target,
-        pins={pattern: _choice(c) for pattern, c in (pins or {}).items()},
-        pin_ends=pin_ends,
-        keep_float=tuple(keep_float),
-        forbid={
-            pattern: tuple(_choice(c) for c in ([some] if isinstance(some, str | Choice) else some))
-            for pattern, some in (forbid or {}).items()
-        },
-        observer=observer,
-        loss=loss,
-        estimators=_estimators(preset, context) if estimators is None else tuple(estimators),
-        context=context,
-        solver=solver,
-        time_limit=time_limit,
-        requantization_cost=requantization_cost,
-        refine_moves=preset.refine_moves if refine_moves is None else refine_moves,
-        rounds=preset.rounds if rounds is None else rounds,
-        scoring_rounding=scoring_rounding,
-        rounding=preset.rounding if rounding is None else rounding,
-        seed=seed,
-        threads=threads,
-    )
+    named = {"bits": bits, "activation_bits": activation_bits, "target": target, "effort": effort}
+    settings = Settings.of(options, **named, keep_float=keep_float, rounding=rounding)
+    preset = EFFORTS[settings.effort]
+    if settings.rounding is None:
+        settings = replace(settings, rounding=preset.rounding)
     pipeline.check_names(settings)
-    _ = algorithms(settings.rounding, rounding_options)
-    shards = Shards.from_environment() if distributed else ALONE
+    _ = algorithms(settings.rounding, settings.rounding_options)
+    shards = Shards.from_environment() if settings.distributed else ALONE
     reporter = Reporter(progress and shards.is_first)
-    # Tried before hours of work are to be kept there.
+    # Checked before hours of work whose results are to be kept there.
     folder, place = (work_folder(workdir, name) for name in ("scores", "rounding"))
     images = collect(calibration, input_names(model), preset.images)
     if len(images) == preset.images:
-        reporter.say(f"{len(images)} calibration images are used, all that effort={effort!r} takes")
+        reporter.say(f"{len(images)} calibration images are used, all that effort={settings.effort!r} takes")
     if len(images) < 2:
         raise CalibrationError("calibration holds one image; give at least two, so that one can be held out")
     check_labels(budget, images)
-    scoring, held_out = images.split(settings.held_out, seed)
+    scoring, held_out = images.split(settings.held_out, settings.seed)
     captured = capture_program(model, images.slice(0, 2).inputs)
     program = pipeline.prepare(captured, settings)
     program = pipeline.calibrate(program, scoring, reporter)
@@ -155,18 +100,9 @@ def quantize(
     def finish(solved: Program) -> Program:
         if settings.rounding == "nearest":
             return solved
-        return round_plan(solved, settings.rounding, scoring, held_out, place, reporter, rounding_options)
+        return round_plan(solved, settings.rounding, scoring, held_out, place, reporter, settings.rounding_options)
 
     return Result(choose(program, budget, held_out, reporter, scoring, folder, finish), held_out)
-
-
-def _choice(label: Choice | str) -> Choice:
-    return Choice.parse(label) if isinstance(label, str) else label
-
-
-def _estimators(preset: Effort, context: str) -> tuple[str, ...]:
-    """Return a preset's estimators, without those that score around the float network only where another is asked."""
-    return tuple(name for name in preset.estimators if context == "float" or not ESTIMATORS[name].float_only)
 
 
 def capture(model: nn.Module | ExportedProgram, calibration: object, dynamic_image: bool = False) -> Program:
@@ -233,23 +169,25 @@ def allocate(
     program: Program,
     budget: Budget,
     calibration: object | None = None,
+    *,
+    held_out: object | None = None,
     progress: bool = True,
-    scoring: object | None = None,
 ) -> Program:
     """Choose a precision for every layer.
 
     Args:
         program: from `measure_sensitivity`.
         budget: the limits.
-        calibration: images that scoring did not see, to measure the finalists on; None trusts the model of the loss.
+        calibration: batches to score the plan around itself on, at most `Settings.rounds` times; None does not, nor
+            does a call without `held_out`.
+        held_out: batches that scoring did not see, to measure plans on; None trusts the model of the loss.
         progress: bars on a terminal, elsewhere a line on stderr for each stage.
-        scoring: images to score the plan anew around itself with, `Settings.rounds` times at most; None does not.
 
     Raises:
         InfeasibleBudgetError: no plan keeps the budget.
     """
-    held_out, around = (None if each is None else images_for(program.module, each) for each in (calibration, scoring))
-    return choose(program, budget, held_out, Reporter(progress), around)
+    scoring, unseen = (None if each is None else images_for(program.module, each) for each in (calibration, held_out))
+    return choose(program, budget, unseen, Reporter(progress), scoring)
 
 
 def convert(program: Program, plan: BitAllocation | str | Path | None = None) -> Program:
@@ -327,7 +265,7 @@ def reconstruct(
 
 
 def resolve(
-    result: Result | str | Path, budget: Budget, calibration: object | None = None, progress: bool = True
+    result: Result | str | Path, budget: Budget, held_out: object | None = None, progress: bool = True
 ) -> Result:
     """Solve another budget from the saved scores: no new forward passes but those of verification.
 
@@ -336,16 +274,16 @@ def resolve(
     Args:
         result: a result, or the folder it was saved in.
         budget: the new limits.
-        calibration: images to verify with; None takes the held-out images that came with the result.
+        held_out: batches to measure plans on; None takes the held-out images that came with the result.
         progress: bars on a terminal, elsewhere a line on stderr for each stage.
 
     Raises:
         InfeasibleBudgetError: no plan keeps the budget.
     """
     known = result if isinstance(result, Result) else Result.load(result)
-    held_out = known.held_out if calibration is None else images_for(known.program.module, calibration)
-    program = choose(known.program, budget, held_out, Reporter(progress))
-    return replace(known, program=program, held_out=held_out)
+    images = known.held_out if held_out is None else images_for(known.program.module, held_out)
+    program = choose(known.program, budget, images, Reporter(progress))
+    return replace(known, program=program, held_out=images)
 
 
 def pareto(result: Result | str | Path, budgets: Iterable[Budget]) -> list[BitAllocation]:

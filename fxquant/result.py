@@ -31,7 +31,7 @@ from fxquant.core.facts import (
     WeightGrids,
     usage,
 )
-from fxquant.core.ir import Candidate, Choice, Program, Sites
+from fxquant.core.ir import Candidate, Program, Sites
 from fxquant.core.run import CalibrationSet, model_outputs
 from fxquant.core.storage import (
     RESULT,
@@ -243,7 +243,7 @@ class Result:
         settings = program[Settings]
         held_out = _kept_images(self.held_out)
         document = {
-            "settings": _settings_to_json(settings),
+            "settings": settings.to_json(),
             "costs": {name: table.to_json() for name, table in self.costs.tables.items()},
             "estimators": list(program[Surrogates].matrices),
             "finalists": {name: plan.to_json() for name, plan in self.finalists.items()},
@@ -291,7 +291,7 @@ class Result:
         _ = finish(folder)
         document = read_json(folder / "result.json", "result", FORMAT_VERSION)
         try:
-            settings = kept_target(_settings_from_json(document["settings"]), folder)
+            settings = kept_target(Settings.of(document["settings"]), folder)
             program = pipeline.find_sites(capture(load_exported(folder / "model.pt2"), ()), settings)
             if text_digest(str(program.module.graph)) != document["graph"]:
                 raise FileFormatError(
@@ -375,25 +375,3 @@ def _load_held_out(path: Path) -> CalibrationSet:
         return CalibrationSet(inputs, tensors.get("labels"))
     except (KeyError, CalibrationError) as error:
         raise FileFormatError(f"{path} does not hold the held-out images ({error}); quantize again") from error
-
-
-def _settings_to_json(settings: Settings) -> dict[str, Any]:
-    document = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-    document["pins"] = {pattern: choice.label for pattern, choice in settings.pins.items()}
-    document["forbid"] = {pattern: [c.label for c in choices] for pattern, choices in settings.forbid.items()}
-    return document
-
-
-def _settings_from_json(document: dict[str, Any]) -> Settings:
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in document.items()
-    }
-    plain = (str, int, float)
-    nested = [n for n, v in values.items() if isinstance(v, tuple) and not all(isinstance(x, plain) for x in v)]
-    if nested:
-        raise ValueError(f"setting {nested[0]!r}")
-    values["pins"] = {pattern: Choice.parse(label) for pattern, label in document["pins"].items()}
-    # Files from before there was such a setting have none.
-    forbid = document.get("forbid", {})
-    values["forbid"] = {pattern: tuple(map(Choice.parse, labels)) for pattern, labels in forbid.items()}
-    return Settings(**values)

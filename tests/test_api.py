@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fxquant
 from fxquant import Budget, Choice, Result, Settings
 from fxquant.core.errors import CalibrationError, FileFormatError, InfeasibleBudgetError, OptionError
-from fxquant.core.facts import EFFORTS, BitAllocation
+from fxquant.core.facts import EFFORTS, BitAllocation, EffortName
 from fxquant.core.host import Reporter
 from fxquant.core.ir import FLOAT, Sites
 from fxquant.core.run import model_outputs
@@ -32,8 +33,9 @@ BUDGET = Budget(average_bits=4.5)
 
 
 def quantize(**change: Any) -> Result:
-    options = {"model": plain_net(), "calibration": IMAGES, "budget": BUDGET, "target": "reference", **change}
-    return fxquant.quantize(**options)
+    given = {"model": plain_net(), "calibration": IMAGES, "budget": BUDGET, "target": "reference", **change}
+    named = {name: given.pop(name) for name in inspect.signature(fxquant.quantize).parameters if name in given}
+    return fxquant.quantize(**named, options=given)
 
 
 @cache
@@ -138,7 +140,7 @@ def test_the_stages_give_the_plan_of_the_one_call() -> None:
     program = fxquant.prepare(program, Settings(target="reference"))
     program = fxquant.calibrate(program, scoring, progress=False)
     program = fxquant.measure_sensitivity(program, scoring, progress=False)
-    program = fxquant.allocate(program, BUDGET, known, progress=False, scoring=scoring)
+    program = fxquant.allocate(program, BUDGET, scoring, held_out=known, progress=False)
     simulated = fxquant.convert(program)
     staged, at_once = Result(program, known), quantize(rounding="nearest")
     assert same(at_once, staged)
@@ -177,7 +179,7 @@ def test_a_plan_edited_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("effort", sorted(EFFORTS))
-def test_effort(effort: str) -> None:
+def test_effort(effort: EffortName) -> None:
     estimators = list(EFFORTS[effort].estimators)
     result = quantize(effort=effort)
     assert list(result.finalists)[: len(estimators)] == estimators

@@ -114,7 +114,13 @@ def wide() -> SmallNet:
 
 def quantized(model: nn.Module, data: object) -> Result:
     return fxquant.quantize(
-        model, data, None, bits=(4, 8), estimators=("weight_mse",), effort="fast", progress=False, threads=1
+        model,
+        data,
+        None,
+        bits=(4, 8),
+        effort="fast",
+        progress=False,
+        options={"estimators": ("weight_mse",), "threads": 1},
     )
 
 

@@ -36,7 +36,11 @@ FILES = [
 @cache
 def quantized() -> Result:
     return fxquant.quantize(
-        plain_net(), IMAGES, BUDGET, target="reference", pins={"conv2": "W4A8"}, forbid={"conv1": "W2A8"}
+        plain_net(),
+        IMAGES,
+        BUDGET,
+        target="reference",
+        options={"pins": {"conv2": "W4A8"}, "forbid": {"conv1": "W2A8"}},
     )
 
 
@@ -102,7 +106,7 @@ def test_another_budget_from_the_saved_scores(saved: Path) -> None:
 def test_labels_of_held_out_images_are_kept(tmp_path: Path) -> None:
     labels = torch.arange(24) % 4
     result = fxquant.quantize(
-        plain_net(), [(IMAGES, labels)], BUDGET, target="reference", loss="ce", effort="fast", bits=(4, 8)
+        plain_net(), [(IMAGES, labels)], BUDGET, target="reference", effort="fast", bits=(4, 8), options={"loss": "ce"}
     )
     found = fxquant.resolve(result.save(tmp_path), Budget(average_bits=8)).allocation
     assert found.to_json() == fxquant.resolve(result, Budget(average_bits=8)).allocation.to_json()

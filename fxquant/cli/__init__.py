@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fxquant.cli.arguments import HELP, build_parser, forbidden, image_options, pins, rounding_options
+from fxquant.cli.arguments import HELP, build_parser
 from fxquant.cli.commands import COMMANDS, INTERRUPTED, main
+from fxquant.cli.flags import add_flags, given
 from fxquant.cli.inputs import ImageOptions, load_calibration, load_model, read_image
 from fxquant.cli.inspect_onnx import SHOWN, as_text, inspect
 from fxquant.cli.interrupts import stopped_in_order
@@ -14,16 +15,14 @@ __all__ = [
     "INTERRUPTED",
     "SHOWN",
     "ImageOptions",
+    "add_flags",
     "as_text",
     "build_parser",
-    "forbidden",
-    "image_options",
+    "given",
     "inspect",
     "load_calibration",
     "load_model",
     "main",
-    "pins",
     "read_image",
-    "rounding_options",
     "stopped_in_order",
 ]

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import NoReturn
 
-from fxquant.backends import BACKENDS
 from fxquant.backends.onnx import BLOCK_SIZES
 from fxquant.backends.onnx import RUNTIMES as LAYOUTS
 from fxquant.bench import ROUNDS
+from fxquant.cli.flags import add_flags
 from fxquant.cli.inputs import ImageOptions
-from fxquant.core.errors import OptionError
-from fxquant.core.facts import CONTEXTS, EFFORTS
-from fxquant.core.ir import Choice
+from fxquant.core.facts import Settings
+from fxquant.flow import KNOWN_NAMES
 from fxquant.parity import RUNTIMES
 from fxquant.passes.rounding import ROUNDERS
-from fxquant.passes.sensitivity import ESTIMATORS
 
 Refuse = Callable[[str], NoReturn]
 
@@ -66,30 +63,8 @@ def build_parser(commands: Iterable[str], refuse: Refuse) -> argparse.ArgumentPa
     return parser
 
 
-def _widths(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 2,4,8") from error
-
-
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 0.485,0.456,0.406") from error
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.lower().partition("x")
-    try:
-        return int(height), int(width or height)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 224 or 224x320") from error
 
 
 def _budget(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -103,50 +78,24 @@ def _budget(parser: argparse.ArgumentParser, required: bool) -> None:
     )
 
 
-def _image_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--image-size", type=_size, metavar="N|HxW", help="size of the images of a folder")
-    add("--mean", type=_numbers, default=(0.0, 0.0, 0.0), metavar="M,M,M", help="subtracted from values 0..1")
-    add("--std", type=_numbers, default=(1.0, 1.0, 1.0), metavar="S,S,S", help="values are divided by it")
-
-
-def _scoring(parser: argparse.ArgumentParser) -> None:
+def _scoring(parser: argparse.ArgumentParser, leave: Collection[str] = ()) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="SPEC", help="pkg.module:factory, or a .pt2 file")
     add("--calibration", required=True, metavar="SPEC", help=".npz, .npy, image folder, or pkg.module:loader")
     add("--output", required=True, type=Path, metavar="DIR", help="where results go")
     add("--workdir", type=Path, metavar="DIR", help="where finished scores are kept; default the output folder")
     add("--resume", action="store_true", help="go on with the scores in DIR, replace its results")
-    _image_options(parser)
-    add("--bits", type=_widths, default=(2, 4, 8), metavar="B,B", help="candidate weight bits; 32 is float")
-    add("--activation-bits", type=_widths, default=(8,), metavar="B,B", help="candidate activation bits")
-    add("--target", default="onnxruntime", metavar="NAME", help=f"{', '.join(BACKENDS)}, or a target file (.json)")
-    add("--effort", choices=tuple(EFFORTS), default="default", help="how much is measured")
-    add("--context", choices=CONTEXTS, default="float", help="what everything else is while one layer is scored")
-    add("--estimators", type=_names, metavar="NAME,NAME", help=f"{', '.join(ESTIMATORS)}; default by effort")
-    add("--seed", type=int, default=0, help="same seed, same answer")
-    add("--pin", action="append", default=[], metavar="PATTERN=W8A8", help="the only precision of these layers")
-    add("--pin-ends", action="store_true", help="pin first and last layer to 8 bits")
-    add("--keep-float", action="append", default=[], metavar="PATTERN", help="layers in float: glob, re:.., type:..")
-    add("--forbid", action="append", default=[], metavar="PATTERN=W2A8,..", help="what these layers may not have")
-    add("--observer", default="mse", help="minmax, mse, moving_average or percentile")
-    add("--loss", help="kl, ce (needs labels) or mse; the model's output decides if not given")
-    add("--time-limit", type=float, default=60.0, metavar="SECONDS", help="for each solve")
-    add("--threads", type=int, help="threads of the runtime")
+    add_flags(parser, ImageOptions)
+    add_flags(parser, Settings, KNOWN_NAMES, leave=leave)
+
+
+def _analyze(parser: argparse.ArgumentParser) -> None:
+    _scoring(parser, leave=("rounding", "rounding_options"))
 
 
 def _quantize(parser: argparse.ArgumentParser) -> None:
     _budget(parser, required=True)
     _scoring(parser)
-    _rounding(parser, None)
-
-
-def _rounding(parser: argparse.ArgumentParser, default: str | None) -> None:
-    names = f"{', '.join(ROUNDERS)}, or several joined by +; default {default or 'by effort'}"
-    parser.add_argument("--rounding", default=default, metavar="NAME+NAME", help=names)
-    parser.add_argument(
-        "--rounding-option", action="append", default=[], metavar="NAME=VALUE", help="for example iterations=300"
-    )
 
 
 def _folder(parser: argparse.ArgumentParser) -> None:
@@ -163,8 +112,9 @@ def _reconstruct(parser: argparse.ArgumentParser) -> None:
     _folder(parser)
     add = parser.add_argument
     add("--calibration", required=True, metavar="SPEC", help="the images that were given to quantize")
-    _image_options(parser)
-    _rounding(parser, "pdquant")
+    add_flags(parser, ImageOptions)
+    add("--rounding", metavar="NAME+NAME", help=f"{', '.join(ROUNDERS)}, or several joined by +; default pdquant")
+    add_flags(parser, Settings, only=("rounding_options",))
     add(
         "--feedback", type=int, default=0, metavar="N", help="times the plan is solved anew with what units really cost"
     )
@@ -205,7 +155,7 @@ def _check(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", metavar="SPEC", help=".npz, .npy, image folder, or pkg.module:loader, labelled or not; default DIR's")
     add("--images", type=int, default=64, metavar="N", help="images to compare on at most")
-    _image_options(parser)
+    add_flags(parser, ImageOptions)
     add("--against", type=_names, default=("onnxruntime", "fx_int8"), metavar="NAME,NAME", help=", ".join(RUNTIMES))
     add("--onnx", type=Path, metavar="FILE", help="the file to check; default DIR/model.onnx, else exported anew")
     add("--threads", type=int, help="threads of ONNX Runtime")
@@ -231,7 +181,7 @@ def _demo(parser: argparse.ArgumentParser) -> None:
 _ADDERS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "demo": _demo,
     "quantize": _quantize,
-    "analyze": _scoring,
+    "analyze": _analyze,
     "allocate": _allocate,
     "reconstruct": _reconstruct,
     "pareto": _pareto,
@@ -241,63 +191,3 @@ _ADDERS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "report": _report,
     "inspect": _inspect,
 }
-
-
-def image_options(args: argparse.Namespace) -> ImageOptions:
-    """Return how images of a folder are read.
-
-    Raises:
-        OptionError: a value out of range.
-    """
-    return ImageOptions(args.image_size, args.mean, args.std)
-
-
-def pins(texts: Iterable[str]) -> dict[str, Choice]:
-    """Read pins written as `glob=W8A8`.
-
-    Raises:
-        OptionError: not of that form, or a glob given twice.
-    """
-    return {pattern: Choice.parse(label) for pattern, label in _by_glob("pin", texts, "GLOB=W8A8").items()}
-
-
-def forbidden(texts: Iterable[str]) -> dict[str, tuple[Choice, ...]]:
-    """Read forbidden precisions written as `glob=W2A8,W2A4`.
-
-    Raises:
-        OptionError: not of that form, or a glob given twice.
-    """
-    found = _by_glob("forbid", texts, "GLOB=W2A8,W2A4")
-    return {pattern: tuple(map(Choice.parse, labels.split(","))) for pattern, labels in found.items()}
-
-
-def rounding_options(texts: Iterable[str]) -> dict[str, object]:
-    """Read settings of the reconstruction engine written as `iterations=300`.
-
-    Raises:
-        OptionError: not of that form.
-    """
-    found: dict[str, object] = {}
-    for text in texts:
-        name, separator, value = text.partition("=")
-        if not separator or not name:
-            raise OptionError(f"rounding option {text!r} is not understood; write NAME=VALUE")
-        try:
-            read = json.loads(value)
-        except ValueError:
-            # A word such as block needs no quotation marks.
-            read = value
-        found[name] = tuple(read) if isinstance(read, list) else read
-    return found
-
-
-def _by_glob(option: str, texts: Iterable[str], form: str) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for text in texts:
-        pattern, separator, label = text.rpartition("=")
-        if not separator or not pattern:
-            raise OptionError(f"{option} {text!r} is not understood; write {form}")
-        if pattern in found:
-            raise OptionError(f"{option} {pattern!r} is given twice; give it once")
-        found[pattern] = label
-    return found

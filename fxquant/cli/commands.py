@@ -19,12 +19,13 @@ from typing import NoReturn
 from fxquant import api
 from fxquant.backends.onnx import OnnxOptions
 from fxquant.bench import bench
-from fxquant.cli.arguments import build_parser, forbidden, image_options, pins, rounding_options
-from fxquant.cli.inputs import load_calibration, load_model
+from fxquant.cli.arguments import build_parser
+from fxquant.cli.flags import given
+from fxquant.cli.inputs import ImageOptions, load_calibration, load_model
 from fxquant.cli.inspect_onnx import as_json, as_text, inspect
 from fxquant.cli.interrupts import stopped_in_order
 from fxquant.core.errors import FxquantError, OptionError
-from fxquant.core.facts import Budget, effort
+from fxquant.core.facts import EFFORTS, Budget, Settings
 from fxquant.core.host import Shards, memory_named
 from fxquant.core.storage import check_writable
 from fxquant.outputs import (
@@ -109,6 +110,10 @@ def _refuse(message: str) -> NoReturn:
     raise OptionError(message)
 
 
+def _image_options(args: argparse.Namespace) -> ImageOptions:
+    return ImageOptions.of(given(ImageOptions, args))
+
+
 def _scored(args: argparse.Namespace, budget: Budget | None) -> None:
     """Run the pipeline on a model and fill the output folder; under torchrun the first process does so."""
     shards = Shards.from_environment()
@@ -118,32 +123,16 @@ def _scored(args: argparse.Namespace, budget: Budget | None) -> None:
         if args.workdir is not None:
             # Two runs may share it: they measure the same, and the last one's file stays.
             held.enter_context(output_folder(args.workdir, resume=True, writer=False))
-        check_packages(args.target)
-        images = load_calibration(args.calibration, image_options(args), effort(args.effort).images)
+        settings = Settings.of(given(Settings, args), distributed=True)
+        check_packages(settings.target)
+        images = load_calibration(args.calibration, _image_options(args), EFFORTS[settings.effort].images)
         result = api.quantize(
             load_model(args.model),
             images,
             budget if shards.is_first else None,
-            bits=args.bits,
-            activation_bits=args.activation_bits,
-            target=args.target,
-            seed=args.seed,
-            effort=args.effort,
-            progress=not quiet,
             workdir=args.workdir or folder,
-            pins=pins(args.pin),
-            pin_ends=args.pin_ends,
-            keep_float=args.keep_float,
-            forbid=forbidden(args.forbid),
-            observer=args.observer,
-            loss=args.loss,
-            estimators=args.estimators,
-            context=args.context,
-            time_limit=args.time_limit,
-            rounding=getattr(args, "rounding", None),
-            rounding_options=rounding_options(getattr(args, "rounding_option", ())),
-            threads=args.threads,
-            distributed=True,
+            progress=not quiet,
+            options=settings,
         )
         if shards.is_first:
             _tell(args, result, write_outputs(result, folder))
@@ -174,13 +163,12 @@ def _allocate(args: argparse.Namespace) -> None:
 def _reconstruct(args: argparse.Namespace) -> None:
     known = Result.load(args.folder)
     with output_folder(args.output or args.folder, resume=args.output is None) as folder:
-        images = load_calibration(args.calibration, image_options(args), ROUNDING_IMAGES)
-        options = rounding_options(args.rounding_option)
+        images = load_calibration(args.calibration, _image_options(args), ROUNDING_IMAGES)
         result = api.reconstruct(
             known,
             images,
-            args.rounding,
-            options=options,
+            **({"rounding": args.rounding} if args.rounding else {}),
+            options=given(Settings, args).get("rounding_options"),
             feedback=args.feedback,
             workdir=folder,
             progress=not args.quiet,
@@ -229,7 +217,7 @@ def _check(args: argparse.Namespace) -> None:
     result = Result.load(args.folder)
     given = None
     if args.data is not None:
-        given = load_calibration(args.data, image_options(args), args.images, "--data")
+        given = load_calibration(args.data, _image_options(args), args.images, "--data")
     model = args.onnx or args.folder / "model.onnx"
     known = model if args.onnx is not None or model.is_file() else None
     parity = check(result, given, args.against, known, args.threads, args.images)

@@ -6,7 +6,7 @@ import importlib
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fxquant.core.errors import CalibrationError, FileFormatError, FxquantError, MissingDependencyError, OptionError
+from fxquant.core.facts import Options, rules
 from fxquant.core.storage import load_exported, read_array, read_arrays
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -28,29 +29,26 @@ BATCH = 32
 
 
 @dataclass(frozen=True)
-class ImageOptions:
+class ImageOptions(Options):
     """How image files become tensors: scaled to cover `size`, cut out of the middle, then `(value - mean) / std`.
 
     Args:
-        size: (height, width); None where no image folder is read.
-        mean: one number per channel, on values 0..1; one channel reads images as grey.
-        std: one number per channel, above 0.
+        size: height and width to which the images of a folder are brought.
+        mean: subtracted from values 0..1, one number per channel; one number reads images as grey.
+        std: values are divided by it, one number per channel.
 
     Raises:
         OptionError: a size below 1, or mean and std that do not fit.
     """
 
-    size: tuple[int, int] | None = None
+    size: tuple[int, int] | None = field(default=None, metadata=rules(least=1, flag="image_size"))
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
-    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    std: tuple[float, ...] = field(default=(1.0, 1.0, 1.0), metadata=rules(above=0))
 
     def __post_init__(self) -> None:
-        if self.size is not None and min(self.size) < 1:
-            raise OptionError(f"--image-size {self.size} must be at least 1 pixel")
+        super().__post_init__()
         if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
             raise OptionError(f"--mean {self.mean} and --std {self.std} need one number each for 1 or 3 channels")
-        if not np.isfinite([*self.mean, *self.std]).all() or min(self.std) <= 0:
-            raise OptionError(f"--mean {self.mean} and --std {self.std} must be finite, std above 0")
 
 
 def load_model(spec: str) -> nn.Module | ExportedProgram:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from fxquant.core.errors import OptionError, PipelineError
 
 T = TypeVar("T")
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> OptionError:
+    """Return the error for a name that is not known: it lists the known ones and suggests the nearest."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return OptionError(f"unknown {kind} {name!r}{hint}; known: {', '.join(names)}")
 
 
 class Registry(Mapping[str, T], Generic[T]):
@@ -44,9 +52,7 @@ class Registry(Mapping[str, T], Generic[T]):
             OptionError: there is none of that name; the message lists all and the nearest.
         """
         if name not in self._entries:
-            near = difflib.get_close_matches(name, self._entries, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise OptionError(f"unknown {self.kind} {name!r}{hint}; known: {', '.join(self._entries)}")
+            raise unknown(self.kind, name, self._entries)
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:

@@ -5,7 +5,8 @@
     {"result": "folder"}                                       a result that `Result.save` wrote
     {}                                                         linear layers on int8, scaled as values come
 
-`"inductor": False` runs the integer graph eagerly; `"quantize": {...}` holds further arguments of `fxquant.quantize`.
+`"inductor": False` runs the integer graph eagerly. With a budget, every option of `fxquant.quantize` is taken by its
+name, for example `"effort": "fast"`.
 
 The work is done at the first call of a graph, and again for other weights: those are taken as they are then. A graph
 in training mode, or one that does not export, runs as it was, with a warning. Answers carry no gradient.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from fxquant.api import quantize
 from fxquant.backends.int8 import FxInt8Backend, compiled, lower_dynamic
 from fxquant.capture import capture
 from fxquant.core.errors import CalibrationError, CaptureError, OptionError
-from fxquant.core.facts import BitAllocation, Budget, Settings
+from fxquant.core.facts import BitAllocation, Budget, Settings, options_of
 from fxquant.core.ir import Sites, rule_of
+from fxquant.core.registry import unknown
 from fxquant.core.run import CalibrationSet, collect
 from fxquant.core.storage import tensor_digest, text_digest
 from fxquant.dynamo.boundary import DynamoGraph, caller_arguments, free_batch
@@ -47,6 +49,8 @@ KEPT = 8
 """Integer graphs that are kept, so that a recompilation for another batch size quantizes nothing anew."""
 
 TARGET = "fx_int8"
+CALL = ("workdir", "progress")
+"""Arguments of `fxquant.quantize` that concern the call and are no settings."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class CompileOptions:
         plan: a plan or the path of a plan.json.
         result: a result or the folder of one.
         inductor: hand what comes out to Inductor; where that fails it runs eagerly, with a warning.
-        quantize: further arguments of `fxquant.quantize`.
+        quantize: options of `fxquant.quantize` by name; in `options=` they lie beside the others.
 
     Raises:
         OptionError: options that exclude or lack each other.
@@ -84,7 +88,7 @@ class CompileOptions:
                 else f"calibration is not read with {sources or 'no budget'}; give 'budget' or 'plan' with it"
             )
         if self.quantize and sources != ["budget"]:
-            raise OptionError("option 'quantize' holds arguments of fxquant.quantize and needs a 'budget'")
+            raise OptionError(f"options {', '.join(self.quantize)} are those of fxquant.quantize and need a 'budget'")
 
     @staticmethod
     def of(given: Mapping[str, Any] | None) -> CompileOptions:
@@ -93,11 +97,13 @@ class CompileOptions:
         Raises:
             OptionError: a name that is not known, or a combination that makes no sense.
         """
-        unknown = sorted(set(given or {}) - set(CompileOptions.__dataclass_fields__))
-        if unknown:
-            known = ", ".join(CompileOptions.__dataclass_fields__)
-            raise OptionError(f"unknown option {', '.join(map(repr, unknown))}; known: {known}")
-        return CompileOptions(**(given or {}))
+        own = [field.name for field in fields(CompileOptions) if field.name != "quantize"]
+        known = [*own, *CALL, *options_of(Settings)]
+        for name in given or {}:
+            if name not in known:
+                raise unknown("option", name, known)
+        rest = {name: value for name, value in (given or {}).items() if name not in own}
+        return CompileOptions(**{name: value for name, value in (given or {}).items() if name in own}, quantize=rest)
 
 
 def compile_graph(
@@ -247,8 +253,9 @@ def _images(options: CompileOptions, module: GraphModule, inputs: tuple[Tensor, 
 
 
 def _budgeted(options: CompileOptions, exported: ExportedProgram, images: CalibrationSet) -> GraphModule:
-    arguments = {"target": TARGET, "progress": False, **options.quantize}
-    return quantize(exported, images, _budget(options), **arguments).lowered
+    asked = {"target": TARGET, "progress": False, **options.quantize}
+    call = {name: asked.pop(name) for name in CALL if name in asked}
+    return quantize(exported, images, _budget(options), **call, options=asked).lowered
 
 
 def _planned(plan: BitAllocation | str | Path, exported: ExportedProgram, images: CalibrationSet) -> GraphModule:

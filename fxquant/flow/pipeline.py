@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fxquant.backends import backend, identity
+from fxquant.backends import BACKENDS, backend, identity
 from fxquant.core.errors import InfeasibleBudgetError, OptionError, PipelineError
 from fxquant.core.facts import (
+    EFFORTS,
     LIMIT_TABLES,
     BitAllocation,
     Budget,
@@ -28,7 +30,8 @@ from fxquant.core.facts import (
 )
 from fxquant.core.host import ALONE, SILENT, Reporter, Shards
 from fxquant.core.ir import PlanEdges, Program, Sites, gradients
-from fxquant.core.run import LOSSES, CalibrationSet, default_loss, model_outputs
+from fxquant.core.registry import Registry, unknown
+from fxquant.core.run import LOSSES, OBSERVERS, CalibrationSet, default_loss, model_outputs
 from fxquant.core.storage import ScoreStore, tensor_digest, text_digest
 from fxquant.passes import (
     Calibrate,
@@ -46,11 +49,14 @@ from fxquant.passes import (
     widest_plan,
 )
 from fxquant.passes.allocation import SOLVERS
+from fxquant.passes.rounding import ROUNDERS
 from fxquant.passes.rounding.closed_form import METHODS as BANK_METHODS
 from fxquant.passes.rounding.closed_form import RoundWeights
 from fxquant.passes.sensitivity import ESTIMATORS
 
 KEPT = "kept in float as asked"
+JOIN = "+"
+"""Separates the names of a chain of rounding algorithms."""
 
 
 @dataclass(frozen=True)
@@ -90,19 +96,44 @@ def run(program: Program, *passes: Pass) -> Program:
         return Pipeline(passes, frozenset(program.facts))(program)
 
 
+KNOWN_NAMES: Mapping[str, Collection[str]] = {
+    "target": BACKENDS,
+    "observer": OBSERVERS,
+    "loss": LOSSES,
+    "estimators": ESTIMATORS,
+    "solver": SOLVERS,
+    "scoring_rounding": ("nearest", *BANK_METHODS),
+    "rounding": ROUNDERS,
+}
+"""Setting -> the names it may hold; more may be registered at any time."""
+
+
 def check_names(settings: Settings) -> None:
     """Fail on a misspelt name before any work is done.
 
     Raises:
-        OptionError: an unknown target, solver, estimator or way of rounding.
+        OptionError: an unknown target, observer, loss, estimator, solver or way of rounding.
     """
     _ = backend(settings.target)
-    _ = SOLVERS[settings.solver]
-    if settings.scoring_rounding not in ("nearest", *BANK_METHODS):
-        known = ", ".join(("nearest", *BANK_METHODS))
-        raise OptionError(f"unknown scoring_rounding {settings.scoring_rounding!r}; known: {known}")
-    for name in settings.estimators:
-        _ = ESTIMATORS[name]
+    given = {name: getattr(settings, name) for name in KNOWN_NAMES if name != "target"}
+    given["rounding"] = (settings.rounding or "nearest").split(JOIN)
+    for setting, values in given.items():
+        known = KNOWN_NAMES[setting]
+        for name in (values,) if isinstance(values, str) else values or ():
+            if name.strip() not in known:
+                raise unknown(known.kind if isinstance(known, Registry) else setting, name, known)
+
+
+def settled(settings: Settings) -> Settings:
+    """Return settings in which nothing is left to the effort.
+
+    Of the effort's estimators, those that are only defined around the float network are left out in another context.
+    The weights of a plan are rounded to nearest where nothing else was asked for: `quantize` rounds them by effort.
+    """
+    estimators = EFFORTS[settings.effort].estimators
+    if settings.context != "float":
+        estimators = tuple(name for name in estimators if not ESTIMATORS[name].float_only)
+    return settings.settled(estimators=estimators, rounding="nearest")
 
 
 def find_sites(program: Program, settings: Settings) -> Program:
@@ -111,6 +142,7 @@ def find_sites(program: Program, settings: Settings) -> Program:
     Raises:
         OptionError: a pattern matches nothing, the target does not execute a width, or no layer can be quantized.
     """
+    settings = settled(settings)
     target = backend(settings.target).target
     program = run(program, Canonicalize(), FoldConstants(), FoldBatchnorm()).with_facts(settings, target)
     program = run(program, *site_passes(target, settings, {}))

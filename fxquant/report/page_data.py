@@ -127,12 +127,8 @@ def _latency(costs: CostTables, choices: Mapping[str, Choice]) -> dict[str, Any]
 
 
 def _asked(program: Program) -> dict[str, Any]:
-    settings = program[Settings]
-    values = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
-    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    plain["pins"] = {pattern: choice.label for pattern, choice in settings.pins.items()}
-    plain["forbid"] = {pattern: [c.label for c in choices] for pattern, choices in settings.forbid.items()}
-    return {"budget": dict(program[BitAllocation].limits), "settings": plain, "inputs": _inputs(program)}
+    settings = program[Settings].to_json()
+    return {"budget": dict(program[BitAllocation].limits), "settings": settings, "inputs": _inputs(program)}
 
 
 def _inputs(program: Program) -> list[dict[str, Any]]:

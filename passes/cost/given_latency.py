@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from fxquant.core.errors import OptionError
-from fxquant.core.facts import CostTable, Target, Types, found, site_types
+from fxquant.core.facts import CostTable, Target, found, site_types
 from fxquant.core.ir import FLOAT, Choice, Program, Site, Sites
 from fxquant.passes.cost.size import site_bytes
 
@@ -23,14 +23,16 @@ def told_latency(program: Program, target: Target) -> CostTable:
     """
     sites = program[Sites]
     types = site_types(program.module.graph, sites.sites)
-    values = [_milliseconds(sites.by_name(c.site), c.choice, target, types) for c in sites.candidates]
-    in_float = sum(_milliseconds(site, FLOAT, target, types) for site in sites.sites)
+    names = [site.name for site in sites.sites]
+    matches = [found(row.layers, names, types) for row in target.latency]
+    values = [_milliseconds(sites.by_name(c.site), c.choice, target, matches) for c in sites.candidates]
+    in_float = sum(_milliseconds(site, FLOAT, target, matches) for site in sites.sites)
     return CostTable(sites.candidates, np.array(values, dtype=np.float64), 0.0, in_float, "milliseconds")
 
 
-def _milliseconds(site: Site, choice: Choice, target: Target, types: Types) -> float:
-    for row in target.latency:
-        if fnmatchcase(choice.label, row.precision) and found(row.layers, [site.name], types):
+def _milliseconds(site: Site, choice: Choice, target: Target, matches: list[list[str]]) -> float:
+    for row, names in zip(target.latency, matches, strict=True):
+        if site.name in names and fnmatchcase(choice.label, row.precision):
             megabytes = site_bytes(site, choice, target) / 1e6
             return row.ms + row.ms_per_million_macs * site.macs / 1e6 + row.ms_per_megabyte * megabytes
     raise OptionError(

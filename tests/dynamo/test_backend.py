@@ -49,7 +49,7 @@ def expected(model: nn.Module, calibration: object) -> Result:
 def test_the_answer_is_that_of_quantize(name: str, batch: int, dynamic: bool | None) -> None:
     """Whether sizes are inputs of the graph, or one image is written into its reshapes."""
     model, calibration, x = built(name), [MODELS[name].inputs(12)], MODELS[name].inputs(batch)
-    made = compiled(model, dynamic, budget=BUDGET, calibration=calibration, quantize=FAST)(*x)
+    made = compiled(model, dynamic, budget=BUDGET, calibration=calibration, **FAST)(*x)
     assert torch.equal(made, first_tensor(expected(model, calibration).lowered(*x)))
     assert not torch.equal(made, model(*x))
     assert not made.requires_grad
@@ -73,7 +73,7 @@ def test_inputs_are_told_apart_by_name_and_all_outputs_come_back(tmp_path: Path)
     known = expected(model, [(x, y)])
     wanted = known.lowered(x, y)
     for options in (
-        {"budget": fxquant.Budget(average_bits=4), "calibration": [(x, y)], "quantize": FAST},
+        {"budget": fxquant.Budget(average_bits=4), "calibration": [(x, y)], **FAST},
         {"result": known.save(tmp_path)},
     ):
         torch._dynamo.reset()
@@ -90,7 +90,7 @@ def test_other_batches_recompile_and_quantize_nothing_anew(monkeypatch: pytest.M
 
     monkeypatch.setattr(compiling, "quantize", counted)
     model, lowered = small(), expected(small(), images()).lowered
-    run = compiled(model, budget=BUDGET, calibration=images(), quantize=FAST)
+    run = compiled(model, budget=BUDGET, calibration=images(), **FAST)
     for batch in (2, 5, 1, 7):
         assert torch.equal(run(images(batch)), first_tensor(lowered(images(batch))))
     assert len(calls) == 1
@@ -101,7 +101,7 @@ def test_other_weights_are_quantized_on_their_own() -> None:
     one, other = small(), small()
     with torch.no_grad():
         other.get_parameter("head.weight").mul_(-2.0)
-    options: dict[str, Any] = {"budget": BUDGET, "calibration": images(), "quantize": FAST}
+    options: dict[str, Any] = {"budget": BUDGET, "calibration": images(), **FAST}
     wanted = [first_tensor(expected(model, images()).lowered(images(3))) for model in (one, other)]
     assert torch.equal(compiled(one, **options)(images(3)), wanted[0])
     assert torch.equal(compiled(other, **options)(images(3)), wanted[1])
@@ -129,7 +129,7 @@ def test_each_graph_of_a_broken_model_is_quantized() -> None:
     """The second reads images of the same shape as the model, and is calibrated on what it reads all the same."""
     torch.manual_seed(2)
     model, x = Broken().eval(), images(16)
-    run = compiled(model, budget={"average_bits": 8}, calibration=images(), quantize=FAST)
+    run = compiled(model, budget={"average_bits": 8}, calibration=images(), **FAST)
     with pytest.warns(UserWarning, match="behind a graph break is calibrated on the 16 images of its first call"):
         made = run(x)
     real = model(x).detach()
@@ -137,14 +137,14 @@ def test_each_graph_of_a_broken_model_is_quantized() -> None:
 
 
 def test_a_graph_behind_a_break_that_saw_one_image_gets_what_needs_no_calibration() -> None:
-    run = compiled(Broken().eval(), budget=BUDGET, calibration=images(), quantize=FAST)
+    run = compiled(Broken().eval(), budget=BUDGET, calibration=images(), **FAST)
     with pytest.warns(UserWarning, match="gives one image, too few to calibrate with: 1 linear layers run on int8"):
         run(images(1))
 
 
 def test_training_runs_uncompiled_with_its_gradients() -> None:
     model = built("separable").train()
-    run = compiled(model, budget=BUDGET, calibration=[MODELS["separable"].inputs(12)], quantize=FAST)
+    run = compiled(model, budget=BUDGET, calibration=[MODELS["separable"].inputs(12)], **FAST)
     x = MODELS["separable"].inputs(4)
     statistics = model.get_buffer("norm.running_mean").clone()
     with pytest.warns(UserWarning, match=r"stays as it is, for .*batch_norm.* runs in training mode; switch to eval"):
@@ -165,12 +165,12 @@ def test_an_input_that_asks_for_its_gradient_gets_it() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budgett": BUDGET}, r"unknown option 'budgett'; known: budget, calibration"),
+        ({"budgett": BUDGET}, r"unknown option 'budgett' \(did you mean 'budget'\?\); known: budget, calibration"),
         ({"budget": BUDGET}, "option 'budget' needs calibration images"),
         ({"plan": "plan.json"}, "option 'plan' needs calibration images"),
         ({"calibration": [1]}, "calibration is not read with no budget"),
         ({"result": "folder", "budget": BUDGET}, "budget and result exclude each other"),
-        ({"quantize": FAST}, "needs a 'budget'"),
+        ({**FAST}, "need a 'budget'"),
         ({"budget": {"bits": 4}, "calibration": images()}, "budget 'bits=4' is not understood"),
         ({"budget": BUDGET, "calibration": torch.zeros(4, 1, 9, 9)}, r"\(1, 9, 9\), the compiled model is called with"),
         ({"budget": {"average_bits": 0.1}, "calibration": images()}, "average_bits"),
@@ -185,7 +185,7 @@ def test_options_that_cannot_be_used_reach_the_caller_as_they_are(options: dict[
 
 def test_images_of_another_size_are_not_run_on_the_grids_and_shapes_of_the_first() -> None:
     """Dynamo's own graph may hold for any size."""
-    run = compiled(small(), True, budget=BUDGET, calibration=images(), quantize=FAST)
+    run = compiled(small(), True, budget=BUDGET, calibration=images(), **FAST)
     run(images(3))
     with pytest.raises(CalibrationError, match=r"shape \(1, 8, 8\), the compiled model is called with .*\(1, 12, 12\)"):
         run(torch.zeros(3, 1, 12, 12))
@@ -227,7 +227,7 @@ class Merged(nn.Module):
 
 def test_a_batch_that_cannot_be_taken_out_says_so_and_a_dynamic_one_helps() -> None:
     model = Merged().eval()
-    options: dict[str, Any] = {"budget": BUDGET, "calibration": images(), "quantize": FAST}
+    options: dict[str, Any] = {"budget": BUDGET, "calibration": images(), **FAST}
     with pytest.warns(UserWarning, match=r"stays in float: the graph is made for 3 images .* give .* dynamic=True"):
         made = compiled(model, **options)(images(3))
     assert torch.equal(made, model(images(3)))
@@ -277,7 +277,7 @@ def test_a_saved_result_runs_and_another_models_is_refused(tmp_path: Path) -> No
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_inductor_takes_the_integer_graph() -> None:
-    options: dict[str, Any] = {"budget": BUDGET, "calibration": images(), "quantize": FAST}
+    options: dict[str, Any] = {"budget": BUDGET, "calibration": images(), **FAST}
     made = torch.compile(small(), backend=compile_graph, options=options)(images(3))
     wanted = first_tensor(expected(small(), images()).lowered(images(3)))
     torch.testing.assert_close(made, wanted, atol=1e-4, rtol=0)
@@ -331,7 +331,7 @@ def test_two_models_of_one_class_have_calibration_sets_of_their_own() -> None:
         model, given = small(), CalibrationSet((images(8) + seed,))
         options: Any = {
             "budget": {"average_bits": 8},
-            "quantize": {"effort": "fast"},
+            "effort": "fast",
             "calibration": given,
             "inductor": False,
         }

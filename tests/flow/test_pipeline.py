@@ -239,8 +239,6 @@ def test_scores_may_be_taken_around_the_widest_integers() -> None:
     loss = float(kl(reference, answer, None).mean())
     for matrix in found.values():
         assert matrix.predict(widest.choices) == matrix.constant == pytest.approx(loss, rel=1e-4)
-    with pytest.raises(OptionError, match="context='nearest' is unknown; known: float, widest"):
-        replace(settings, context="nearest")
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "fx_int8"])

@@ -57,7 +57,12 @@ def test_an_unknown_option_is_refused_before_any_work() -> None:
 
     with pytest.raises(OptionError, match="did you mean 'iterations'"):
         fxquant.quantize(
-            small(), unread(), LIMIT, target="reference", rounding="pdquant", rounding_options={"iteration": 3}
+            small(),
+            unread(),
+            LIMIT,
+            target="reference",
+            rounding="pdquant",
+            options={"rounding_options": {"iteration": 3}},
         )
     with pytest.raises(OptionError, match="did you mean 'iterations'"):
         fxquant.reconstruct(planned(), images(), options={"iteration": 3}, progress=False)
@@ -71,7 +76,7 @@ def test_quantize_rounds_as_it_is_asked(tmp_path: Path) -> None:
         target="reference",
         effort="fast",
         rounding="pdquant",
-        rounding_options=SHORT,
+        options={"rounding_options": SHORT},
         workdir=tmp_path,
         progress=False,
     )

@@ -20,7 +20,14 @@ from tests.small import images, small
 def quantized(method: str, bits: tuple[int, ...] = (2, 4, 8)) -> Result:
     budget = fxquant.Budget(average_bits=4)
     return fxquant.quantize(
-        small(), images(), budget, bits=bits, effort="fast", progress=False, target="reference", scoring_rounding=method
+        small(),
+        images(),
+        budget,
+        bits=bits,
+        effort="fast",
+        progress=False,
+        target="reference",
+        options={"scoring_rounding": method},
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fxquant.core.facts.budget import Budget
 from fxquant.core.facts.cost_tables import CostTable, CostTables, Noise
-from fxquant.core.facts.expressions import matcher
+from fxquant.core.facts.expressions import matched
 from fxquant.core.facts.fake_quant_nodes import FakeQuantNodes
 from fxquant.core.facts.limits import (
     LIMIT_TABLES,
@@ -19,20 +19,21 @@ from fxquant.core.facts.limits import (
     usage,
 )
 from fxquant.core.facts.norm_statistics import NormStatistics, Statistics
+from fxquant.core.facts.option_fields import BY_EFFORT, Option, Options, literals, options_of, rules
 from fxquant.core.facts.patterns import Types, found, matching, module_types, site_types
 from fxquant.core.facts.plan import BitAllocation, Finalists
 from fxquant.core.facts.ranges import BINS, Histogram, Ranges, clip_error, merged, mse_range
 from fxquant.core.facts.rounding import Rounding, UnitRecord
 from fxquant.core.facts.sensitivity_matrix import SensitivityMatrix, Surrogates
-from fxquant.core.facts.settings import CHEAP, CONTEXTS, EFFORTS, Effort, Settings, effort
+from fxquant.core.facts.settings import CHEAP, EFFORTS, Effort, EffortName, Settings
 from fxquant.core.facts.target import LatencyRow, Target
 from fxquant.core.facts.target_file import SUFFIX, Described, read_target, to_json, write_target
 from fxquant.core.facts.weight_grids import WeightGrids
 
 __all__ = [
     "BINS",
+    "BY_EFFORT",
     "CHEAP",
-    "CONTEXTS",
     "EFFORTS",
     "LIMIT_TABLES",
     "SUFFIX",
@@ -42,12 +43,15 @@ __all__ = [
     "CostTables",
     "Described",
     "Effort",
+    "EffortName",
     "FakeQuantNodes",
     "Finalists",
     "Histogram",
     "LatencyRow",
     "Noise",
     "NormStatistics",
+    "Option",
+    "Options",
     "Ranges",
     "Rounding",
     "SensitivityMatrix",
@@ -60,19 +64,21 @@ __all__ = [
     "WeightGrids",
     "agrees",
     "clip_error",
-    "effort",
     "fits",
     "found",
     "infeasible_message",
     "limit_products",
     "limit_rows",
-    "matcher",
+    "literals",
+    "matched",
     "matching",
     "merged",
     "module_types",
     "mse_range",
+    "options_of",
     "reachable",
     "read_target",
+    "rules",
     "site_types",
     "tie_rows",
     "to_json",

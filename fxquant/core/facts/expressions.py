@@ -1,103 +1,66 @@
-"""Regular expressions with a bound on their work: a pattern may come with a file, and some would run for years."""
+"""Regular expressions, matched in a process of their own that is ended after some seconds.
+
+A pattern may come with a file that somebody else made. For some patterns Python's matcher tries 2^n ways for a name of
+n letters, and no thread or signal can stop it.
+"""
 
 from __future__ import annotations
 
-import math
-import re
-import warnings
-from collections.abc import Callable
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
 
 from fxquant.core.errors import OptionError
 
-STEPS = 10**8
-"""Ways of matching one name that may be tried: some seconds."""
-_COUNT = re.compile(r"\{([0-9]*)(,?)([0-9]*)\}")
-_CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+SECONDS = 10.0
+"""Limit for one pattern and all names, the start of the process included."""
+
+CHILD = """
+import json, re, sys, warnings
+warnings.simplefilter("ignore")
+pattern, names = json.load(sys.stdin)
+try:
+    test = re.compile(pattern).fullmatch
+except (re.error, RecursionError, OverflowError) as error:
+    answer = str(error)
+else:
+    answer = [name for name in names if test(name)]
+json.dump(answer, sys.stdout)
+"""
 
 
-def matcher(pattern: str) -> Callable[[str], bool]:
-    """Return a test for whole names.
-
-    Python's matcher goes back and tries again: a name of n letters takes up to `n^k` steps for k repeats one after the
-    other, and `2^n` for a repeat of what repeats or has alternatives. The test refuses what may take too many.
+def matched(pattern: str, names: Sequence[str]) -> list[str]:
+    """Return the names that a regular expression matches as a whole.
 
     Args:
         pattern: a regular expression of Python's `re`.
+        names: what to match.
 
     Raises:
-        OptionError: it is none, repeats what repeats or has alternatives, or refers back; and from the test, where the
-            name is too long for the expression.
+        OptionError: it is not a regular expression, or matching takes longer than `SECONDS`.
     """
+    # A search asks several times for the same pattern and layers.
+    return list(_matched(pattern, tuple(names), SECONDS))
+
+
+@lru_cache(maxsize=256)
+def _matched(pattern: str, names: tuple[str, ...], seconds: float) -> tuple[str, ...]:
+    shown = f"pattern 're:{pattern:.200}'"
+    asked = json.dumps([pattern, names])
     try:
-        with warnings.catch_warnings():
-            # What may mean something else in a later Python means what it means here.
-            warnings.simplefilter("ignore", FutureWarning)
-            expression = re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise OptionError(f"pattern 're:{pattern:.200}' is not a regular expression: {error}") from error
-    repeats = _repeats(pattern)
-
-    def matches(word: str) -> bool:
-        if math.prod(min(most, len(word) + 1) for most in repeats) > STEPS:
-            raise OptionError(
-                f"pattern 're:{pattern:.200}' repeats too much for a name of {len(word)} letters; "
-                "write it with fewer *, + and ?, or give several patterns"
-            )
-        return expression.fullmatch(word) is not None
-
-    return matches
-
-
-def _repeats(pattern: str) -> list[float]:
-    """Return how often each repeat of an expression may repeat.
-
-    Raises:
-        OptionError: a repeat holds another or alternatives, or there is a reference to a group.
-    """
-    found: list[float] = []
-    # For each open group, whether it can match one text in several ways.
-    open_groups, last, place = [False], False, 0
-    while place < len(pattern):
-        letter, after = pattern[place], place + 1
-        if letter == "\\":
-            if pattern[after : after + 1] in set("123456789"):
-                raise _refused(pattern, "refers to a group")
-            last, after = False, place + 2
-        elif letter == "[" and (members := _CLASS.match(pattern, place)):
-            last, after = False, members.end()
-        elif letter == "(":
-            if pattern.startswith(("(?P=", "(?("), place):
-                raise _refused(pattern, "refers to a group")
-            open_groups.append(False)
-            after += pattern.startswith("(?", place)
-        elif letter == ")" and len(open_groups) > 1:
-            last = open_groups.pop()
-            open_groups[-1] |= last
-        elif letter == "|":
-            open_groups[-1] = True
-        elif (most := _most(pattern, place)) is not None:
-            if last and most > 1:
-                raise _refused(pattern, "repeats what repeats or has alternatives")
-            count = _COUNT.match(pattern, place)
-            after = count.end() if count else after
-            # What follows says how greedy it is.
-            after += pattern[after : after + 1] in ("?", "+")
-            found.append(max(most, 2.0))
-            open_groups[-1] = True
-        else:
-            last = False
-        place = after
-    return found
-
-
-def _most(pattern: str, place: int) -> float | None:
-    """Return how often what stands in front may be repeated, None where that is no repeat."""
-    count = _COUNT.match(pattern, place)
-    if count is not None and (count[1] or count[3]):
-        least, comma, most = count.groups()
-        return float(most) if most else math.inf if comma else float(least)
-    return {"*": math.inf, "+": math.inf, "?": 1.0}.get(pattern[place])
-
-
-def _refused(pattern: str, why: str) -> OptionError:
-    return OptionError(f"pattern 're:{pattern:.200}' {why}, which could take for ever; write it without, or as a glob")
+        # -I and -S: nothing of the user's is imported, and the process starts in some 20 ms.
+        command = [sys.executable, "-I", "-S", "-c", CHILD]
+        done = subprocess.run(command, input=asked, capture_output=True, text=True, timeout=seconds, check=True)
+    except subprocess.TimeoutExpired:
+        raise OptionError(
+            f"{shown} takes longer than {seconds:g} s to match {len(names)} names; "
+            "write it with fewer *, + and |, or as a glob"
+        ) from None
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise OptionError(f"{shown} could not be matched: {error}; write it as a glob") from error
+    answer = json.loads(done.stdout)
+    if isinstance(answer, str):
+        raise OptionError(f"{shown} is not a regular expression: {answer}")
+    return tuple(answer)

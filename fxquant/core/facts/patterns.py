@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch.fx import Graph, Node
 
 from fxquant.core.errors import OptionError
-from fxquant.core.facts.expressions import matcher
+from fxquant.core.facts.expressions import matched
 from fxquant.core.ir import Site
 
 Types = Mapping[str, Collection[str]]
@@ -32,18 +32,6 @@ def site_types(graph: Graph, sites: Sequence[Site]) -> dict[str, set[str]]:
     return {site.name: {site.kind}.union(*(module_types(nodes[name]) for name in site.nodes)) for site in sites}
 
 
-def _glob(pattern: str) -> Callable[[str], bool]:
-    return lambda word: fnmatchcase(word, pattern)
-
-
-FORMS: Mapping[str, tuple[Callable[[str], Callable[[str], bool]], bool]] = {
-    "re:": (matcher, False),
-    "type:": (_glob, True),
-    "": (_glob, False),
-}
-"""How a pattern begins -> (what makes its test, whether types are tested and not names)."""
-
-
 def found(pattern: str, names: Sequence[str], types: Types) -> list[str]:
     """Return the names that a pattern matches, none where it matches nothing.
 
@@ -54,27 +42,29 @@ def found(pattern: str, names: Sequence[str], types: Types) -> list[str]:
         types: their types.
 
     Raises:
-        OptionError: not a regular expression, or one that could take for ever.
+        OptionError: not a regular expression, or one that takes too long.
     """
-    beginning = next(start for start in FORMS if pattern.startswith(start))
-    form, by_type = FORMS[beginning]
-    test = form(pattern.removeprefix(beginning))
-    return [name for name in names if any(map(test, types.get(name, ()) if by_type else (name,)))]
+    if pattern.startswith("re:"):
+        return matched(pattern.removeprefix("re:"), names)
+    if pattern.startswith("type:"):
+        kind = pattern.removeprefix("type:")
+        return [name for name in names if any(fnmatchcase(each, kind) for each in types.get(name, ()))]
+    return [name for name in names if fnmatchcase(name, pattern)]
 
 
 def matching(pattern: str, names: Sequence[str], types: Types) -> list[str]:
     """Return the names that a pattern matches, at least one.
 
     Args:
-        pattern: as for `found`.
-        names: as for `found`.
-        types: as for `found`.
+        pattern: a glob over names, `re:` and a regular expression for whole names, or `type:` and a glob over types.
+        names: the layers' names.
+        types: their types.
 
     Raises:
         OptionError: it matches nothing, the message lists what is near; or it is not a regular expression.
     """
-    matched = found(pattern, names, types)
-    if not matched:
+    matches = found(pattern, names, types)
+    if not matches:
         known, wanted = list(names), pattern.removeprefix("re:")
         if pattern.startswith("type:"):
             wanted = pattern.removeprefix("type:")
@@ -82,4 +72,4 @@ def matching(pattern: str, names: Sequence[str], types: Types) -> list[str]:
             known = sorted({kind for name in names for kind in types.get(name, ()) if "." not in kind})
         near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.3) or known[:3]
         raise OptionError(f"pattern {pattern!r} matches no site; near: {', '.join(near)}")
-    return matched
+    return matches

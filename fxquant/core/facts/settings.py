@@ -1,13 +1,18 @@
-"""What a user asks for besides the budget, checked once, carried as a fact."""
+"""The settings of a search: what may be chosen, how the graph is prepared, and how much is measured."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
 
 from fxquant.core.errors import OptionError
+from fxquant.core.facts.option_fields import BY_EFFORT, Options, rules
 from fxquant.core.ir import Choice
+
+EffortName = Literal["fast", "default", "best"]
+Context = Literal["float", "widest"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Effort:
 CHEAP = ("fit", "fisher_out", "weight_mse")
 """Estimators of a few passes: worse models of the loss, but plans of another kind, and the measured loss decides."""
 
-EFFORTS: dict[str, Effort] = {
+EFFORTS: dict[EffortName, Effort] = {
     "fast": Effort(("diagonal",), 96, 0, 0, "nearest"),
     "default": Effort(("gram", "diagonal", "fisher", *CHEAP), 384, 16, 1, "gptq"),
     "best": Effort(
@@ -42,92 +47,87 @@ EFFORTS: dict[str, Effort] = {
 """Preset name -> what it measures."""
 
 
-CONTEXTS = ("float", "widest")
-"""What scores may be taken around, before there is a plan."""
-
-
 @dataclass(frozen=True)
-class Settings:
-    """Choices that shape the graph and the search.
+class Settings(Options):
+    """Options of a search.
 
     Args:
-        bits: candidate weight bits; 32 adds "float".
+        bits: candidate weight bits; 32 adds float.
         activation_bits: candidate activation bits.
-        target: name of the backend that will run the model.
-        pins: pattern of layers (see `core.patterns`) -> the only precision allowed there.
-        pin_ends: pin the first and the last site to 8 bits.
-        keep_float: patterns of layers that stay in float.
+        target: runtime that will run the model, or the path of a target file (.json).
+        effort: how much is measured.
+        pins: pattern of layers -> the only precision allowed there.
+        pin_ends: pin the first and the last layer to 8 bits.
+        keep_float: pattern of layers that stay in float.
         forbid: pattern of layers -> precisions that may not be used there.
-        observer: name of the observer.
-        loss: name of the loss; None takes KL for class scores and relative squared error otherwise.
-        estimators: sensitivity estimators, the preferred one first.
-        context: how everything else is quantized while one layer is scored: "float", or "widest" for every layer at
-            its widest integer precision (CalibTIP, arXiv 2006.10518).
-        solver: name of the solver.
+        observer: how the range of an activation is chosen.
+        loss: what plans are judged by; by default KL for class scores and relative squared error otherwise. "ce" needs
+            labels (CLADO as published).
+        estimators: sensitivity estimators, the preferred one first; by default those of the effort.
+        context: how all other layers are quantized while one is scored: not at all, or at their widest integer
+            precision (CalibTIP, arXiv 2006.10518).
+        solver: algorithm that solves the integer program.
         time_limit: seconds for each solve.
         held_out: share of the calibration images kept for verification.
-        requantization_cost: added to a plan's modelled loss for two neighbouring layers with unlike activation widths.
-        refine_moves: plans measured at most to improve the best finalist; 0 leaves it as it is.
-        rounds: times the plan is scored again around itself at most, and the program solved near it; 0 does not.
-        scoring_rounding: how weights are rounded when layers are scored, and until a plan is rounded: "nearest", or
-            "gptq" or "gpfq" layer by layer at every width.
-        rounding: algorithms that round the plan's weights, joined by "+".
-        seed: seed of every random choice.
-        threads: threads of the target's runtime, None for its default.
+        requantization_cost: added to a plan's modelled loss, in its unit, for every two neighbouring layers that take
+            their activations at unlike widths, or one of them in float.
+        refine_moves: plans measured at most to improve the best one by swaps; by default that of the effort.
+        rounds: times at most the plan is scored again around itself and solved near it; by default that of the effort.
+        scoring_rounding: how weights are rounded when layers are scored; "gptq" and "gpfq" round them well, so that low
+            widths are not thought worse than they will be.
+        rounding: algorithms that round the plan's weights, joined by "+"; by default that of the effort. A rounding is
+            kept only where it lowers the held-out loss.
+        rounding_options: option of the reconstruction engine -> value, for example iterations=300.
+        seed: same seed, same answer.
+        threads: threads of the target's runtime; by default it chooses.
+        distributed: share the scoring among the processes that torchrun started. Each of them makes the same call, all
+            get the same scores, and one of them should write the result.
 
     Raises:
-        OptionError: a value out of range.
+        OptionError: a value that is not allowed.
     """
 
     bits: tuple[int, ...] = (2, 4, 8)
     activation_bits: tuple[int, ...] = (8,)
     target: str = "onnxruntime"
-    pins: Mapping[str, Choice] = field(default_factory=dict)
+    effort: EffortName = "default"
+    pins: Mapping[str, Choice] = field(default_factory=dict, metadata=rules(flag="pin"))
     pin_ends: bool = False
     keep_float: tuple[str, ...] = ()
     forbid: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
     observer: str = "mse"
     loss: str | None = None
-    estimators: tuple[str, ...] = EFFORTS["default"].estimators
-    context: str = "float"
+    estimators: tuple[str, ...] = BY_EFFORT
+    context: Context = "float"
     solver: str = "iqp"
-    time_limit: float = 60.0
-    held_out: float = 0.25
-    requantization_cost: float = 0.0
-    refine_moves: int = EFFORTS["default"].refine_moves
-    rounds: int = EFFORTS["default"].rounds
+    time_limit: float = field(default=60.0, metadata=rules(above=0))
+    held_out: float = field(default=0.25, metadata=rules(above=0, below=1))
+    requantization_cost: float = field(default=0.0, metadata=rules(least=0))
+    refine_moves: int = field(default=BY_EFFORT, metadata=rules(least=0))
+    rounds: int = field(default=BY_EFFORT, metadata=rules(least=0))
     scoring_rounding: str = "nearest"
-    rounding: str = "nearest"
+    rounding: str = BY_EFFORT
+    rounding_options: Mapping[str, object] = field(default_factory=dict, metadata=rules(flag="rounding_option"))
     seed: int = 0
-    threads: int | None = None
+    threads: int | None = field(default=None, metadata=rules(least=1))
+    distributed: bool = field(default=False, metadata=rules(saved=False))
 
     def __post_init__(self) -> None:
-        if not self.bits or not self.activation_bits:
-            raise OptionError(
-                f"bits={self.bits} and activation_bits={self.activation_bits} need at least one width each"
-            )
-        if not self.estimators:
-            raise OptionError("estimators is empty; name at least one, for example ('gram',)")
-        if not 0.0 < self.held_out < 1.0:
-            raise OptionError(f"held_out={self.held_out} must lie between 0 and 1")
-        if not 0.0 <= self.requantization_cost < math.inf:
-            raise OptionError(f"requantization_cost={self.requantization_cost} must be a finite number of at least 0")
-        if self.refine_moves < 0:
-            raise OptionError(f"refine_moves={self.refine_moves} must be at least 0")
-        if self.context not in CONTEXTS:
-            raise OptionError(f"context={self.context!r} is unknown; known: {', '.join(CONTEXTS)}")
-        if self.rounds < 0:
-            raise OptionError(f"rounds={self.rounds} must be at least 0")
-        if self.time_limit <= 0:
-            raise OptionError(f"time_limit={self.time_limit} must be above 0 seconds")
+        if isinstance(self.target, Path):
+            object.__setattr__(self, "target", str(self.target))
+        super().__post_init__()
+        for name in ("bits", "activation_bits"):
+            object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
+        empty = [name for name in ("bits", "activation_bits", "estimators") if getattr(self, name) == ()]
+        if empty:
+            raise OptionError(f"{empty[0]} is empty; give at least one")
 
+    def settled(self, **chosen: Any) -> Settings:
+        """Return settings in which nothing is left to the effort.
 
-def effort(name: str) -> Effort:
-    """Return a preset.
-
-    Raises:
-        OptionError: there is none of that name.
-    """
-    if name not in EFFORTS:
-        raise OptionError(f"unknown effort {name!r}; known: {', '.join(EFFORTS)}")
-    return EFFORTS[name]
+        Args:
+            chosen: option -> value for those that are None, in the place of the effort's.
+        """
+        preset = EFFORTS[self.effort]
+        named = {name: getattr(preset, name) for name in ("estimators", "refine_moves", "rounds", "rounding")} | chosen
+        return replace(self, **{name: value for name, value in named.items() if getattr(self, name) is None})

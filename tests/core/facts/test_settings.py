@@ -1,42 +1,41 @@
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fxquant.core.errors import OptionError
-from fxquant.core.facts import EFFORTS, Settings, effort
+from fxquant.core.facts import EFFORTS, Settings
+from fxquant.core.ir import Choice
 from fxquant.passes.sensitivity import ESTIMATORS
 
 
 def test_presets_name_estimators_that_exist_and_spend_more_with_more_effort() -> None:
-    assert list(EFFORTS) == ["fast", "default", "best"]
-    assert all(name in ESTIMATORS for preset in EFFORTS.values() for name in preset.estimators)
-    images = [EFFORTS[name].images for name in EFFORTS]
-    assert images == sorted(set(images))
-    assert [EFFORTS[name].refine_moves for name in EFFORTS] == [0, 16, 48]
-    assert set(effort("fast").estimators) < set(effort("default").estimators) < set(effort("best").estimators)
-
-
-def test_an_unknown_preset_lists_the_known() -> None:
-    with pytest.raises(OptionError, match="unknown effort 'max'; known: fast, default, best"):
-        effort("max")
+    presets = list(EFFORTS.values())
+    assert {name for preset in presets for name in preset.estimators} <= set(ESTIMATORS)
+    for less, more in itertools.pairwise(presets):
+        assert (less.images, less.refine_moves, less.rounds) < (more.images, more.refine_moves, more.rounds)
+        assert set(less.estimators) < set(more.estimators)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bits": ()}, "at least one width"),
-        ({"activation_bits": ()}, "at least one width"),
-        ({"estimators": ()}, "name at least one"),
-        ({"held_out": 0.0}, "between 0 and 1"),
-        ({"held_out": 1.0}, "between 0 and 1"),
-        ({"time_limit": 0.0}, "above 0 seconds"),
-        ({"time_limit": -1.0}, "above 0 seconds"),
-        ({"requantization_cost": -0.1}, "at least 0"),
-        ({"refine_moves": -1}, "at least 0"),
-        ({"requantization_cost": float("nan")}, "at least 0"),
+        ({"bits": ()}, "bits is empty"),
+        ({"activation_bits": ()}, "activation_bits is empty"),
+        ({"estimators": ()}, "estimators is empty"),
+        ({"held_out": 0.0}, "held_out=0.0 must be a finite number above 0 and below 1"),
+        ({"held_out": 1.0}, "below 1"),
+        ({"time_limit": 0.0}, "time_limit=0.0 must be a finite number above 0"),
+        ({"requantization_cost": -0.1}, "must be a finite number of at least 0"),
+        ({"requantization_cost": float("nan")}, "must be a finite number of at least 0"),
+        ({"refine_moves": -1}, "must be a whole number of at least 0"),
+        ({"rounds": 1.5}, "must be a whole number"),
+        ({"context": "nearest"}, "unknown context 'nearest'; known: float, widest"),
+        ({"effort": "max"}, "unknown effort 'max'; known: fast, default, best"),
+        ({"threads": 0}, "must be a whole number of at least 1"),
     ],
 )
 def test_values_out_of_range(change: dict[str, Any], message: str) -> None:
@@ -44,7 +43,13 @@ def test_values_out_of_range(change: dict[str, Any], message: str) -> None:
         Settings(**change)
 
 
-def test_settings_do_not_change() -> None:
-    settings, field = Settings(), "seed"
-    with pytest.raises(FrozenInstanceError):
-        setattr(settings, field, 3)
+def test_values_are_brought_to_their_type() -> None:
+    settings = Settings.of({"bits": [8, 2, 8], "target": Path("npu.json"), "forbid": {"fc": "W2A8"}})
+    assert (settings.bits, settings.target, settings.forbid) == ((2, 8), "npu.json", {"fc": (Choice(2, 8),)})
+
+
+def test_the_effort_fills_in_what_is_not_given() -> None:
+    settled = Settings(effort="best", rounds=7).settled(rounding="nearest")
+    best = EFFORTS["best"]
+    assert (settled.estimators, settled.refine_moves) == (best.estimators, best.refine_moves)
+    assert (settled.rounds, settled.rounding) == (7, "nearest")

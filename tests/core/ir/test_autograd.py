@@ -34,8 +34,8 @@ def test_quantizing_gives_the_same_plan_in_every_mode(mode: Any) -> None:
     def plan() -> tuple[Any, torch.Tensor]:
         torch.manual_seed(0)
         model, images = SmallNet().eval(), torch.rand(12, 1, 8, 8)
-        few = {"iterations": 3, "batch": 4}
-        result = fxquant.quantize(model, images, Budget(average_bits=5), rounding="adaround", rounding_options=few)
+        few = {"rounding_options": {"iterations": 3, "batch": 4}}
+        result = fxquant.quantize(model, images, Budget(average_bits=5), rounding="adaround", options=few)
         return result.allocation.choices, result.lowered(images)
 
     choices, answer = plan()
