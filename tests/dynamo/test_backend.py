@@ -23,7 +23,7 @@ from tests.models import MODELS, built
 from tests.small import images, small
 
 BUDGET = {"average_bits": 4}
-FAST = {"effort": "fast"}
+FAST: dict[str, Any] = {"effort": "fast"}
 
 
 @pytest.fixture(autouse=True)

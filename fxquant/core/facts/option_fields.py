@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -187,12 +186,12 @@ def _written(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-@cache
 def options_of(kind: type[Any]) -> dict[str, Option]:
     """Return the options of a class by name, in the order of its fields."""
-    types, texts = get_type_hints(kind), {}
-    for each in reversed(kind.__mro__):
-        texts |= _texts(each)
+    types = get_type_hints(kind)
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        texts |= _texts(base)
     found = {}
     for each in fields(kind):
         default = each.default_factory() if each.default_factory is not MISSING else each.default
