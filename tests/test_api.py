@@ -55,7 +55,7 @@ def same(one: Result, other: Result) -> bool:
 
 def test_the_public_names() -> None:
     assert fxquant.__all__ == sorted(fxquant.__all__)
-    assert len(fxquant.__all__) <= 20
+    assert len(fxquant.__all__) <= 24
     assert all(getattr(fxquant, name, None) is not None for name in fxquant.__all__)
     assert len(set(fxquant.__all__)) == len(fxquant.__all__)
 

@@ -140,7 +140,7 @@ def test_missing_pillow_names_the_extra(tmp_path: Path, monkeypatch: pytest.Monk
     [((0, 4), (0.0,), (1.0,)), ((4, 4), (0.0, 0.0), (1.0, 1.0)), (None, (0.0,), (0.0,)), (None, (np.nan,), (1.0,))],
 )
 def test_options_out_of_range(size: tuple[int, int] | None, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    with pytest.raises(OptionError, match="must be|need one number each"):
+    with pytest.raises(OptionError, match=r"must be|need one number each"):
         ImageOptions(size, mean, std)
 
 
