@@ -1,23 +1,18 @@
 from __future__ import annotations
 
-import itertools
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fxquant.core.errors import InfeasibleBudgetError, OptionError
+from fxquant.core.errors import OptionError
 from fxquant.core.facts import (
     BitAllocation,
     Budget,
-    CostTables,
     Finalists,
     SensitivityMatrix,
     Surrogates,
-    fits,
-    reachable,
-    usage,
 )
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.passes import AllocateBits, EstimateCost, FindSites, uniform_plans
@@ -44,57 +39,11 @@ def scored(name: str = "residual", activation_bits: tuple[int, ...] = (8,)) -> P
     return program.with_facts(Surrogates({"pairs": one, "diagonal": diagonal}))
 
 
-def best_by_hand(program: Program, budget: Budget) -> float:
-    sites, matrix = program[Sites].sites, program[Surrogates].matrices["pairs"]
-    names = [site.name for site in sites]
-    plans = (dict(zip(names, row, strict=True)) for row in itertools.product(*(site.choices for site in sites)))
-    return min(matrix.predict(p) for p in plans if fits(p, budget.limits, program[CostTables]))
-
-
-@pytest.mark.parametrize(
-    "budget",
-    [
-        Budget(average_bits=3.0),
-        Budget(average_bits=4.5, bops_ratio=0.03),
-        Budget(size_mb=0.00085),
-        Budget(size_ratio=0.3),
-    ],
-)
-def test_the_plan_is_the_best_of_all_that_fit(budget: Budget) -> None:
-    program = scored()
-    done = check_pass(AllocateBits(budget), program)
-    plan = done[BitAllocation]
-    assert plan.status == "optimal"
-    assert plan.estimator == "pairs"
-    assert plan.objective == pytest.approx(best_by_hand(program, budget), rel=1e-6)
-    assert plan.bound <= plan.objective * (1 + 1e-9)
-    assert plan.objective == pytest.approx(program[Surrogates].matrices["pairs"].predict(plan.choices))
-    assert plan.limits == budget.limits
-    assert all(slack >= -1e-9 for slack in plan.slack.values())
-    assert plan.used == pytest.approx(usage(plan.choices, budget.limits, program[CostTables]))
-
-
 def test_finalists_are_the_surrogates_plans_and_the_uniform_ones_that_fit() -> None:
     plans = AllocateBits(Budget(average_bits=4.0))(scored())[Finalists].plans
     assert list(plans) == ["pairs", "diagonal", "uniform W2A8", "uniform W4A8"]
     assert plans["uniform W4A8"].status == "uniform"
     assert set(plans["uniform W4A8"].choices.values()) == {Choice(4, 8)}
-
-
-def test_sites_that_read_one_value_agree_on_its_bits() -> None:
-    program = scored("concat", (4, 8))
-    plan = AllocateBits(Budget(bops_ratio=0.025))(program)[BitAllocation]
-    ties: dict[str, set[int]] = {}
-    for site in program[Sites].sites:
-        ties.setdefault(site.input_tie, set()).add(plan.choices[site.name].activation_bits)
-    assert all(len(bits) == 1 for bits in ties.values())
-
-
-def test_a_budget_out_of_reach_names_what_can_be_reached() -> None:
-    with pytest.raises(InfeasibleBudgetError, match=r"average_bits=1\.5 \(reachable: 2 to 8\).*allow narrower bits"):
-        AllocateBits(Budget(average_bits=1.5))(scored())
-    low, high = reachable(scored()[CostTables]["average_bits"], scored()[Sites])
-    assert (low, high) == pytest.approx((2.0, 8.0))
 
 
 def test_a_cost_that_was_not_measured() -> None:

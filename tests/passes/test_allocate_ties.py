@@ -12,6 +12,7 @@ from fxquant.core.errors import InfeasibleBudgetError
 from fxquant.core.facts import BitAllocation, Budget, CostTable, CostTables, SensitivityMatrix, Surrogates, fits, usage
 from fxquant.core.ir import FLOAT, Choice, Program, Site, Sites
 from fxquant.passes import AllocateBits, simulate, uniform_plans
+from tests.programs import check_pass
 from tests.scoring import scored
 
 Plan = dict[str, Choice]
@@ -48,13 +49,13 @@ def agree(sites: Sites, plan: Plan) -> bool:
     return all(len(found) == 1 for found in widths.values())
 
 
-def best(program: Program, budget: Budget) -> float | None:
-    """Return the least modelled loss of all plans within the budget, None if nothing fits."""
+def best(program: Program, budget: Budget) -> float:
+    """Return the least modelled loss of all plans within the budget."""
     sites, tables = program[Sites], program[CostTables]
     names = [site.name for site in sites.sites]
     plans = (dict(zip(names, picked, strict=True)) for picked in product(*(s.choices for s in sites.sites)))
     kept = (p for p in plans if agree(sites, p) and fits(p, budget.limits, tables))
-    return min((program[SensitivityMatrix].predict(p) for p in kept), default=None)
+    return min(program[SensitivityMatrix].predict(p) for p in kept)
 
 
 @pytest.mark.parametrize("solver", ["iqp", "exhaustive"])
@@ -62,21 +63,14 @@ def best(program: Program, budget: Budget) -> float | None:
 def test_every_kind_of_budget(budget: Budget, solver: str) -> None:
     program = with_latency(scored("plain"))
     optimum = best(program, budget)
-    if optimum is None:
-        with pytest.raises(InfeasibleBudgetError):
-            AllocateBits(budget, solver)(program)
-        return
-    plan = AllocateBits(budget, solver)(program)[BitAllocation]
+    plan = check_pass(AllocateBits(budget, solver), program)[BitAllocation]
     assert plan.objective == pytest.approx(optimum, rel=1e-6, abs=1e-12)
+    assert plan.objective == pytest.approx(program[SensitivityMatrix].predict(plan.choices))
+    assert (plan.estimator, plan.limits) == (program[SensitivityMatrix].estimator, budget.limits)
     assert plan.bound <= optimum * (1 + 1e-6) + 1e-12
     assert plan.status == "optimal"
     assert plan.used == usage(plan.choices, budget.limits, program[CostTables])
     assert all(slack >= -1e-9 * plan.limits[name] for name, slack in plan.slack.items())
-
-
-def test_most_of_these_budgets_can_be_kept() -> None:
-    program = with_latency(scored("plain"))
-    assert sum(best(program, budget) is not None for budget in BUDGETS) >= 9
 
 
 @pytest.mark.parametrize("bits", [(4, 8), (4, 8, 32)])
@@ -106,7 +100,7 @@ def test_a_tie_can_cost_the_better_plan() -> None:
     assert agree(sites, plan.choices)
 
 
-def test_a_site_in_float_ties_nobody() -> None:
+def test_a_site_in_float_ties_no_other() -> None:
     program = scored("plain", (4, 8, 32), (4, 8))
     wanted = {"conv2": FLOAT, "conv3": Choice(8, 4)}
     plan = AllocateBits(Budget(average_bits=32))(wishing(program, wanted, Choice(8, 8)))[BitAllocation]
@@ -124,6 +118,7 @@ def test_an_infeasible_budget_names_the_reachable_range(budget: Budget) -> None:
     with pytest.raises(InfeasibleBudgetError) as error:
         AllocateBits(budget)(program)
     assert f"{name}={limit:g} (reachable: {low:.4g} to {high:.4g})" in str(error.value)
+    assert "allow narrower bits" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["size_ratio", "size_mb", "bops_ratio", "average_bits"])
@@ -138,13 +133,12 @@ def site(name: str, tie: str, *choices: Choice) -> Site:
     return Site(name, "conv", f"{name}.weight", (name,), 1, 1, 0, 1, tie, choices)
 
 
-def test_uniform_plans_that_break_a_tie_are_left_out() -> None:
-    sites = (site("left", "x", Choice(8, 8)), site("right", "x", Choice(4, 4), Choice(4, 8), Choice(8, 8)))
+def test_uniform_plans() -> None:
+    left = site("left", "x", Choice(8, 8))
+    # One that breaks a tie is left out.
+    sites = (left, site("right", "x", Choice(4, 4), Choice(4, 8), Choice(8, 8)))
     assert list(uniform_plans(sites)) == ["uniform W4A8", "uniform W8A8"]
-
-
-def test_uniform_plans_with_float_as_a_choice() -> None:
-    sites = (site("left", "x", Choice(8, 8)), site("right", "x", Choice(4, 8), FLOAT))
+    sites = (left, site("right", "x", Choice(4, 8), FLOAT))
     assert uniform_plans(sites)["uniform float"] == {"left": Choice(8, 8), "right": FLOAT}
 
 

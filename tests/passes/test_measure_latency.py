@@ -168,17 +168,6 @@ def test_the_noise_goes_with_the_table_and_a_busy_machine_is_said(monkeypatch: p
         measured(Runtime(monkeypatch, waiting=0.4))
 
 
-def test_mixed_plans_mix_are_distinct_and_repeat_by_seed() -> None:
-    names = [f"layer{k}" for k in range(12)]
-    plans = mixed_plans(names, 16, seed=3)
-    assert len(set(plans)) == 16
-    assert all(0 < len(plan) < 12 and plan <= set(names) for plan in plans)
-    assert plans == mixed_plans(names, 16, seed=3)
-    assert plans != mixed_plans(names, 16, seed=4)
-    assert {len(plan) for plan in mixed_plans(names[:2], 16, seed=0)} == {1}
-    assert mixed_plans(names[:1], 16, seed=0) == []
-
-
 def test_a_negative_number_of_plans_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for plans, chosen in ((-1, 0), (0, -1)):
         with pytest.raises(OptionError, match=f"plans={plans} and chosen={chosen}"):
@@ -212,11 +201,15 @@ def test_chosen_plans_are_worth_their_time_and_leave_others_alone() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_drawn_plans_show_every_costly_border_both_ways(seed: int) -> None:
+def test_drawn_plans_mix_and_show_every_costly_border_both_ways(seed: int) -> None:
     names = [f"layer{k}" for k in range(12)]
     places = [HandOver(a, b, 1000 // (k + 1)) for k, (a, b) in enumerate(itertools.pairwise(names))]
     plans = mixed_plans(names, 8, seed, places)
     assert len(set(plans)) == 8
+    assert all(0 < len(plan) < 12 and plan <= set(names) for plan in plans)
+    assert plans == mixed_plans(names, 8, seed, places) != mixed_plans(names, 8, seed + 1, places)
+    assert {len(plan) for plan in mixed_plans(names[:2], 16, seed)} == {1}
+    assert mixed_plans(names[:1], 16, seed) == []
     for place in places[:4]:
         ways = {place.one in plan for plan in plans if (place.one in plan) != (place.other in plan)}
         assert ways == {True, False}
