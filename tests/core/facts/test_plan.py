@@ -46,6 +46,9 @@ def test_a_hand_made_plan_has_no_numbers(tmp_path: Path) -> None:
     assert back.slack == {}
 
 
+NO_CHOICES: list[Any] = ["remove", {}, [], None]
+
+
 def edited(tmp_path: Path, change: dict[str, Any]) -> Path:
     path = tmp_path / "plan.json"
     PLAN.to_json(path)
@@ -65,8 +68,8 @@ def test_an_edit_by_hand_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        *({"choices": wrong} for wrong in ("remove", {}, [], None)),
-        *({"choices": {"conv": wrong}} for wrong in ("W4", 4, None, "W1A8", "W32A8")),
+        *[{"choices": wrong} for wrong in NO_CHOICES],
+        *[{"choices": {"conv": wrong}} for wrong in ("W4", 4, None, "W1A8", "W32A8")],
         {"status": "perfect"},
         {"objective": "low"},
         {"used": {"size_mb": "x"}},

@@ -1,11 +1,25 @@
+"""Gradients of losses, sampled labels, and random signs: none depends on how images are split into batches."""
+
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from fxquant.core.run import LOSSES
-from fxquant.passes.sensitivity import generator, image_generators, loss_gradient, stream_of
+from fxquant.core.run import LOSSES, CalibrationSet
+from fxquant.passes.sensitivity import (
+    ESTIMATORS,
+    Leaves,
+    Part,
+    generator,
+    image_generators,
+    label_cotangents,
+    loss_gradient,
+    probe,
+    stream_of,
+)
 from tests.passes.sensitivity.linear import answer, split_scorer
+from tests.scoring import inputs, scorer, simulated
 
 
 @pytest.mark.parametrize("loss", ["kl", "ce", "mse"])
@@ -44,3 +58,55 @@ def test_streams_of_other_seeds_and_samples_differ() -> None:
     each, other = split_scorer(2), split_scorer(2)
     other.seed = 1
     assert len({stream_of(s, k) for s in (each, other) for k in range(20)}) == 40
+
+
+@pytest.mark.parametrize("loss", ["kl", "mse"])
+def test_labels_do_not_depend_on_the_batch(loss: str) -> None:
+    whole, split = split_scorer(6, loss), split_scorer(6, loss)
+    whole.batch, split.batch = 6, 1
+    one, other = (
+        torch.cat([label_cotangents(each, part, each.base(part).answer) for part in each.parts])
+        for each in (whole, split)
+    )
+    torch.testing.assert_close(one, other)
+    reseeded = split_scorer(6, loss)
+    reseeded.seed = 1
+    assert not torch.equal(one[:4], label_cotangents(reseeded, reseeded.parts[0], answer(reseeded)[:4].float()))
+
+
+def test_positions_have_labels_of_their_own_and_share_the_loss() -> None:
+    each = split_scorer(6)
+    maps = torch.randn(4, 5, 3, 2)
+    found = label_cotangents(each, each.parts[0], maps)
+    p = torch.softmax(maps, dim=1)
+    hot = found * 6**0.5 + p
+    assert torch.allclose(hot.sum(1), torch.ones(4, 3, 2), atol=1e-5)
+    assert torch.allclose(hot.amax(1), torch.ones(4, 3, 2), atol=1e-5)
+
+
+def test_probes_are_signs() -> None:
+    each = split_scorer(3)
+    part = Part(0, each.images)
+    signs = probe(each, part, Leaves(each, each.images), 0)
+    assert all(torch.equal(v.abs(), torch.ones_like(v)) for v in signs)
+    assert not any(torch.equal(v, v.abs()) for v in signs)
+
+
+def test_probes_do_not_depend_on_the_batch_and_differ_by_sample_and_image() -> None:
+    each = split_scorer(4)
+    each.batch = 2
+    whole = probe(each, Part(0, each.images), Leaves(each, each.images), 3)
+    second = each.images.slice(2, 4)
+    half = probe(each, Part(1, second), Leaves(each, second), 3)
+    assert all(torch.equal(one, other) for one, other in zip(whole[:2], half[:2], strict=True))
+    assert all(torch.equal(one[2:], other) for one, other in zip(whole[2:], half[2:], strict=True))
+    other = probe(each, Part(0, each.images), Leaves(each, each.images), 4)
+    assert not any(torch.equal(one, two) for one, two in zip(whole, other, strict=True))
+    assert not torch.equal(whole[2][0], whole[2][1])
+
+
+def test_attention_can_be_differentiated_twice() -> None:
+    each = scorer(simulated("attention"), CalibrationSet(inputs("attention", 2)))
+    found = ESTIMATORS["hawq"](each)
+    assert np.isfinite(found.values).all()
+    assert found.values.any()

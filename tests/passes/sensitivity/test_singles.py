@@ -1,12 +1,16 @@
+"""Single substitutions, and the estimators made of them: `diagonal`, `gram`, `sqnr`."""
+
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from fxquant.core.run import CalibrationSet, embed_shift
-from fxquant.passes.sensitivity import measure_singles
+from fxquant.passes.sensitivity import ESTIMATORS, measure_singles, standard_error
 from tests.scoring import full_forward, full_forward_losses, inputs, scorer, simulated
 
+diagonal, gram, sqnr = (ESTIMATORS[name] for name in ("diagonal", "gram", "sqnr"))
 IMAGES = CalibrationSet(inputs("plain", 6))
 
 
@@ -35,3 +39,47 @@ def test_inner_products_over_all_images_and_batches() -> None:
 def test_one_base_pass_and_at_most_one_pass_per_candidate() -> None:
     found = measure_singles(scorer(simulated("plain"), IMAGES))
     assert 6 < found.evaluations < 6 * 13
+
+
+def test_fewer_bits_hurt_more() -> None:
+    found = diagonal(scorer(simulated("plain"), CalibrationSet(inputs("plain", 6))))
+    losses = np.diag(found.values).reshape(4, 3)
+    assert (np.diff(losses, axis=1) < 0).all()
+
+
+def test_standard_error_by_hand() -> None:
+    np.testing.assert_allclose(standard_error(np.array([[1.0, 3.0], [2.0, 2.0]])), [1.0, 0.0])
+    assert np.isnan(standard_error(np.array([[1.0], [2.0]]))).all()
+
+
+def test_cross_terms_are_the_gauss_newton_products_of_logit_shifts() -> None:
+    found = gram(scorer(simulated("plain"), IMAGES))
+    reference = full_forward("plain", 6).double()
+    p = torch.softmax(reference, 1)
+    fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    shifts = [full_forward("plain", 6, candidate).double() - reference for candidate in found.candidates]
+    for i, one in enumerate(found.candidates):
+        for j, other in enumerate(found.candidates):
+            if one.site != other.site:
+                expected = torch.einsum("nc,ncd,nd->n", shifts[i], fisher, shifts[j]).mean()
+                assert found.values[i, j] + found.values[j, i] == pytest.approx(float(expected), rel=1e-3, abs=1e-7)
+
+
+def test_positive_semidefinite_where_the_loss_is_quadratic() -> None:
+    found = gram(scorer(simulated("split", (4, 6, 8)), CalibrationSet(inputs("split", 24)), "mse"))
+    eigenvalues = np.linalg.eigvalsh(found.values)
+    assert eigenvalues[0] >= -1e-6 * eigenvalues[-1]
+
+
+def test_noise_over_signal_of_whole_forward_passes() -> None:
+    found, other = (sqnr(scorer(simulated("plain"), IMAGES, loss)) for loss in ("kl", "mse"))
+    answer = full_forward("plain", 6).double()
+    signal = answer.square().sum(1)
+    for row, candidate in enumerate(found.candidates):
+        noise = (full_forward("plain", 6, candidate).double() - answer).square().sum(1)
+        ratio = float(noise.sum() / signal.sum())
+        assert found.values[row, row] == pytest.approx(ratio, rel=1e-5)
+        # The standard error of a ratio of means.
+        spread = float((noise - ratio * signal).std()) / 6**0.5 / float(signal.mean())
+        assert found.stderr[row, row] == pytest.approx(spread, rel=1e-3)
+    assert np.array_equal(found.values, other.values), "the loss does not matter"
