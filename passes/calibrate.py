@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fxquant.core.errors import CalibrationError
+from fxquant.core.errors import CalibrationError, first_line
 from fxquant.core.host import SILENT, Reporter, is_shortage
 from fxquant.core.ir import Program
 from fxquant.core.run import CalibrationSet, first_tensor, live_bytes
@@ -45,8 +45,9 @@ class Calibrate(Pass):
                     if is_shortage(error):
                         raise
                     shapes = [tuple(t.shape) for t in part.inputs]
-                    first = (str(error).splitlines() or [type(error).__name__])[0][:200]
-                    raise CalibrationError(f"the model does not run on images of shape {shapes}: {first}") from error
+                    raise CalibrationError(
+                        f"the model does not run on images of shape {shapes}: {first_line(error)}"
+                    ) from error
                 if answer.is_floating_point() and not torch.isfinite(answer).all():
                     raise CalibrationError(
                         "the answer of the model is not finite on calibration images, though images and weights are; "

@@ -14,7 +14,7 @@ from onnx import AttributeProto, TensorProto
 
 from fxquant.backends.onnx.backend import onnx_module
 from fxquant.backends.onnx.origins import WIDTHS, Origin, Origins, type_name
-from fxquant.core.errors import FileFormatError, FxquantError, OptionError
+from fxquant.core.errors import FileFormatError, FxquantError, OptionError, first_line
 
 if TYPE_CHECKING:
     from fxquant.backends.onnx.session import KernelReport
@@ -130,7 +130,9 @@ def inspect_onnx(path: Path, runtime: bool = True) -> Inspection:
         raise
     except Exception as error:
         # protobuf raises its own DecodeError, from a package that is not ours to import; texts may not be UTF-8.
-        raise FileFormatError(f"{path} is not an intact ONNX model ({_first_line(error)}); export it again") from error
+        raise FileFormatError(
+            f"{path} is not an intact ONNX model ({first_line(error, 300)}); export it again"
+        ) from error
 
 
 def _bytes(path: Path) -> bytes:
@@ -314,16 +316,12 @@ def _kernels(model: onnx.ModelProto, notes: list[str]) -> dict[str, str]:
             onnx.checker.check_model(data)
         report: KernelReport = onnx_module("session").kernel_report(data)
     except onnx.checker.ValidationError as error:
-        notes.append(f"ONNX Runtime was not asked for kernels: the model is not valid ({_first_line(error)})")
+        notes.append(f"ONNX Runtime was not asked for kernels: the model is not valid ({first_line(error, 300)})")
     except FxquantError as error:
-        notes.append(f"ONNX Runtime could not be asked for kernels: {_first_line(error)}")
+        notes.append(f"ONNX Runtime could not be asked for kernels: {first_line(error, 300)}")
     else:
         return report.kernels
     return {}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _with_kernel(layer: Layer, kernel: str | None, notes: list[str]) -> Layer:

@@ -18,7 +18,7 @@ from torch.export import Dim
 from torch.fx import Graph, GraphModule, Node
 
 from fxquant.backends.onnx.lowering import Lowering, dims
-from fxquant.core.errors import LoweringError
+from fxquant.core.errors import LoweringError, first_line
 from fxquant.core.ir import shape_of, trace_line
 
 REGISTRATION_LOG = "torch.onnx._internal.exporter._registration"
@@ -70,8 +70,7 @@ def _reason(error: BaseException) -> str:
     """Return the first line of the innermost error: the outer ones are the exporter's advice to its own developers."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
+    return first_line(error)
 
 
 def insert(lowering: Lowering, node: Node, piece: Piece) -> str | tuple[str, ...]:

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from fxquant.capture.model_outputs import plain_answer
 from fxquant.capture.weights import check_finite, check_storage
-from fxquant.core.errors import CaptureError
+from fxquant.core.errors import CaptureError, first_line
 from fxquant.core.ir import Program, differentiable
 
 
@@ -239,8 +239,7 @@ def _export_advice(model: nn.Module, inputs: tuple[Tensor, ...], error: Exceptio
 
 def _summary(error: BaseException) -> str:
     """Return the first line of an error that says something, without torch's log hints."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {first_line(error, 300)}"
 
 
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))

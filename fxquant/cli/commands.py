@@ -26,7 +26,7 @@ from fxquant.cli.inspect_onnx import as_json, as_text, inspect
 from fxquant.cli.interrupts import stopped_in_order
 from fxquant.core.errors import FxquantError, OptionError
 from fxquant.core.facts import EFFORTS, Budget, Settings
-from fxquant.core.host import Shards, memory_named
+from fxquant.core.host import Shards, memory_named, printable
 from fxquant.core.storage import check_writable
 from fxquant.outputs import (
     ROUNDING,
@@ -41,7 +41,7 @@ from fxquant.outputs import (
 )
 from fxquant.parity import as_json as parity_json
 from fxquant.parity import check
-from fxquant.report import comparison, runtime_text, safe, speed_table
+from fxquant.report import comparison, runtime_text, speed_table
 from fxquant.result import Result
 
 INTERRUPTED = 130
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1, debug)
     if stopped:
         # Said last: the stages that were left tell how far they came once the interrupt's traceback is gone.
-        print(safe(f"fxquant: stopped; {_kept(args)}"), file=sys.stderr)
+        print(printable(f"fxquant: stopped; {_kept(args)}"), file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -102,7 +102,7 @@ def _kept(args: argparse.Namespace) -> str:
 def _failed(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"fxquant: error: {safe(' '.join(message.split()))}", file=sys.stderr)
+    print(f"fxquant: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 
@@ -231,7 +231,7 @@ def _check(args: argparse.Namespace) -> None:
             told_in_report(result, args.folder, {"check": parity.to_json()})
         except FxquantError as error:
             # What was found is worth more than its place in the report.
-            print(safe(f"fxquant: the report does not tell of it: {error}"), file=sys.stderr)
+            print(printable(f"fxquant: the report does not tell of it: {error}"), file=sys.stderr)
     parity.require()
 
 

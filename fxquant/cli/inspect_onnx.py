@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from fxquant.backends.onnx import onnx_module
 from fxquant.core.errors import FileFormatError
 from fxquant.core.facts import BitAllocation
+from fxquant.core.host import printable
 from fxquant.core.storage import parse_json
-from fxquant.report import bytes_text, count_text, percent_text, safe, table_text
+from fxquant.report import bytes_text, count_text, percent_text, table_text
 
 if TYPE_CHECKING:
     from fxquant.backends.onnx import Inspection
@@ -125,7 +126,7 @@ def _layers(document: dict[str, Any]) -> str:
         lines.append(f"in float ({len(float_layers)}):")
         lines += [f"  {_cut(row['name'], 40)} ({row['operator']}): {row['reason']}" for row in float_layers[:SHOWN]]
         lines += _more(len(float_layers))
-    return "\n".join(map(safe, lines))
+    return "\n".join(map(printable, lines))
 
 
 def _texts(document: dict[str, Any]) -> str:
@@ -138,7 +139,7 @@ def _texts(document: dict[str, Any]) -> str:
         )
     others = {key: text for key, text in document["metadata"].items() if key != PLAN or plan is None}
     lines += [_cut(f"metadata {key}: {text}") for key, text in list(others.items())[:SHOWN]]
-    return "\n".join([*map(safe, lines), *_more(len(others))])
+    return "\n".join([*map(printable, lines), *_more(len(others))])
 
 
 def _notes(document: dict[str, Any]) -> str:
@@ -152,4 +153,4 @@ def _more(count: int) -> list[str]:
 
 def _cut(text: str, letters: int = TEXT) -> str:
     """Return the text without control characters, its end left out where it is long."""
-    return safe(text if len(text) <= letters else f"{text[: letters - 1]}…")
+    return printable(text if len(text) <= letters else f"{text[: letters - 1]}…")

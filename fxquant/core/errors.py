@@ -100,3 +100,9 @@ class WorkerError(FailureError):
 
 class MissingDependencyError(FailureError):
     """An optional package is not installed."""
+
+
+def first_line(error: BaseException, letters: int = 200) -> str:
+    """Return the first line of an error's text that is not blank, cut off after some letters; its class without one."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)[:letters]

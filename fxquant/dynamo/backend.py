@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from fxquant.api import quantize
 from fxquant.backends.int8 import FxInt8Backend, compiled, lower_dynamic
 from fxquant.capture import capture
-from fxquant.core.errors import CalibrationError, CaptureError, OptionError
+from fxquant.core.errors import CalibrationError, CaptureError, OptionError, first_line
 from fxquant.core.facts import BitAllocation, Budget, Settings, options_of
 from fxquant.core.ir import Sites, rule_of
 from fxquant.core.registry import unknown
@@ -297,9 +297,9 @@ class _Inductor:
                 return self._compiled(*inputs)
             except Exception as error:
                 self._works = False
-                first = (str(error).splitlines() or [type(error).__name__])[0][:200]
                 _warn(
-                    f"Inductor fails on a graph, which runs eagerly instead ({first}); 'inductor': False keeps it out"
+                    f"Inductor fails on a graph, which runs eagerly instead ({first_line(error)}); "
+                    "'inductor': False keeps it out"
                 )
         return self._eager(*inputs)
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from fxquant.core.errors import CaptureError
+from fxquant.core.errors import CaptureError, first_line
 from fxquant.core.ir import fork
 from fxquant.core.run import dependents, placeholders
 
@@ -163,7 +163,7 @@ def _check_free(fixed: GraphModule, freed: GraphModule, batch: int, images: Sequ
             whole = [t for t in freed(*(t[rows] for t in images)) if isinstance(t, Tensor)]
             parts = [fixed(*(t[rows[k : k + batch]] for t in images)) for k in (0, batch)]
     except Exception as error:
-        raise CaptureError(_fixed_batch(batch, str(error).partition("\n")[0])) from error
+        raise CaptureError(_fixed_batch(batch, first_line(error))) from error
     for position, tensor in enumerate(whole):
         expected = torch.cat([[t for t in part if isinstance(t, Tensor)][position] for part in parts])
         if tensor.shape[:1] != rows.shape or tensor.shape[1:] != expected.shape[1:]:

@@ -32,8 +32,9 @@ from fxquant.backends.exact import (
 from fxquant.backends.int8 import FxInt8Backend, told_forms
 from fxquant.backends.onnx import onnx_module
 from fxquant.core.errors import FileFormatError, OptionError, ParityError
+from fxquant.core.host import printable
 from fxquant.core.run import CalibrationSet, images_for
-from fxquant.report import percent_text, safe, table_text
+from fxquant.report import percent_text, table_text
 from fxquant.result import Result
 
 FORMAT_VERSION = 1
@@ -153,7 +154,7 @@ class Parity:
                 f"{pair.mean_step:.3g}",
                 f"{pair.max_step:.3g}",
                 f"{pair.layer_step:.3g}",
-                _cut(safe(pair.broken or pair.first or "nowhere")),
+                _cut(printable(pair.broken or pair.first or "nowhere")),
                 "ok" if pair.within else "WRONG",
             )
             for pair in self.pairs

@@ -14,7 +14,7 @@ from fxquant.report.quantizer_tables import edge_rows, weight_noise
 from fxquant.report.rounded_units import rounding
 from fxquant.report.speed import comparison, runtime_text, speed_table
 from fxquant.report.terminal import COLUMNS, summary, table_text
-from fxquant.report.text import bytes_text, count_text, latency_text, limit_text, loss_text, percent_text, safe
+from fxquant.report.text import bytes_text, count_text, latency_text, limit_text, loss_text, percent_text
 
 __all__ = [
     "COLUMNS",
@@ -50,7 +50,6 @@ __all__ = [
     "render",
     "rounding",
     "runtime_text",
-    "safe",
     "speed_table",
     "summary",
     "table_text",

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fxquant.core.host import int8_instructions
+from fxquant.core.host import int8_instructions, printable
 from fxquant.core.ir import Program
 from fxquant.report.page_data import overview
-from fxquant.report.text import bytes_text, count_text, latency_text, limit_text, loss_text, percent_text, safe
+from fxquant.report.text import bytes_text, count_text, latency_text, limit_text, loss_text, percent_text
 
 COLUMNS = 100
 COLUMN_GAP = 3
@@ -29,7 +29,7 @@ def summary(program: Program) -> str:
         lines.append(f"{share} of what single layers lose at their widest is kept by {option}")
     if int8_instructions() == "":
         lines.append("This processor has no int8 products: integers may be no faster than float; run fxquant bench")
-    return "\n\n".join([as_text(*map(Text, map(safe, lines))), _layers(data), _plans(data)])
+    return "\n\n".join([as_text(*map(Text, map(printable, lines))), _layers(data), _plans(data)])
 
 
 def as_text(*parts: Text | Table) -> str:
@@ -52,7 +52,7 @@ def table_text(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for position, column in enumerate(columns):
         table.add_column(column, justify="left" if position < left else "right", no_wrap=True, overflow="fold")
-    lines = [[safe(cell) for cell in row] for row in rows]
+    lines = [[printable(cell) for cell in row] for row in rows]
     # Only names may be cut: a number that is cut is a wrong number.
     others = [max(map(len, column)) for column in zip(columns[1:], *(line[1:] for line in lines), strict=True)]
     room = max(12, COLUMNS - sum(others) - COLUMN_GAP * len(others))

@@ -65,8 +65,3 @@ def latency_text(latency: Mapping[str, Any]) -> str:
     shares = {"outliers": "outliers", "waiting": "of the time waiting for others"}
     told = ", ".join(f"{percent_text(noise[name])} {words}" for name, words in shares.items())
     return f"{text}; rounds spread by {percent_text(noise['spread'])}, {told}"
-
-
-def safe(name: str) -> str:
-    """Return a name without control characters, which could rewrite a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fxquant.core.errors import first_line
 from fxquant.passes.allocation.branch_and_bound import BranchAndBound
 from fxquant.passes.allocation.local_search import LocalSearch
 from fxquant.passes.allocation.solution import BoolArray, Clock, Problem
@@ -15,8 +16,7 @@ KICK_SHARE, KICK_SECONDS = 0.1, 2.0
 
 def told(error: Exception) -> str:
     """Return the line for the user."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-    return f"CBC was of no use ({first}); our own branch and bound took its place"
+    return f"CBC was of no use ({first_line(error, 160)}); our own branch and bound took its place"
 
 
 def solve_by_branching(problem: Problem, seed: int, clock: Clock) -> tuple[BoolArray | None, float]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fxquant.core.facts import CostTable, CostTables, Noise
-from fxquant.core.host import Speed
+from fxquant.core.host import Speed, printable
 from fxquant.core.ir import FLOAT
 from fxquant.report import (
     COLUMNS,
@@ -18,7 +18,6 @@ from fxquant.report import (
     loss_text,
     most_sensitive,
     percent_text,
-    safe,
     speed_table,
     summary,
     table_text,
@@ -74,7 +73,7 @@ def test_analysis_has_a_summary() -> None:
         (percent_text(None), "–"),
         (limit_text("size_mb", 0.2), "0.2 MB"),
         (limit_text("size_mb", None), "–"),
-        (safe("conv\x1b\n1"), "conv??1"),
+        (printable("conv\x1b\n1"), "conv??1"),
     ],
 )
 def test_numbers_for_people(text: str, expected: str) -> None:

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from fxquant.core.errors import MemoryLimitError
+from fxquant.core.errors import MemoryLimitError, first_line
 
 SIGNS = ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc", "failed to allocate memory")
 """What torch and the runtimes say in errors that have no class of their own."""
@@ -44,5 +44,4 @@ def memory_named(stage: str, advice: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_shortage(error):
             raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise MemoryLimitError(f"{stage} needs more memory than there is ({first}); {advice}") from error
+        raise MemoryLimitError(f"{stage} needs more memory than there is ({first_line(error)}); {advice}") from error

@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from fxquant.core.errors import OptionError, WorkerError
+from fxquant.core.errors import OptionError, WorkerError, first_line
 
 TIMEOUT = timedelta(minutes=30)
 """Longest that one process waits for the cell of another."""
@@ -180,10 +180,9 @@ class Shards:
             yield
         except (RuntimeError, ValueError) as error:
             # dist.DistBackendError and DistNetworkError are RuntimeErrors; a bad address is a ValueError.
-            told = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise WorkerError(
-                f"worker {self.rank} of {self.world_size} lost the others while {doing} ({told}); see what the first "
-                "of them to stop said; finished scores are kept in the workdir, run again on it (command line: "
+                f"worker {self.rank} of {self.world_size} lost the others while {doing} ({first_line(error)}); see what the "
+                "first of them to stop said; finished scores are kept in the workdir, run again on it (command line: "
                 "--resume) to go on"
             ) from error
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fxquant.core.errors import CalibrationError
+from fxquant.core.errors import CalibrationError, first_line
 from fxquant.core.ir import differentiable
 
 DATASET_BATCH = 32
@@ -188,9 +188,9 @@ def _batched(dataset: Dataset[object]) -> Iterator[object]:
     try:
         yield from DataLoader(dataset, batch_size=DATASET_BATCH)
     except (TypeError, RuntimeError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise CalibrationError(
-            f"the dataset's samples make no batch ({first}); give it a transform that returns tensors of one size"
+            f"the dataset's samples make no batch ({first_line(error)}); "
+            "give it a transform that returns tensors of one size"
         ) from error
 
 

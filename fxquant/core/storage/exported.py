@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from fxquant.core.errors import FileFormatError
+from fxquant.core.errors import FileFormatError, first_line
 from fxquant.core.storage.files import atomic_path
 from fxquant.core.storage.pt2_audit import audit
 
@@ -31,8 +31,9 @@ def load_exported(path: Path) -> ExportedProgram:
     except FileFormatError:
         raise
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise FileFormatError(f"{path} is not an intact exported program ({first}); export it again") from error
+        raise FileFormatError(
+            f"{path} is not an intact exported program ({first_line(error)}); export it again"
+        ) from error
 
 
 def save_exported(exported: ExportedProgram, path: Path) -> None:
