@@ -180,10 +180,11 @@ class Shards:
             yield
         except (RuntimeError, ValueError) as error:
             # dist.DistBackendError and DistNetworkError are RuntimeErrors; a bad address is a ValueError.
+            why = first_line(error)
             raise WorkerError(
-                f"worker {self.rank} of {self.world_size} lost the others while {doing} ({first_line(error)}); see what the "
-                "first of them to stop said; finished scores are kept in the workdir, run again on it (command line: "
-                "--resume) to go on"
+                f"worker {self.rank} of {self.world_size} lost the others while {doing} ({why}); see what the first of "
+                "them to stop said; finished scores are kept in the workdir, run again on it (command line: --resume) "
+                "to go on"
             ) from error
 
 
