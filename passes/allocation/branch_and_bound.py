@@ -99,6 +99,7 @@ class BranchAndBound:
             # Counted on while it is being worked on, so that an interrupt cannot lose it.
             self._active = self._open[0][0]
             bound, _, parent, keep = heapq.heappop(self._open)
+            # The incumbent may have improved since the node was pushed.
             if bound >= self.cutoff:
                 self._cut = min(self._cut, bound)
             elif keep is None:
@@ -115,7 +116,7 @@ class BranchAndBound:
         return self._open[0][2].sub if len(self._open) == 1 and self._open[0][3] is None else None
 
     def raise_bound(self, bound: float) -> None:
-        """Take note of a bound on the only open node that was proven elsewhere."""
+        """Raise the bound of the only open node to one that was proven elsewhere."""
         old, number, node, keep = self._open[0]
         self._open[0] = (max(old, bound), number, node, keep)
 
@@ -150,6 +151,7 @@ class BranchAndBound:
                 return None
             if not self.clock.left:
                 break
+            # The lift depends on the choices left alone, so it is made again only after some were dropped.
             lift = Lift.of(node.sub) if lift is None else lift
             relaxed = relax(node.sub, lift, node.warmth, effort.iterations, self.clock)
             gain = relaxed.certificate.bound - node.bound
@@ -162,6 +164,7 @@ class BranchAndBound:
             if node.bound >= self.cutoff:
                 self._cut = min(self._cut, node.bound)
                 return None
+            # Reduced-cost fixing: a choice whose own bound reaches the cut-off is in no better plan.
             keep = np.flatnonzero(relaxed.certificate.with_choice < self.cutoff)
             if len(keep) < len(node.sub.names):
                 self._cut = min(self._cut, self.cutoff)
@@ -176,7 +179,7 @@ class BranchAndBound:
         return node
 
     def _try_all(self, sub: Subproblem) -> None:
-        """Try every plan of a small remainder and hand the best one to the incumbent."""
+        """Try every plan of a small remainder and offer the best one as incumbent."""
         if not len(sub.starts):
             self.search.offer(sub.full_plan(np.empty(0, dtype=np.intp)))
             return
@@ -185,7 +188,8 @@ class BranchAndBound:
             self.search.offer(sub.full_plan(np.flatnonzero(choice)))
 
     def _round(self, node: Node, relaxed: Relaxed, effort: Effort) -> None:
-        """Now and then round the fractional plan and improve it."""
+        """Occasionally round the fractional plan and improve it."""
+        # Inner nodes give much the same plans; every tenth is enough.
         if effort is ROOT or self.nodes_done % 10 == 0:
             ends = np.append(node.sub.starts[1:], len(node.sub.names))
             picked = [
@@ -199,7 +203,7 @@ class BranchAndBound:
     def _branch(self, node: Node) -> None:
         """Open one child per choice of the group with the largest score |sum_{i in group, j} Z_ij cov_ij|.
 
-        cov = Y - x x' is what the relaxed square has beyond that of its own fractional plan, and -Z the
+        cov = Y - x x' is what the relaxed square holds beyond the square of its own fractional plan, and -Z the
         convex part of the objective: their product is the part of the gap that this group accounts for.
         Against the least decided group it took a third to two thirds of the nodes on ResNet-56.
         """

@@ -1,4 +1,4 @@
-"""One call of CBC on a PuLP model, with the status and the bound that CBC itself reports.
+"""One call of CBC on a PuLP model, read with CBC's own status and bound.
 
 PuLP's own status says "Optimal" for a time-out with an incumbent, and CBC's closing summary rounds its
 lower bound to three decimals, upward too. Both are read here from the lines that can be trusted: the
@@ -32,7 +32,7 @@ GRACE = 5.0
 AGREEMENT = 1e-4
 
 FAILURES = (SolverError, MissingDependencyError)
-"""What a call raises where CBC gave no answer that can be used."""
+"""Errors of a call whose answer cannot be used."""
 
 _STATED = re.compile(r"objective value\s+([-+]?\d[\d.]*(?:[eE][-+]?\d+)?)")
 _PARTIAL = re.compile(r"best possible ([-+0-9.eE]+)\)")
@@ -40,11 +40,11 @@ _PARTIAL = re.compile(r"best possible ([-+0-9.eE]+)\)")
 
 @dataclass(frozen=True)
 class CbcResult:
-    """What CBC said.
+    """CBC's answer.
 
     Args:
         status: "optimal" and "infeasible" are proofs; "stopped" is a time-out.
-        values: (variables,) in the order handed in, None without an incumbent.
+        values: (variables,) in the order they were added, None without an incumbent.
         bound: proven lower bound in the model's unit, -inf where CBC gives none.
     """
 
@@ -117,6 +117,7 @@ def _call(model: pulp.LpProblem, folder: Path, time_limit: float) -> tuple[str, 
     """Run the CBC program on the model; its log and the lines of its solution file."""
     program = _program()
     model.writeMPS(str(folder / "model.mps"))
+    # "-ratio 0 -allow 0 -increment 1e-9": CBC's defaults stop at a gap that counts as optimal for it, not for us.
     options = ["-threads", "1", "-randomCbcSeed", "1", "-ratio", "0", "-allow", "0", "-increment", "1e-9"]
     command = [program, str(folder / "model.mps"), "-sec", f"{max(time_limit, 0.01):.3f}", "-timeMode", "elapsed"]
     command += [*options, "-printingOptions", "all", "-solve", "-solution", str(folder / "plan.txt")]
@@ -139,8 +140,8 @@ def _call(model: pulp.LpProblem, folder: Path, time_limit: float) -> tuple[str, 
     plan = folder / "plan.txt"
     lines = plan.read_text(encoding="utf-8", errors="replace").splitlines() if plan.exists() else []
     if done.returncode or not lines:
-        told = "" if lines else " and no solution file"
-        raise SolverError(f"CBC ended with code {done.returncode}{told}: {done.stdout[-300:]!r}")
+        without = "" if lines else " and no solution file"
+        raise SolverError(f"CBC ended with code {done.returncode}{without}: {done.stdout[-300:]!r}")
     return done.stdout, lines
 
 

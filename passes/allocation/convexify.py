@@ -54,6 +54,7 @@ class Lift:
         size = 1 + count + rows
         objective = np.zeros((size, size))
         objective[: 1 + count, : 1 + count] = sub.matrix
+        # The constant would only lengthen the objective that penalties are scaled by.
         objective[0, 0] = 0.0
         scale = max(float(np.linalg.norm(objective)), 1e-300)
         forbidden = np.zeros((size, size), dtype=bool)
@@ -94,15 +95,19 @@ def certify(sub: Subproblem, lift: Lift, multipliers: FloatArray) -> Certificate
     priced = lift.objective + multipliers
     inner = lift.basis.T @ multipliers @ lift.basis
     largest = float(np.linalg.eigvalsh((inner + inner.T) / 2)[-1]) if len(inner) else 0.0
+    # Best partner of every variable in every other group: the first term of the module's formula.
     between = np.minimum.reduceat(priced[1 : 1 + count, 1 : 1 + count], sub.starts, axis=1)
     between[np.arange(count), sub.group_of] = 0.0
+    # A slack lies in [0, 1]: it pays only where its price is negative.
     slack = np.minimum(priced[1 + count :, :], 0.0)
     own = np.diag(priced)[1 : 1 + count] + 2 * priced[0, 1 : 1 + count]
     alone = own + between.sum(axis=1) + 2 * slack[:, 1 : 1 + count].sum(axis=0)
     least = np.minimum.reduceat(alone, sub.starts)
     idle = 2 * slack[:, 0].sum() + slack[:, 1 + count :].sum()
     total = priced[0, 0] + least.sum() + idle - lift.trace * max(largest, 0.0)
+    # What float64 may have lost must not make the bound too high.
     rounding = ROUNDING * (np.abs(multipliers).sum() + np.abs(lift.objective).sum() + lift.trace * abs(largest))
     certain = float(total - rounding)
+    # Fixing a choice replaces its group's least term by its own.
     with_choice = (certain - least[sub.group_of] + alone) * lift.scale + lift.constant
     return Certificate(certain * lift.scale + lift.constant, with_choice)

@@ -15,7 +15,7 @@ from fxquant.passes.allocation.linearise import pair_count, solve_linearised
 from fxquant.passes.allocation.local_search import LocalSearch
 from fxquant.passes.allocation.presolve import reduce
 from fxquant.passes.allocation.solution import Clock, Problem, Solution, answer
-from fxquant.passes.allocation.without_cbc import told
+from fxquant.passes.allocation.without_cbc import fallback_note
 
 # CBC mostly closes linearised remainders of this many pair variables in well under a second; one that
 # takes longer than this goes to branch and bound, with the bound that CBC has reached.
@@ -42,7 +42,7 @@ def solve_iqp(
     give the incumbent; multipliers of the doubly nonnegative relaxation prove a bound and exclude
     choices; CBC solves the linearised remainder where it is small; best-first branch and bound the rest.
     A time-out or KeyboardInterrupt returns the best plan with its bound, the latter marked as interrupted.
-    Where CBC is missing or fails, branch and bound does its part as well, and a note says so.
+    Where CBC is missing or fails, branch and bound does its part too, and a note says so.
 
     Args:
         values: (n, n) symmetric, any unit; entries inside one group off the diagonal never count.
@@ -90,15 +90,16 @@ def _solve(problem: Problem, search: LocalSearch, proof: BranchAndBound, clock: 
     """Fill `search` with the best plan and return the proven bound (inf without a plan: infeasible)."""
     diagonal = np.diag(problem.values)
     linear = not np.count_nonzero(problem.values - np.diag(diagonal))
+    # Without pair terms CBC's program is exact, and descents would only delay it.
     search.within(START_SHARE * clock.allowed)
     if not linear:
         search.start()
     if linear or search.choice is None:
         try:
-            # Half of the time: what takes the place of a CBC that hangs needs the rest.
+            # Half of the time: the fallback for a CBC that hangs needs the rest.
             choice, bound = solve_diagonal(problem, diagonal, Clock(clock.allowed / 2))
         except cbc.FAILURES as error:
-            notes.append(told(error))
+            notes.append(fallback_note(error))
             search.start()
         else:
             if choice is None and bound == np.inf:
@@ -112,6 +113,7 @@ def _solve(problem: Problem, search: LocalSearch, proof: BranchAndBound, clock: 
     search.kick()
     search.within(np.inf)
     proof.root()
+    # Reduced-cost fixing at the root often leaves so few choices that one small linear program closes the rest.
     remainder = proof.remainder
     if remainder is not None and clock.left:
         small = remainder.problem()
@@ -119,7 +121,7 @@ def _solve(problem: Problem, search: LocalSearch, proof: BranchAndBound, clock: 
             try:
                 choice, bound = solve_linearised(small, Clock(min(clock.left, CBC_SECONDS)))
             except cbc.FAILURES as error:
-                notes.append(told(error))
+                notes.append(fallback_note(error))
             else:
                 if choice is not None:
                     search.improve(remainder.full_plan(np.flatnonzero(choice)))

@@ -14,7 +14,7 @@ from fxquant.passes.allocation import cbc
 from fxquant.passes.allocation.local_search import LocalSearch
 from fxquant.passes.allocation.presolve import reduce
 from fxquant.passes.allocation.solution import BoolArray, Clock, FloatArray, IndexArray, Problem, Solution, answer
-from fxquant.passes.allocation.without_cbc import solve_by_branching, told
+from fxquant.passes.allocation.without_cbc import fallback_note, solve_by_branching
 
 # Rows are brought to this size, so that CBC's absolute tolerance of 1e-7 means 1e-10 of a row.
 ROW_SIZE = 1e3
@@ -32,7 +32,7 @@ def solve_linear(
 ) -> Solution:
     """Minimise sum_i values_ii x_i over one-hot x with costs x <= limits, exactly, as one program for CBC.
 
-    Where CBC is missing or fails, our own branch and bound takes its place, and a note of the solution says so.
+    Falls back to branch and bound where CBC is missing or fails; a note of the solution says so.
 
     The multiple-choice knapsack of HAWQ-V3 (Yao et al., 2021, eq. 9) with any number of limits.
 
@@ -42,7 +42,7 @@ def solve_linear(
         costs: (k, n), one row per limit.
         limits: (k,).
         time_limit: wall-clock seconds.
-        seed: of the search that takes CBC's place; CBC itself needs none.
+        seed: of the fallback's search; CBC itself needs none.
         products: row -> (n, n), at least 0; the row then reads costs x + x' products x <= limit.
 
     Raises:
@@ -60,7 +60,7 @@ def solve_linear(
     try:
         choice, bound = solve_diagonal(reduced.problem, np.diag(reduced.problem.values), clock)
     except cbc.FAILURES as error:
-        notes.append(told(error))
+        notes.append(fallback_note(error))
         choice, bound = solve_by_branching(reduced.problem, seed, clock)
     if choice is None and bound == np.inf:
         return answer(problem, None, np.inf, clock, notes)
@@ -81,6 +81,7 @@ def solve_diagonal(problem: Problem, scores: FloatArray, clock: Clock) -> tuple[
     excluded: set[bytes] = set()
     while True:
         result = model.solve(clock.left)
+        # Presolve's rounding and CBC's may differ at a limit, so an "infeasible" is doubted once.
         if result.status == "infeasible" and not excluded and _has_plan(problem):
             raise SolverError("CBC calls a program infeasible that has a plan")
         if result.status == "infeasible" or result.values is None:

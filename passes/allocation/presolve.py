@@ -97,6 +97,7 @@ def _merge(problem: Problem, links: dict[tuple[int, int], BoolArray]) -> tuple[P
             return next(positions[choice] for choice in bundle if choice in positions)
 
         if left == right:
+            # Already merged through other ties: only bundles that agree here too are left.
             bundles[left] = [
                 bundle for bundle in bundles[left] if agrees[partner(bundle, rows), partner(bundle, columns)]
             ]
@@ -135,6 +136,7 @@ def _possible(problem: Problem) -> BoolArray | None:
     """Which choices fit every limit with all other groups at their cheapest; None where a group has none left."""
     allowed = np.ones(len(problem.values), dtype=bool)
     room = LIMIT_TOLERANCE * problem.slack_unit
+    # Dropping a choice can make its group dearer, and so exclude others: repeated until nothing changes.
     while True:
         open_costs = np.where(allowed, problem.costs, np.inf)
         least = least_sums(open_costs, problem.groups)
@@ -157,6 +159,7 @@ def _select(problem: Problem, members: list[IndexArray], allowed: BoolArray, ful
         start += len(kept)
     keep = np.concatenate(order)
     costs = problem.costs[:, keep]
+    # A limit that even the costliest plan keeps never binds; one with products is kept, its sums are not bounded here.
     most = -least_sums(-costs, tuple(groups)).sum(axis=1)
     joint = np.isin(np.arange(len(most)), list(problem.products))
     binding = np.flatnonzero((most > problem.limits) | joint)

@@ -19,7 +19,7 @@ START_PENALTY = 0.001
 
 @dataclass(frozen=True)
 class Warmth:
-    """Where a relaxation stands, to go on from there in the same subproblem or a restriction of it.
+    """State of a relaxation, to continue in the same subproblem or in a restriction of it.
 
     Args:
         lifted: (N, N) estimate of the lifted plan's square.
@@ -76,13 +76,16 @@ def relax(sub: Subproblem, lift: Lift, warmth: Warmth, iterations: int, clock: C
     multipliers = warmth.multipliers / lift.scale
     lifted, penalty, basis = warmth.lifted, warmth.penalty, lift.basis
     for iteration in range(iterations):
+        # R: the projection of V'(Y + Z / penalty)V onto positive semidefinite matrices, by its eigenvalues.
         inner = basis.T @ (lifted + multipliers / penalty) @ basis
         eigenvalues, vectors = np.linalg.eigh((inner + inner.T) / 2)
         positive = eigenvalues > 0
         factor = basis @ (vectors[:, positive] * np.sqrt(eigenvalues[positive]))
         square = factor @ factor.T
         previous = lifted
+        # Y: the unconstrained minimiser, then the nearest matrix with Y_00 = 1, diagonal = row 0, entries in [0, 1].
         lifted = square - (lift.objective + multipliers) / penalty
+        # One diagonal and two row entries (Y is symmetric) must agree: their mean is nearest.
         chosen = np.clip((lifted[diagonal, diagonal] + 2 * lifted[0, diagonal]) / 3, 0.0, 1.0)
         np.clip(lifted, 0.0, 1.0, out=lifted)
         lifted[lift.forbidden] = 0.0
@@ -92,6 +95,7 @@ def relax(sub: Subproblem, lift: Lift, warmth: Warmth, iterations: int, clock: C
         lifted[0, 0] = 1.0
         residual = lifted - square
         multipliers = multipliers + DUAL_STEP * penalty * (residual + residual.T) / 2
+        # More often would follow the noise of single steps.
         if iteration % 20 == 19:
             penalty = _balanced(penalty, residual, lifted, previous, multipliers)
         if not clock.left:

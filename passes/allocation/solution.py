@@ -1,4 +1,4 @@
-"""The allocation problem, checked once at birth, and the answer every solver gives."""
+"""The allocation problem, validated once, and the solution that every solver returns."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Solution:
         bound: no feasible plan has an objective below this; inf where infeasible, -inf where unknown.
         status: "optimal" (proved), "feasible" (best found) or "infeasible" (proved).
         seconds: wall clock of the solve.
-        notes: what did not go as usual, for the user.
+        notes: for the user, for example a fallback that was used.
         interrupted: Ctrl-C ended the search before the time was over.
 
     Raises:
@@ -210,7 +210,7 @@ class Solver(Protocol):
 
 @dataclass(frozen=True)
 class Clock:
-    """Wall clock from birth on, with the time allowed in seconds.
+    """Wall clock that starts when it is made, with the time allowed in seconds.
 
     Raises:
         OptionError: the time allowed is not a positive number.
@@ -225,7 +225,7 @@ class Clock:
 
     @property
     def spent(self) -> float:
-        """Seconds since birth."""
+        """Seconds since it was made."""
         return time.perf_counter() - self.started
 
     @property
@@ -246,15 +246,15 @@ def answer(
 
     The plan counts as proved when objective - bound <= PROOF_TOLERANCE |objective|.
     """
-    told = tuple(dict.fromkeys(notes))
+    once = tuple(dict.fromkeys(notes))
     if choice is None:
         nothing = np.zeros(len(problem.values), dtype=bool)
-        return Solution(nothing, np.inf, np.inf, 0.0, "infeasible", clock.spent, told, interrupted)
+        return Solution(nothing, np.inf, np.inf, 0.0, "infeasible", clock.spent, once, interrupted)
     objective = problem.objective(choice)
     if objective - bound <= proof_margin(problem, objective):
-        return Solution(choice, objective, objective, 0.0, "optimal", clock.spent, told, interrupted)
+        return Solution(choice, objective, objective, 0.0, "optimal", clock.spent, once, interrupted)
     gap = (objective - bound) / max(abs(objective), 1e-12)
-    return Solution(choice, objective, bound, gap, "feasible", clock.spent, told, interrupted)
+    return Solution(choice, objective, bound, gap, "feasible", clock.spent, once, interrupted)
 
 
 def proof_margin(problem: Problem, objective: float) -> float:

@@ -89,6 +89,7 @@ class Subproblem:
         means (1, x, slack / units).
         """
         smaller, columns = self, np.arange(len(self.names))
+        # Fixing a group can make choices of others impossible, and those again fix groups.
         while True:
             counts = np.add.reduceat(keep.astype(np.intp), smaller.starts) if len(smaller.starts) else keep[:0]
             if (counts == 0).any():
@@ -124,6 +125,7 @@ class Subproblem:
         costs, limits = self.costs[:, kept], self.limits - self.costs[:, folded].sum(axis=1)
         products: dict[int, FloatArray] = {}
         for row, matrix in self.products.items():
+            # Products with a fixed choice are linear from now on.
             costs[row] += 2 * matrix[np.ix_(kept, folded)].sum(axis=1)
             limits[row] -= matrix[np.ix_(folded, folded)].sum()
             if (rest := matrix[np.ix_(kept, kept)]).any():

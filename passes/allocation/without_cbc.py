@@ -1,4 +1,4 @@
-"""What takes CBC's place where it is missing or fails: our own search and branch and bound, and a line that says so."""
+"""Fallback for a missing or failing CBC: local search, then branch and bound, with a note for the user."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from fxquant.passes.allocation.branch_and_bound import BranchAndBound
 from fxquant.passes.allocation.local_search import LocalSearch
 from fxquant.passes.allocation.solution import BoolArray, Clock, Problem
 
-# Seconds that are left at least for what takes the place of a CBC that has spent the whole limit.
+# Seconds that the fallback gets at least, also after a CBC that hung for the whole limit.
 LEAST = 10.0
 KICK_SHARE, KICK_SECONDS = 0.1, 2.0
 
 
-def told(error: Exception) -> str:
-    """Return the line for the user."""
-    return f"CBC was of no use ({first_line(error, 160)}); our own branch and bound took its place"
+def fallback_note(error: Exception) -> str:
+    """Return the note for the user."""
+    return f"CBC failed ({first_line(error, 160)}); fell back to branch and bound"
 
 
 def solve_by_branching(problem: Problem, seed: int, clock: Clock) -> tuple[BoolArray | None, float]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -32,6 +33,18 @@ def only_branching(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small problems would be tried out or handed to CBC before a single node is branched on."""
     monkeypatch.setattr(branch_and_bound, "TRY_ALL", 1)
     monkeypatch.setattr(iqp, "CBC_PAIRS", 0)
+
+
+@pytest.fixture
+def counted_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at a clock takes 10 ms: how far a search gets depends on its steps, not on the machine."""
+    looks = Counter[float]()
+
+    def spent(clock: Clock) -> float:
+        looks[clock.started] += 1
+        return looks[clock.started] / 100
+
+    monkeypatch.setattr(Clock, "spent", property(spent))
 
 
 @pytest.mark.usefixtures("only_branching")
@@ -140,10 +153,12 @@ def test_equal_seeds_give_equal_plans() -> None:
     assert first.objective == second.objective
 
 
+@pytest.mark.usefixtures("counted_clock")
 def test_time_limit_is_kept_and_the_bound_stays_valid() -> None:
     instance = random_instance(2, groups=45, rows=2, kind="indefinite", tightness=0.4)
     short = solve_iqp(*instance.arguments, time_limit=0.5)
-    assert short.seconds < 3.0
+    # The clock is looked at once per iteration, and a few times more to end.
+    assert short.seconds < 0.6
     assert Problem.checked(*instance.arguments).feasible(short.choice)
     assert short.bound <= short.objective
     if short.status == "feasible":
@@ -261,8 +276,9 @@ def test_sixty_binaries_are_proved(name: str, average_bits: float, optimum: floa
 
 
 @needs_data
-def test_resnet56_bound_after_a_few_seconds_is_close() -> None:
+@pytest.mark.usefixtures("counted_clock")
+def test_resnet56_bound_after_500_looks_at_the_clock_is_close() -> None:
     """A commercial solver's gap on this one is 2000 % after a minute."""
     found = solve_iqp(*real_instance("resnet56_gram", 6).arguments, time_limit=5)
     assert found.objective == pytest.approx(0.00675494, rel=1e-5)
-    assert found.gap < 10
+    assert found.gap < 0.2

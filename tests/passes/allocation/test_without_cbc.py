@@ -103,14 +103,14 @@ def test_a_remainder_that_cbc_cannot_close_is_branched_on(tmp_path: Path, monkey
     install(tmp_path, BROKEN["exits with an error"], monkeypatch)
     monkeypatch.setattr(iqp, "CBC_PAIRS", 10**6)
     monkeypatch.setattr("fxquant.passes.allocation.branch_and_bound.TRY_ALL", 1)
-    told: list[str] = []
+    notes: list[str] = []
     for seed in (0, 2):
         instance = random_instance(seed, groups=6, rows=1, kind="indefinite", tightness=0.3)
         found = solve_iqp(*instance.arguments)
         assert_as_good(instance, found)
-        told += found.notes
-    assert told, "no instance left anything for CBC: make them harder"
-    assert "CBC ended with code 3 and no solution file" in told[0]
+        notes += found.notes
+    assert notes, "no instance left anything for CBC: make them harder"
+    assert "CBC ended with code 3 and no solution file" in notes[0]
 
 
 def test_no_room_for_cbcs_files(monkeypatch: pytest.MonkeyPatch) -> None:
