@@ -185,7 +185,7 @@ def test_without_cbc_the_summary_and_the_report_say_so(monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", "/nowhere")
     result = fxquant.resolve(known, fxquant.Budget(average_bits=5.0), progress=False)
     assert result.allocation.choices == known.allocation.choices
-    told = "CBC was of no use (PuLP finds no CBC program; reinstall pulp, whose wheel brings one)"
+    told = "CBC failed (PuLP finds no CBC program; reinstall pulp, whose wheel brings one)"
     assert told in " ".join(result.summary().split())
     result.save(tmp_path)
     assert told in " ".join(fxquant.load(tmp_path).summary().split())
