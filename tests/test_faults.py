@@ -20,7 +20,7 @@ from fxquant.cli import INTERRUPTED, inspect, main
 from fxquant.core.errors import FileFormatError
 from fxquant.core.facts import BitAllocation, Ranges, Rounding, SensitivityMatrix, Surrogates
 from fxquant.core.ir import Choice
-from fxquant.core.storage import LOCK, UNFINISHED, only_writer, read_json, read_tensors, write_json
+from fxquant.core.storage import HOLDER, LOCK, UNFINISHED, only_writer, read_json, read_tensors, write_json
 from fxquant.outputs import write_outputs
 from fxquant.passes import allocate_bits
 from fxquant.passes.allocation import Solution
@@ -118,7 +118,7 @@ def test_a_second_run_on_the_folder_is_refused_and_another_folder_is_not(tmp_pat
     with only_writer(tmp_path):
         assert main(command(tmp_path, "--resume")) == 1
         assert f"{tmp_path} is being written by another run, process {os.getpid()}" in capsys.readouterr().err
-        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, HOLDER]
 
 
 def test_a_workdir_that_cannot_be_written_is_found_before_the_work(tmp_path: Path, capsys: Captured) -> None:
