@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import shutil
 import stat
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -122,57 +121,27 @@ def test_other_networks(name: str, tmp_path: Path) -> None:
     assert found.allocation.to_json() == result.allocation.to_json()
 
 
-def remove(path: Path) -> None:
-    path.unlink()
+def refused(folder: Path, name: str) -> None:
+    """Check that a folder whose file of this name is missing, or cut short, is refused by that name."""
+    path = folder / name
+    whole = path.read_bytes()
+    for data in (None, whole[: len(whole) // 2]):
+        path.unlink() if data is None else path.write_bytes(data)
+        with pytest.raises(FileFormatError, match=name):
+            fxquant.load(folder)
+    path.write_bytes(whole)
 
 
-def halve(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def garbage(path: Path) -> None:
-    path.write_bytes(np.random.default_rng(0).bytes(3000))
-
-
-def other_json(path: Path) -> None:
-    path.write_text('{"kind": "shopping list", "version": 1}')
-
-
-@pytest.mark.parametrize("harm", [remove, halve, empty, garbage, other_json])
-@pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_is_named(folder: Path, name: str, harm: Callable[[Path], None]) -> None:
-    harm(folder / name)
-    with pytest.raises(FileFormatError) as error:
-        fxquant.load(folder)
-    assert name in str(error.value)
-
-
-def edit(path: Path, key: str, value: object) -> None:
-    document = json.loads(path.read_text())
-    if value is None:
-        del document[key]
-    else:
-        document[key] = value
-    path.write_text(json.dumps(document))
-
-
-@pytest.mark.parametrize(
-    "key", ["settings", "costs", "estimators", "finalists", "plan", "held_out", "graph", "version"]
-)
-def test_a_header_without_a_field(folder: Path, key: str) -> None:
-    edit(folder / "result.json", key, None)
-    with pytest.raises(FileFormatError):
-        fxquant.load(folder)
+def test_a_damaged_file_is_named(folder: Path) -> None:
+    for name in FILES:
+        refused(folder, name)
+    assert fxquant.load(folder).allocation == quantized().allocation
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("version", 99),
+        *((key, None) for key in ("settings", "costs", "estimators", "finalists", "plan", "held_out", "graph")),
         ("settings", {"bits": "all"}),
         ("settings", 3),
         ("costs", {"size": {"values": [1.0]}}),
@@ -182,8 +151,10 @@ def test_a_header_without_a_field(folder: Path, key: str) -> None:
         ("graph", "0123456789abcdef"),
     ],
 )
-def test_a_header_that_was_tampered_with(folder: Path, key: str, value: object) -> None:
-    edit(folder / "result.json", key, value)
+def test_a_header_that_lacks_a_field_or_was_tampered_with(folder: Path, key: str, value: object) -> None:
+    document = json.loads((folder / "result.json").read_text())
+    changed = {name: known for name, known in {**document, key: value}.items() if known is not None}
+    (folder / "result.json").write_text(json.dumps(changed))
     with pytest.raises(FileFormatError):
         fxquant.load(folder)
 
@@ -270,16 +241,9 @@ def saved_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantized().with_trained(module).save(tmp_path_factory.mktemp("trained"))
 
 
-@pytest.mark.parametrize("harm", [remove, halve, empty, garbage])
-@pytest.mark.parametrize("name", ["rounding.npz", "trained.npz"])
-def test_a_damaged_file_of_a_trained_result_is_named(
-    saved_trained: Path, tmp_path: Path, name: str, harm: Callable[[Path], None]
-) -> None:
+def test_a_damaged_file_of_a_trained_result_is_named(saved_trained: Path, tmp_path: Path) -> None:
     assert not torch.equal(answers(fxquant.load(saved_trained)), answers(quantized()))
-    folder = Path(shutil.copytree(saved_trained, tmp_path / "result"))
-    harm(folder / name)
-    with pytest.raises(FileFormatError, match=name):
-        fxquant.load(folder)
+    refused(Path(shutil.copytree(saved_trained, tmp_path / "result")), "trained.npz")
 
 
 def test_nothing_of_a_trained_result_stays(saved_trained: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class Histogram:
         maximum: largest element seen, or the observer's estimate of it.
 
     Raises:
-        CalibrationError: an end is not finite, or nothing was counted.
+        CalibrationError: an end or a count is not finite, or nothing was counted.
     """
 
     low: float
@@ -46,6 +46,8 @@ class Histogram:
     def __post_init__(self) -> None:
         if not np.isfinite([self.low, self.width, self.minimum, self.maximum]).all() or self.width <= 0:
             raise CalibrationError(f"histogram ends are not finite: low={self.low}, width={self.width}")
+        if not np.isfinite(self.counts).all():
+            raise CalibrationError("histogram counts are not finite")
         if self.counts.shape != (BINS,) or self.counts.sum() <= 0:
             raise CalibrationError("histogram is empty; run calibration images through the prepared graph first")
 

@@ -77,7 +77,14 @@ class Rounding:
     def __post_init__(self) -> None:
         if not self.choices:
             raise OptionError("a rounding needs the plan it was made for; its choices are empty")
-        for kind, tensors in (("weight", self.weights), ("bias", self.biases), ("parameter", self.parameters)):
+        kinds: dict[str, dict[str, Tensor]] = {
+            "weight": self.weights,
+            "weight scale": {name: grid.scale for name, grid in self.grids.items()},
+            "bias": self.biases,
+            "scale": {name: grid.scale for name, grid in self.activations.items()},
+            "parameter": self.parameters,
+        }
+        for kind, tensors in kinds.items():
             for name, tensor in tensors.items():
                 if not torch.isfinite(tensor).all():
                     raise OptionError(f"rounding {self.method!r} gives a {kind} of {name!r} that is not finite")

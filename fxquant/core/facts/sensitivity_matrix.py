@@ -147,7 +147,7 @@ class SensitivityMatrix:
                 constant=float(header.get("constant", 0.0)),
                 notes={str(name): float(value) for name, value in header.get("notes", {}).items()},
             )
-        except (KeyError, ValueError, TypeError, OptionError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, OptionError) as error:
             raise FileFormatError(
                 f"{path} is not an intact sensitivity file ({error}); run the analysis again"
             ) from error

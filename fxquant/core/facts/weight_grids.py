@@ -63,7 +63,7 @@ class WeightGrids:
             site, _, bits = key.rpartition(":")
             try:
                 rounded[site, int(bits)] = self.grids[site][int(bits)].dequantize(torch.from_numpy(array))
-            except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
                 raise FileFormatError(
                     f"{path} does not belong to this model ({key}: {error}); quantize again"
                 ) from error

@@ -26,15 +26,11 @@ def test_another_cpu_or_version_has_to_measure(tmp_path: Path, belongs: dict[str
     assert TimingCache(tmp_path, belongs).get("conv", 2) is None
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", "null", '{"kind": "plan"}', '{"kind": "timings", "version": 1}', "\x00\x01", "NaN"],
-)
-def test_a_damaged_file_is_reported_and_measured_anew(tmp_path: Path, text: str) -> None:
+def test_a_damaged_file_is_reported_and_replaced(tmp_path: Path) -> None:
     cache = TimingCache(tmp_path, HERE)
     cache.put("conv", TIMES)
     (path,) = tmp_path.rglob("*.json")
-    path.write_text(text)
+    path.write_text("{")
     with pytest.warns(UserWarning, match="is damaged"):
         assert cache.get("conv", 2) is None
     cache.put("conv", TIMES)

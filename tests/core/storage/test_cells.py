@@ -68,14 +68,12 @@ def test_scores_of_an_older_version(tmp_path: Path) -> None:
         ScoreStore(tmp_path, IDENTITY)
 
 
-@pytest.mark.parametrize("damage", ["cut", "emptied", "flipped"])
-def test_a_damaged_cell_is_measured_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_cell_is_measured_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ScoreStore(tmp_path, IDENTITY).put("a", CELL)
     path = tmp_path / "a.npz"
     whole = path.read_bytes()
     at = whole.index(np.float64(1.5).tobytes())
-    spoilt = {"cut": whole[:-30], "emptied": b"", "flipped": whole[:at] + b"\xff" + whole[at + 1 :]}
-    path.write_bytes(spoilt[damage])
+    path.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
     store = ScoreStore(tmp_path, IDENTITY)
     assert store.get("a") is None
     assert "damaged score is measured again" in caplog.text

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import errno
 import os
-import random
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +26,6 @@ from fxquant.core.storage import (
 )
 
 
-def damaged(data: bytes, flips: int) -> Iterator[bytes]:
-    """Yield a file cut short at many places, and with single bytes changed."""
-    chance = random.Random(0)
-    for length in sorted({0, 1, 3, 4, 7, len(data) - 1, *(chance.randrange(len(data)) for _ in range(20))}):
-        yield data[:length]
-    # Headers sit at both ends of archives; random places in between meet the payload.
-    places = [*range(min(40, len(data))), *range(max(0, len(data) - 80), len(data))]
-    for place in [*places, *(chance.randrange(len(data)) for _ in range(flips))]:
-        yield data[:place] + bytes([data[place] ^ (1 << chance.randrange(8))]) + data[place + 1 :]
-    yield b"\0" * len(data)
-
-
 def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -48,15 +34,6 @@ def write_half(path: Path, error: BaseException) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text("half")
         raise error
-
-
-def is_refused(read: Callable[[Path], object], path: Path) -> bool:
-    """Whether a reader refuses a file; any other error fails the test."""
-    try:
-        read(path)
-    except FileFormatError:
-        return True
-    return False
 
 
 def test_json_round_trip_is_versioned(tmp_path: Path) -> None:
@@ -70,56 +47,12 @@ def test_json_round_trip_is_versioned(tmp_path: Path) -> None:
     assert names_in(path.parent) == ["a.json"]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[1, 2]", '"plan"', "null", "\ufeff{}", '{"kind": "plan"}', "1" * 5000, "[" * 10**5]
-)
-def test_json_that_is_none_of_ours(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "a.json"
-    path.write_text(text)
-    with pytest.raises(FileFormatError, match=r"a\.json"):
-        read_json(path, "plan", 1)
-
-
-def test_binary_where_json_is_expected(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    path.write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(FileFormatError, match="not valid JSON"):
-        read_json(path, "plan", 1)
-
-
-@pytest.mark.parametrize("read", [lambda p: read_json(p, "plan", 1), read_arrays, read_tensors])
-def test_missing_files_and_folders(tmp_path: Path, read: object) -> None:
-    assert callable(read)
-    with pytest.raises(FileFormatError, match="cannot read"):
-        read(tmp_path / "absent")
-    with pytest.raises(FileFormatError):
-        read(tmp_path)
-
-
 def test_arrays_round_trip(tmp_path: Path) -> None:
     arrays = {"a": np.arange(6).reshape(2, 3), "b": np.array("text"), "file": np.zeros(0)}
     write_arrays(tmp_path / "a.npz", arrays)
     back = read_arrays(tmp_path / "a.npz")
     assert set(back) == set(arrays)
     assert all(np.array_equal(back[name], arrays[name]) for name in arrays)
-
-
-def test_arrays_of_objects_are_neither_written_nor_read(tmp_path: Path) -> None:
-    path = tmp_path / "a.npz"
-    np.savez(path, a=np.array([{"x": 1}], dtype=object))
-    with pytest.raises(FileFormatError, match="not an intact npz"):
-        read_arrays(path)
-
-
-def test_damaged_arrays(tmp_path: Path) -> None:
-    path = tmp_path / "a.npz"
-    arrays = {"a": np.arange(40.0), "b": np.array("text")}
-    write_arrays(path, arrays)
-    refused = 0
-    for piece in damaged(path.read_bytes(), 60):
-        path.write_bytes(piece)
-        refused += is_refused(read_arrays, path)
-    assert refused > 60
 
 
 def test_packed_arrays_are_the_file(tmp_path: Path) -> None:
@@ -155,16 +88,6 @@ def test_tensors_round_trip_and_share_no_memory(tmp_path: Path) -> None:
     back = read_tensors(tmp_path / "t.safetensors")
     assert set(back) == set(tensors)
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
-
-
-def test_damaged_tensors(tmp_path: Path) -> None:
-    path = tmp_path / "t.safetensors"
-    write_tensors(path, {"a": torch.arange(40.0)})
-    refused = 0
-    for piece in damaged(path.read_bytes(), 30):
-        path.write_bytes(piece)
-        refused += is_refused(read_tensors, path)
-    assert refused > 30
 
 
 def test_unwritable_places(tmp_path: Path) -> None:
@@ -235,6 +158,3 @@ def test_one_array(tmp_path: Path) -> None:
         np.save(tmp_path / "a.npy", array)
         assert np.array_equal(read_array(tmp_path / "a.npy"), array)
         assert read_array(tmp_path / "a.npy").dtype == array.dtype
-    for wrong in (tmp_path, tmp_path / "absent.npy"):
-        with pytest.raises(FileFormatError, match="cannot read"):
-            read_array(wrong)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import os
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +19,7 @@ from torch.export import Dim
 
 from fxquant.core.errors import FileFormatError
 from fxquant.core.storage import LONGEST, is_arithmetic, is_operator, load_exported
+from tests.readers import Evil
 from tests.small import small
 
 MODEL, SAMPLES = "net/models/model.json", "net/data/sample_inputs/model.pt"
@@ -29,16 +29,6 @@ MARK = "MARK"
 
 Entries = dict[str, bytes]
 Attack = Callable[[Entries, Path], None]
-
-
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (str(self.mark),)
 
 
 def pickled(mark: Path) -> bytes:
