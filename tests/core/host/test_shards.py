@@ -12,7 +12,7 @@ import torch.distributed as dist
 from fxquant.core.errors import OptionError, WorkerError
 from fxquant.core.host import ALONE, Shards
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 
 
