@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.zoo import NETWORKS
+from fxquant import flow
 from fxquant.api import capture, prepare
 from fxquant.backends.int8 import FxInt8Backend, compiled
 from fxquant.backends.onnx import session_options
 from fxquant.core.facts import Settings
 from fxquant.core.run import CalibrationSet
-from fxquant.flow import pipeline
 from fxquant.passes import simulate, widest_plan
 
 CALIBRATION_IMAGES = 32
@@ -95,7 +95,7 @@ def _torchao(network: str, batch: Tensor, threads: int, folder: Path) -> Run:
 def _lowered(network: str, batch: Tensor, inductor: bool) -> Run:
     calibration = CalibrationSet((images(network, CALIBRATION_IMAGES),))
     program = prepare(capture(model(network), calibration), Settings(bits=(8,), target="fx_int8"))
-    program = pipeline.calibrate(program, calibration)
+    program = flow.calibrate(program, calibration)
     fake = simulate(program, widest_plan(program)).module
     lowered = FxInt8Backend().lower(fake, len(batch))
     call = compiled(lowered) if inductor else lowered

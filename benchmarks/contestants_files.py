@@ -15,11 +15,11 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
 
 from benchmarks.contestants import CALIBRATION_IMAGES, images, model
+from fxquant import flow
 from fxquant.api import capture, prepare
 from fxquant.backends.onnx import OnnxOptions, export_onnx
 from fxquant.core.facts import Settings
 from fxquant.core.run import CalibrationSet
-from fxquant.flow import pipeline
 from fxquant.passes import simulate, widest_plan
 
 OURS = ("float.onnx", "fxquant.onnx", "fxquant_openvino.onnx")
@@ -62,7 +62,7 @@ def write_files(network: str, folder: Path) -> list[str]:
 def _write_ours(network: str, folder: Path) -> None:
     calibration = CalibrationSet((images(network, CALIBRATION_IMAGES),))
     program = prepare(capture(model(network), calibration), Settings(bits=(8,), target="onnxruntime"))
-    program = pipeline.calibrate(program, calibration)
+    program = flow.calibrate(program, calibration)
     export_onnx(program.module, folder / "float.onnx")
     simulated = simulate(program, widest_plan(program)).module
     export_onnx(simulated, folder / "fxquant.onnx")

@@ -16,13 +16,14 @@ import torch
 from benchmarks.report_table import write
 from benchmarks.sensitivity_quality import Evaluation
 from benchmarks.zoo import NETWORKS
+from fxquant import flow
 from fxquant.api import capture, prepare
 from fxquant.core.errors import InfeasibleBudgetError
 from fxquant.core.facts import BitAllocation, Budget, CostTables, Settings
 from fxquant.core.ir import Program
 from fxquant.core.run import CalibrationSet
 from fxquant.flow import allocate as search
-from fxquant.flow import measure_latency, pipeline
+from fxquant.flow import measure_latency
 from fxquant.passes import widest_plan
 
 SEED = 0
@@ -42,8 +43,8 @@ def prepared(name: str, settings: Settings, count: int) -> tuple[Program, Calibr
     network = NETWORKS[name]
     calibration = CalibrationSet((network.calibration(count),))
     scoring, held_out = calibration.split(0.33, SEED)
-    program = pipeline.calibrate(prepare(capture(network.factory(), calibration), settings), scoring)
-    return pipeline.measure_sensitivity(program, scoring), scoring, held_out
+    program = flow.calibrate(prepare(capture(network.factory(), calibration), settings), scoring)
+    return flow.measure_sensitivity(program, scoring), scoring, held_out
 
 
 def joint(name: str) -> list[Row]:

@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
+from fxquant import flow
 from fxquant.api import capture, prepare
 from fxquant.backends import BACKENDS, backend
 from fxquant.core.errors import InfeasibleBudgetError
@@ -29,7 +30,7 @@ from fxquant.core.facts import BitAllocation, Budget, CostTables, Settings
 from fxquant.core.host import TimingCache, time_runs
 from fxquant.core.ir import FLOAT, Choice, Program, Sites
 from fxquant.core.run import CalibrationSet
-from fxquant.flow import measure_latency, pipeline
+from fxquant.flow import measure_latency
 from fxquant.passes import AllocateBits, mixed_plans, simulate, widest_plan
 
 SEED, CHECK_SEED, ROUNDS = 0, 1000, 21
@@ -50,8 +51,8 @@ def prepared(name: str, target: str) -> tuple[Program, CalibrationSet]:
     settings = Settings(
         bits=(4, 8, 32), target=target, estimators=("weight_mse",), seed=SEED, threads=1, time_limit=10.0
     )
-    program = pipeline.calibrate(prepare(capture(network.factory(), images), settings), images)
-    return pipeline.measure_sensitivity(program, images), images
+    program = flow.calibrate(prepare(capture(network.factory(), images), settings), images)
+    return flow.measure_sensitivity(program, images), images
 
 
 def held_out_plans(program: Program) -> dict[str, BitAllocation]:
@@ -68,7 +69,7 @@ def held_out_plans(program: Program) -> dict[str, BitAllocation]:
     for limit in LIMITS:
         step = AllocateBits(Budget(latency_ratio=limit), time_limit=10.0, seed=SEED)
         try:
-            plan = pipeline.run(program, step)[BitAllocation]
+            plan = flow.run(program, step)[BitAllocation]
         except InfeasibleBudgetError:
             continue
         if len({choice.is_float for choice in plan.choices.values()}) > 1:

@@ -20,11 +20,11 @@ from torch.fx.node import Target
 
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
+from fxquant import flow
 from fxquant.api import capture, prepare
 from fxquant.core.facts import BitAllocation, Settings
 from fxquant.core.ir import OPS, Choice, Sites
 from fxquant.core.run import CalibrationSet, first_tensor, model_outputs
-from fxquant.flow import pipeline
 from fxquant.parity import BATCH, compare
 from fxquant.passes import simulate
 
@@ -69,7 +69,7 @@ def rows_of(name: str, runtimes: Sequence[str]) -> list[Row]:
     images, labels = network.evaluation(IMAGES.get(name, DEFAULT_IMAGES))
     calibration = CalibrationSet((network.calibration(CALIBRATION_IMAGES),))
     program = prepare(capture(network.factory(), calibration), Settings(bits=(4, 8)))
-    program = pipeline.calibrate(program, calibration)
+    program = flow.calibrate(program, calibration)
     rows = []
     for bits in (8, 4):
         plan = BitAllocation({site.name: Choice(bits, 8) for site in program[Sites].sites})

@@ -21,10 +21,11 @@ import torch
 import fxquant
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
+from fxquant import flow
 from fxquant.core.facts import EFFORTS, SensitivityMatrix, Settings, Surrogates
 from fxquant.core.run import CalibrationSet
 from fxquant.flow import allocate as search
-from fxquant.flow import pipeline, round_plan
+from fxquant.flow import round_plan
 from fxquant.result import Result
 
 SEED = 0
@@ -66,12 +67,12 @@ def measure(name: str, count: int) -> list[Row]:
     scoring, held_out = images.split(0.25, SEED)
     captured = stages("capture", lambda: fxquant.capture(network.factory(), images))
     settings = Settings(estimators=effort.estimators, refine_moves=effort.refine_moves, rounds=0, seed=SEED)
-    prepared = stages("prepare", lambda: pipeline.prepare(captured, settings))
-    program = stages("calibrate", lambda: pipeline.calibrate(prepared, scoring))
+    prepared = stages("prepare", lambda: flow.prepare(captured, settings))
+    program = stages("calibrate", lambda: flow.calibrate(prepared, scoring))
     matrices: dict[str, SensitivityMatrix] = {}
     for estimator in effort.estimators:
         one = program.with_facts(replace(settings, estimators=(estimator,)))
-        scored = stages(f"score: {estimator}", partial(pipeline.measure_sensitivity, one, scoring))
+        scored = stages(f"score: {estimator}", partial(flow.measure_sensitivity, one, scoring))
         matrices[estimator] = scored[SensitivityMatrix]
     program = program.with_facts(matrices[effort.estimators[0]], Surrogates(matrices))
     budget = fxquant.Budget(average_bits=6)

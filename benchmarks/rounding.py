@@ -27,6 +27,7 @@ from torch.fx import GraphModule
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
 from benchmarks.zoo.imdn import set5_psnr
+from fxquant import flow
 from fxquant.api import capture, prepare
 from fxquant.backends.int8 import FxInt8Backend
 from fxquant.core.facts import BitAllocation, Budget, Rounding, Settings
@@ -34,7 +35,7 @@ from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
 from fxquant.core.storage import ScoreStore, read_json, write_json
 from fxquant.flow import allocate as search
-from fxquant.flow import pipeline, round_plan
+from fxquant.flow import round_plan
 from fxquant.passes import simulate
 
 FOLDER = Path(__file__).resolve().parent.parent / "build" / "rounding"
@@ -171,7 +172,7 @@ def prepared(name: str, plan: str) -> tuple[Program, CalibrationSet, Calibration
         rounds=0,
         scoring_rounding=case.scoring,
     )
-    program = pipeline.calibrate(prepare(capture(network.factory(), images), settings), tuning.slice(0, 256))
+    program = flow.calibrate(prepare(capture(network.factory(), images), settings), tuning.slice(0, 256))
     return program.with_facts(_plan(program, plan, widths, tuning, held_out)), tuning, held_out
 
 
@@ -188,7 +189,7 @@ def _plan(
         choices = {site.name: Choice(*widths) for site in sites}
         ends = {sites[0].name: Choice(8, 8), sites[-1].name: Choice(8, 8)}
         return BitAllocation(choices if plan.endswith(ALL) else {**choices, **ends})
-    scored = pipeline.measure_sensitivity(program, tuning.slice(0, 64))
+    scored = flow.measure_sensitivity(program, tuning.slice(0, 64))
     found = search.allocate(scored, Budget(average_bits=float(plan.split()[0])), held_out.slice(0, 64))
     return found[BitAllocation]
 

@@ -16,11 +16,11 @@ import torch
 
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
+from fxquant import flow
 from fxquant.api import capture, prepare
 from fxquant.core.facts import Settings
 from fxquant.core.run import CalibrationSet
 from fxquant.core.storage import ScoreStore
-from fxquant.flow import pipeline
 from fxquant.passes import simulate, widest_plan
 from fxquant.passes.sensitivity import ESTIMATORS, Part, Scorer, suffix_cost
 
@@ -77,7 +77,7 @@ def measure(name: str) -> list[Row]:
     network = NETWORKS[name]
     calibration = CalibrationSet((network.calibration(max(count, 32)),))
     program = prepare(capture(network.factory(), calibration), Settings(bits=bits))
-    program = pipeline.calibrate(program, calibration)
+    program = flow.calibrate(program, calibration)
     simulated = simulate(program, widest_plan(program), round_biases=False)
     images = calibration.slice(0, count)
 

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
+from fxquant import flow
 from fxquant.api import capture, prepare
 from fxquant.core.facts import CHEAP, BitAllocation, Budget, Finalists, Settings, Surrogates
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet, kl, model_outputs
 from fxquant.core.storage import read_json, write_json
 from fxquant.flow import allocate as search
-from fxquant.flow import pipeline
 from fxquant.passes import AllocateBits, simulate
 
 FOLDER = Path(__file__).resolve().parent.parent / "build" / "sensitivity_quality"
@@ -140,13 +140,13 @@ def calibration_images(name: str, subset: str, case: Case) -> Tensor:
 
 def scored(program: Program, case: Case, scoring: CalibrationSet, folder: Path) -> tuple[Program, dict[str, float]]:
     """Return the program with every estimator's matrix, and estimator -> passes per image."""
-    program = pipeline.measure_sensitivity(program, scoring, folder)
+    program = flow.measure_sensitivity(program, scoring, folder)
     matrices = dict(program[Surrogates].matrices)
     if case.paper and "pairs" in matrices:
         answers = model_outputs(program.module, scoring.inputs).argmax(dim=1)
         labelled = CalibrationSet(scoring.inputs, answers)
         published = program.with_facts(replace(program[Settings], loss="ce", estimators=("pairs",)))
-        published = pipeline.measure_sensitivity(published, labelled, folder / "paper")
+        published = flow.measure_sensitivity(published, labelled, folder / "paper")
         matrices["paper"] = published[Surrogates].matrices["pairs"]
     passes = {name: matrix.evaluations / len(scoring) for name, matrix in matrices.items()}
     return program.with_facts(Surrogates(matrices)), passes
@@ -160,7 +160,7 @@ def measure(name: str, subset: str) -> None:
     estimators = tuple(name for name in case.estimators if name not in PAIRS or subset in case.pairs_on)
     settings = Settings(bits=case.bits, estimators=estimators, time_limit=5.0, seed=SEED, rounds=case.rounds)
     program = prepare(capture(network.factory(), calibration), settings)
-    program, passes = scored(pipeline.calibrate(program, scoring), case, scoring, FOLDER / f"{name}-{subset}")
+    program, passes = scored(flow.calibrate(program, scoring), case, scoring, FOLDER / f"{name}-{subset}")
     evaluate = Evaluation(program, *network.evaluation(case.evaluation))
     rows: list[Row] = []
 
@@ -175,7 +175,7 @@ def measure(name: str, subset: str) -> None:
     ours = {key: matrix for key, matrix in program[Surrogates].matrices.items() if key in ENGINE}
     for average in case.budgets:
         budget = Budget(average_bits=average)
-        plans = pipeline.run(program, AllocateBits(budget, time_limit=5.0, seed=SEED))[Finalists].plans
+        plans = flow.run(program, AllocateBits(budget, time_limit=5.0, seed=SEED))[Finalists].plans
         for estimator in program[Surrogates].matrices:
             add(estimator, average, plans[estimator])
         engine = search.allocate(program.with_facts(Surrogates(ours)), budget, held_out, scoring=scoring)

@@ -21,11 +21,11 @@ from torch import Tensor
 from benchmarks.report_table import write
 from benchmarks.sensitivity_quality import BASELINES, PAIRS, SINGLES, spread
 from benchmarks.zoo import NETWORKS
+from fxquant import flow
 from fxquant.api import capture, prepare
 from fxquant.core.facts import BitAllocation, Budget, CostTables, Finalists, Settings, Surrogates
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet, Environment, GraphReplay, kl, model_outputs
-from fxquant.flow import pipeline
 from fxquant.passes import AllocateBits, simulate, widest_plan
 from fxquant.passes.sensitivity import Quantizers
 
@@ -42,7 +42,7 @@ def calibrated(images: CalibrationSet) -> Program:
     """Return ResNet-8, calibrated."""
     settings = Settings(bits=(2, 4, 8), estimators=ESTIMATORS, pin_ends=True, seed=SEED)
     program = prepare(capture(NETWORKS["resnet8"].factory(), images), settings)
-    return pipeline.calibrate(program, images)
+    return flow.calibrate(program, images)
 
 
 def every_plan(program: Program, images: Tensor) -> dict[Plan, float]:
@@ -100,7 +100,7 @@ def main() -> None:
         started = time.perf_counter()
         truth = every_plan(program, images)
         seconds += time.perf_counter() - started
-        program = pipeline.measure_sensitivity(program, calibration)
+        program = flow.measure_sensitivity(program, calibration)
         plans, names = list(truth), [site.name for site in program[Sites].sites]
         count, losses = len(plans), np.array(list(truth.values()))
         bits = program[CostTables]["average_bits"]
@@ -111,7 +111,7 @@ def main() -> None:
         for share in SHARES:
             budget = Budget(average_bits=float(used.min() + share * (used.max() - used.min())))
             best = losses[used <= (budget.average_bits or 0) * (1 + 1e-9)].min()
-            solved: dict[str, BitAllocation] = pipeline.run(program, AllocateBits(budget))[Finalists].plans
+            solved: dict[str, BitAllocation] = flow.run(program, AllocateBits(budget))[Finalists].plans
             for estimator in ESTIMATORS:
                 choices = solved[estimator].choices
                 regret[estimator].append(truth[tuple(choices[name].label for name in names)] - best)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from fxquant import flow
 from fxquant.backends.onnx import write_onnx
 from fxquant.capture import capture as capture_program
 from fxquant.capture import input_names
@@ -20,7 +21,7 @@ from fxquant.core.host import ALONE, Reporter, Shards
 from fxquant.core.ir import Program
 from fxquant.core.run import collect, images_for
 from fxquant.core.storage import work_folder
-from fxquant.flow import algorithms, check_labels, choose, pipeline, round_plan, round_with_feedback
+from fxquant.flow import algorithms, check_labels, choose, round_plan, round_with_feedback
 from fxquant.passes import simulate, widest_plan
 from fxquant.result import Result
 
@@ -75,7 +76,7 @@ def quantize(
     preset = EFFORTS[settings.effort]
     if settings.rounding is None:
         settings = replace(settings, rounding=preset.rounding)
-    pipeline.check_names(settings)
+    flow.check_names(settings)
     _ = algorithms(settings.rounding, settings.rounding_options)
     shards = Shards.from_environment() if settings.distributed else ALONE
     reporter = Reporter(progress and shards.is_first)
@@ -89,13 +90,13 @@ def quantize(
     check_labels(budget, images)
     scoring, held_out = images.split(settings.held_out, settings.seed)
     captured = capture_program(model, images.slice(0, 2).inputs)
-    program = pipeline.prepare(captured, settings)
-    program = pipeline.calibrate(program, scoring, reporter)
+    program = flow.prepare(captured, settings)
+    program = flow.calibrate(program, scoring, reporter)
     if budget is not None:
-        pipeline.check_budget(program, budget)
-    program = pipeline.measure_sensitivity(program, scoring, folder, reporter, shards)
+        flow.check_budget(program, budget)
+    program = flow.measure_sensitivity(program, scoring, folder, reporter, shards)
     if budget is None:
-        return Result(pipeline.impose(program, widest_plan(program)), held_out)
+        return Result(flow.impose(program, widest_plan(program)), held_out)
 
     def finish(solved: Program) -> Program:
         if settings.rounding == "nearest":
@@ -130,7 +131,7 @@ def prepare(program: Program, settings: Settings | None = None) -> Program:
         program: from `capture`.
         settings: what to search over; None for the defaults.
     """
-    return pipeline.prepare(program, settings or Settings())
+    return flow.prepare(program, settings or Settings())
 
 
 def calibrate(program: Program, calibration: object = (), progress: bool = True) -> Program:
@@ -146,7 +147,7 @@ def calibrate(program: Program, calibration: object = (), progress: bool = True)
     """
     empty = isinstance(calibration, tuple | list) and not calibration
     images = None if empty else images_for(program.module, calibration)
-    return pipeline.calibrate(program, images, Reporter(progress))
+    return flow.calibrate(program, images, Reporter(progress))
 
 
 def measure_sensitivity(
@@ -162,7 +163,7 @@ def measure_sensitivity(
     """
     folder = work_folder(workdir, "scores")
     images = images_for(program.module, calibration)
-    return pipeline.measure_sensitivity(program, images, folder, Reporter(progress))
+    return flow.measure_sensitivity(program, images, folder, Reporter(progress))
 
 
 def allocate(
@@ -202,7 +203,7 @@ def convert(program: Program, plan: BitAllocation | str | Path | None = None) ->
         FileFormatError: the plan file is damaged.
     """
     chosen = BitAllocation.from_json(plan) if isinstance(plan, str | Path) else plan
-    program = program if chosen is None else pipeline.impose(program, chosen)
+    program = program if chosen is None else flow.impose(program, chosen)
     return simulate(program, program[BitAllocation])
 
 

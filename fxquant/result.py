@@ -14,6 +14,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from fxquant import flow
 from fxquant.backends import keep_target, kept_target
 from fxquant.backends.onnx import write_onnx
 from fxquant.capture import capture
@@ -45,7 +46,6 @@ from fxquant.core.storage import (
     write_json,
     write_tensors,
 )
-from fxquant.flow import pipeline
 from fxquant.passes import measured_loss, simulate
 from fxquant.qat import METHOD, TrainedValues, gather, trainable, with_values
 from fxquant.report import content, one_line, page, summary, write_page
@@ -125,7 +125,7 @@ class Result:
             FileFormatError: the plan file is damaged.
         """
         known = BitAllocation.from_json(plan) if isinstance(plan, str | Path) else plan
-        program = pipeline.impose(self.program, known)
+        program = flow.impose(self.program, known)
         foreign = [s for s in program[Sites].sites if known.choices[s.name] not in s.choices]
         for site in foreign:
             if not known.choices[site.name].is_float:
@@ -174,7 +174,7 @@ class Result:
         made = replace(self, program=self.program.with_facts(*gather(self.simulated_program, module)))
         if self.held_out is None:
             return made
-        loss = pipeline.loss_name(self.program, self.held_out)
+        loss = flow.loss_name(self.program, self.held_out)
         reference = model_outputs(self.program.module, self.held_out.inputs)
         measured = measured_loss(made.simulated, self.held_out, reference, loss)
         return replace(made, program=made.program.with_facts(replace(self.allocation, measured_loss=measured)))
@@ -292,7 +292,7 @@ class Result:
         document = read_json(folder / "result.json", "result", FORMAT_VERSION)
         try:
             settings = kept_target(Settings.of(document["settings"]), folder)
-            program = pipeline.find_sites(capture(load_exported(folder / "model.pt2"), ()), settings)
+            program = flow.find_sites(capture(load_exported(folder / "model.pt2"), ()), settings)
             if text_digest(str(program.module.graph)) != document["graph"]:
                 raise FileFormatError(
                     f"{folder} was saved with torch {document['torch']}, whose graph torch {torch.__version__} "
@@ -320,7 +320,7 @@ class Result:
         )
         if rounded:
             program = _with_rounding(program, folder / "rounding.npz")
-        program = pipeline.run(program, pipeline.scaling(settings)[0])
+        program = flow.run(program, flow.scaling(settings)[0])
         if settings.scoring_rounding != "nearest":
             program = program.with_facts(program[WeightGrids].with_rounded(folder / "rounded_weights.npz"))
         plan = BitAllocation.from_json(folder / "plan.json")
@@ -328,7 +328,7 @@ class Result:
         if trained:
             known = Rounding.load(folder / "trained.npz")
             program = program.with_facts(TrainedValues(known.choices, known.parameters))
-        result = Result(pipeline.impose(program, plan), held_out)
+        result = Result(flow.impose(program, plan), held_out)
         # A person may edit plan.json; what the solver proved does not hold for another plan.
         return result if _plan_digest(plan) == digest else result.with_plan(plan)
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from fxquant.core.errors import PipelineError
 from fxquant.core.host import memory_named
-from fxquant.core.ir import PassRecord, Program, finish, fork
+from fxquant.core.ir import PassRecord, Program, finish, fork, gradients
 
 LESS_MEMORY = "give fewer or smaller calibration images; what is finished is kept in the workdir"
 """What helps in every pass: what it holds grows with the images, in number and size."""
@@ -43,7 +43,7 @@ class Pass(ABC):
             if kind not in program:
                 raise PipelineError(f"{name} reads {kind.__name__}, which no pass has written yet")
         started = time.perf_counter()
-        with memory_named(name, LESS_MEMORY):
+        with memory_named(name, LESS_MEMORY), gradients():
             done, rewrites = self.run(Program(fork(program.module), program.facts, program.log))
         missing = [kind.__name__ for kind in self.writes if kind not in done]
         if missing:

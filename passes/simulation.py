@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation, Settings, Target
-from fxquant.core.ir import Choice, EdgeGroups, PlanEdges, Program, QuantizedEdges, Sites, gradients
+from fxquant.core.ir import Choice, EdgeGroups, PlanEdges, Program, QuantizedEdges, Sites
 from fxquant.passes.base import Pass
 from fxquant.passes.find_edges import FindEdges
 from fxquant.passes.find_sites import FindSites
@@ -52,9 +52,8 @@ def simulate(program: Program, plan: BitAllocation, round_biases: bool = True) -
         raise OptionError(f"the plan names sites the model does not have: {', '.join(unknown)}")
     floats = frozenset(name for name, choice in plan.choices.items() if choice.is_float)
     insert = InsertFakeQuant(max(program[Settings].activation_bits), round_biases)
-    with gradients():
-        facts = _edges_without(program, floats) if floats else ()
-        return insert(program.with_facts(*facts, plan))
+    facts = _edges_without(program, floats) if floats else ()
+    return insert(program.with_facts(*facts, plan))
 
 
 def _edges_without(program: Program, floats: frozenset[str]) -> tuple[QuantizedEdges, EdgeGroups, Sites]:

@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten
 
+from fxquant import flow
 from fxquant.backends import backend, to_qdq
 from fxquant.backends.exact import run_traced
 from fxquant.backends.int8 import FxInt8Backend
@@ -22,7 +23,6 @@ from fxquant.core.errors import InfeasibleBudgetError
 from fxquant.core.facts import BitAllocation, Budget, CostTables, SensitivityMatrix, Settings, Surrogates, agrees, fits
 from fxquant.core.ir import Choice, Program, QuantizedEdges, Sites, rule_of
 from fxquant.core.run import CalibrationSet
-from fxquant.flow import pipeline
 from fxquant.parity import compare
 from fxquant.passes import AllocateBits, simulate
 from fxquant.result import Result
@@ -55,7 +55,7 @@ def prepared(recipe: Recipe, target: str) -> Program:
     with torch.no_grad():
         expected = model(*shown)
         alike(program.module(*shown), expected, 1e-4)
-        program = pipeline.prepare(program, settings)
+        program = flow.prepare(program, settings)
         # Batch norms are folded, so that sums are formed in another order.
         alike(program.module(*shown), expected, 1e-3)
     after = model.state_dict()
@@ -66,7 +66,7 @@ def prepared(recipe: Recipe, target: str) -> Program:
     for node in program.module.graph.nodes:
         rule = rule_of(node)
         assert rule is None or rule.macs is None or node.name in named, f"nobody says why {node.name} is in float"
-    return pipeline.calibrate(program, calibration)
+    return flow.calibrate(program, calibration)
 
 
 def random_plan(program: Program, chance: Random) -> BitAllocation:
@@ -163,7 +163,7 @@ def keeps_the_budget_or_refuses(program: Program, budget: Budget, solver: str = 
     """
     sites, limits = program[Sites].sites, budget.limits
     try:
-        plan = pipeline.run(program, AllocateBits(budget, solver, time_limit=20.0))[BitAllocation]
+        plan = flow.run(program, AllocateBits(budget, solver, time_limit=20.0))[BitAllocation]
     except InfeasibleBudgetError as error:
         _is_out_of_reach(program, limits, str(error))
         return
@@ -191,7 +191,7 @@ def _is_out_of_reach(program: Program, limits: Mapping[str, float], told: str) -
 def reads_back_as_it_was(program: Program, plan: BitAllocation, recipe: Recipe, folder: Path) -> None:
     """Require a saved result to answer to the bit as before, simulated and in integers."""
     shown = images(recipe, 5, seed=1)
-    made = Result(pipeline.impose(program, plan), CalibrationSet(images(recipe, 4)))
+    made = Result(flow.impose(program, plan), CalibrationSet(images(recipe, 4)))
     read = Result.load(made.save(folder))
     assert read.allocation.choices == plan.choices
     with torch.no_grad():

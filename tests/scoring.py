@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxquant import flow
 from fxquant.capture import capture
 from fxquant.core.facts import FakeQuantNodes, Ranges, Settings, WeightGrids
 from fxquant.core.ir import (
@@ -23,7 +24,6 @@ from fxquant.core.ir import (
 )
 from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
 from fxquant.core.storage import ScoreStore
-from fxquant.flow import pipeline
 from fxquant.passes import simulate, widest_plan
 from fxquant.passes.sensitivity import Scorer
 from tests.models import MODELS
@@ -102,7 +102,7 @@ def traced(name: str) -> Program:
 def calibrated(name: str, bits: tuple[int, ...] = (2, 4, 8), activation_bits: tuple[int, ...] = (8,)) -> Program:
     """Return it prepared for the reference target and calibrated on 8 images."""
     settings = Settings(bits=bits, activation_bits=activation_bits, target="reference", estimators=("gram", "diagonal"))
-    return pipeline.calibrate(pipeline.prepare(traced(name), settings), CalibrationSet(inputs(name, 8)))
+    return flow.calibrate(flow.prepare(traced(name), settings), CalibrationSet(inputs(name, 8)))
 
 
 @cache
@@ -115,7 +115,7 @@ def simulated(name: str, bits: tuple[int, ...] = (2, 4, 8), activation_bits: tup
 @cache
 def scored(name: str, bits: tuple[int, ...] = (2, 4, 8), activation_bits: tuple[int, ...] = (8,)) -> Program:
     """Return the calibrated program with its sensitivity, measured on 6 images."""
-    return pipeline.measure_sensitivity(calibrated(name, bits, activation_bits), CalibrationSet(inputs(name, 6)))
+    return flow.measure_sensitivity(calibrated(name, bits, activation_bits), CalibrationSet(inputs(name, 6)))
 
 
 def scorer(program: Program, images: CalibrationSet, loss: str = "kl", store: ScoreStore | None = None) -> Scorer:

@@ -27,6 +27,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from fxquant import flow
 from fxquant.api import quantize
 from fxquant.backends.int8 import FxInt8Backend, compiled, lower_dynamic
 from fxquant.capture import capture
@@ -38,7 +39,6 @@ from fxquant.core.run import CalibrationSet, collect
 from fxquant.core.storage import tensor_digest, text_digest
 from fxquant.dynamo.boundary import DynamoGraph, caller_arguments, free_batch
 from fxquant.dynamo.transfer import graph_of, input_nodes, renamed
-from fxquant.flow import pipeline
 from fxquant.passes import simulate
 from fxquant.result import Result
 
@@ -273,8 +273,8 @@ def _planned(plan: BitAllocation | str | Path, exported: ExportedProgram, images
         activation_bits=tuple(sorted({choice.activation_bits for choice in integers})),
         target=TARGET,
     )
-    program = pipeline.calibrate(pipeline.prepare(capture(exported, ()), settings), images)
-    program = pipeline.impose(program, renamed(known, [site.name for site in program[Sites].sites]))
+    program = flow.calibrate(flow.prepare(capture(exported, ()), settings), images)
+    program = flow.impose(program, renamed(known, [site.name for site in program[Sites].sites]))
     return FxInt8Backend().lower(simulate(program, program[BitAllocation]).module)
 
 

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+from fxquant.flow.allocate import check_budget, impose
 from fxquant.flow.cheapest import check_labels, choose
 from fxquant.flow.latency import measure_latency
-from fxquant.flow.pipeline import KNOWN_NAMES, Pipeline, find_sites
+from fxquant.flow.pipeline import (
+    KNOWN_NAMES,
+    Pipeline,
+    calibrate,
+    check_names,
+    find_sites,
+    prepare,
+    run,
+    scaling,
+    settled,
+)
 from fxquant.flow.round_weights import ROUNDED, algorithms, realised, round_plan, round_with_feedback
+from fxquant.flow.score import loss_name, measure_sensitivity
 
 __all__ = [
     "KNOWN_NAMES",
     "ROUNDED",
     "Pipeline",
     "algorithms",
+    "calibrate",
+    "check_budget",
     "check_labels",
+    "check_names",
     "choose",
     "find_sites",
+    "impose",
+    "loss_name",
     "measure_latency",
+    "measure_sensitivity",
+    "prepare",
     "realised",
     "round_plan",
     "round_with_feedback",
+    "run",
+    "scaling",
+    "settled",
 ]

@@ -9,21 +9,31 @@ from pathlib import Path
 
 from fxquant.backends import backend
 from fxquant.core.errors import CalibrationError, InfeasibleBudgetError, OptionError
-from fxquant.core.facts import BitAllocation, Budget, CostTables, Finalists, Settings, Surrogates
+from fxquant.core.facts import (
+    LIMIT_TABLES,
+    BitAllocation,
+    Budget,
+    CostTables,
+    Finalists,
+    Settings,
+    Surrogates,
+    fits,
+    infeasible_message,
+    reachable,
+    unit_of,
+    usage,
+)
 from fxquant.core.host import SILENT, Reporter, time_runs, warn_if_busy
-from fxquant.core.ir import Program
+from fxquant.core.ir import Program, Sites
 from fxquant.core.run import CalibrationSet
-from fxquant.core.storage import ScoreStore
 from fxquant.flow.latency import measure_latency
-from fxquant.flow.pipeline import loss_name, run, score_identity
+from fxquant.flow.score import loss_name, score
 from fxquant.passes import (
     AllocateBits,
-    MeasureSensitivity,
     Meter,
     VerifyAndRefine,
     is_better,
     simulate,
-    widest_plan,
 )
 from fxquant.passes.allocation import trust_region
 
@@ -84,7 +94,7 @@ def _solve(
     folder: Path | None = None,
 ) -> Program:
     settings = program[Settings]
-    program = run(program, _allocator(settings, budget))
+    program = _allocator(settings, budget)(program)
     if held_out is None:
         return program
     loss = loss_name(program, held_out)
@@ -95,7 +105,7 @@ def _solve(
         settings.refine_moves,
         requantization_cost=settings.requantization_cost,
     )
-    solved = run(program, step)
+    solved = step(program)
     if scoring is None or not settings.rounds:
         return solved
     return rescore_around(solved, budget, scoring, held_out, reporter, folder)
@@ -134,7 +144,7 @@ def rescore_around(
 
     def solve(model: Surrogates, plan: BitAllocation, radius: int) -> BitAllocation | None:
         near = _allocator(settings, budget, (plan, radius))
-        found = run(program.with_facts(model), near)[BitAllocation]
+        found = near(program.with_facts(model))[BitAllocation]
         return None if found.choices == plan.choices else found
 
     start = program[BitAllocation]
@@ -143,7 +153,7 @@ def rescore_around(
         return program
     best, steps = trust_region(
         start,
-        partial(_scored_around, program, scoring, reporter, folder),
+        lambda plan: score(program, scoring, AROUND, plan, folder, reporter)[Surrogates],
         solve,
         lambda plan: meter.losses(plan) + plan.border_cost,
         is_better,
@@ -156,16 +166,6 @@ def rescore_around(
         named = f"{best.estimator} around the plan"
         best = replace(best, measured_loss=float(meter.losses(best).mean()), estimator=named)
     return program.with_facts(replace(best, finalists={**start.finalists, **tried}))
-
-
-def _scored_around(
-    program: Program, scoring: CalibrationSet, reporter: Reporter, folder: Path | None, plan: BitAllocation
-) -> Surrogates:
-    seed, loss = program[Settings].seed, loss_name(program, scoring)
-    store = ScoreStore(folder, score_identity(program, scoring, loss) if folder is not None else {})
-    simulated = simulate(program, widest_plan(program), round_biases=False)
-    step = MeasureSensitivity(scoring, AROUND, loss, store, reporter, seed, context=plan)
-    return run(simulated, step)[Surrogates]
 
 
 def measured_latency(program: Program, plan: BitAllocation, images: CalibrationSet) -> dict[str, float]:
@@ -244,3 +244,33 @@ def _total_loss(solved: Program) -> float:
     plan = solved[BitAllocation]
     assert plan.measured_loss is not None
     return plan.measured_loss + plan.border_cost
+
+
+def check_budget(program: Program, budget: Budget) -> None:
+    """Fail before the long work if a limit lies below what any plan can reach; milliseconds are not known yet.
+
+    Raises:
+        InfeasibleBudgetError: a limit is out of reach; the message names the reachable range.
+    """
+    tables, sites = program[CostTables], program[Sites]
+    known = {name: limit for name, limit in budget.limits.items() if LIMIT_TABLES[name][0] in tables.tables}
+    for name, limit in known.items():
+        lowest = reachable(tables[LIMIT_TABLES[name][0]], sites)[0] / unit_of(name, tables)
+        if lowest > limit * (1 + 1e-9):
+            raise InfeasibleBudgetError(infeasible_message(Budget.of(known), sites, tables))
+
+
+def impose(program: Program, plan: BitAllocation, budget: Budget | None = None) -> Program:
+    """Use a plan made elsewhere, for example edited by hand.
+
+    Raises:
+        OptionError: the plan does not fit the model, or breaks the budget.
+    """
+    missing = sorted({site.name for site in program[Sites].sites} - set(plan.choices))
+    if missing:
+        raise OptionError(f"the plan lacks sites {', '.join(missing)}; name every one of them")
+    limits = budget.limits if budget is not None else {}
+    if not fits(plan.choices, limits, program[CostTables]):
+        used = usage(plan.choices, limits, program[CostTables])
+        raise OptionError(f"the plan uses {used}, the budget allows {limits}")
+    return program.with_facts(plan)

@@ -15,7 +15,7 @@ from fxquant.core.ir import Program, Sites
 from fxquant.core.run import NO_LABELS, CalibrationSet, keeps, model_outputs, quality
 from fxquant.flow import allocate as search
 from fxquant.flow.latency import measure_latency
-from fxquant.flow.pipeline import loss_name
+from fxquant.flow.score import loss_name
 from fxquant.passes import simulate
 from fxquant.passes.rounding import accepted
 

@@ -9,7 +9,6 @@ from fxquant.core.facts import Settings
 from fxquant.core.host import SILENT, Reporter, TimingCache, cache_folder, machine
 from fxquant.core.ir import Program
 from fxquant.core.run import CalibrationSet
-from fxquant.flow.pipeline import run
 from fxquant.passes import MeasureLatency
 
 RUNTIMES = ("torch", "onnxruntime", "fxquant")
@@ -40,4 +39,4 @@ def measure_latency(
         reporter,
         seed=settings.seed,
     )
-    return run(program, step)
+    return step(program)

@@ -4,35 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from fxquant.backends import BACKENDS, backend, identity
-from fxquant.core.errors import InfeasibleBudgetError, OptionError, PipelineError
+from fxquant.backends import BACKENDS, backend
+from fxquant.core.errors import OptionError, PipelineError
 from fxquant.core.facts import (
     EFFORTS,
-    LIMIT_TABLES,
-    BitAllocation,
-    Budget,
-    CostTables,
-    Ranges,
-    SensitivityMatrix,
     Settings,
-    Surrogates,
-    WeightGrids,
-    fits,
     found,
-    infeasible_message,
     matching,
-    reachable,
     site_types,
-    unit_of,
-    usage,
 )
-from fxquant.core.host import ALONE, SILENT, Reporter, Shards
-from fxquant.core.ir import PlanEdges, Program, Sites, gradients
+from fxquant.core.host import SILENT, Reporter
+from fxquant.core.ir import PlanEdges, Program, Sites
 from fxquant.core.registry import Registry, unknown
-from fxquant.core.run import LOSSES, OBSERVERS, CalibrationSet, default_loss, model_outputs
-from fxquant.core.storage import ScoreStore, tensor_digest, text_digest
+from fxquant.core.run import LOSSES, OBSERVERS, CalibrationSet
 from fxquant.passes import (
     Calibrate,
     Canonicalize,
@@ -41,12 +26,9 @@ from fxquant.passes import (
     FoldBatchnorm,
     FoldConstants,
     InsertObservers,
-    MeasureSensitivity,
     Pass,
     ScaleWeights,
-    simulate,
     site_passes,
-    widest_plan,
 )
 from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.rounding import ROUNDERS
@@ -92,8 +74,7 @@ class Pipeline:
 
 def run(program: Program, *passes: Pass) -> Program:
     """Check the order against the program's facts and run the passes."""
-    with gradients():
-        return Pipeline(passes, frozenset(program.facts))(program)
+    return Pipeline(passes, frozenset(program.facts))(program)
 
 
 KNOWN_NAMES: Mapping[str, Collection[str]] = {
@@ -187,100 +168,3 @@ def scaling(settings: Settings) -> tuple[Pass, Pass]:
     """Return the passes that fix weight grids and costs for a target."""
     target = backend(settings.target).target
     return ScaleWeights(target.per_channel), EstimateCost(target)
-
-
-def loss_name(program: Program, images: CalibrationSet) -> str:
-    """Return the loss in use: the one asked for, or the one that fits the model's output."""
-    asked = program[Settings].loss
-    if asked is not None:
-        _ = LOSSES[asked]
-        return asked
-    return default_loss(model_outputs(program.module, images.slice(0, 1).inputs))
-
-
-def measure_sensitivity(
-    program: Program,
-    images: CalibrationSet,
-    folder: Path | None = None,
-    reporter: Reporter = SILENT,
-    shards: Shards = ALONE,
-) -> Program:
-    """Score every candidate, alone and in pairs, as the settings' estimators do.
-
-    Args:
-        program: calibrated.
-        images: the images to score on.
-        folder: where finished scores are kept, so that a killed run goes on; None keeps none.
-        reporter: shows progress.
-        shards: this process among those that share the work; all of them return the same.
-
-    Raises:
-        FileFormatError: the folder holds scores of something else; the message names what.
-        WorkerError: another process that shares the work was lost, or was given something else.
-    """
-    loss, settings, device = loss_name(program, images), program[Settings], images.inputs[0].device
-    with shards.group(device):
-        identity = score_identity(program, images, loss) if folder is not None or shards.world_size > 1 else {}
-        # Before any of them writes: a folder that all of them found empty is still empty until here.
-        shards.agree(text_digest(f"{identity} {settings.estimators} {settings.seed}"), device)
-        store = ScoreStore(folder, identity)
-        # Scores are taken against the exact float network, so nothing but the substitutions may differ from it.
-        simulated = simulate(program, widest_plan(program), round_biases=False)
-        around = widest_plan(program) if settings.context == "widest" else None
-        step = MeasureSensitivity(images, settings.estimators, loss, store, reporter, settings.seed, shards, around)
-        scored = run(simulated, step)
-    # The simulated graph is done with, but how long scoring took belongs in the log.
-    return replace(program.with_facts(scored[SensitivityMatrix], scored[Surrogates]), log=scored.log)
-
-
-def score_identity(program: Program, images: CalibrationSet, loss: str) -> dict[str, str]:
-    """Return field -> digest of what scores depend on."""
-    module = program.module
-    columns = [f"{c.site}:{c.choice.label}" for c in program[Sites].candidates]
-    tensors = {f"input {i}": tensor for i, tensor in enumerate(images.inputs)}
-    if loss == "ce" and images.labels is not None:
-        tensors["labels"] = images.labels
-    weights = {name: tensor for name, tensor in module.state_dict().items() if tensor.numel()}
-    settings = program[Settings]
-    # Rounded, so that another summation order on the same images stays the same calibration.
-    seen = [
-        f"{name} {h.minimum:.4g} {h.maximum:.4g} {h.counts.sum():g}" for name, h in program[Ranges].histograms.items()
-    ]
-    return {
-        "calibration": text_digest(f"{seen} {program[Ranges].clip}"),
-        "model": tensor_digest(weights) + text_digest(str(module.graph)),
-        "data": tensor_digest(tensors),
-        "settings": text_digest(
-            f"{columns} {loss} {settings.observer} {identity(settings.target)} {program[WeightGrids].digest()}"
-        ),
-    }
-
-
-def check_budget(program: Program, budget: Budget) -> None:
-    """Fail before the long work if a limit lies below what any plan can reach; milliseconds are not known yet.
-
-    Raises:
-        InfeasibleBudgetError: a limit is out of reach; the message names the reachable range.
-    """
-    tables, sites = program[CostTables], program[Sites]
-    known = {name: limit for name, limit in budget.limits.items() if LIMIT_TABLES[name][0] in tables.tables}
-    for name, limit in known.items():
-        lowest = reachable(tables[LIMIT_TABLES[name][0]], sites)[0] / unit_of(name, tables)
-        if lowest > limit * (1 + 1e-9):
-            raise InfeasibleBudgetError(infeasible_message(Budget.of(known), sites, tables))
-
-
-def impose(program: Program, plan: BitAllocation, budget: Budget | None = None) -> Program:
-    """Use a plan made elsewhere, for example edited by hand.
-
-    Raises:
-        OptionError: the plan does not fit the model, or breaks the budget.
-    """
-    missing = sorted({site.name for site in program[Sites].sites} - set(plan.choices))
-    if missing:
-        raise OptionError(f"the plan lacks sites {', '.join(missing)}; name every one of them")
-    limits = budget.limits if budget is not None else {}
-    if not fits(plan.choices, limits, program[CostTables]):
-        used = usage(plan.choices, limits, program[CostTables])
-        raise OptionError(f"the plan uses {used}, the budget allows {limits}")
-    return program.with_facts(plan)

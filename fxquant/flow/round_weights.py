@@ -15,7 +15,8 @@ from fxquant.core.ir import Program, gradients
 from fxquant.core.run import CalibrationSet, model_outputs
 from fxquant.core.storage import ScoreStore, text_digest
 from fxquant.flow import allocate as search
-from fxquant.flow.pipeline import JOIN, loss_name, score_identity
+from fxquant.flow.pipeline import JOIN
+from fxquant.flow.score import loss_name, score_identity
 from fxquant.passes import measured_loss, simulate
 from fxquant.passes.rounding import ROUNDERS, RoundingTask, accepted, rejection
 from fxquant.passes.rounding.learned import Reconstruction

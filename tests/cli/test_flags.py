@@ -84,7 +84,7 @@ def test_an_option_is_one_field(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         found.append(settings)
         raise OptionError("stopped")
 
-    monkeypatch.setattr("fxquant.flow.pipeline.check_names", stop)
+    monkeypatch.setattr("fxquant.flow.check_names", stop)
     with pytest.raises(OptionError, match="stopped"):
         fxquant.quantize(small(), images(), None, options={name: value})
     command = "quantize" if name.startswith("rounding") else "analyze"

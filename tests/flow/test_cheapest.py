@@ -3,12 +3,13 @@ from __future__ import annotations
 import pytest
 
 import fxquant
+from fxquant import flow
 from fxquant.core.errors import CalibrationError, InfeasibleBudgetError
 from fxquant.core.facts import BitAllocation, Budget, CostTables, usage
 from fxquant.core.host import Reporter
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet
-from fxquant.flow import choose, pipeline
+from fxquant.flow import choose
 from fxquant.passes import simulate
 from fxquant.report import summary
 from tests.scoring import inputs, scored
@@ -71,7 +72,7 @@ def test_answers_need_images_and_labels() -> None:
 
 
 def test_missing_labels_are_told_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "prepare", lambda *_: pytest.fail("worked first"))
+    monkeypatch.setattr(flow, "prepare", lambda *_: pytest.fail("worked first"))
     with pytest.raises(CalibrationError, match="one label for each image"):
         fxquant.quantize(small(), images(), Budget(accuracy_drop=0.1), target="reference", progress=False)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from fxquant import flow
 from fxquant.backends import backend
 from fxquant.capture import capture
 from fxquant.core.errors import FileFormatError, InfeasibleBudgetError, OptionError, PipelineError
@@ -23,7 +24,7 @@ from fxquant.core.facts import (
 )
 from fxquant.core.ir import FLOAT, Choice, EdgeGroups, Program, QuantizedEdges, Sites, show
 from fxquant.core.run import CalibrationSet, kl, model_outputs
-from fxquant.flow import Pipeline, pipeline
+from fxquant.flow import Pipeline
 from fxquant.passes import (
     AllocateBits,
     Calibrate,
@@ -89,7 +90,7 @@ def test_a_wrong_order_fails_when_the_pipeline_is_built(passes: tuple[Pass, ...]
 def test_facts_that_are_given_need_not_be_written() -> None:
     Pipeline((TieEdges(),), frozenset({QuantizedEdges}))
     with pytest.raises(PipelineError, match="reads Sites"):
-        pipeline.run(captured("residual"), ScaleWeights())
+        flow.run(captured("residual"), ScaleWeights())
 
 
 def test_every_pass_leaves_its_input_alone_and_can_run_twice() -> None:
@@ -117,7 +118,7 @@ def test_every_pass_leaves_its_input_alone_and_can_run_twice() -> None:
     "step", [Canonicalize(), FoldConstants(), FoldBatchnorm(), FindEdges(TARGET), TieEdges()], ids=repr
 )
 def test_the_second_time_there_is_nothing_left_to_rewrite(step: Pass) -> None:
-    program = pipeline.run(captured("residual"), *ORDER[:6])
+    program = flow.run(captured("residual"), *ORDER[:6])
     once = step(program)
     twice = step(once)
     assert show(twice.module) == show(once.module)
@@ -140,7 +141,7 @@ def settled(**change: Any) -> Settings:
 
 
 def sites(**change: Any) -> tuple[list[str], dict[str, str]]:
-    program = pipeline.find_sites(captured("residual"), settled(**change))
+    program = flow.find_sites(captured("residual"), settled(**change))
     return [site.name for site in program[Sites].sites], program[Sites].refusals
 
 
@@ -158,7 +159,7 @@ def test_a_pin_to_float_is_a_site_kept_in_float(pins: dict[str, Choice]) -> None
 
 
 def test_pins_of_other_sites_survive_one_kept_in_float() -> None:
-    program = pipeline.find_sites(captured("residual"), settled(pins={"conv1": FLOAT, "fc": Choice(8, 8)}))
+    program = flow.find_sites(captured("residual"), settled(pins={"conv1": FLOAT, "fc": Choice(8, 8)}))
     assert program[Sites].by_name("fc").choices == (Choice(8, 8),)
     assert len(program[Sites].by_name("conv2").choices) == 2
 
@@ -169,26 +170,26 @@ def test_patterns_that_match_nothing_and_nothing_left() -> None:
     with pytest.raises(OptionError, match=r"no layer can be quantized.*kept in float as asked"):
         sites(keep_float=("*",))
     with pytest.raises(OptionError, match="no layer can be quantized"):
-        pipeline.find_sites(captured("weightless"), settled())
+        flow.find_sites(captured("weightless"), settled())
 
 
 def test_plans_that_do_not_fit() -> None:
     program = calibrated("plain")
     plan = widest_plan(program)
     with pytest.raises(OptionError, match="the plan lacks sites conv2"):
-        pipeline.impose(program, BitAllocation({k: v for k, v in plan.choices.items() if k != "conv2"}))
+        flow.impose(program, BitAllocation({k: v for k, v in plan.choices.items() if k != "conv2"}))
     with pytest.raises(OptionError, match="the budget allows"):
-        pipeline.impose(program, plan, Budget(average_bits=4))
+        flow.impose(program, plan, Budget(average_bits=4))
 
 
 def test_a_budget_out_of_reach_fails_before_scoring() -> None:
     with pytest.raises(InfeasibleBudgetError, match="average_bits=1"):
-        pipeline.check_budget(calibrated("plain"), Budget(average_bits=1))
-    pipeline.check_budget(calibrated("plain"), Budget(average_bits=2, latency_ms=1e-9))
+        flow.check_budget(calibrated("plain"), Budget(average_bits=1))
+    flow.check_budget(calibrated("plain"), Budget(average_bits=2, latency_ms=1e-9))
 
 
 def ready(name: str, settings: Settings, images: CalibrationSet) -> Program:
-    return pipeline.calibrate(pipeline.prepare(traced(name), settings), images)
+    return flow.calibrate(flow.prepare(traced(name), settings), images)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def ready(name: str, settings: Settings, images: CalibrationSet) -> Program:
 def test_scores_of_something_else_are_refused_by_name(tmp_path: Path, field: str, change: dict[str, Any]) -> None:
     def score(name: str = "plain", bits: tuple[int, ...] = (2, 8), seen: int = 8, count: int = 6) -> None:
         program = ready(name, settled(bits=bits, estimators=("diagonal",)), CalibrationSet(inputs(name, seen)))
-        pipeline.measure_sensitivity(program, CalibrationSet(inputs(name, count)), tmp_path)
+        flow.measure_sensitivity(program, CalibrationSet(inputs(name, count)), tmp_path)
 
     score()
     score()
@@ -218,21 +219,21 @@ def test_models_that_differ_in_one_weight_differ(tmp_path: Path) -> None:
     for change in (0.0, 1e-3):
         with torch.no_grad():
             model.get_parameter("fc.bias")[0] += change
-        program = pipeline.prepare(capture(model, inputs("tokens", 2)), settings)
-        program = pipeline.calibrate(program, CalibrationSet(inputs("tokens", 4)))
+        program = flow.prepare(capture(model, inputs("tokens", 2)), settings)
+        program = flow.calibrate(program, CalibrationSet(inputs("tokens", 4)))
         images = CalibrationSet(inputs("tokens", 4))
         if change:
             with pytest.raises(FileFormatError, match="model"):
-                pipeline.measure_sensitivity(program, images, tmp_path)
+                flow.measure_sensitivity(program, images, tmp_path)
         else:
-            pipeline.measure_sensitivity(program, images, tmp_path)
+            flow.measure_sensitivity(program, images, tmp_path)
 
 
 def test_scores_may_be_taken_around_the_widest_integers() -> None:
     program = calibrated("plain")
     images = CalibrationSet(inputs("plain", 6))
     settings = replace(program[Settings], context="widest", estimators=("gram", "fisher"))
-    found = pipeline.measure_sensitivity(program.with_facts(settings), images)[Surrogates].matrices
+    found = flow.measure_sensitivity(program.with_facts(settings), images)[Surrogates].matrices
     widest = widest_plan(program)
     module = simulate(program, widest, round_biases=False).module
     answer, reference = (model_outputs(each, images.inputs) for each in (module, program.module))
@@ -246,7 +247,7 @@ def test_scores_may_be_taken_around_the_widest_integers() -> None:
 def test_every_mixture_of_float_and_integers_runs_on_every_target(target: str, name: str) -> None:
     images = CalibrationSet(MODELS[name].inputs(4))
     program = Program(capture(built(name), images.slice(0, 2).inputs).module)
-    program = pipeline.calibrate(pipeline.prepare(program, Settings(bits=(8, 32), target=target)), images)
+    program = flow.calibrate(flow.prepare(program, Settings(bits=(8, 32), target=target)), images)
     widest = widest_plan(program).choices
     expected = model_outputs(program.module, images.inputs)
     names = list(widest)

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from benchmarks.data import data_folder
 from benchmarks.zoo import NETWORKS
+from fxquant import flow
 from fxquant.api import capture, prepare
 from fxquant.backends.int8 import FxInt8Backend, told_forms
 from fxquant.backends.onnx import to_onnx
@@ -26,7 +27,6 @@ from fxquant.core.errors import FileFormatError, OptionError, ParityError
 from fxquant.core.facts import BitAllocation, Settings
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet
-from fxquant.flow import pipeline
 from fxquant.outputs import write_outputs
 from fxquant.parity import AGREEMENT, Pair, Parity, as_json, check, compare
 from fxquant.passes import simulate, widest_plan
@@ -105,7 +105,7 @@ class TwoAnswers(nn.Module):
 def two_answers() -> GraphModule:
     torch.manual_seed(0)
     shown = CalibrationSet((images(),))
-    program = pipeline.calibrate(prepare(capture(TwoAnswers(), shown), Settings(bits=(8,))), shown)
+    program = flow.calibrate(prepare(capture(TwoAnswers(), shown), Settings(bits=(8,))), shown)
     return simulate(program, widest_plan(program)).module
 
 
@@ -161,7 +161,7 @@ def test_the_compiled_graph_computes_the_same_integers() -> None:
 def test_the_compiled_graph_computes_the_same_integers_in_every_form() -> None:
     images = CalibrationSet(MODELS["inverted"].inputs(16))
     program = prepare(capture(built("inverted"), images), FX_INT8)
-    program = pipeline.calibrate(program, images)
+    program = flow.calibrate(program, images)
     module = simulate(program, widest_plan(program)).module
     forms = told_forms(FxInt8Backend().lower(module, 32))
     assert {"rows", "shifted", "call", "sum behind"} <= set(forms.values())
@@ -244,7 +244,7 @@ def calibrated(name: str, target: str) -> Program:
     network = NETWORKS[name]
     calibration = CalibrationSet((network.calibration(8),))
     program = prepare(capture(network.factory(), calibration), Settings(bits=(4, 8), target=target))
-    return pipeline.calibrate(program, calibration)
+    return flow.calibrate(program, calibration)
 
 
 def real(name: str, bits: int, target: str) -> tuple[GraphModule, CalibrationSet]:

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
+from fxquant import flow
 from fxquant.capture import capture
 from fxquant.core.facts import Settings
 from fxquant.core.ir import Program, Sites, resolve, show
-from fxquant.flow import pipeline
 from fxquant.passes import Canonicalize
 from tests.models import MODELS
 from tests.programs import captured, check_pass
@@ -142,7 +142,7 @@ def test_products_with_a_parameter_are_linear_layers() -> None:
     assert "mm.default(x" not in text
     x = torch.randn(5, 4)
     assert torch.allclose(done.module(x), program.module(x), rtol=1e-4, atol=1e-5)
-    found = pipeline.find_sites(capture(Once(), (torch.randn(2, 4),)), Settings(bits=(8,)))
+    found = flow.find_sites(capture(Once(), (torch.randn(2, 4),)), Settings(bits=(8,)))
     assert [site.name for site in found[Sites].sites] == ["proj"]
     assert tuple(found.module.get_parameter("proj").shape) == (3, 4)
 

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant import flow
 from fxquant.capture import capture
 from fxquant.core.facts import Settings
 from fxquant.core.ir import Program, Sites, show
-from fxquant.flow import pipeline
 from fxquant.passes import Canonicalize, FoldConstants
 from tests.models import MODELS
 from tests.programs import captured, check_pass
@@ -69,7 +69,7 @@ def test_standardised_weights_become_weights_at_their_own_path() -> None:
     rows = weight.detach().flatten(1)
     assert torch.allclose(rows.mean(dim=1), torch.zeros(4), atol=1e-6)
     assert torch.allclose(done.module(x), before.module(x), atol=1e-5)
-    sites = pipeline.find_sites(capture(model, (x,)), Settings(bits=(8,)))[Sites]
+    sites = flow.find_sites(capture(model, (x,)), Settings(bits=(8,)))[Sites]
     assert [site.name for site in sites.sites] == ["0", "2"]
     assert not sites.refusals
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fxquant import flow
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation, FakeQuantNodes, Settings
 from fxquant.core.ir import FLOAT, Choice, EdgeGroups, PlanEdges, Program, QuantizedEdges, Sites, show
 from fxquant.core.run import CalibrationSet
-from fxquant.flow import pipeline
 from fxquant.passes import FindEdges, simulate, widest_plan
 from tests.models import MODELS
 from tests.programs import captured
@@ -17,7 +17,7 @@ from tests.scoring import calibrated, inputs
 def with_float(name: str, kept: str) -> Program:
     """Return a calibrated program with one site kept in float by the user."""
     settings = Settings(bits=(4, 8, 32), target="reference", keep_float=(kept,))
-    return pipeline.calibrate(pipeline.prepare(captured(name), settings), CalibrationSet(inputs(name, 6)))
+    return flow.calibrate(flow.prepare(captured(name), settings), CalibrationSet(inputs(name, 6)))
 
 
 def plan_of(program: Program, *floats: str, bits: int = 8) -> BitAllocation:

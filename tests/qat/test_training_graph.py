@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import fxquant
-from fxquant import Budget, Result
+from fxquant import Budget, Result, flow
 from fxquant.backends import to_qdq
 from fxquant.core.errors import FileFormatError, OptionError
 from fxquant.core.facts import FakeQuantNodes, Rounding
 from fxquant.core.ir import FINEST_SHARE, Choice, FakeQuantize, Program, Sites, resolve, tensor_at
 from fxquant.core.run import first_tensor, model_outputs
-from fxquant.flow import pipeline
 from fxquant.passes import ScaleWeights
 from fxquant.qat import TrainedValues, put_tensor, reestimate, with_values
 from tests.models import MODELS, built
@@ -283,7 +282,7 @@ def test_parameters_of_a_rounding_are_put_back(tmp_path: Path) -> None:
     values = {"conv2.weight": tensor_at(result.program.module, "conv2.weight").detach() * 2}
     program = with_values(result.program, values)
     rounding = Rounding(result.allocation.choices, "equalized", parameters=values)
-    known = Result(pipeline.run(program, ScaleWeights()).with_facts(rounding))
+    known = Result(flow.run(program, ScaleWeights()).with_facts(rounding))
     folder = known.save(tmp_path)
     found = fxquant.load(folder)
     assert torch.equal(model_outputs(found.program.module, (images,)), model_outputs(program.module, (images,)))

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxquant import flow
 from fxquant.backends.onnx import executable, kernel_report, to_onnx
 from fxquant.capture import capture
 from fxquant.core.facts import BitAllocation, Settings
 from fxquant.core.ir import Choice, Sites
 from fxquant.core.run import CalibrationSet, model_outputs
-from fxquant.flow import pipeline
 from fxquant.passes import simulate
 
 
@@ -33,8 +33,8 @@ class ClippedHead(nn.Module):
 def test_a_linear_layer_whose_clip_is_read_in_float_runs_on_integers(clip: nn.Module, both: bool) -> None:
     torch.manual_seed(0)
     images = CalibrationSet((torch.randn(16, 8),))
-    program = pipeline.prepare(capture(ClippedHead(clip, both), images.inputs), Settings(bits=(8,)))
-    program = pipeline.calibrate(program, images)
+    program = flow.prepare(capture(ClippedHead(clip, both), images.inputs), Settings(bits=(8,)))
+    program = flow.calibrate(program, images)
     plan = BitAllocation({site.name: Choice(8, 8) for site in program[Sites].sites})
     simulated = simulate(program, plan).module
     model = to_onnx(simulated).SerializeToString()

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxquant import flow
 from fxquant.capture import capture
 from fxquant.core.facts import BitAllocation, FakeQuantNodes, Settings
 from fxquant.core.ir import Choice, EdgeGroups, Sites, resolve
 from fxquant.core.run import CalibrationSet
-from fxquant.flow import pipeline
 from fxquant.passes import simulate, widest_plan
 from fxquant.passes.sensitivity import Quantizers, columns_of
 from tests.scoring import inputs, scorer, simulated
@@ -99,8 +99,8 @@ def test_what_an_op_computes_from_a_rounded_value_is_rounded() -> None:
     torch.manual_seed(2)
     images = (torch.randn(4, 3, 5, 5),)
     settings = Settings(bits=(8,), activation_bits=(4, 8), target="reference", estimators=("gram",))
-    program = pipeline.prepare(capture(DenseNet().eval(), images), settings)
-    program = pipeline.calibrate(program, CalibrationSet(images))
+    program = flow.prepare(capture(DenseNet().eval(), images), settings)
+    program = flow.calibrate(program, CalibrationSet(images))
     program = simulate(program, widest_plan(program), round_biases=False)
     ((group, members),) = (g for g in program[FakeQuantNodes].activations.items() if len(g[1]) > 1)
     rounded = Quantizers(program).group(group, 4)

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxquant import flow
 from fxquant.capture import capture
 from fxquant.core.facts import Settings
 from fxquant.core.run import CalibrationSet
-from fxquant.flow import pipeline
 from fxquant.passes import simulate, widest_plan
 from fxquant.passes.sensitivity import ESTIMATORS, Part, Scorer, attribution, formats, measure_singles, walk
 from tests.scoring import full_forward, inputs, scorer, simulated
@@ -36,8 +36,8 @@ def apart(bits: tuple[int, ...] = (2, 4, 8), activation_bits: tuple[int, ...] = 
     torch.manual_seed(7)
     images = CalibrationSet(inputs("split", 6))
     settings = Settings(bits=bits, activation_bits=activation_bits, target="reference", estimators=("gram",))
-    program = pipeline.prepare(capture(ApartNet().eval(), inputs("split", 2)), settings)
-    program = pipeline.calibrate(program, images)
+    program = flow.prepare(capture(ApartNet().eval(), inputs("split", 2)), settings)
+    program = flow.calibrate(program, images)
     return scorer(simulate(program, widest_plan(program), round_biases=False), images, "mse")
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fxquant import flow
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation, SensitivityMatrix, WeightGrids
 from fxquant.core.ir import Program, Sites, tensor_at
 from fxquant.core.run import CalibrationSet, model_outputs
-from fxquant.flow import pipeline
 from fxquant.passes import simulate
 from fxquant.passes.rounding.closed_form import METHODS, Prefix, RoundWeights, moments_of, squared_error, to_rows
 from tests import scoring
@@ -65,7 +65,7 @@ def test_scores_and_simulation_take_the_rounded_weights() -> None:
         return float((model_outputs(simulated, given.inputs) - wanted).square().mean())
 
     assert loss(banked) < loss(program)
-    scores = [pipeline.measure_sensitivity(each, given)[SensitivityMatrix].values for each in (program, banked)]
+    scores = [flow.measure_sensitivity(each, given)[SensitivityMatrix].values for each in (program, banked)]
     low = [k for k, c in enumerate(program[Sites].candidates) if c.choice.weight_bits == 2]
     assert scores[1].diagonal()[low].sum() < scores[0].diagonal()[low].sum()
     assert BitAllocation not in banked

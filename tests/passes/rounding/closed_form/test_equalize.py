@@ -8,12 +8,12 @@ from functools import cache
 import pytest
 import torch
 
+from fxquant import flow
 from fxquant.capture import capture
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import Ranges, Rounding, Settings, WeightGrids
 from fxquant.core.ir import Grid, Program, Sites, tensor_at
 from fxquant.core.run import CalibrationSet, GraphReplay, model_outputs
-from fxquant.flow import pipeline
 from fxquant.passes.rounding import ROUNDERS, RoundingTask
 from tests.passes.rounding.closed_form.test_chains import ChainNet
 from tests.passes.rounding.tasks import after, task_of, task_on
@@ -35,7 +35,7 @@ def uneven() -> tuple[Program, CalibrationSet]:
     x = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     settings = Settings(bits=(2, 4, 8), target="reference")
     images = CalibrationSet((x,))
-    return pipeline.calibrate(pipeline.prepare(capture(model, (x[:2],)), settings), images), images
+    return flow.calibrate(flow.prepare(capture(model, (x[:2],)), settings), images), images
 
 
 def chain_task(*bits: int, held_out: bool = False) -> RoundingTask:

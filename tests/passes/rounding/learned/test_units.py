@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxquant import flow
 from fxquant.capture import capture
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import Settings
 from fxquant.core.ir import Program, Sites
 from fxquant.core.run import CalibrationSet, varying_nodes
-from fxquant.flow import pipeline
 from fxquant.passes import simulate, widest_plan
 from fxquant.passes.rounding.learned import LARGEST, Unit, find_units
 from tests import scoring
@@ -48,8 +48,8 @@ class LongSkips(nn.Module):
 def long_skips(depth: int) -> Program:
     torch.manual_seed(0)
     images = torch.randn(4, 3, 6, 6)
-    program = pipeline.prepare(capture(LongSkips(depth).eval(), (images[:2],)), Settings(target="reference"))
-    program = pipeline.calibrate(program, CalibrationSet((images,)))
+    program = flow.prepare(capture(LongSkips(depth).eval(), (images[:2],)), Settings(target="reference"))
+    program = flow.calibrate(program, CalibrationSet((images,)))
     return simulate(program, widest_plan(program), round_biases=False)
 
 
