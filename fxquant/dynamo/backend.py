@@ -1,15 +1,15 @@
-"""The `torch.compile(model, backend="fxquant", options={...})` hook: quantize each graph that Dynamo hands over.
+"""The `torch.compile(model, backend="fxquant", options={...})` backend: quantizes each graph that Dynamo captures.
 
-    {"budget": {"average_bits": 4}, "calibration": images}     what `fxquant.quantize` does
-    {"plan": "plan.json", "calibration": images}               a plan made elsewhere; nothing is scored
-    {"result": "folder"}                                       a result that `Result.save` wrote
-    {}                                                         linear layers on int8, scaled as values come
+    {"budget": {"average_bits": 4}, "calibration": images}     as `fxquant.quantize`
+    {"plan": "plan.json", "calibration": images}               use an existing plan; nothing is scored
+    {"result": "folder"}                                       use a result that `Result.save` wrote
+    {}                                                         linear layers on int8, activations scaled dynamically
 
 `"inductor": False` runs the integer graph eagerly. With a budget, every option of `fxquant.quantize` is taken by its
 name, for example `"effort": "fast"`.
 
-The work is done at the first call of a graph, and again for other weights: those are taken as they are then. A graph
-in training mode, or one that does not export, runs as it was, with a warning. Answers carry no gradient.
+A graph is quantized at its first call, and again when its weights change. A graph in training mode, or one that does
+not export, runs unchanged, with a warning. Answers carry no gradient.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ Run = Callable[..., Any]
 """Takes a graph's inputs, returns its outputs."""
 
 KEPT = 8
-"""Integer graphs that are kept, so that a recompilation for another batch size quantizes nothing anew."""
+"""Integer graphs in the cache, so that a recompilation for another batch size does not quantize again."""
 
 TARGET = "fx_int8"
 CALL = ("workdir", "progress")
-"""Arguments of `fxquant.quantize` that concern the call and are no settings."""
+"""Arguments of `fxquant.quantize` that are not settings."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class CompileOptions:
 
     Args:
         budget: limits, a `Budget` or its arguments.
-        calibration: as in `fxquant.quantize`; a re-iterable, for every graph reads it.
+        calibration: as in `fxquant.quantize`; every graph iterates over it once.
         plan: a plan or the path of a plan.json.
         result: a result or the folder of one.
-        inductor: hand what comes out to Inductor; where that fails it runs eagerly, with a warning.
-        quantize: options of `fxquant.quantize` by name; in `options=` they lie beside the others.
+        inductor: compile the integer graph with Inductor; where that fails it runs eagerly, with a warning.
+        quantize: options of `fxquant.quantize` by name; in `options=` they are given next to the others.
 
     Raises:
-        OptionError: options that exclude or lack each other.
+        OptionError: options that exclude each other, or one without another that it needs.
     """
 
     budget: Budget | Mapping[str, float] | None = None
@@ -80,12 +80,13 @@ class CompileOptions:
         sources = [name for name in ("budget", "plan", "result") if getattr(self, name) is not None]
         if len(sources) > 1:
             raise OptionError(f"options {' and '.join(sources)} exclude each other; give one of them")
-        wanted = sources in (["budget"], ["plan"])
-        if wanted != (self.calibration is not None):
+        calibrates = sources in (["budget"], ["plan"])
+        if calibrates and self.calibration is None:
+            raise OptionError(f"option {sources[0]!r} needs calibration images; give them as 'calibration'")
+        if not calibrates and self.calibration is not None:
             raise OptionError(
-                f"option {sources[0]!r} needs calibration images; give them as 'calibration'"
-                if wanted
-                else f"calibration is not read with {sources or 'no budget'}; give 'budget' or 'plan' with it"
+                f"option 'calibration' is not used {'with ' + repr(sources[0]) if sources else 'alone'}; "
+                "add 'budget' or 'plan', or leave it out"
             )
         if self.quantize and sources != ["budget"]:
             raise OptionError(f"options {', '.join(self.quantize)} are those of fxquant.quantize and need a 'budget'")
@@ -95,7 +96,7 @@ class CompileOptions:
         """Return the options that torch.compile was given.
 
         Raises:
-            OptionError: a name that is not known, or a combination that makes no sense.
+            OptionError: an unknown name or a combination that is not allowed.
         """
         own = [field.name for field in fields(CompileOptions) if field.name != "quantize"]
         known = [*own, *CALL, *options_of(Settings)]
@@ -109,7 +110,7 @@ class CompileOptions:
 def compile_graph(
     graph: GraphModule, inputs: Sequence[object], *, options: Mapping[str, Any] | None = None
 ) -> CompiledGraph:
-    """Return what runs in a graph's place: the `fxquant` backend of torch.compile.
+    """Return the replacement of a graph: the `fxquant` backend of torch.compile.
 
     Args:
         graph: as Dynamo made it.
@@ -124,7 +125,7 @@ class CompiledGraph:
 
     Args:
         source: the graph.
-        options: as torch.compile got them; checked at the first call, from where errors reach the caller as they are.
+        options: as torch.compile got them; checked at the first call, because Dynamo would wrap errors raised earlier.
     """
 
     def __init__(self, source: DynamoGraph, options: Mapping[str, Any] | None) -> None:
@@ -137,21 +138,21 @@ class CompiledGraph:
 
         Raises:
             InputError: options, calibration images or a plan that cannot be used.
-            InfeasibleBudgetError: no plan keeps the budget.
+            InfeasibleBudgetError: no plan fits the budget.
         """
         options, inputs = CompileOptions.of(self._given), self.source.inputs(arguments)
         refusal = self.source.refusal
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-            refusal = "an input asks for its gradient"
+            refusal = "an input requires a gradient"
         if refusal is not None:
-            _warn(f"a graph stays as it is, for {refusal}; switch to eval() and torch.no_grad() to have it quantized")
+            _warn(f"a graph is not quantized: {refusal}; call the model in eval() mode under torch.no_grad()")
             return self.source.graph(*arguments)
         weights = self.source.weights(arguments)
         shapes = tuple((tensor.shape[1:], tensor.dtype) for tensor in inputs)
         held = tuple((id(tensor), _version(tensor)) for tensor in weights.values())
         key = (held, shapes, self.source.numbers(arguments))
         if key not in self._made:
-            # The weights are held, so that another tensor cannot take the place, and the id, of one of them.
+            # Holding the weights keeps their ids from being reused by other tensors.
             self._made[key] = (weights, self._build(options, arguments, inputs))
             if len(self._made) > KEPT:
                 self._made.popitem(last=False)
@@ -165,11 +166,13 @@ class CompiledGraph:
         except CaptureError as error:
             _warn(f"a graph stays in float: {error}")
             made = module
-        return _Outputs(_Inductor(made) if options.inductor else made)
+        run = _Inductor(made) if options.inductor else made
+        # Dynamo expects a flat tuple.
+        return lambda *inputs: tuple(pytree.tree_leaves(run(*inputs)))
 
 
 def _integer_graph(options: CompileOptions, module: GraphModule, inputs: tuple[Tensor, ...]) -> GraphModule:
-    """Return what runs in a graph's place.
+    """Return the integer graph of a module, or the module itself where there is nothing to quantize.
 
     Raises:
         CaptureError: the graph does not export, or only for one batch size.
@@ -181,29 +184,29 @@ def _integer_graph(options: CompileOptions, module: GraphModule, inputs: tuple[T
     freed = free_batch(module, inputs, inputs if images is None else images.inputs)
     captured = capture(freed, tuple(t[:2] for t in (inputs if images is None else images.inputs)))
     if not any(rule is not None and rule.weight is not None for rule in map(rule_of, captured.module.graph.nodes)):
-        _warn("a graph has no convolution or linear layer; it stays in float")
+        _warn("a graph has no convolution or linear layer and stays in float")
         return module
     if images is None:
         if options.budget is not None or options.plan is not None:
-            reason = "the first call of a graph behind a graph break gives one image, too few to calibrate with"
+            reason = "a graph behind a graph break was first called with one image, too few to calibrate with"
         else:
             reason = "neither a budget nor a plan was given"
         made, layers = lower_dynamic(captured.module)
-        done = f"{len(layers)} linear layers run on int8 weights with activations scaled as they come" if layers else ""
+        done = f"{len(layers)} linear layers run on int8, their activations scaled dynamically" if layers else ""
         _warn(f"{reason}: {done or 'there is no linear layer, and the graph stays in float'}")
         return made if layers else module
-    wanted = (_budget(options), sorted(options.quantize.items()), options.plan, captured.module.graph)
+    request = (_budget(options), sorted(options.quantize.items()), options.plan, captured.module.graph)
     names = dict(captured.module.named_parameters()) | dict(captured.module.named_buffers())
     calibration = {f"input {k}": tensor for k, tensor in enumerate(images.inputs)}
-    key = text_digest(" ".join(map(str, wanted))) + tensor_digest(names) + tensor_digest(calibration)
+    key = text_digest(" ".join(map(str, request))) + tensor_digest(names) + tensor_digest(calibration)
     if key not in _LOWERED:
         exported = captured[ExportedProgram]
-        made = (
-            _planned(options.plan, exported, images)
-            if options.plan is not None
-            else _budgeted(options, exported, images)
-        )
-        _LOWERED[key] = made
+        if options.plan is not None:
+            _LOWERED[key] = _planned(options.plan, exported, images)
+        else:
+            settings = {"target": TARGET, "progress": False, **options.quantize}
+            call = {name: settings.pop(name) for name in CALL if name in settings}
+            _LOWERED[key] = quantize(exported, images, _budget(options), **call, options=settings).lowered
         if len(_LOWERED) > KEPT:
             _LOWERED.popitem(last=False)
     return _LOWERED[key]
@@ -223,10 +226,10 @@ def _budget(options: CompileOptions) -> Budget | None:
 def _images(options: CompileOptions, module: GraphModule, inputs: tuple[Tensor, ...]) -> CalibrationSet | None:
     """Return calibration images in the order of the graph's inputs, None without any.
 
-    Behind a graph break calibration images are not what a graph reads; the values of its first call are.
+    A graph behind a graph break does not read images, so it is calibrated on the values of its first call.
 
     Raises:
-        CalibrationError: images of another size than the model is called with, or nothing to calibrate with.
+        CalibrationError: images of another size or type than the model is called with.
     """
     if options.calibration is None:
         return None
@@ -236,10 +239,11 @@ def _images(options: CompileOptions, module: GraphModule, inputs: tuple[Tensor, 
         if count < 2:
             return None
         _warn(
-            f"a graph behind a graph break is calibrated on the {count} images of its first call; break the graph less"
+            f"a graph behind a graph break is calibrated on the {count} images of its first call; "
+            "remove the graph break to calibrate on all images"
         )
         return CalibrationSet(tuple(tensor.detach().clone() for tensor in inputs))
-    # Dynamo lists inputs as they are read, a batch as they are declared.
+    # Dynamo orders inputs by first use, a calibration batch by the function's signature.
     ordered = [*(name for name in arguments if name in names), *(name for name in names if name not in arguments)]
     images = collect(options.calibration, ordered)
     found = tuple(images.inputs[ordered.index(name)] for name in names)
@@ -247,19 +251,13 @@ def _images(options: CompileOptions, module: GraphModule, inputs: tuple[Tensor, 
         if given.shape[1:] != called.shape[1:] or given.dtype != called.dtype:
             raise CalibrationError(
                 f"calibration images for {name!r} are {given.dtype} of shape {tuple(given.shape[1:])}, the compiled "
-                f"model is called with {called.dtype} of shape {tuple(called.shape[1:])}; make them alike"
+                f"model is called with {called.dtype} of shape {tuple(called.shape[1:])}; use one shape and type"
             )
     return CalibrationSet(found, images.labels)
 
 
-def _budgeted(options: CompileOptions, exported: ExportedProgram, images: CalibrationSet) -> GraphModule:
-    asked = {"target": TARGET, "progress": False, **options.quantize}
-    call = {name: asked.pop(name) for name in CALL if name in asked}
-    return quantize(exported, images, _budget(options), **call, options=asked).lowered
-
-
 def _planned(plan: BitAllocation | str | Path, exported: ExportedProgram, images: CalibrationSet) -> GraphModule:
-    """Return the integer graph of a plan made elsewhere, its ranges taken from these images.
+    """Return the integer graph of an existing plan, with ranges observed on these images.
 
     Raises:
         OptionError: the plan is for other layers, or leaves them all in float.
@@ -267,7 +265,7 @@ def _planned(plan: BitAllocation | str | Path, exported: ExportedProgram, images
     known = plan if isinstance(plan, BitAllocation) else BitAllocation.from_json(plan)
     integers = [choice for choice in known.choices.values() if not choice.is_float]
     if not integers:
-        raise OptionError("the plan leaves every layer in float; give at least one of them an integer precision")
+        raise OptionError("the plan leaves every layer in float; give at least one layer an integer precision")
     settings = Settings(
         bits=tuple(sorted({choice.weight_bits for choice in known.choices.values()})),
         activation_bits=tuple(sorted({choice.activation_bits for choice in integers})),
@@ -279,12 +277,12 @@ def _planned(plan: BitAllocation | str | Path, exported: ExportedProgram, images
 
 
 def _version(tensor: Tensor) -> int:
-    # Inference tensors cannot be written to outside inference mode and count nothing.
+    # Inference tensors have no version counter, and cannot be changed outside inference mode.
     return 0 if tensor.is_inference() else tensor._version
 
 
 class _Inductor:
-    """Runs a graph through Inductor; eagerly from the first failure on."""
+    """Runs a graph through Inductor, and eagerly after its first failure."""
 
     def __init__(self, graph: GraphModule) -> None:
         self._eager, self._compiled = graph, compiled(graph)
@@ -298,21 +296,10 @@ class _Inductor:
             except Exception as error:
                 self._works = False
                 _warn(
-                    f"Inductor fails on a graph, which runs eagerly instead ({first_line(error)}); "
-                    "'inductor': False keeps it out"
+                    f"Inductor failed on a graph, which runs eagerly instead ({first_line(error)}); "
+                    "'inductor': False skips it"
                 )
         return self._eager(*inputs)
-
-
-class _Outputs:
-    """Brings what a graph returns to the tuple that Dynamo expects."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-
-    def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
-        """Return the outputs."""
-        return tuple(pytree.tree_leaves(self._run(*inputs)))
 
 
 def _warn(message: str) -> None:

@@ -1,8 +1,7 @@
-"""Graphs that torch.compile hands over: weights told from inputs, and put back where a module holds them.
+"""Turns a graph of torch.compile back into a module that exports and quantizes like any other.
 
-Dynamo lifts every parameter and buffer to an input, writes sizes as inputs of their own, and writes the batch into
-reshapes where it takes it for fixed. Here such a graph becomes a module again, under the names the user's modules
-have, so that it exports and quantizes like any other.
+Dynamo lifts every parameter and buffer to an input, makes sizes further inputs, and writes the batch size into reshapes
+where it takes it for fixed. Here weights are separated from inputs and get the names of the user's modules again.
 """
 
 from __future__ import annotations
@@ -42,13 +41,11 @@ class DynamoGraph:
 
     def __init__(self, graph: GraphModule, examples: Sequence[object]) -> None:
         self.graph = graph
-        placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        self._at = {node: position for position, node in enumerate(placeholders)}
+        self._at = {node: position for position, node in enumerate(placeholders(graph.graph))}
         self._paths: dict[Node, str] = {}
         self._names: dict[Node, str] = {}
-        self._sizes: dict[Node, tuple[Node, int]] = {}
         self._numbers: list[Node] = []
-        for node, value in zip(placeholders, examples, strict=True):
+        for node, value in zip(self._at, examples, strict=True):
             if not isinstance(value, Tensor) or _is_number(node, value):
                 self._numbers.append(node)
                 continue
@@ -57,29 +54,26 @@ class DynamoGraph:
                 self._paths[node] = _named(node, _MEMBER.findall(source), self._paths.values())
             else:
                 self._names[node] = _named(node, ["_".join(_SUBSCRIPT.findall(source))], self._names.values())
-        for node in list(self._numbers):
-            place = self._size_of(node)
-            if place is not None:
-                self._numbers.remove(node)
-                self._sizes[node] = place
-        #: why this graph stays as it is, None if it may be quantized
+        self._sizes = {node: place for node in self._numbers if (place := self._size_of(node)) is not None}
+        self._numbers = [node for node in self._numbers if node not in self._sizes]
+        #: why this graph cannot be quantized, None if it can
         self.refusal = _training(graph) or (None if self._names else "it reads no tensor that could hold images")
 
     def inputs(self, arguments: Sequence[object]) -> tuple[Tensor, ...]:
-        """Return those of the graph's arguments that are its inputs."""
+        """Return the graph's arguments that are its inputs."""
         return tuple(t for node in self._names if isinstance(t := arguments[self._at[node]], Tensor))
 
     def weights(self, arguments: Sequence[object]) -> dict[str, Tensor]:
-        """Return those of the graph's arguments that modules hold, by the names they have there."""
+        """Return the graph's arguments that modules hold, by their names there."""
         found = {path: arguments[self._at[node]] for node, path in self._paths.items()}
         return {path: tensor for path, tensor in found.items() if isinstance(tensor, Tensor)}
 
     def numbers(self, arguments: Sequence[object]) -> tuple[float, ...]:
-        """Return those of the graph's arguments that are numbers, sizes of its inputs left out."""
+        """Return the graph's arguments that are numbers, sizes of its inputs left out."""
         return tuple(_number(arguments[self._at[node]]) for node in self._numbers)
 
     def bind(self, arguments: Sequence[object]) -> GraphModule:
-        """Return the graph as a module of its inputs, which holds these weights and numbers and returns a tuple."""
+        """Return the graph as a module that holds these weights and numbers, takes the inputs and returns a tuple."""
         made, env = Graph(), dict[Node, Any]()
         for node, name in self._names.items():
             env[node] = made.placeholder(name)
@@ -117,13 +111,13 @@ class DynamoGraph:
 
 
 def free_batch(module: GraphModule, inputs: Sequence[Tensor], images: Sequence[Tensor]) -> GraphModule:
-    """Return the module with the batch size that Dynamo wrote into reshapes read off the first input instead.
+    """Return the module with the batch size in its reshapes read from the first input, where Dynamo wrote a number.
 
     Args:
         module: from `DynamoGraph.bind`.
         inputs: what it was traced with, images along axis 0.
-        images: more of the same kind, to check with: where a size was replaced, the answers for two batches and one
-            image are compared with those for whole batches.
+        images: more inputs, to check with: the module is run on two batches and one image, and where a size was
+            replaced, the answers are compared with those for one batch at a time.
 
     Raises:
         CaptureError: the module gives other answers for another number of images, or does not run on it.
@@ -157,6 +151,7 @@ def _with_size(shape: Sequence[object], batch: int, size: Node) -> list[object]:
 
 
 def _check_free(fixed: GraphModule, freed: GraphModule, batch: int, images: Sequence[Tensor], replaced: bool) -> None:
+    # A size that equals the batch by chance shows at another number of images: two batches and one.
     rows = torch.arange(2 * batch + 1) % int(images[0].shape[0])
     try:
         with torch.no_grad():
@@ -175,15 +170,15 @@ def _check_free(fixed: GraphModule, freed: GraphModule, batch: int, images: Sequ
 def _fixed_batch(batch: int, found: str) -> str:
     return (
         f"the graph is made for {batch} images and does not serve {2 * batch + 1} ({found}); "
-        "give torch.compile dynamic=True and a first batch of two images or more"
+        "give torch.compile dynamic=True and a first batch of at least two images"
     )
 
 
 def caller_arguments() -> tuple[str, ...] | None:
     """Return the parameters of the compiled function whose graph runs now, None for a graph behind a graph break.
 
-    Asked from within a call of the graph. A graph at the front is run by the compiled function's own frame, and that
-    one by torch's wrapper; whatever comes after a break is run by a frame in between.
+    Call it within a call of the graph. The first graph is run by the frame of the compiled function, which torch's
+    wrapper calls; a graph behind a break is run by a further frame in between.
     """
     frame, own = sys._getframe(1), list[CodeType]()
     while frame.f_code.co_name != "compile_wrapper":
@@ -200,7 +195,7 @@ def caller_arguments() -> tuple[str, ...] | None:
 
 
 def _is_number(node: Node, value: Tensor) -> bool:
-    """Whether a tensor is how Dynamo hands over a number of the user's, which may be another at the next call."""
+    """Whether a tensor holds a number of the user's, which may be another at the next call."""
     return value.dim() == 0 and bool(node.users) and all(user.target == "item" for user in node.users)
 
 
@@ -218,7 +213,7 @@ def _source(node: Node) -> str:
 
 
 def _named(node: Node, parts: Sequence[str], taken: Collection[str]) -> str:
-    """Return a path of these parts, or the placeholder's own name, which no other has, if it is empty or taken."""
+    """Return a path of these parts, or the placeholder's name, which is unique, if the path is empty or taken."""
     path = ".".join(re.sub(r"\W", "_", part) for part in parts)
     return path if path and path not in taken else node.name
 
@@ -231,15 +226,15 @@ def _attribute(module: nn.Module, path: str) -> object:
 
 
 def _training(graph: GraphModule) -> str | None:
-    """Return which op of the graph says that the model is being trained."""
+    """Return why the graph counts as training: an op in training mode; None if there is none."""
     for node in graph.graph.nodes:
         if node.op != "call_function":
             continue
         if node.target is F.scaled_dot_product_attention:
-            asked = float(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)) > 0
+            drops = float(node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)) > 0
         else:
-            asked = _argument(node, "training") is True
-        if asked:
+            drops = _argument(node, "training") is True
+        if drops:
             return f"{node.name} ({getattr(node.target, '__name__', node.target)}) runs in training mode"
     return None
 

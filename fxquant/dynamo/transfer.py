@@ -1,4 +1,4 @@
-"""A plan or a result made elsewhere, for a graph of the same model that was captured another way."""
+"""Apply a plan or a saved result to a compiled graph of the same model, whose names and input order may differ."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from torch.fx.graph import CodeGen
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation
 from fxquant.core.ir import fork
+from fxquant.core.run import placeholders
 from fxquant.result import Result
 
 
 def renamed(plan: BitAllocation, sites: Sequence[str]) -> BitAllocation:
-    """Return a plan for sites of these names: its own where they agree, else one after the other.
+    """Return a plan for sites of these names: matched by name where all agree, by position otherwise.
 
     Args:
         plan: its sites in the order of their graph.
         sites: names in the order of this graph.
 
     Raises:
-        OptionError: the plan has more or fewer sites, or shared names stand at other places.
+        OptionError: the plan has more or fewer sites, or a shared name is at another position.
     """
     names = list(plan.choices)
     if set(names) == set(sites):
@@ -36,7 +37,7 @@ def renamed(plan: BitAllocation, sites: Sequence[str]) -> BitAllocation:
             f"the plan does not fit the compiled graph: it names {len(names)} layers, the graph has {len(sites)}; "
             f"only in the plan: {', '.join(n for n in names if n not in shared) or 'none'}; "
             f"only in the graph: {', '.join(s for s in sites if s not in shared) or 'none'}"
-            + (f"; at another place: {', '.join(sorted(moved))}" if moved else "")
+            + (f"; at another position: {', '.join(sorted(moved))}" if moved else "")
         )
     return BitAllocation(dict(zip(sites, plan.choices.values(), strict=True)))
 
@@ -49,14 +50,14 @@ def graph_of(result: Result, module: GraphModule) -> GraphModule:
     """
     check_same_model(result, module)
     inputs, lowered = input_nodes(module), fork(result.lowered)
-    # Called by position, answering with a flat tuple, as graphs of Dynamo's are.
+    # Dynamo calls a graph by position and expects a flat tuple.
     lowered.graph.set_codegen(CodeGen())
     there = input_nodes(lowered)
     if set(there) == set(inputs):
         first = next(iter(lowered.graph.nodes))
         for name in inputs:
             if there[name] is first:
-                # What is put before a node needs the node to stand still.
+                # It is in place; the others go before the node behind it.
                 first = first.next
             else:
                 first.prepend(there[name])
@@ -66,11 +67,11 @@ def graph_of(result: Result, module: GraphModule) -> GraphModule:
 
 def input_nodes(module: GraphModule) -> dict[str, Node]:
     """Return the inputs of a graph in order, by name."""
-    return {str(node.target): node for node in module.graph.nodes if node.op == "placeholder"}
+    return {str(node.target): node for node in placeholders(module.graph)}
 
 
 def check_same_model(result: Result, module: GraphModule) -> None:
-    """Refuse a result whose weights are not those of a compiled graph, whatever their names.
+    """Refuse a result whose weights are not those of a compiled graph; names do not matter.
 
     Raises:
         OptionError: names the first weight that differs.
@@ -80,18 +81,18 @@ def check_same_model(result: Result, module: GraphModule) -> None:
     here = dict(module.named_parameters())
     for name, tensor in here.items():
         if not any(_same(tensor, other) for other in (there.get(name), *there.values())):
-            alike = "its values differ" if name in there else "the result has none of that name or of those values"
+            reason = "its values differ" if name in there else "the result has none of that name or of those values"
             raise OptionError(
                 f"the result does not belong to the compiled model: weight {name!r} of shape {tuple(tensor.shape)}: "
-                f"{alike}; quantize this model, or compile the one the result was made from"
+                f"{reason}; quantize this model, or compile the one the result was made from"
             )
     lacking = [name for name, tensor in there.items() if not any(_same(tensor, other) for other in here.values())]
     inputs, wanted = input_nodes(module), input_nodes(result.program.module)
     if lacking or len(inputs) != len(wanted):
         raise OptionError(
-            f"the result is of more than the compiled graph: the graph lacks {', '.join(lacking) or 'nothing'} and "
-            f"reads {', '.join(inputs)}, the result {', '.join(wanted)}; graph breaks split a model, "
-            "TORCH_LOGS=graph_breaks shows them"
+            f"the compiled graph is only part of the result's model: the graph lacks {', '.join(lacking) or 'nothing'} "
+            f"and reads {', '.join(inputs)}, the result {', '.join(wanted)}; remove the graph breaks, which "
+            "TORCH_LOGS=graph_breaks shows"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a training loop of one's own needs beside PyTorch: parameter groups, a distillation step, norm statistics.
+"""Helpers for a training loop: parameter groups, a distillation step, re-estimated batch-norm statistics.
 
     module = result.trainable()
     optimizer = torch.optim.Adam(parameter_groups(module, weight_lr=1e-4, step_lr=1e-3))
@@ -6,9 +6,9 @@
         distill_step(module, result.program.module, images, optimizer)
     result = result.with_trained(module)
 
-Batch norms that could be folded are gone before quantizers are inserted: the weights that are trained are those the
-kernels have, and there are no statistics to drift. One that stays behind another op runs on its stored statistics, in
-train mode too; `reestimate` takes them anew where training moved what it sees.
+Batch norms that can be folded are folded before quantizers are inserted: the trained weights are those of the kernels,
+and there are no statistics to drift. A batch norm that is left runs on its stored statistics, in train mode too;
+`reestimate` computes them again after training has changed its inputs.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ from torch.optim import Optimizer
 
 from fxquant.core.errors import CalibrationError, FailureError, OptionError
 from fxquant.core.ir import FakeQuantize, is_constant
-from fxquant.core.run import LOSSES, Runner, collect, default_loss, first_tensor
+from fxquant.core.run import LOSSES, Runner, collect, default_loss, first_tensor, placeholders
 from fxquant.qat.training_graph import put_tensor
 
 STATISTICS = ("running_mean", "running_var")
 
 
 def parameter_groups(module: nn.Module, weight_lr: float, step_lr: float) -> list[dict[str, Any]]:
-    """Return groups for a PyTorch optimizer: weights at one rate, every step at a rate relative to its own size.
+    """Return groups for a PyTorch optimizer: weights at one rate, every step size at a rate relative to its value.
 
     Steps range over orders of magnitude, from 8-bit weights to 2-bit activations. Each gets `step_lr * mean(scale)`,
-    so that an update of Adam, which is about its rate, moves any step by about `step_lr` of itself. Steps do not decay.
+    so that an update of Adam, whose size is about the rate, changes every step by about the same share. Steps have no
+    weight decay.
 
     Args:
         module: from `Result.trainable`.
         weight_lr: rate of everything that is not a step, at least 0.
-        step_lr: rate of steps against their size, at least 0; 1e-3 is a good start.
+        step_lr: rate of steps relative to their value, at least 0; 1e-3 is a good start.
 
     Raises:
-        OptionError: a rate below 0 or not finite, or nothing to train.
+        OptionError: a rate is negative or not finite, or there is nothing to train.
     """
     for name, rate in (("weight_lr", weight_lr), ("step_lr", step_lr)):
         if not 0 <= rate < math.inf:
@@ -51,7 +52,7 @@ def parameter_groups(module: nn.Module, weight_lr: float, step_lr: float) -> lis
     steps = {q.scale: None for q in quantizers if isinstance(q.scale, nn.Parameter) and q.scale.requires_grad}
     rest = [p for p in module.parameters() if p.requires_grad and p not in steps]
     if not rest and not steps:
-        raise OptionError("the module has no parameter that takes gradients; give what Result.trainable made")
+        raise OptionError("the module has no parameter that requires a gradient; give the module of Result.trainable()")
     groups: list[dict[str, Any]] = [{"params": rest, "lr": weight_lr}] if rest else []
     rates = {step: step_lr * float(step.detach().mean()) for step in steps}
     return groups + [{"params": [step], "lr": rate, "weight_decay": 0.0} for step, rate in rates.items()]
@@ -64,17 +65,17 @@ def distill_step(
     optimizer: Optimizer,
     loss: str | None = None,
 ) -> float:
-    """Take one optimizer step towards the float model's answers and return the mean loss before it; needs no labels.
+    """Take one optimizer step towards the float model's answers and return the mean loss before the step.
 
     Args:
         module: from `Result.trainable`.
         teacher: the float model, for example `result.program.module`.
         images: one batch, or one tensor per input.
         optimizer: over the module's parameters.
-        loss: "kl" or "mse"; None picks by the teacher's answer, as `quantize` does.
+        loss: "kl" or "mse"; None chooses by the teacher's answer, as `quantize` does.
 
     Raises:
-        OptionError: there is no such loss.
+        OptionError: the loss is unknown.
         FailureError: the loss is not finite.
     """
     inputs = images if isinstance(images, tuple) else (images,)
@@ -83,7 +84,7 @@ def distill_step(
     value = LOSSES[loss or default_loss(reference)](reference, first_tensor(module(*inputs)), None).mean()
     found = float(value.detach())
     if not math.isfinite(found):
-        raise FailureError(f"the loss became {found}; start again with lower rates")
+        raise FailureError(f"the loss is {found}; start again with lower learning rates")
     optimizer.zero_grad()
     torch.autograd.backward(value)
     optimizer.step()
@@ -91,11 +92,10 @@ def distill_step(
 
 
 def reestimate(module: GraphModule, images: object, batch: int = 64) -> int:
-    """Take the statistics of all batch norms left in a graph anew from images, and return how many there are.
+    """Compute the statistics of all batch norms left in a graph from images, and return the number of these norms.
 
     In one pass every norm normalizes by its batch, as in training; statistics become the mean over batches of the
     batch's mean and unbiased variance, weighted by images (cumulative average, as `torch.optim.swa_utils.update_bn`).
-    Where folding left no batch norm, nothing is done and 0 returned.
 
     Args:
         module: from `Result.trainable`; it is changed.
@@ -108,7 +108,7 @@ def reestimate(module: GraphModule, images: object, batch: int = 64) -> int:
     norms = {node: _arguments(node) for node in module.graph.nodes if _is_norm(node)}
     if not norms:
         return 0
-    data = collect(images, [str(node.target) for node in module.graph.nodes if node.op == "placeholder"])
+    data = collect(images, [str(node.target) for node in placeholders(module.graph)])
     runner = _BatchStatistics(module, norms)
     with torch.no_grad():
         for part in data.batches(batch):
@@ -124,7 +124,7 @@ def _arguments(node: Node) -> list[str]:
 
 
 def _is_norm(node: Node) -> bool:
-    # Told by what it reads, whatever the op is called; statistics that the graph computes are nobody's to set.
+    # Ops differ between torch versions, their argument names do not. Computed statistics cannot be set.
     names = _arguments(node)
     return all(name in names and is_constant(node.args[names.index(name)]) for name in STATISTICS)
 
@@ -155,6 +155,6 @@ class _BatchStatistics(Runner):
             assert isinstance(source, Node)
             total, weight = self.sums.get(str(source.target), (torch.zeros_like(value), 0))
             self.sums[str(source.target)] = total + value * len(x), weight + len(x)
-            # A batch is normalized by the variance of itself, not by that of where it came from.
+            # The batch is normalized by its own variance; what is stored is the unbiased estimate.
             values[place] = (mean if name == STATISTICS[0] else variance).to(x.dtype)
         return super().compute(node, values, kwargs)

@@ -1,10 +1,11 @@
-"""A simulated graph of its own to train, and what training changed in it as facts of a program."""
+"""A trainable copy of a simulated graph, and the trained values as facts of a program."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,9 @@ METHOD = "trained"
 
 @dataclass(frozen=True)
 class TrainedValues:
-    """What training changed outside the quantized layers: norms and their statistics, tables, layers in float.
+    """Trained tensors outside the quantized layers: norms and their statistics, tables, layers in float.
 
-    They belong to the simulated graph of one plan; the float graph, which losses compare with, keeps the model's own.
+    They belong to the simulated graph of one plan; the float graph, the reference of losses, keeps the model's tensors.
 
     Args:
         choices: the plan they were trained with.
@@ -33,17 +34,17 @@ class TrainedValues:
 
 
 def trainable(simulated: Program, learn_steps: bool = True) -> GraphModule:
-    """Return a deep copy of a simulated graph with everything in it that can be trained as a parameter.
+    """Return a deep copy of a simulated graph in which everything that can be trained is a parameter.
 
     Args:
-        simulated: with its quantizers; nothing of it is shared with the copy.
-        learn_steps: the quantizers' scales are parameters too; quantizers of one group share one.
+        simulated: the graph with its quantizers; the copy shares nothing with it.
+        learn_steps: make the quantizers' scales parameters too, one for all quantizers of a group.
     """
     module = fork(simulated.module)
     known: dict[int, object] = {}
     for path in {str(node.target): None for node in module.graph.nodes if node.op in ("get_attr", "call_module")}:
         holder, leaf = _place(module, path)
-        # One memory of copies for all of them: what was one tensor stays one.
+        # The memo is common to all paths, so that a tensor at several paths stays one tensor.
         setattr(holder, leaf, copy.deepcopy(getattr(holder, leaf), known))
     for _, path in _site_tensors(simulated, module):
         holder, leaf = _place(module, path)
@@ -59,23 +60,23 @@ def trainable(simulated: Program, learn_steps: bool = True) -> GraphModule:
             quantizers = [_quantizer(module, name) for name in names]
             for quantizer in dict.fromkeys(quantizers):
                 quantizer.learn()
-                # Values of one group meet in one kernel, which knows one grid.
+                # Values of one group are inputs of one kernel, which has one grid.
                 quantizer.scale = quantizers[0].scale
     return module
 
 
 def gather(simulated: Program, module: GraphModule) -> tuple[Rounding, TrainedValues]:
-    """Return what training a copy changed: weights (as trained, not rounded), biases and grids; and all else.
+    """Return what training changed: weights, biases and grids of sites; and all other tensors.
 
-    Latent weights are kept, so that training can go on; the nearest value of the learned grid is meant, which is what
-    the trained graph computes with and what backends lower.
+    Weights are kept unrounded, so that training can go on. The trained graph and the backends use the nearest values of
+    the learned grid.
 
     Args:
-        simulated: what `trainable` was given.
-        module: its copy after training.
+        simulated: the argument of `trainable`.
+        module: its result after training.
 
     Raises:
-        OptionError: the module is a copy of something else, or holds a value or step that cannot be used.
+        OptionError: the module is no copy of this graph, or has a value or step that cannot be used.
     """
     _check_alike(simulated.module, module)
     nodes, before = simulated[FakeQuantNodes], Rounding.of(simulated, simulated[BitAllocation].choices)
@@ -87,7 +88,7 @@ def gather(simulated: Program, module: GraphModule) -> tuple[Rounding, TrainedVa
             if any(not torch.equal(each.scale, found[0].scale) for each in found):
                 raise OptionError(
                     f"the quantizers {', '.join(names)} must share one step and have several; "
-                    "train a copy that trainable() made"
+                    "train the module of trainable()"
                 )
             activations[group] = found[0]
         weights: dict[str, Tensor] = {}
@@ -126,14 +127,14 @@ def with_values(program: Program, values: Mapping[str, Tensor]) -> Program:
         if old.shape != value.shape or old.dtype != value.dtype:
             raise OptionError(
                 f"{path} holds {tuple(old.shape)} of {old.dtype}, not {tuple(value.shape)} of {value.dtype}; "
-                "the values belong to another model"
+                "give values of this model"
             )
         put_tensor(module, path, value.detach().to(old.device).clone())
     return Program(module, program.facts, program.log)
 
 
 def put_tensor(module: GraphModule, path: str, value: Tensor) -> None:
-    """Put a tensor at a path of a graph module of its own, as the parameter or buffer that stood there."""
+    """Replace the tensor at a path of a graph module, which must not share its containers with another module."""
     holder, leaf = _place(module, path)
     old = getattr(holder, leaf)
     setattr(holder, leaf, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
@@ -171,7 +172,7 @@ def _biases(module: GraphModule, site: Site) -> Iterator[tuple[str, Node]]:
 
 
 def _other_paths(simulated: Program, module: GraphModule) -> list[str]:
-    """Return the paths that something else than the weight or bias of a site reads."""
+    """Return the paths that are read by anything other than a site's weight quantizer or as a site's bias."""
     quantizers = {name for names in simulated[FakeQuantNodes].weights.values() for name in names}
     biases = {(name, bias) for site in simulated[Sites].sites for name, bias in _biases(module, site)}
     return sorted(
@@ -187,22 +188,17 @@ def _other_paths(simulated: Program, module: GraphModule) -> list[str]:
 
 def _check_alike(simulated: GraphModule, module: GraphModule) -> None:
     if not isinstance(module, GraphModule):
-        raise OptionError(f"a {type(module).__name__} is not a trained copy of this result; give what trainable() made")
-    expected, found = _steps(simulated), _steps(module)
-    for one, other in zip(expected, found, strict=False):
+        raise OptionError(f"a {type(module).__name__} is no copy of the result's graph; give the module of trainable()")
+    for one, other in zip_longest(_descriptions(simulated), _descriptions(module), fillvalue="nothing"):
         if one != other:
             raise OptionError(
-                f"the module has {other} where this result has {one}; give a module that trainable() of this very "
-                "result and plan made"
+                f"the module has {other} where this result has {one}; give the module of trainable() of this result "
+                "and plan"
             )
-    if len(expected) != len(found):
-        raise OptionError(
-            f"the module has {len(found)} nodes, this result {len(expected)}; train a copy of this result"
-        )
 
 
-def _steps(module: GraphModule) -> list[str]:
-    """Return one line for every node: what runs, at which precision, on constants of which shapes."""
+def _descriptions(module: GraphModule) -> list[str]:
+    """Return one line per node: its op, with the precision of quantizers and the shape of constants."""
     lines = []
     for node in module.graph.nodes:
         detail = str(node.target)
@@ -217,7 +213,7 @@ def _steps(module: GraphModule) -> list[str]:
 def _finite(module: GraphModule, path: str) -> Tensor:
     value = tensor_at(module, path).detach().clone()
     if value.is_floating_point() and not torch.isfinite(value).all():
-        raise OptionError(f"training left values in {path!r} that are not finite; train again with a lower rate")
+        raise OptionError(f"{path!r} has values that are not finite after training; train with a lower learning rate")
     return value
 
 
@@ -225,10 +221,10 @@ def _grid(module: GraphModule, names: tuple[str, ...]) -> Grid:
     quantizer = _quantizer(module, names[0])
     grid = quantizer.grid
     scale = grid.scale
-    if not (torch.isfinite(scale) & (scale > 0)).all():
-        worst = scale.flatten()[~(torch.isfinite(scale) & (scale > 0)).flatten()][0]
+    usable = torch.isfinite(scale) & (scale > 0)
+    if not usable.all():
+        worst = scale[~usable][0]
         raise OptionError(
-            f"the step of {names[0]!r} is {float(worst):g}; steps must be above 0 and finite: train again with a lower "
-            "rate for steps"
+            f"the step of {names[0]!r} is {float(worst):g}; steps must be finite and above 0: train with lower step_lr"
         )
     return grid

@@ -28,10 +28,10 @@ Gradients = Mapping[str, Tensor]
 
 
 class Tape:
-    """A recorded run of the scorer's context on one batch.
+    """A run of the scorer's context on one batch, recorded for autograd.
 
     Args:
-        scorer: what to score.
+        scorer: the network, its context and its columns.
         part: the batch.
     """
 
@@ -97,7 +97,7 @@ class Tape:
         return found
 
     def _apply(self, op: Node, quantizer: Node, weight: Tensor) -> Tensor:
-        """Run an op on its recorded input with another weight and no bias."""
+        """Run an op on its recorded input with another weight and without bias: it is linear in the weight then."""
         rule = rule_of(op)
         assert rule is not None
         values: dict[Node, Any] = {**{n: self.environment[n] for n in op.all_input_nodes}, quantizer: weight}
@@ -110,11 +110,11 @@ class Tape:
 
 
 def per_image(node: Node, value: Tensor, images: int) -> Tensor:
-    """Return the sum of a node's values for each image, float64 of shape (images,); 0 where images do not show."""
+    """Return the sum of a node's values for each image, float64 of shape (images,); 0 without an axis of images."""
     axis = images_axis(node)
     if axis is None:
         return torch.zeros(images, dtype=torch.float64)
-    # An axis of images times something (windows, heads) holds the images as its slow part.
+    # In an axis of images times windows or heads, images vary slowest.
     return value.movedim(axis, 0).reshape(images, -1).sum(dim=1, dtype=torch.float64).cpu()
 
 

@@ -9,14 +9,14 @@ from fxquant.core.run import LOSSES
 from fxquant.passes.sensitivity.scorer import Part, Scorer
 
 _APART = 1_000_003
-"""Seeds of two streams lie at least this far apart, more than there are images."""
+"""Distance between the seeds of two streams, above any number of images."""
 
 
 def loss_gradient(scorer: Scorer, part: Part, answer: Tensor, reference: Tensor) -> Tensor:
     """Return the gradient of each image's loss in the answer; 0 where the answer is the reference.
 
     Args:
-        scorer: says which loss.
+        scorer: has the loss.
         part: the batch, for its labels.
         answer: where to differentiate, shape (images, ...); it is detached.
         reference: answer of the float network, the same shape.
@@ -42,7 +42,7 @@ def image_generators(scorer: Scorer, part: Part, stream: int, first: int = 0) ->
     """Return one generator for each image of a batch, the same whatever the size of batches.
 
     Args:
-        scorer: says how the images are split.
+        scorer: has the batch size.
         part: the batch.
         stream: which draw.
         first: number of the first image's generator; smaller numbers are for the caller.

@@ -24,10 +24,10 @@ from fxquant.passes.sensitivity.scorer import Scorer
 
 
 class Leaves:
-    """A recorded float run.
+    """A run of the float network, recorded for autograd.
 
     Args:
-        scorer: what to score.
+        scorer: the network, its columns and its quantizers.
         images: the images to run.
     """
 
@@ -49,16 +49,16 @@ class Leaves:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The weights of all sites, then a zero added to each value of `rounded_values`, in that order."""
+        """The weights of all sites, then the zeros added to each value of `rounded_values`, in that order."""
         return [*self.weights.values(), *self.shifts.values()]
 
     def gradients(self, scalar: Tensor, keep: bool = False, differentiable: bool = False) -> list[Tensor]:
-        """Return the gradient of a scalar in every leaf, 0 for those without influence.
+        """Return the gradient of a scalar with respect to every leaf, 0 for leaves without influence.
 
         Args:
-            scalar: made from `answer`.
-            keep: more gradients of the same run will follow.
-            differentiable: the gradients are to be differentiated again.
+            scalar: computed from `answer`.
+            keep: keep the recorded run for further gradients.
+            differentiable: make the gradients differentiable.
         """
         found = torch.autograd.grad(
             scalar, self.tensors, retain_graph=keep or differentiable, create_graph=differentiable, allow_unused=True
@@ -71,10 +71,10 @@ def _always(value: Tensor) -> Replacement:
 
 
 def _shifted(name: str, shifts: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return what adds a leaf of zeros and keeps it in `shifts`."""
+    """Return a function that adds a leaf of zeros to its input and stores the leaf in `shifts`."""
 
-    # The environment keeps its substitution: one that knew its `Leaves` would keep every run alive until the collector
-    # comes by, gigabytes later.
+    # The environment holds its substitution: a reference to the `Leaves` here would be a cycle, and every run would
+    # stay in memory until the garbage collector runs, gigabytes later.
     def shifted(x: Tensor) -> Tensor:
         shifts[name] = torch.zeros_like(x, requires_grad=True)
         return x + shifts[name]
@@ -106,9 +106,9 @@ def activation_noise(scorer: Scorer, environment: Environment, images: int) -> N
     """Return mean dX^2 over the elements of every rounded value, summed over images, shape (columns, values).
 
     Args:
-        scorer: what is scored.
+        scorer: the columns.
         environment: every value of a float run.
-        images: how many images it ran.
+        images: number of images of that run.
     """
     values = rounded_values(scorer)
     found = np.zeros((len(scorer.columns), len(values)))

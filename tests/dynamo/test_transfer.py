@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
 import fxquant
@@ -10,7 +10,6 @@ from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation
 from fxquant.core.ir import Choice
 from fxquant.dynamo import check_same_model, graph_of, input_nodes, renamed
-from fxquant.result import Result
 from tests.models import MODELS, built
 from tests.small import small, small_result
 
@@ -18,61 +17,58 @@ W2, W4, W8 = (Choice(bits, 8) for bits in (2, 4, 8))
 PLAN = BitAllocation({"a": W2, "b": W4, "c": W8}, estimator="gram", measured_loss=0.5)
 
 
-def test_a_plan_of_the_same_names_stays_as_it_is() -> None:
+def test_a_plan_is_matched_by_name_or_else_by_position() -> None:
     assert renamed(PLAN, ["c", "a", "b"]) is PLAN
+    made = renamed(PLAN, ["x.a", "b", "x.c"]).choices
+    assert list(made.items()) == [("x.a", W2), ("b", W4), ("x.c", W8)]
 
 
-def test_other_names_are_taken_one_after_the_other() -> None:
-    made = renamed(PLAN, ["x.a", "b", "x.c"])
-    assert made.choices == {"x.a": W2, "b": W4, "x.c": W8}
-    assert list(made.choices) == ["x.a", "b", "x.c"]
+@pytest.mark.parametrize(
+    ("sites", "message"),
+    [
+        (["a", "b"], "names 3 layers, the graph has 2; only in the plan: c; only in the graph: none"),
+        (["b", "a", "d"], "only in the plan: c; only in the graph: d; at another position: a, b"),
+    ],
+)
+def test_a_plan_of_other_layers_is_refused(sites: list[str], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        renamed(PLAN, sites)
 
 
-def test_another_number_of_layers_is_refused() -> None:
-    with pytest.raises(
-        OptionError, match=r"names 3 layers, the graph has 2; only in the plan: c; only in the graph: none"
-    ):
-        renamed(PLAN, ["a", "b"])
+class Wrapped(nn.Module):
+    """The model under another name, and perhaps something behind it."""
+
+    def __init__(self, *behind: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(small(), *behind)
+
+    def forward(self, x: Tensor) -> object:
+        return self.inner(x)
 
 
-def test_layers_that_changed_places_are_refused() -> None:
-    with pytest.raises(OptionError, match="only in the plan: c; only in the graph: d; at another place: a, b"):
-        renamed(PLAN, ["b", "a", "d"])
-
-
-def known() -> Result:
-    return small_result()
-
-
-def test_the_same_weights_pass_whatever_their_names() -> None:
-    class Wrapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = small()
-
-        def forward(self, x: torch.Tensor) -> object:
-            return self.inner(x)
-
-    check_same_model(known(), symbolic_trace(Wrapped()))
-    check_same_model(known(), symbolic_trace(small()))
-
-
-def test_other_values_are_refused() -> None:
+def changed() -> nn.Module:
     model = small()
     with torch.no_grad():
         model.get_parameter("head.weight")[0, 0] += 1.0
-    with pytest.raises(OptionError, match=r"weight 'head.weight' of shape \(3, 6\): its values differ; quantize this"):
-        check_same_model(known(), symbolic_trace(model))
+    return model
 
 
-def test_a_weight_that_the_result_lacks_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"weight '1.weight' .*: the result has none of that name or of those values"):
-        check_same_model(known(), symbolic_trace(nn.Sequential(small(), nn.Linear(3, 2))))
+def test_the_same_weights_pass_whatever_their_names() -> None:
+    for model in (small(), Wrapped()):
+        check_same_model(small_result(), symbolic_trace(model))
 
 
-def test_a_part_of_the_model_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"the graph lacks stem.weight, stem.bias, body.weight, body.bias and reads"):
-        check_same_model(known(), symbolic_trace(small().get_submodule("head")))
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (changed(), r"weight 'head.weight' of shape \(3, 6\): its values differ; quantize this"),
+        (Wrapped(nn.Linear(3, 2)), r"weight 'inner.1.weight' .*: the result has none of that name or of those values"),
+        (small().get_submodule("head"), "the graph lacks stem.weight, stem.bias, body.weight, body.bias and reads"),
+    ],
+)
+def test_other_weights_are_refused(model: nn.Module, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        check_same_model(small_result(), symbolic_trace(model))
 
 
 def test_inputs_come_in_the_order_of_the_compiled_graph() -> None:

@@ -1,9 +1,10 @@
-"""Copies to train, and what comes back of them."""
+"""Trainable copies, and results made from them."""
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from fxquant import Budget, Result, flow
 from fxquant.backends import to_qdq
 from fxquant.core.errors import FileFormatError, OptionError
 from fxquant.core.facts import FakeQuantNodes, Rounding
-from fxquant.core.ir import FINEST_SHARE, Choice, FakeQuantize, Program, Sites, resolve, tensor_at
+from fxquant.core.ir import FINEST_SHARE, Choice, FakeQuantize, Program, Sites, fork, resolve, tensor_at
 from fxquant.core.run import first_tensor, model_outputs
 from fxquant.passes import ScaleWeights
 from fxquant.qat import TrainedValues, put_tensor, reestimate, with_values
@@ -40,12 +41,13 @@ def plain() -> Result:
     )
 
 
-def jolt(module: GraphModule, strength: float = 0.1) -> None:
-    """Move every parameter a little, as training might."""
-    generator = torch.Generator().manual_seed(5)
+def jolted(result: Result, strength: float = 0.1) -> GraphModule:
+    """Return a copy whose parameters have moved a little, as in training."""
+    module, generator = result.trainable(), torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(1 + strength * (torch.rand(parameter.shape, generator=generator) - 0.5))
+    return module
 
 
 def snapshot(program: Program) -> dict[str, Tensor]:
@@ -95,32 +97,24 @@ def test_everything_takes_a_gradient(name: str) -> None:
             assert isinstance(tensor_at(module, str(getattr(weight, "target", ""))), nn.Parameter)
 
 
-def test_steps_are_parameters_only_if_asked() -> None:
-    quantizers = [m for m in plain().trainable(learn_steps=False).modules() if isinstance(m, FakeQuantize)]
-    assert quantizers
-    assert not any(isinstance(quantizer.scale, nn.Parameter) for quantizer in quantizers)
-    quantizers = [m for m in plain().trainable().modules() if isinstance(m, FakeQuantize)]
-    assert all(isinstance(quantizer.scale, nn.Parameter) for quantizer in quantizers)
-
-
-def test_quantizers_of_a_group_share_one_step() -> None:
+def test_steps_are_parameters_only_if_asked_for_and_one_for_each_group() -> None:
     result = quantized("concat")
-    module = result.trainable()
     groups = result.simulated_program[FakeQuantNodes].activations.values()
     assert any(len(names) > 1 for names in groups)
-    for names in groups:
-        quantizers = [module.get_submodule(str(resolve(module.graph, name).target)) for name in names]
-        assert len({id(quantizer.scale) for quantizer in quantizers}) == 1
+    for learn_steps in (False, True):
+        module = result.trainable(learn_steps)
+        for names in groups:
+            quantizers = [module.get_submodule(str(resolve(module.graph, name).target)) for name in names]
+            assert all(isinstance(quantizer.scale, nn.Parameter) == learn_steps for quantizer in quantizers)
+            assert not learn_steps or len({id(quantizer.scale) for quantizer in quantizers}) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_trained_result_answers_as_its_copy(name: str, tmp_path: Path) -> None:
     result, batch = quantized(name), MODELS[name].inputs(8)
     before = snapshot(result.program), model_outputs(result.simulated, batch)
-    module = result.trainable()
-    jolt(module)
-    count = reestimate(module, [batch])
-    assert count == {"shared": 2, "concat": 1}.get(name, 0)
+    module = jolted(result)
+    assert reestimate(module, [batch]) == {"shared": 2, "concat": 1}.get(name, 0)
     trained = result.with_trained(module)
     assert trained.program[Rounding].method == "trained"
     assert not torch.equal(model_outputs(module, batch), before[1])
@@ -140,10 +134,8 @@ def test_a_trained_result_answers_as_its_copy(name: str, tmp_path: Path) -> None
 
 def test_lowered_integers_are_what_the_copy_computes() -> None:
     result = plain()
-    module = result.trainable()
-    jolt(module)
-    trained = result.with_trained(module)
-    qdq = to_qdq(trained.simulated)
+    module = jolted(result)
+    qdq = to_qdq(result.with_trained(module).simulated)
     for site in result.program[Sites].sites:
         name = result.simulated_program[FakeQuantNodes].weights[site.name][0]
         quantizer = module.get_submodule(name)
@@ -158,9 +150,7 @@ def test_a_trained_result_lowers_and_exports(tmp_path: Path) -> None:
     from fxquant.backends.onnx import executable
 
     result, images = plain(), inputs("plain", 24)[0]
-    module = result.trainable()
-    jolt(module, 0.3)
-    trained = result.with_trained(module)
+    trained = result.with_trained(jolted(result, 0.3))
     simulated = model_outputs(trained.simulated, (images,))
     run = executable(trained.to_onnx(tmp_path / "model.onnx").path.read_bytes())
     span = float(simulated.max() - simulated.min())
@@ -171,8 +161,7 @@ def test_a_trained_result_lowers_and_exports(tmp_path: Path) -> None:
 
 def test_training_goes_on_where_it_stopped() -> None:
     result, images = plain(), inputs("plain", 24)[0]
-    module = result.trainable()
-    jolt(module)
+    module = jolted(result)
     once = result.with_trained(module)
     site = result.program[Sites].sites[0]
     assert torch.equal(tensor_at(once.trainable(), site.weight), tensor_at(module, site.weight))
@@ -181,26 +170,21 @@ def test_training_goes_on_where_it_stopped() -> None:
     assert torch.equal(model_outputs(twice.simulated, (images,)), model_outputs(once.simulated, (images,)))
 
 
-def test_values_outside_of_layers_survive_a_second_training() -> None:
+def test_values_outside_of_layers_survive_a_second_training_but_not_another_plan() -> None:
     result, batch = quantized("concat"), MODELS["concat"].inputs(8)
     module = result.trainable()
     assert reestimate(module, [batch]) == 1
     once = result.with_trained(module)
     assert set(once.program[TrainedValues].values) == {"norm.running_mean", "norm.running_var"}
-    assert not torch.equal(model_outputs(once.simulated, batch), model_outputs(result.simulated, batch))
     twice = once.with_trained(once.trainable())
-    assert torch.equal(model_outputs(twice.simulated, batch), model_outputs(once.simulated, batch))
-
-
-def test_another_plan_knows_nothing_of_the_training() -> None:
-    result, batch = quantized("concat"), MODELS["concat"].inputs(8)
-    module = result.trainable()
-    jolt(module)
-    reestimate(module, [batch])
-    trained = result.with_trained(module)
     plan = fxquant.BitAllocation({site.name: Choice(4, 8) for site in result.program[Sites].sites})
-    one, other = (model_outputs(each.with_plan(plan).simulated, batch) for each in (result, trained))
-    assert torch.equal(one, other)
+    mine, first, second, *other = (
+        model_outputs(each.simulated, batch)
+        for each in (result, once, twice, result.with_plan(plan), once.with_plan(plan))
+    )
+    assert not torch.equal(first, mine)
+    assert torch.equal(second, first)
+    assert torch.equal(*other)
 
 
 def test_a_step_that_overshot_counts_as_the_finest() -> None:
@@ -219,47 +203,41 @@ def test_a_step_that_overshot_counts_as_the_finest() -> None:
 
 
 def test_refusals_of_values() -> None:
-    result = plain()
-    for path in ("conv2.weight", "fc.bias"):
-        module = result.trainable()
+    result, nodes = plain(), plain().simulated_program[FakeQuantNodes]
+    steps = [next(iter(names.values()))[0] for names in (nodes.weights, nodes.activations)]
+    cases = [
+        (path, torch.nan, f"'{path}' has values that are not finite after") for path in ("conv2.weight", "fc.bias")
+    ]
+    for value in (torch.inf, torch.nan, 0.0, -2.0):
+        cases += [(f"{name}.scale", value, f"the step of '{name}' is {value:g}; .* above 0") for name in steps]
+    for path, value, message in cases:
+        module = result.trainable(learn_steps=False)
         with torch.no_grad():
-            tensor_at(module, path).view(-1)[1] = torch.nan
-        with pytest.raises(OptionError, match=rf"'{path}' that are not finite; train again"):
+            tensor_at(module, path).view(-1)[0] = value
+        with pytest.raises(OptionError, match=message):
             result.with_trained(module)
-    weight = next(iter(result.simulated_program[FakeQuantNodes].weights.values()))[0]
-    activation = next(iter(result.simulated_program[FakeQuantNodes].activations.values()))[0]
-    for name in (weight, activation):
-        for value in (torch.inf, torch.nan, 0.0, -2.0):
-            module = result.trainable(learn_steps=False)
-            with torch.no_grad():
-                tensor_at(module, f"{name}.scale").view(-1)[0] = value
-            with pytest.raises(OptionError, match=rf"the step of '{name}' is {value:g}; .* above 0"):
-                result.with_trained(module)
 
 
 def test_refusals_of_modules() -> None:
-    result = plain()
-    other = fxquant.BitAllocation({site.name: Choice(2, 8) for site in result.program[Sites].sites})
-    with pytest.raises(OptionError, match=r"has quantize_\S+ = .*bits=2.* where this result has .*bits="):
-        result.with_trained(result.with_plan(other).trainable())
-    with pytest.raises(OptionError, match="trainable"):
-        result.with_trained(quantized("residual").trainable())
-    with pytest.raises(OptionError, match=r"where this result has|nodes"):
-        result.with_trained(result.program.module)
-    bare: object = plain_net()
-    assert isinstance(bare, nn.Module)
-    with pytest.raises(OptionError, match="a PlainNet is not a trained copy"):
-        Result.with_trained.__get__(result)(bare)
-
-
-def test_refusal_of_a_group_torn_apart() -> None:
-    result = quantized("concat")
-    module = result.trainable(learn_steps=False)
-    names = next(n for n in result.simulated_program[FakeQuantNodes].activations.values() if len(n) > 1)
+    result, other = plain(), quantized("concat")
+    two = fxquant.BitAllocation({site.name: Choice(2, 8) for site in result.program[Sites].sites})
+    torn = other.trainable(learn_steps=False)
+    names = next(n for n in other.simulated_program[FakeQuantNodes].activations.values() if len(n) > 1)
     with torch.no_grad():
-        tensor_at(module, f"{names[0]}.scale").mul_(2)
-    with pytest.raises(OptionError, match="must share one step"):
-        result.with_trained(module)
+        tensor_at(torn, f"{names[0]}.scale").mul_(2)
+    longer = fork(result.trainable())
+    longer.graph.call_function(torch.relu, (next(iter(longer.graph.nodes)),))
+    bare: Any = plain_net()
+    for quantized_by, module, message in (
+        (result, result.with_plan(two).trainable(), r"has quantize_\S+ = .*bits=2.* where this result has .*bits="),
+        (result, quantized("residual").trainable(), "trainable"),
+        (result, result.program.module, "where this result has"),
+        (result, longer, "the module has relu.* where this result has nothing"),
+        (result, bare, "a PlainNet is no copy"),
+        (other, torn, "must share one step"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            quantized_by.with_trained(module)
 
 
 def test_values_go_to_a_graph_of_their_own() -> None:
@@ -272,9 +250,8 @@ def test_values_go_to_a_graph_of_their_own() -> None:
     for wrong in (torch.zeros(7), torch.zeros(8, dtype=torch.float64)):
         with pytest.raises(OptionError, match=r"norm.weight holds \(8,\) of torch.float32"):
             with_values(program, {"norm.weight": wrong})
-    module = made.module
-    put_tensor(module, "norm.bias", torch.ones(8))
-    assert not torch.equal(tensor_at(program.module, "norm.bias"), tensor_at(module, "norm.bias"))
+    put_tensor(made.module, "norm.bias", torch.ones(8))
+    assert same(snapshot(program), known)
 
 
 def test_parameters_of_a_rounding_are_put_back(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Calibration data: any iterable of batches, brought to one set of tensors."""
+"""Calibration data: collects any iterable of batches into one set of tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fxquant.core.ir import differentiable
 
 DATASET_BATCH = 32
 LARGEST = 2 * 10**9
-"""Bytes of images that are collected from a loader at most."""
+"""Most bytes of images that are collected from a loader."""
 
 log = logging.getLogger(__name__)
 
@@ -85,26 +85,26 @@ FAULTS: tuple[tuple[Callable[[Tensor], bool], str], ...] = (
     (lambda t: t.is_quantized, "is quantized; give .dequantize()"),
     (lambda t: t.layout != torch.strided, "is stored sparsely; give .to_dense()"),
 )
-"""What a tensor of images may not be -> what is said of it."""
+"""Test for a kind of tensor that cannot be used, what the error message says of it."""
 
 
 def _tensor(value: object) -> Tensor:
     if isinstance(value, Tensor):
-        for has_fault, told in FAULTS:
+        for has_fault, message in FAULTS:
             if has_fault(value):
-                raise CalibrationError(f"a calibration tensor {told}")
+                raise CalibrationError(f"a calibration tensor {message}")
         try:
             _ = torch.empty(0, dtype=value.dtype).numpy()
         except TypeError as error:
-            # Runtimes take their inputs by way of NumPy.
+            # Runtimes take their inputs as NumPy arrays.
             kind = str(value.dtype).removeprefix("torch.")
             raise CalibrationError(
-                f"calibration images are {kind}, which no runtime here takes; give them as float32, with .float()"
+                f"calibration images are {kind}, which no runtime supports; give them as float32, with .float()"
             ) from error
         return value.detach()
     if isinstance(value, np.ndarray | np.generic | int | float):
         try:
-            # A copy, for torch shares neither reversed nor, without a warning, read-only arrays.
+            # Copied: torch cannot share reversed arrays, and warns about read-only ones.
             return torch.as_tensor(np.array(value, order="C"))
         except TypeError as error:
             raise CalibrationError(f"calibration batch holds an array that is not numeric ({error})") from error
@@ -112,7 +112,7 @@ def _tensor(value: object) -> Tensor:
 
 
 def _label(value: object) -> Tensor | None:
-    """Return class numbers as a tensor, None for labels of any other kind."""
+    """Return class numbers as a tensor, None for other kinds of labels."""
     try:
         return _tensor(np.asarray(value) if isinstance(value, list | tuple) else value)
     except (CalibrationError, ValueError, TypeError):
@@ -120,15 +120,15 @@ def _label(value: object) -> Tensor | None:
 
 
 def collect(calibration: object, names: Sequence[str], limit: int | None = None) -> CalibrationSet:
-    """Bring any iterable of batches to one set.
+    """Collect any iterable of batches into one set.
 
     Args:
         calibration: iterable of Tensor | tuple | list | dict batches, a torch Dataset of single images, or one tensor
-            or array of images. Of a tuple, the first `len(names)` members are inputs and one more is taken as labels; a
-            dict is read by input name.
+            or array of images. The first `len(names)` members of a tuple are inputs, one more is labels; a dict is read
+            by input name.
         names: the model's input names, in order.
-        limit: stop after this many images. Whatever it says, no more than `LARGEST` bytes of several batches are held;
-            what is left out is said in a warning of the log.
+        limit: stop after this many images. Reading also stops, with a warning in the log, before several batches take
+            more than `LARGEST` bytes.
 
     Raises:
         CalibrationError: empty, too few inputs in a batch, a missing name, ragged or non-finite tensors.
@@ -148,9 +148,9 @@ def collect(calibration: object, names: Sequence[str], limit: int | None = None)
         inputs, label = _unpack(batch, names)
         held += sum(tensor.nbytes for tensor in inputs)
         if held > LARGEST and seen:
-            # A loader may be endless, or larger than memory: the rest is not even asked for.
+            # A loader may be endless, or larger than memory: the rest is not even read.
             log.warning(
-                "calibration ends after %d images: %.1f GB of them are held at most; smaller images let more in",
+                "calibration uses only the first %d images: at most %.1f GB are kept; smaller images allow more",
                 seen,
                 LARGEST / 1e9,
             )
@@ -173,7 +173,7 @@ def collect(calibration: object, names: Sequence[str], limit: int | None = None)
         raise CalibrationError(
             f"calibration batches do not fit together, image shapes {shapes}; resize to one"
         ) from error
-    # Labels are class numbers, one for each image; whatever else a loader brings along is ignored.
+    # Labels are class numbers, one for each image; other things that a loader returns are ignored.
     target = torch.cat(labels)[:limit] if labels and all(label.dim() == 1 for label in labels) else None
     keep = target is not None and target.shape[0] == joined[0].shape[0]
     return CalibrationSet(joined, target if keep else None)
@@ -183,13 +183,13 @@ def _batched(dataset: Dataset[object]) -> Iterator[object]:
     """Yield a dataset's samples in batches.
 
     Raises:
-        CalibrationError: samples that are no tensors or arrays, or not of one shape.
+        CalibrationError: samples that are not tensors or arrays, or not of one shape.
     """
     try:
         yield from DataLoader(dataset, batch_size=DATASET_BATCH)
     except (TypeError, RuntimeError) as error:
         raise CalibrationError(
-            f"the dataset's samples make no batch ({first_line(error)}); "
+            f"the dataset's samples cannot be batched ({first_line(error)}); "
             "give it a transform that returns tensors of one size"
         ) from error
 

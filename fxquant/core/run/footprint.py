@@ -1,4 +1,4 @@
-"""What the values of one run weigh, and which of them to keep when they do not all fit."""
+"""Bytes of the values of one run, and which values to keep when they do not all fit."""
 
 from __future__ import annotations
 
@@ -33,9 +33,8 @@ class Footprint:
     def within(self, limit: int, cost: Mapping[str, float]) -> frozenset[Node] | None:
         """Return the values to keep in `limit` bytes; None where all fit.
 
-        The graph is cut into stretches of equal cost, as many as fit, and each keeps its lightest value: so running a
-        dropped value again never starts far away, `cost / stretches` on average. What room is left goes to the
-        lightest others.
+        The graph is divided into stretches of equal cost, as many as fit, and each keeps its lightest value: computing
+        a dropped value again then costs `cost / stretches` on average. Remaining room goes to the lightest others.
 
         Args:
             limit: bytes.
@@ -56,7 +55,7 @@ class Footprint:
         return frozenset(kept)
 
     def _spread(self, stretches: int, cost: Mapping[str, float]) -> dict[Node, int]:
-        """Return the lightest value of each stretch, the last one of several as light."""
+        """Return the lightest value of each stretch; of equally light ones the last."""
         if not stretches:
             return {}
         # One unit each on top of the cost, so that free nodes are not all in one stretch.
@@ -91,7 +90,7 @@ def live_bytes(graph: Graph) -> int:
 
 
 def storages(values: Mapping[Node, object]) -> dict[int, int]:
-    """Return address -> bytes of every storage behind the tensors, those inside of tuples included."""
+    """Return address -> bytes of every storage of the tensors, inside tuples, lists and mappings too."""
     found: dict[int, int] = {}
     waiting = list(values.values())
     while waiting:

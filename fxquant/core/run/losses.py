@@ -1,4 +1,4 @@
-"""Losses that say how far a quantized answer is from the float one, one value per image."""
+"""Losses: the distance of a quantized answer from the float one, one value per image."""
 
 from __future__ import annotations
 

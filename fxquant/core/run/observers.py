@@ -1,4 +1,4 @@
-"""Observers: graph nodes that watch a value pass and keep a growing histogram of it."""
+"""Observers: graph nodes that return their input unchanged and keep a histogram of it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from fxquant.core.facts import BINS, Histogram
 from fxquant.core.registry import Registry
 
 DENSE_LIMIT = 1 << 20
-"""Elements of one batch that are counted one by one."""
-
+"""Most elements of one batch that are all counted; of more, a sample is."""
 
 LARGEST = 1e37
-"""Values beyond this leave no room for the histogram's own arithmetic in float32."""
+"""Largest magnitude that the histogram's own arithmetic in float32 can take."""
 
 
 class Observer(nn.Module):
-    """Passes its input through and counts it: streaming, no activation is stored.
+    """Counts its input in a histogram, batch by batch, and stores no activation.
 
-    The histogram starts on the first batch's range and doubles its bin width whenever a later batch falls outside,
-    so that old counts move to the new grid without loss of their sum.
+    The histogram starts on the first batch's range. When a later batch falls outside, the bin width doubles until it
+    fits, and old counts move to the new bins: their sum stays.
 
     Raises:
         CalibrationError: a value is NaN or infinite; the message names the observed node.
@@ -54,7 +53,7 @@ class Observer(nn.Module):
                 "check the images and the model's weights"
             )
         self._cover(low, high)
-        # A large map is counted at a stride; the stride is odd so that it walks through rows and channels alike.
+        # Of a large map every n-th element is counted, n odd, so that rows and channels of even length are all seen.
         stride = 1 if flat.numel() <= DENSE_LIMIT else flat.numel() // DENSE_LIMIT | 1
         top = self._low + BINS * self._width
         # Rounding can leave the ends short of the extremes, and histc drops what lies outside.
@@ -86,36 +85,36 @@ class Observer(nn.Module):
         self._low, self._width = new_low, width
 
     def _track(self, low: float, high: float) -> None:
-        """Fold one batch's extremes into the observer's own estimate."""
+        """Update the observer's estimate of the range by one batch's extremes."""
         if self.batches == 0:
             self.minimum, self.maximum = low, high
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
 
     def histogram(self) -> Histogram:
-        """Return what was seen.
+        """Return the histogram of all values so far.
 
         Raises:
-            CalibrationError: nothing was.
+            CalibrationError: there were none.
         """
         if self.batches == 0:
             raise CalibrationError(
-                f"value {self.producer!r} was never observed; run calibration images through the prepared graph"
+                f"value {self.producer!r} was never observed; run calibration images through the graph with observers"
             )
         return Histogram(self._low, self._width, self._counts.copy(), self.minimum, self.maximum)
 
 
 OBSERVERS: Registry[type[Observer]] = Registry("observer")
-"""Name -> observer class, built with the name of the value it watches."""
+"""Name -> observer class, constructed with the name of the observed value."""
 
 
 @OBSERVERS.register("minmax")
 class MinMaxObserver(Observer):
-    """Uses the smallest and the largest element ever seen."""
+    """Uses the smallest and the largest element."""
 
 
 @OBSERVERS.register("mse")
 class MseObserver(Observer):
-    """Leaves the clip to a search for the least squared error over the histogram."""
+    """Clips where the squared error over the histogram is least."""
 
     clip = "mse"
 
@@ -135,12 +134,12 @@ class MovingAverageObserver(Observer):
 
 @OBSERVERS.register("percentile")
 class PercentileObserver(Observer):
-    """Cuts 0.01 % of the elements off each end."""
+    """Clips 0.01 % of the elements at each end."""
 
     tail: ClassVar[float] = 1e-4
 
     def histogram(self) -> Histogram:
-        """Return what was seen, its ends cut at the percentiles."""
+        """Return the histogram with its range clipped at the percentiles."""
         seen = super().histogram()
         share = np.cumsum(seen.counts) / seen.counts.sum()
         first = int(np.searchsorted(share, self.tail))

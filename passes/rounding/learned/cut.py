@@ -1,4 +1,4 @@
-"""The graph cut around one unit, and what of it the loss is taken of."""
+"""The graph cut around one unit, and the nodes whose values losses compare."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Cut:
         module: bare simulated graph.
         units: all units.
         index: position of this one.
-        wanted: names of the values the suffix is run for: the answer and, where it counts, the feature.
+        wanted: names of the values that losses read: the answer and perhaps the feature.
     """
 
     def __init__(self, module: GraphModule, units: tuple[Unit, ...], index: int, wanted: tuple[str, ...]) -> None:
@@ -37,17 +37,17 @@ class Cut:
         return cut_span(self._module, self.unit.nodes, self._returned, quantized=True, replacements=places)
 
     def computes(self, name: str | None) -> bool:
-        """Whether the unit or what is behind it computes a value."""
+        """Whether the unit or a later one computes a value."""
         return name in self._computed
 
 
 def answer_of(module: GraphModule) -> str:
-    """Return the name of the node whose value losses compare: the first tensor of the output."""
+    """Return the name of the node that losses compare: the first tensor of the output."""
     return next(source.name for source in module.graph.output_node().all_input_nodes if is_tensor(source))
 
 
 def feature_of(module: GraphModule, sites: tuple[Site, ...]) -> str | None:
-    """Return the name of the values that the last weighted op reads, None where it is the only one."""
+    """Return the name of the input of the last weighted op, None if there is only one."""
     if len(sites) < 2:
         return None
     source = next(node for node in module.graph.nodes if node.name == sites[-1].nodes[-1]).args[0]

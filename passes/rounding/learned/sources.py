@@ -1,4 +1,4 @@
-"""Values of a network over all calibration images: kept, kept in half the bytes, or made anew for each batch."""
+"""Values of a network over all calibration images: kept, kept in half the bytes, or computed again for each batch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fxquant.core.run import Span
 from fxquant.passes.rounding.learned.units import Unit
 
 RUN = 32
-"""Images that flow through a span at a time when its values are kept."""
+"""Images that run through a span at a time when its values are kept."""
 
 
 class Source:
-    """The values that cross the cut in front of the unit under way, of the float or of the quantized network.
+    """The values that cross the cut before the current unit, of the float or of the quantized network.
 
     Args:
         images: placeholder name -> images.
-        keep: type that values are kept in, None to run all units in front of the cut again for each batch.
+        keep: type that values are kept in; None runs all units before the cut again for each batch.
     """
 
     def __init__(self, images: Mapping[str, Tensor], keep: torch.dtype | None) -> None:
@@ -39,8 +39,8 @@ class Source:
         """Move the cut behind a unit.
 
         Args:
-            span: the unit, as it stays.
-            needed: names of the values that are still read behind it.
+            span: the unit, as decided.
+            needed: names of the values that later units read.
         """
         if self._keep is None:
             self._chain.append(span)
@@ -50,7 +50,7 @@ class Source:
         self._values = {name: value for name, value in {**self._values, **made}.items() if name in wanted}
 
     def outputs(self, span: Span) -> Mapping[str, Tensor] | None:
-        """Return a span's outputs over all images as they would be kept, None where nothing is."""
+        """Return a span's outputs over all images in the type that is kept, None if values are not kept."""
         return None if self._keep is None else self._run(span)
 
     def take(self, names: Iterable[str], index: Tensor) -> dict[str, Tensor]:
@@ -72,18 +72,18 @@ def _restored(value: Tensor) -> Tensor:
 
 
 def kept_bytes(module: GraphModule, units: Iterable[Unit], images: int, copies: int) -> int:
-    """Return the bytes in float32 of what is kept at the unit where it is most.
+    """Return the most bytes that are kept at any unit, in float32.
 
     Args:
-        module: the graph the units are of.
-        units: all of them.
-        images: how many.
-        copies: of the values that cross the cut in front of each unit (float, quantized, corrected), those that only
-            later units read included; its outputs are kept once besides.
+        module: the graph of the units.
+        units: all units.
+        images: number of images.
+        copies: of the values that cross the cut before a unit (float, quantized, corrected), including those that only
+            later units read; the unit's outputs are kept once in addition.
     """
     size = {node.name: 4 * prod(sample_shape(node)) for node in module.graph.nodes}
     most, made, read = 0, set[str](), set[str]()
-    # From behind: what crosses a cut is read behind it and not made there.
+    # Backwards: a value that crosses a cut is read behind it and not computed there.
     for unit in reversed(tuple(units)):
         made |= set(unit.nodes)
         read |= set(unit.inputs)
@@ -93,7 +93,7 @@ def kept_bytes(module: GraphModule, units: Iterable[Unit], images: int, copies: 
 
 
 def kept_type(needed: int, limit: int) -> torch.dtype | None:
-    """Return the type to keep values in so that they fit into `limit` bytes, None where they do not."""
+    """Return the type in which values fit into `limit` bytes, None if there is none."""
     if needed <= limit:
         return torch.float32
     return torch.bfloat16 if needed // 2 <= limit else None

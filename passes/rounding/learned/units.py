@@ -1,25 +1,24 @@
-"""Units from the graph: where a network can be cut into pieces that are reconstructed one after the other.
+"""Units of a network: the pieces that are reconstructed one after the other, found from its graph.
 
-A cut is a place in the order of nodes that few values cross. Where one value crosses, residual blocks and the halves of
-transformer blocks fall out by themselves; where long skips keep more alive, cuts of two, three and more values divide
-what would be too large a piece.
+A cut is a position in the order of nodes that few values cross. Cuts of one value give residual blocks and the halves
+of transformer blocks; where long skips cross every cut, cuts of two, three and more values divide pieces that would be
+too large.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
 from fxquant.core.errors import OptionError
 from fxquant.core.ir import ScaleRule, Site, rule_of, shape_of, traced_images
-from fxquant.core.run import is_quantizer, is_size, is_tensor, varying_nodes
+from fxquant.core.run import is_quantizer, is_size, is_tensor, placeholders, varying_nodes
 
 LARGEST = 8
-"""Weighted ops of a piece beyond which it is cut at wider places too."""
+"""Most weighted ops of a piece; a larger one is divided at cuts of more values."""
 WIDEST = 16
-"""Values that may cross such a place."""
+"""Most values that may cross a cut."""
 
 GRANULARITIES = ("layer", "block", "stage", "network")
 
@@ -31,9 +30,9 @@ class Unit:
     Args:
         name: its first site.
         nodes: names of its varying nodes, in graph order.
-        inputs: names of the values it reads from before.
-        outputs: names of its values that are read behind it.
-        sites: the sites whose weights it holds.
+        inputs: names of the values of earlier nodes that it reads.
+        outputs: names of its values that later nodes read.
+        sites: the sites whose weights it reads.
     """
 
     name: str
@@ -44,7 +43,7 @@ class Unit:
 
 
 def check_granularity(granularity: str) -> None:
-    """Fail on a granularity that `find_units` does not know.
+    """Check a granularity for `find_units`.
 
     Raises:
         OptionError: it is unknown.
@@ -82,34 +81,34 @@ class _Cutter:
 
     def __init__(self, module: GraphModule, sites: tuple[Site, ...]) -> None:
         self.module = module
-        self.nodes: list[Node] = varying_nodes(module.graph)
+        self.inputs, self.nodes = placeholders(module.graph), varying_nodes(module.graph)
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.site_of = {name: site.name for site in sites for name in site.nodes}
         self.live = self._live()
 
     def _live(self) -> list[list[Node]]:
-        """Return for each boundary the values that cross it: made before, read behind."""
+        """Return for each boundary the values that cross it: computed before, read behind."""
         live: list[list[Node]] = [[] for _ in range(len(self.nodes) + 1)]
-        starts = [node for node in self.module.graph.nodes if node.op == "placeholder"]
-        for node in (*starts, *self.nodes):
+        for node in (*self.inputs, *self.nodes):
             made = self.position.get(node, -1)
+            # A reader without position is the output.
             read = max((self.position.get(user, len(self.nodes)) for user in node.users), default=made)
-            # Sizes are worked out anew wherever they are read.
+            # A size crosses no cut: every span gets it from its number of images.
             for boundary in range(made + 1, read + 1) if not is_size(node) else ():
                 live[boundary].append(node)
         return live
 
     def before_layers(self) -> list[int]:
-        """Return a boundary before each weighted op but the first, where the values that cross can be cached."""
+        """Return 0 and the boundary before each weighted op but the first, if the values that cross it can be kept."""
         layers = [index for index, node in enumerate(self.nodes) if node.name in self.site_of]
         return [0, *(index for index in layers[1:] if self._cacheable(index))]
 
     def blocks(self) -> list[int]:
-        """Return the boundaries between pieces with weights, cut as narrowly as their size allows."""
+        """Return the boundaries between pieces with weights, each crossed by as few values as their size allows."""
         return self._with_weights([0, *self._divided(0, len(self.nodes), 1)])
 
     def _divided(self, start: int, stop: int, width: int) -> list[int]:
-        """Return boundaries inside (start, stop) that at most `width` values cross, more where a piece is too large."""
+        """Return boundaries inside (start, stop) that at most `width` values cross; more where pieces are too large."""
         inside = [b for b in range(start + 1, stop) if self._width(b) <= width and self._may_cut(b)]
         if width == WIDEST:
             return inside
@@ -121,19 +120,19 @@ class _Cutter:
         return found
 
     def _width(self, boundary: int) -> int:
-        """Return how many values cross a boundary; one that crosses in float and quantized counts once."""
+        """Return the number of values that cross a boundary; float and quantized copies of one count once."""
         crossing = self.live[boundary]
         return len({node.args[0] if is_quantizer(self.module, node) else node for node in crossing})
 
     def between_sizes(self, blocks: list[int]) -> list[int]:
-        """Return those boundaries at which the values have another image size than at the boundary before."""
+        """Return the boundaries at which the image size of values differs from the boundary before."""
         sizes = [tuple(shape_of(node)[2:] for node in self.live[boundary]) for boundary in blocks]
         return [blocks[k] for k in range(len(blocks)) if k == 0 or (sizes[k] != sizes[k - 1] and k > 1)]
 
     def _may_cut(self, boundary: int) -> bool:
         node = self.nodes[boundary]
         rule = rule_of(node)
-        # A value belongs together with its activation function, absorbed by the kernel or not, and with its quantizer.
+        # Not between a value and its activation function (absorbed by the kernel or not) or its quantizer.
         alone = all(len(source.users) == 1 for source in node.all_input_nodes)
         function = rule is not None and (rule.scale is ScaleRule.ABSORB or (rule.pointwise and alone))
         return not function and not is_quantizer(self.module, node) and self._cacheable(boundary)
@@ -146,14 +145,14 @@ class _Cutter:
         return sum(node.name in self.site_of for node in self.nodes[start:stop])
 
     def _with_weights(self, boundaries: list[int]) -> list[int]:
-        """Drop boundaries so that every piece holds a weighted op; what has none goes to the piece behind it."""
+        """Drop boundaries so that every piece has a weighted op; nodes without one join the next piece."""
         kept = []
         start = 0
         for stop in [*boundaries[1:], len(self.nodes)]:
             if self._layers(start, stop):
                 kept.append(start)
                 start = stop
-        # What follows the last weighted op has no piece behind it.
+        # Nodes behind the last weighted op join its piece: no boundary is kept for them.
         return kept or [0]
 
     def units(self, boundaries: list[int]) -> tuple[Unit, ...]:
@@ -165,13 +164,9 @@ class _Cutter:
 
     def _unit(self, nodes: list[Node]) -> Unit:
         inside = set(nodes)
-        varying = _in_order(self.position, lambda node: node not in inside and not is_size(node))
-        sources = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if varying(source))
+        outside = {node for node in (*self.inputs, *self.nodes) if node not in inside and not is_size(node)}
+        sources = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source in outside)
         outputs = [n for n in nodes if not is_size(n) and any(user not in inside for user in n.users)]
         held = dict.fromkeys(self.site_of[n.name] for n in nodes if n.name in self.site_of)
         own, read, given = (tuple(n.name for n in each) for each in (nodes, sources, outputs))
         return Unit(next(iter(held)), own, read, given, tuple(held))
-
-
-def _in_order(position: dict[Node, int], wanted: Callable[[Node], bool]) -> Callable[[Node], bool]:
-    return lambda node: (node in position or node.op == "placeholder") and wanted(node)

@@ -44,7 +44,7 @@ def test_every_position_of_a_map_counts() -> None:
 
 def test_what_cannot_be_measured_is_said() -> None:
     with pytest.raises(
-        CalibrationError, match=r"class scores along axis 1; the model answers \(4, 1\); limit the loss"
+        CalibrationError, match=r"class scores along axis 1; the answer has shape \(4, 1\); limit the loss"
     ):
         quality(("disagreement",), SCORES[:, :1], SCORES[:, :1], None, "mse")
     with pytest.raises(CalibrationError, match="accuracy_drop needs one label for each image"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
@@ -52,26 +53,18 @@ def test_labels_are_kept_if_they_are_classes(batch: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "label",
+    "labels",
     [
-        {"boxes": torch.zeros(5, 4)},
-        torch.zeros(4, 7),
-        ["cat"] * 4,
-        [[1], [2, 3]],
-        None,
-        torch.zeros(3),
-        "name",
-        object(),
-    ],
+        [label] * 2
+        for label in ({"boxes": X}, torch.zeros(4, 7), ["cat"] * 4, [[1], [2, 3]], None, Y[:3], "name", object())
+    ]
+    # Of a detector: as many rows as there are boxes.
+    + [[torch.zeros(5, 4), torch.zeros(2, 4)]],
 )
-def test_labels_of_any_other_kind_are_ignored(label: object) -> None:
-    images = collect([(X, label), (X, label)], ["x"])
+def test_labels_of_any_other_kind_are_ignored(labels: list[object]) -> None:
+    images = collect([(X, label) for label in labels], ["x"])
     assert images.labels is None
     assert len(images) == 8
-
-
-def test_detection_targets_of_different_counts_are_ignored() -> None:
-    assert collect([(X, torch.zeros(5, 4)), (X, torch.zeros(2, 4))], ["x"]).labels is None
 
 
 def test_two_inputs_by_position_and_by_name() -> None:
@@ -89,20 +82,15 @@ def test_read_only_and_reversed_arrays() -> None:
     assert torch.equal(collect([X.numpy()[::-1]], ["x"]).inputs[0], X.flip(0))
 
 
-def test_gradients_do_not_travel_along() -> None:
+def test_gradients_do_not_travel_along_and_token_ids_stay_integers() -> None:
     assert not collect(X.clone().requires_grad_(), ["x"]).inputs[0].requires_grad
+    assert collect([Y], ["ids"]).inputs[0].dtype == torch.int64
 
 
 def test_limit_stops_reading() -> None:
-    read: list[int] = []
-
-    def batches() -> object:
-        for index in range(100):
-            read.append(index)
-            yield X
-
-    assert len(collect(batches(), ["x"], limit=6)) == 6
-    assert read == [0, 1]
+    batches = iter([X] * 100)
+    assert len(collect(batches, ["x"], limit=6)) == 6
+    assert len(list(batches)) == 98
     assert len(collect(CalibrationSet((X,)), ["x"], limit=2)) == 2
 
 
@@ -149,18 +137,17 @@ def test_tensors_of_other_kinds(make: Callable[[], Tensor], message: str) -> Non
         collect([make()], ["x"])
 
 
-def test_inputs_that_differ_in_length() -> None:
-    with pytest.raises(CalibrationError, match=r"differ in length: \[1, 4\]"):
-        CalibrationSet((X, M[:1]))
-    with pytest.raises(CalibrationError, match="differ in length"):
-        CalibrationSet((X,), Y[:2])
-    with pytest.raises(CalibrationError, match="single number"):
-        CalibrationSet((torch.tensor(1.0),))
-
-
-def test_token_ids_stay_integers() -> None:
-    images = collect([torch.tensor([[1, 2], [3, 4]])], ["ids"])
-    assert images.inputs[0].dtype == torch.int64
+@pytest.mark.parametrize(
+    ("inputs", "labels", "message"),
+    [
+        ((X, M[:1]), None, r"differ in length: \[1, 4\]"),
+        ((X,), Y[:2], "differ in length"),
+        ((torch.tensor(1.0),), None, "single number"),
+    ],
+)
+def test_what_makes_no_set(inputs: tuple[Tensor, ...], labels: Tensor | None, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        CalibrationSet(inputs, labels)
 
 
 @given(st.integers(1, 30), st.floats(0.01, 0.99), st.integers(0, 5))
@@ -193,46 +180,38 @@ def test_batches_join_to_the_set(count: int, size: int) -> None:
 def test_an_endless_loader_ends_where_memory_would(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = 0
-
-    def endless() -> Iterator[torch.Tensor]:
-        nonlocal asked
-        while True:
-            asked += 1
-            yield torch.full((4, 10), float(asked))
-
+    numbers = itertools.count()
     monkeypatch.setattr(data, "LARGEST", 1000)
-    found = collect(endless(), ["x"])
     # 160 bytes a batch.
-    assert len(found) == 24
-    assert asked == 7
-    assert "calibration ends after 24 images: 0.0 GB of them are held at most" in caplog.text
+    assert len(collect((torch.zeros(4, 10) for _ in numbers), ["x"])) == 24
+    assert next(numbers) == 7
+    assert "calibration uses only the first 24 images: at most 0.0 GB are kept" in caplog.text
     # A tensor that the caller holds anyway is taken whole.
     assert len(collect(torch.zeros(1000, 10), ["x"])) == 1000
 
 
-class Samples(torch.utils.data.Dataset[tuple[object, int]]):
-    """Images one by one, each with its label, as torchvision's datasets have them."""
+class Samples(torch.utils.data.Dataset[object]):
+    """Single samples, as torchvision's datasets have them."""
 
-    def __init__(self, samples: list[object]) -> None:
-        self.samples = samples
+    def __init__(self, samples: Iterable[object]) -> None:
+        self.samples = list(samples)
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[object, int]:
-        return self.samples[index], index % 3
+    def __getitem__(self, index: int) -> object:
+        return self.samples[index]
 
 
 def test_a_dataset_holds_single_images() -> None:
     images = torch.randn(40, 3, 4, 4)
-    found = collect(Samples(list(images)), ["x"], limit=35)
+    found = collect(Samples((image, k % 3) for k, image in enumerate(images)), ["x"], limit=35)
     assert torch.equal(found.inputs[0], images[:35])
     assert found.labels is not None
     assert found.labels.tolist() == [k % 3 for k in range(35)]
 
 
 @pytest.mark.parametrize("samples", [[object(), object()], [torch.zeros(3, 4, 4), torch.zeros(3, 5, 5)]])
-def test_a_dataset_without_a_transform_is_told_what_it_lacks(samples: list[object]) -> None:
-    with pytest.raises(CalibrationError, match=r"samples make no batch .*give it a transform that returns tensors"):
+def test_a_dataset_without_a_transform_is_refused(samples: list[object]) -> None:
+    with pytest.raises(CalibrationError, match=r"samples cannot be batched .*give it a transform that returns tensors"):
         collect(Samples(samples), ["x"])

@@ -18,16 +18,16 @@ def test_any_number_of_images_of_the_traced_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "told"),
+    ("images", "message"),
     [
         (torch.zeros(4, 3, 9, 6), r"'input' takes float32 of \(images, 3, 8, 6\), .* float32 of \(images, 3, 9, 6\)"),
-        (torch.zeros(4, 1, 8, 6), r"are float32 of \(images, 1, 8, 6\); give images as they were given"),
+        (torch.zeros(4, 1, 8, 6), r"are float32 of \(images, 1, 8, 6\); give images of the size and type"),
         (torch.zeros(4, 3, 8), r"are float32 of \(images, 3, 8\)"),
         (torch.zeros(4, 3, 8, 6).double(), "are float64 of"),
         (torch.zeros(4, 3, 8, 6).to(torch.uint8), "are uint8 of"),
     ],
 )
-def test_other_images(images: Tensor, told: str) -> None:
+def test_other_images(images: Tensor, message: str) -> None:
     module = capture(nn.Conv2d(3, 2, 1), (torch.zeros(2, 3, 8, 6),)).module
-    with pytest.raises(CalibrationError, match=told):
+    with pytest.raises(CalibrationError, match=message):
         images_for(module, images)

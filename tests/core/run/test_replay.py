@@ -21,7 +21,7 @@ NETS = ["residual", "concat", "attention", "two_inputs", "shared"]
 
 
 def computed(replay: GraphReplay) -> list[str]:
-    """Return the nodes whose first input has the shape of their output: any function may stand in for them."""
+    """Return the nodes whose first input has the shape of their output: any function can be substituted for them."""
     names = []
     for node in replay.nodes:
         source: Any = node.args[0] if node.args else None
@@ -99,7 +99,11 @@ def test_only_what_changed_is_run_and_charged() -> None:
         # silu, the add behind it, the mean and the linear layer; not the convolution beside it
         assert replay.spent == len(costs) + 4
         replay.replay(base, {})
-    assert replay.spent == len(costs) + 4
+        assert replay.spent == len(costs) + 4
+        # Without kept values every value is missing, and each is computed once.
+        _, bare = replay.forward(MODELS["residual"].inputs(2), kept=frozenset())
+        replay.replay(bare, {"silu": torch.relu})
+    assert replay.spent == 3 * len(costs) + 4
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -139,12 +143,8 @@ def test_gradients_flow_through_a_replay() -> None:
 )
 def test_the_answer_is_the_first_tensor(output: object) -> None:
     assert first_tensor(output).tolist() == [1.0, 1.0]
-
-
-@pytest.mark.parametrize("output", [None, (), {"n": 3}, "text"])
-def test_answers_without_tensors(output: object) -> None:
     with pytest.raises(CaptureError, match="without a tensor; return a tensor, tuple or dict"):
-        first_tensor(output)
+        first_tensor([None, {"n": 3}, (), "text"])
 
 
 @pytest.mark.parametrize("name", ["concat", "two_inputs"])
@@ -155,7 +155,7 @@ def test_answers_over_many_images_do_not_depend_on_batches(name: str, batch: int
 
 
 class Alive:
-    """Bytes of the storages that nodes made and that still exist, whoever holds them."""
+    """Bytes of the storages that nodes made and that still exist."""
 
     def __init__(self, replay: GraphReplay, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sizes: dict[int, int] = {}
@@ -231,17 +231,6 @@ def test_a_dropped_value_is_computed_under_the_substitution_it_had() -> None:
     assert torch.equal(found, expected)
     assert torch.equal(again, expected)
     assert not torch.equal(found, without)
-
-
-def test_each_missing_value_is_computed_once() -> None:
-    module = folded("residual").module
-    costs = {node.name: 1.0 for node in module.graph.nodes if node.op == "call_function"}
-    replay = GraphReplay(module, costs)
-    with torch.no_grad():
-        _, base = replay.forward(MODELS["residual"].inputs(2), kept=frozenset())
-        assert replay.spent == len(costs)
-        replay.replay(base, {"silu": torch.relu})
-    assert replay.spent == 2 * len(costs)
 
 
 def test_a_long_chain_needs_no_recursion() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.core.ir import FakeQuantize, Sites, nodes_by_name, resolve, show
+from fxquant.core.ir import Sites, is_constant, nodes_by_name, resolve, show
 from fxquant.core.run import (
     GraphReplay,
     Span,
@@ -59,16 +59,12 @@ def producer(module: GraphModule, name: str) -> str:
     return node.all_input_nodes[0].name if is_quantizer(module, node) else name
 
 
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_without_quantizers_it_is_the_float_graph_bit_for_bit(name: str) -> None:
-    expected = first_tensor(scoring.calibrated(name).module(*scoring.inputs(name, COUNT)))
-    assert torch.equal(whole(name, False)(values_of(name))[answer_of(module_of(name))], expected)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_with_quantizers_it_is_the_simulated_graph_bit_for_bit(name: str) -> None:
-    expected = first_tensor(module_of(name)(*scoring.inputs(name, COUNT)))
-    assert torch.equal(whole(name, True)(values_of(name))[answer_of(module_of(name))], expected)
+def test_the_whole_graph_is_the_float_or_the_simulated_one_bit_for_bit(name: str, quantized: bool) -> None:
+    module = module_of(name) if quantized else scoring.calibrated(name).module
+    expected = first_tensor(module(*scoring.inputs(name, COUNT)))
+    assert torch.equal(whole(name, quantized)(values_of(name))[answer_of(module_of(name))], expected)
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -84,23 +80,12 @@ def test_units_one_after_the_other_are_the_whole_graph(name: str, granularity: s
     assert torch.equal(values[answer_of(module)], expected)
 
 
-def test_quantizers_of_the_graph_matter() -> None:
-    with_them, without = (whole("residual", quantized)(values_of("residual")) for quantized in (True, False))
-    assert not torch.equal(*(values[answer_of(module_of("residual"))] for values in (with_them, without)))
-
-
-def test_sizes_that_the_cut_parts_from_their_tensor_grow_with_the_images() -> None:
-    parted = 0
-    for name in NAMES:
-        module = module_of(name)
-        for unit in units_of(name, "layer"):
-            span = cut_span(module, unit.nodes, unit.outputs, True)
-            parted += len(span.sizes)
-            assert all(size > 0 for size in span.sizes.values())
-    assert parted, "no network has a unit that reads a size from another one"
-
-
-def test_a_size_is_an_input_of_its_own() -> None:
+def test_a_size_that_another_unit_computes_is_an_input_that_grows_with_the_images() -> None:
+    spans = [
+        cut_span(module_of(name), unit.nodes, unit.outputs, True) for name in NAMES for unit in units_of(name, "layer")
+    ]
+    assert any(span.sizes for span in spans)
+    assert all(size > 0 for span in spans for size in span.sizes.values())
     module = module_of("attention")
     reader = next(node for node in varying_nodes(module.graph) if any(is_size(s) for s in node.all_input_nodes))
     span = cut_span(module, [reader.name], [reader.name], False)
@@ -120,16 +105,11 @@ def test_a_span_trains_nothing_and_leaves_the_graph_its_parameters(name: str) ->
     assert held & {parameter.data_ptr() for parameter in before.values()}, "weights are copied"
 
 
-def test_replacements_stand_in_every_place_of_their_quantizer() -> None:
+def test_replacements_are_at_every_place_of_their_quantizer() -> None:
     module = module_of("shared")
-    places = [
-        node.name
-        for node in module.graph.nodes
-        if is_quantizer(module, node) and node.all_input_nodes[0].op == "get_attr"
-    ]
+    places = [n.name for n in module.graph.nodes if is_quantizer(module, n) and is_constant(n.all_input_nodes[0])]
     nodes = [node.name for node in varying_nodes(module.graph)]
-    zeros = dict.fromkeys(places, _Zero())
-    span = cut_span(module, nodes, [answer_of(module)], True, zeros)
+    span = cut_span(module, nodes, [answer_of(module)], True, dict.fromkeys(places, _Zero()))
     assert isinstance(span.module, nn.Module)
     assert any(isinstance(part, _Zero) for part in span.module.modules())
     answer = span(values_of("shared"))[answer_of(module)]
@@ -172,70 +152,33 @@ def test_a_compiled_span_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     assert calls
 
 
-class TestSuffix:
-    """The float network behind a unit."""
-
-    @staticmethod
-    def made(name: str, index: int) -> tuple[Unit, Span, dict[str, Tensor]]:
-        """Return a unit, the suffix behind it, and the float values that it reads."""
-        module, units = module_of(name), units_of(name, "block")
-        behind = [node for unit in units[index + 1 :] for node in unit.nodes]
-        suffix = cut_span(module, behind, [answer_of(module)], quantized=False)
-        values = values_of(name)
-        for unit in units[: index + 1]:
-            values |= cut_span(module, unit.nodes, unit.outputs, quantized=False)(values)
-        return units[index], suffix, {key: values[key] for key in suffix.inputs}
-
-    @pytest.mark.parametrize("name", ["residual", "attention", "separable", "shared"])
-    def test_equals_a_replay_with_the_unit_substituted(self, name: str) -> None:
-        _, suffix, values = self.made(name, 0)
-        generator = torch.Generator().manual_seed(0)
-        # A value may cross the cut twice, before its quantizer and behind it.
-        sources = {key: producer(module_of(name), key) for key in values}
-        moved = {
-            sources[key]: value + 0.1 * torch.randn(value.shape, generator=generator) for key, value in values.items()
-        }
-        replay = GraphReplay(scoring.calibrated(name).module)
-        answer, base = replay.forward(scoring.inputs(name, COUNT))
-        expected, _ = replay.replay(base, {source: _Given(value) for source, value in moved.items()})
-        assert torch.equal(suffix({key: moved[sources[key]] for key in values})[suffix.outputs[0]], expected)
-        assert not torch.equal(answer, expected)
-
-    @pytest.mark.parametrize("name", ["residual", "attention", "separable"])
-    def test_the_prediction_difference_is_zero_and_flat_at_the_float_values(self, name: str) -> None:
-        _, suffix, values = self.made(name, 0)
-        reference = scoring.calibrated(name).module(*scoring.inputs(name, COUNT)).detach()
-        places = {key: value.clone().requires_grad_(True) for key, value in values.items()}
-        gradients = {}
-        for step in (0.0, 0.3):
-            p, q = (torch.log_softmax(z, dim=1) for z in (reference, suffix(places)[suffix.outputs[0]] * (1 + step)))
-            loss = (p.exp() * (p - q)).sum(dim=1).mean()
-            gradients[step] = torch.stack([g.norm() for g in torch.autograd.grad(loss, list(places.values()))])
-            if step == 0.0:
-                assert float(loss.detach().abs()) == 0.0
-        assert float(gradients[0.0].max()) < 1e-5 * float(gradients[0.3].max())
-
-    def test_gradients_reach_every_input_through_quantizers_too(self) -> None:
-        module, unit = module_of("residual"), units_of("residual", "block")[1]
-        values = values_of("residual")
-        for before in units_of("residual", "block")[:1]:
-            values |= cut_span(module, before.nodes, before.outputs, quantized=True)(values)
-        inputs = {key: values[key].clone().requires_grad_(True) for key in unit.inputs}
-        made = cut_span(module, unit.nodes, unit.outputs, quantized=True)(inputs)
-        gradients = torch.autograd.grad([value.sum() for value in made.values()], list(inputs.values()))
-        assert all(float(gradient.abs().sum()) > 0 for gradient in gradients)
+@pytest.mark.parametrize("name", ["residual", "attention", "separable", "shared"])
+def test_the_suffix_behind_a_unit_equals_a_replay_with_the_unit_substituted(name: str) -> None:
+    module, (unit, *later) = module_of(name), units_of(name, "block")
+    suffix = cut_span(module, [node for each in later for node in each.nodes], [answer_of(module)], quantized=False)
+    values = values_of(name)
+    values |= cut_span(module, unit.nodes, unit.outputs, quantized=False)(values)
+    generator = torch.Generator().manual_seed(0)
+    # A value may cross the cut twice, before its quantizer and behind it.
+    sources = {key: producer(module, key) for key in suffix.inputs}
+    moved = {
+        source: values[key] + 0.1 * torch.randn(values[key].shape, generator=generator)
+        for key, source in sources.items()
+    }
+    replay = GraphReplay(scoring.calibrated(name).module)
+    answer, base = replay.forward(scoring.inputs(name, COUNT))
+    expected, _ = replay.replay(base, {source: _Given(value) for source, value in moved.items()})
+    assert torch.equal(suffix({key: moved[sources[key]] for key in suffix.inputs})[suffix.outputs[0]], expected)
+    assert not torch.equal(answer, expected)
 
 
-def test_kinds_of_nodes_are_told_apart() -> None:
-    module = module_of("attention")
-    quantizers = [node for node in module.graph.nodes if is_quantizer(module, node)]
-    assert quantizers
-    assert all(isinstance(module.get_submodule(str(node.target)), FakeQuantize) for node in quantizers)
-    sizes = [node for node in module.graph.nodes if is_size(node)]
-    assert sizes
-    assert not any(is_tensor(node) for node in sizes)
-    constants = {node for node in module.graph.nodes if node.op == "get_attr"}
-    assert not constants & set(varying_nodes(module.graph))
+def test_gradients_reach_every_input_through_quantizers_too() -> None:
+    module, (before, unit, *_) = module_of("residual"), units_of("residual", "block")
+    values = cut_span(module, before.nodes, before.outputs, quantized=True)(values_of("residual"))
+    inputs = {key: values[key].clone().requires_grad_(True) for key in unit.inputs}
+    made = cut_span(module, unit.nodes, unit.outputs, quantized=True)(inputs)
+    gradients = torch.autograd.grad([value.sum() for value in made.values()], list(inputs.values()))
+    assert all(float(gradient.abs().sum()) > 0 for gradient in gradients)
 
 
 class TestCutOut:

@@ -66,10 +66,11 @@ def test_a_settled_weight_reaches_what_comes_behind_it_but_not_another_walk() ->
 
 def test_changed_values_are_read_by_what_comes_behind() -> None:
     task = task_of("plain", 4)
-    walk, other = (Prefix(task.program.module, task.images) for _ in range(2))
-    name, last = task.sites[0].nodes[0], task.sites[-1].nodes[0]
-    walk.past(name)
-    walk.change(name, lambda y: y + 1)
+    walk = Prefix(task.program.module, task.images)
+    walk.past(task.sites[0].nodes[0])
+    other = walk.ahead()
+    walk.change(task.sites[0].nodes[0], lambda y: y + 1)
+    last = task.sites[-1].nodes[0]
     for step in (walk, other):
         step.to(last)
     assert not torch.equal(walk.source(last)[0], other.source(last)[0])

@@ -121,28 +121,27 @@ def test_a_value_is_not_parted_from_its_clip_and_its_quantizer() -> None:
         assert not any(start.startswith(("quantize_", "relu")) for start in starts)
 
 
-def test_layers_hold_one_weighted_op_each() -> None:
-    assert sites("plain", "layer") == [("conv1",), ("conv2",), ("conv3",), ("fc",)]
-    # Between the projections of an attention no value has its images on axis 0.
+@pytest.mark.parametrize(
+    ("name", "granularity", "pieces"),
+    [
+        ("plain", "layer", [("conv1",), ("conv2",), ("conv3",), ("fc",)]),
+        ("plain", "1", GOLDEN["plain"]),
+        ("plain", "2", [("conv1", "conv2", "conv3"), ("fc",)]),
+        ("plain", "99", [("conv1", "conv2", "conv3", "fc")]),
+        ("two_inputs", "network", [("image", "mask", "out")]),
+        # Stages end where the image size changes.
+        ("padded", "stage", [("grouped", "same", "even"), ("last",)]),
+        ("residual", "stage", [("conv1", "conv2", "conv3"), ("fc",)]),
+    ],
+)
+def test_other_granularities(name: str, granularity: str, pieces: list[tuple[str, ...]]) -> None:
+    assert sites(name, granularity) == pieces
+
+
+def test_layers_are_not_cut_where_values_have_no_axis_of_images() -> None:
+    # Between the projections of an attention images and heads share an axis.
     assert sites("attention", "layer")[0] == ("patch", "attention.in_proj_weight", "attention.out_proj")
-
-
-def test_numbers_count_neighbouring_blocks() -> None:
-    assert sites("plain", "1") == sites("plain")
-    assert sites("plain", "2") == [("conv1", "conv2", "conv3"), ("fc",)]
-    assert sites("plain", "99") == sites("plain", "network")
-
-
-def test_stages_end_where_the_image_size_changes() -> None:
-    assert sites("padded", "stage") == [("grouped", "same", "even"), ("last",)]
-    assert sites("residual", "stage") == [("conv1", "conv2", "conv3"), ("fc",)]
     assert sites("attention", "stage")[-1] == ("head",)
-
-
-def test_the_network_is_one_unit() -> None:
-    (whole,) = units(scoring.simulated("two_inputs"), "network")
-    assert set(whole.inputs) == {"image", "mask"}
-    assert whole.sites == ("image", "mask", "out")
 
 
 def test_long_skips_that_make_no_large_piece_are_left_whole() -> None:
