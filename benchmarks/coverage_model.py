@@ -73,7 +73,7 @@ def measure(name: str) -> Row:
             row |= compared(executable(file, threads=1)((tests,)), answer, "onnx to simulated")
         row["onnx runs"] = True
         stage = "fx_int8"
-        lowered = fxquant.lower(simulated)
+        lowered = fxquant.lower(simulated, "fx_int8")
         with torch.no_grad():
             row |= compared(first_tensor(lowered(tests)), answer, "fx_int8 to simulated")
         kernels = {n: k for n, k in integer_kernels(lowered).items() if "float: a product" not in k}

@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
 from fxquant.api import calibrate, capture, prepare
-from fxquant.backends import Executable, ReferenceBackend
+from fxquant.backends import Executable, backend
 from fxquant.backends.onnx import executable, export_onnx, kernel_report, to_onnx
 from fxquant.core.facts import BitAllocation, Settings
 from fxquant.core.ir import Choice, Program, Sites
@@ -144,7 +144,7 @@ def measure(name: str) -> list[Row]:
         if key in ("W8A8", "W4A8"):
             graph = graphs[int(key[1])]
             row |= parity(answers[key], model_outputs(graph, (images,)), "of simulation")
-            reference = ReferenceBackend().compile(graph, (images,))
+            reference = backend("reference").compile(graph, (images,))
             row |= parity(answers[key], in_batches(reference, images), "of reference")
         rows.append(row)
     assert torch.equal(answers["W4A8"], answers["W4A8 in bytes"])

@@ -22,10 +22,11 @@ from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
 from fxquant import flow
 from fxquant.api import capture, prepare
+from fxquant.backends.exact import BATCH
 from fxquant.core.facts import BitAllocation, Settings
 from fxquant.core.ir import OPS, Choice, Sites
 from fxquant.core.run import CalibrationSet, first_tensor, model_outputs
-from fxquant.parity import BATCH, compare
+from fxquant.parity import compare
 from fxquant.passes import simulate
 
 DEFAULT_NETWORKS = ("resnet20", "squeezenet", "mobilenet_v2", "deit_tiny")

@@ -85,7 +85,7 @@ def measure(name: str, count: int) -> list[Row]:
     result = Result(rounded, held_out)
     with tempfile.TemporaryDirectory() as folder:
         stages("write ONNX", lambda: result.to_onnx(Path(folder) / "model.onnx"))
-        stages("lower to PyTorch", lambda: result.lowered(images.inputs[0][:8]))
+        stages("lower to PyTorch", lambda: fxquant.lower(result, "fx_int8")(images.inputs[0][:8]))
         stages("report", lambda: result.report(Path(folder) / "report.html"))
         stages("save", lambda: result.save(folder))
         stages("load", lambda: fxquant.load(folder))

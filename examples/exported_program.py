@@ -31,10 +31,11 @@ def main(folder: Path) -> fxquant.Result:
     result = fxquant.quantize(exported, images, fxquant.Budget(average_bits=6), effort="fast", progress=False)
     print(result.summary())
 
-    integers = torch.export.export(result.lowered, (images[:2],), dynamic_shapes=batch)
+    lowered = fxquant.lower(result, "fx_int8")  # a graph of PyTorch's kernels, which torch.export can write
+    integers = torch.export.export(lowered, (images[:2],), dynamic_shapes=batch)
     torch.export.save(integers, folder / "quantized.pt2")
     again = torch.export.load(folder / "quantized.pt2").module()
-    torch.testing.assert_close(again(images), result.lowered(images))
+    torch.testing.assert_close(again(images), lowered(images))
     print(f"{folder / 'quantized.pt2'} answers as the integer graph does, in any process that imports fxquant")
     return result
 

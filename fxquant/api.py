@@ -11,12 +11,12 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from fxquant import flow
+from fxquant import backends, flow
 from fxquant.backends.onnx import write_onnx
 from fxquant.capture import capture as capture_program
 from fxquant.capture import input_names
 from fxquant.core.errors import CalibrationError
-from fxquant.core.facts import EFFORTS, BitAllocation, Budget, EffortName, Settings
+from fxquant.core.facts import EFFORTS, BitAllocation, Budget, EffortName, Settings, Target
 from fxquant.core.host import ALONE, Reporter, Shards
 from fxquant.core.ir import Program
 from fxquant.core.run import collect, images_for
@@ -33,7 +33,7 @@ def quantize(
     *,
     bits: Sequence[int] | None = None,
     activation_bits: Sequence[int] | None = None,
-    target: str | Path | None = None,
+    target: str | Path | Target | None = None,
     effort: EffortName | None = None,
     keep_float: Sequence[str] | None = None,
     rounding: str | None = None,
@@ -52,7 +52,7 @@ def quantize(
             precision, for `resolve` to choose from later.
         bits: candidate weight bits, by default 2, 4 and 8; 32 lets a layer stay in float.
         activation_bits: candidate activation bits, by default 8.
-        target: runtime that will run the model, by default "onnxruntime", or the path of a target file.
+        target: what will run the model, by default "onnxruntime": a name, the path of a target file, or a `Target`.
         effort: "fast", "default" or "best".
         keep_float: patterns of layers (glob, "re:..." or "type:Conv2d") that stay in float.
         rounding: how the plan's weights are rounded: "nearest", "gptq", "pdquant" or another algorithm, or several
@@ -207,15 +207,18 @@ def convert(program: Program, plan: BitAllocation | str | Path | None = None) ->
     return simulate(program, program[BitAllocation])
 
 
-def lower(program: Program) -> GraphModule:
-    """Return the simulated graph on PyTorch's integer kernels.
+def lower(program: Program | Result, target: str | Path | Target | None = None) -> GraphModule:
+    """Return the simulated graph on integer kernels, called as the model is.
+
+    Args:
+        program: from `convert`, or a result.
+        target: whose kernels; None takes the program's own. "fx_int8" gives PyTorch's, whatever the plan was made for.
 
     Raises:
-        LoweringError: the graph cannot be expressed there.
+        LoweringError: the target has no such graph (the message names those that do), or this one cannot be expressed.
     """
-    from fxquant.backends.int8 import FxInt8Backend
-
-    return FxInt8Backend().lower(program.module)
+    simulated = program.simulated_program if isinstance(program, Result) else program
+    return backends.lower(simulated[Target] if target is None else target, simulated.module)
 
 
 def export_onnx(program: Program, path: str | Path) -> Path:

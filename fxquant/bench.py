@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.backends import backend
 from fxquant.core.errors import OptionError
-from fxquant.core.facts import BitAllocation, Settings
+from fxquant.core.facts import BitAllocation, Settings, Target
 from fxquant.core.host import Speed, sample_interleaved
 from fxquant.core.ir import Sites
 from fxquant.passes import simulate, uniform_plans
@@ -25,7 +26,7 @@ YARDSTICKS = ("uniform W8", "uniform W4")
 def measure_speed(
     graphs: Mapping[str, GraphModule],
     inputs: tuple[Tensor, ...],
-    target: str,
+    target: str | Path | Target,
     threads: int | None = None,
     rounds: int = ROUNDS,
 ) -> list[Speed]:
@@ -34,7 +35,7 @@ def measure_speed(
     Args:
         graphs: name -> graph.
         inputs: what to run them on, images along axis 0.
-        target: name of the runtime.
+        target: a target's name, the path of its file, or the target.
         threads: threads the runtime may use, None for its default.
         rounds: interleaved rounds, at least 2.
 
@@ -65,10 +66,10 @@ def bench(result: Result, threads: int | None = None, rounds: int = ROUNDS) -> l
         OptionError: too few rounds, or the target's milliseconds are those of other hardware.
         LoweringError: the graph cannot be expressed there.
     """
-    settings = result.program[Settings]
-    if backend(settings.target).target.latency:
+    settings, target = result.program[Settings], result.program[Target]
+    if target.latency:
         raise OptionError(
-            f"target {settings.target} tells its own milliseconds and does not run on this machine: there is nothing "
+            f"target {target.name} gives its own milliseconds and does not run on this machine: there is nothing "
             "to time; see latency_ms in the summary"
         )
     one = tuple(tensor[:1] for tensor in result.example)
@@ -76,4 +77,4 @@ def bench(result: Result, threads: int | None = None, rounds: int = ROUNDS) -> l
     for name, choices in uniform_plans(result.program[Sites].sites).items():
         if choices != result.allocation.choices and name.startswith(YARDSTICKS):
             graphs[name] = simulate(result.program, BitAllocation(choices)).module
-    return measure_speed(graphs, one, settings.target, threads or settings.threads, rounds)
+    return measure_speed(graphs, one, target, threads or settings.threads, rounds)

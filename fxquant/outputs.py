@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from fxquant.backends.int8 import kernel_report
-from fxquant.backends.onnx import OnnxOptions, onnx_module
+from fxquant.backends import Backend, backend, backends
 from fxquant.core.errors import FileFormatError, MissingDependencyError, OptionError
-from fxquant.core.facts import Settings
-from fxquant.core.ir import Sites
+from fxquant.core.facts import Target
 from fxquant.core.storage import (
     OUTPUT,
     check_writable,
@@ -31,14 +30,13 @@ SCORES, ROUNDING = "scores", "rounding"
 """Folders of finished work, which a run goes on from."""
 
 
-def check_packages(target: str) -> None:
+def check_packages(target: str | Path | Target) -> None:
     """Fail before the long work if a package for the outputs is missing.
 
     Raises:
-        MissingDependencyError: jinja2, or for the target "onnxruntime" the ONNX packages, are not installed.
+        MissingDependencyError: jinja2, or a package that the target's backend needs, is not installed.
     """
-    if target == "onnxruntime":
-        _ = onnx_module("session")
+    backend(target).check_packages()
     try:
         _ = importlib.import_module("jinja2")
     except ImportError as error:
@@ -84,7 +82,7 @@ def output_folder(folder: Path, resume: bool = False, writer: bool = True) -> It
 
 
 def write_outputs(result: Result, folder: Path, extras: Mapping[str, Any] | None = None) -> list[Path]:
-    """Write the saved result, `model.onnx` for the target "onnxruntime", `report.html` and `report.json`.
+    """Write the saved result, the file that its target's runtime reads, `report.html` and `report.json`.
 
     Everything is made in a folder beside and moved in at the end, so a failure leaves an earlier result as it was.
 
@@ -101,45 +99,56 @@ def write_outputs(result: Result, folder: Path, extras: Mapping[str, Any] | None
         LoweringError: an op has no ONNX form.
         MissingDependencyError: a package for the outputs is missing.
     """
-    measured = dict(extras or {})
-    with staged(folder, OUTPUT) as staging:
+    measured, runtime = dict(extras or {}), backend(result.program[Target])
+    names = ["plan.json", *([] if runtime.export is None else [runtime.export.file]), "report.html", "report.json"]
+    exported = [found.export.file for found in backends().values() if found.export is not None]
+    with staged(folder, (*OUTPUT, *exported)) as staging:
         _ = result.save(staging)
-        seen = SEEN.get(result.program[Settings].target)
-        measured |= {} if seen is None else seen(result, staging)
+        if runtime.export is not None:
+            measured |= export(result, runtime, staging / runtime.export.file)
+        elif runtime.kernels is not None:
+            measured["kernels"] = runtime.kernels(result.simulated, None)
         write_reports(result, staging, measured)
-    shown = [folder / name for name in ("plan.json", "model.onnx", "report.html", "report.json")]
-    return [path for path in shown if path.exists()]
+    return [folder / name for name in names]
 
 
-def export(result: Result, path: Path, options: OnnxOptions | None = None) -> dict[str, Any]:
-    """Write the ONNX model and return what it measures: its bytes, and the kernel ONNX Runtime runs for each layer.
+def export(
+    result: Result, runtime: Backend, path: Path, options: Mapping[str, object] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Write the file that a runtime reads and return its bytes, and the kernels of the layers where they are known.
+
+    Args:
+        result: whose model to write.
+        runtime: a backend that exports.
+        path: the file.
+        options: those of `runtime.export`, by name.
 
     Raises:
-        OptionError: an option that does not fit the network.
+        OptionError: the runtime's file has no such option, or it does not fit the network.
         OutputError: the path cannot be written.
-        LoweringError: an op has no ONNX form.
-        MissingDependencyError: the onnx extra is not installed.
+        LoweringError: an op has no form there.
+        MissingDependencyError: a package is not installed.
     """
-    session = onnx_module("session")
-    written = result.to_onnx(path, options)
-    return {"bytes_on_disk": written.bytes, "kernels": dict(session.kernel_report(path).kernels)}
+    assert runtime.export is not None
+    known = (*runtime.export.options, *(["runtime"] if runtime.export.layouts else []))
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise OptionError(
+            f"{runtime.export.file} has no option {', '.join(unknown)}; known: {', '.join(known) or 'none'}"
+        )
+    found: dict[str, Any] = {"bytes_on_disk": runtime.export.write(result.simulated, path, result.metadata, **options)}
+    if runtime.kernels is not None:
+        found["kernels"] = runtime.kernels(result.simulated, path)
+    return found
 
 
-def fx_kernels(result: Result) -> dict[str, str]:
-    """Return the kernel that PyTorch's integer graph calls for each layer, "float" with the reason where it has none.
-
-    Raises:
-        LoweringError: the graph cannot be expressed there.
-    """
-    ran = kernel_report(result.lowered)
-    return {site.name: next((ran[n] for n in site.nodes if n in ran), "float") for site in result.program[Sites].sites}
-
-
-SEEN: Mapping[str, Callable[[Result, Path], dict[str, Any]]] = {
-    "onnxruntime": lambda result, folder: export(result, folder / "model.onnx"),
-    "fx_int8": lambda result, _: {"kernels": fx_kernels(result)},
-}
-"""Target -> what its runtime was seen to make of a result, files included that it runs."""
+def layouts() -> dict[str, Backend]:
+    """Return what `fxquant export --runtime` may be -> the backend that writes it."""
+    found = dict[str, Backend]()
+    for name, runtime in backends().items():
+        if runtime.export is not None:
+            found |= dict.fromkeys(runtime.export.layouts or (name,), runtime)
+    return found
 
 
 def write_reports(result: Result, folder: Path, extras: Mapping[str, Any] | None = None) -> None:

@@ -15,11 +15,12 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from fxquant import flow
-from fxquant.backends import keep_target, kept_target
+from fxquant.backends import is_known_by_name, lower
 from fxquant.backends.onnx import write_onnx
 from fxquant.capture import capture
-from fxquant.core.errors import CalibrationError, FileFormatError, OptionError, PipelineError
+from fxquant.core.errors import FileFormatError, OptionError, PipelineError
 from fxquant.core.facts import (
+    SUFFIX,
     BitAllocation,
     CostTable,
     CostTables,
@@ -29,8 +30,11 @@ from fxquant.core.facts import (
     SensitivityMatrix,
     Settings,
     Surrogates,
+    Target,
     WeightGrids,
+    read_target,
     usage,
+    write_target,
 )
 from fxquant.core.ir import Candidate, Program, Sites
 from fxquant.core.run import CalibrationSet, model_outputs
@@ -39,12 +43,10 @@ from fxquant.core.storage import (
     finish,
     load_exported,
     read_json,
-    read_tensors,
     save_exported,
     staged,
     text_digest,
     write_json,
-    write_tensors,
 )
 from fxquant.passes import measured_loss, simulate
 from fxquant.qat import METHOD, TrainedValues, gather, trainable, with_values
@@ -54,6 +56,9 @@ if TYPE_CHECKING:
     from fxquant.backends.onnx import ExportReport, OnnxOptions
 
 FORMAT_VERSION = 1
+TARGET_FILE = "target.json"
+"""Name under which a result keeps a target that its name alone does not say."""
+HELD_OUT = "held_out.safetensors"
 HELD_OUT_LIMIT = 64 * 10**6
 """Bytes of held-out images that a saved result carries at most, so that it can verify new plans."""
 
@@ -105,14 +110,14 @@ class Result:
 
     @cached_property
     def lowered(self) -> GraphModule:
-        """The graph that computes in integers on PyTorch's kernels; its output is float.
+        """The graph on the integer kernels of the result's target, called as the model is; its output is float.
+
+        `fxquant.lower(result, "fx_int8")` gives it on the kernels of another target.
 
         Raises:
-            LoweringError: the graph cannot be expressed there.
+            LoweringError: the target has no such graph, or this one cannot be expressed there.
         """
-        from fxquant.backends.int8 import FxInt8Backend
-
-        return FxInt8Backend().lower(self.simulated)
+        return lower(self.program[Target], self.simulated)
 
     def with_plan(self, plan: BitAllocation | str | Path) -> Result:
         """Return this result with a plan made elsewhere, for example a plan.json edited by hand.
@@ -188,8 +193,12 @@ class Result:
             LoweringError: an op has no ONNX form.
             MissingDependencyError: the onnx extra is not installed.
         """
-        plan = json.dumps(self.allocation.to_json()["choices"], separators=(",", ":"))
-        return write_onnx(self.simulated, Path(path), {"fxquant_plan": plan}, options)
+        return write_onnx(self.simulated, Path(path), self.metadata, options)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What exported files say about themselves: the plan, as JSON."""
+        return {"fxquant_plan": json.dumps(self.allocation.to_json()["choices"], separators=(",", ":"))}
 
     @property
     def example(self) -> tuple[torch.Tensor, ...]:
@@ -241,33 +250,34 @@ class Result:
         """
         folder, program = Path(folder), self.program
         settings = program[Settings]
-        held_out = _kept_images(self.held_out)
+        kept = self.held_out if self.held_out is not None and self.held_out.bytes <= HELD_OUT_LIMIT else None
         document = {
-            "settings": settings.to_json(),
+            "settings": _settings_to_json(settings, program[Target]),
             "costs": {name: table.to_json() for name, table in self.costs.tables.items()},
             "estimators": list(program[Surrogates].matrices),
             "finalists": {name: plan.to_json() for name, plan in self.finalists.items()},
             "plan": _plan_digest(self.allocation),
-            "held_out": bool(held_out),
+            "held_out": kept is not None,
             "rounding": Rounding in program,
             "trained": TrainedValues in program,
             "graph": text_digest(str(program.module.graph)),
             "torch": torch.__version__,
         }
         with staged(folder, RESULT) as staging:
-            self._write(staging, document, held_out)
+            self._write(staging, document, kept)
         return folder
 
-    def _write(self, folder: Path, document: dict[str, Any], held_out: dict[str, torch.Tensor]) -> None:
+    def _write(self, folder: Path, document: dict[str, Any], held_out: CalibrationSet | None) -> None:
         program = self.program
         self.allocation.to_json(folder / "plan.json")
-        keep_target(program[Settings], folder)
+        if not is_known_by_name(program[Target]):
+            write_target(folder / TARGET_FILE, program[Target])
         for name, matrix in program[Surrogates].matrices.items():
             matrix.save(folder / f"sensitivity_{name}.npz")
         program[Ranges].save(folder / "ranges.npz")
         save_exported(program[ExportedProgram], folder / "model.pt2")
-        if held_out:
-            write_tensors(folder / "held_out.safetensors", held_out)
+        if held_out is not None:
+            held_out.save(folder / HELD_OUT)
         if program[Settings].scoring_rounding != "nearest":
             program[WeightGrids].save_rounded(folder / "rounded_weights.npz")
         if Rounding in program:
@@ -291,7 +301,7 @@ class Result:
         _ = finish(folder)
         document = read_json(folder / "result.json", "result", FORMAT_VERSION)
         try:
-            settings = kept_target(Settings.of(document["settings"]), folder)
+            settings = _settings_from_json(document["settings"], folder)
             program = flow.find_sites(capture(load_exported(folder / "model.pt2"), ()), settings)
             if text_digest(str(program.module.graph)) != document["graph"]:
                 raise FileFormatError(
@@ -320,11 +330,11 @@ class Result:
         )
         if rounded:
             program = _with_rounding(program, folder / "rounding.npz")
-        program = flow.run(program, flow.scaling(settings)[0])
+        program = flow.run(program, flow.scaling(program[Target])[0])
         if settings.scoring_rounding != "nearest":
             program = program.with_facts(program[WeightGrids].with_rounded(folder / "rounded_weights.npz"))
         plan = BitAllocation.from_json(folder / "plan.json")
-        held_out = _load_held_out(folder / "held_out.safetensors") if with_images else None
+        held_out = CalibrationSet.load(folder / HELD_OUT) if with_images else None
         if trained:
             known = Rounding.load(folder / "trained.npz")
             program = program.with_facts(TrainedValues(known.choices, known.parameters))
@@ -360,18 +370,10 @@ def _with_rounding(program: Program, path: Path) -> Program:
         raise FileFormatError(f"{path} belongs to another model ({error}); restore it or quantize again") from error
 
 
-def _kept_images(held_out: CalibrationSet | None) -> dict[str, torch.Tensor]:
-    """Return the held-out images by name, nothing where there are none or too many to keep."""
-    if held_out is None or sum(tensor.nbytes for tensor in held_out.inputs) > HELD_OUT_LIMIT:
-        return {}
-    tensors = {f"input_{k}": tensor for k, tensor in enumerate(held_out.inputs)}
-    return tensors if held_out.labels is None else {**tensors, "labels": held_out.labels}
+def _settings_to_json(settings: Settings, target: Target) -> dict[str, Any]:
+    return settings.to_json() | {"target": target.name if is_known_by_name(target) else TARGET_FILE}
 
 
-def _load_held_out(path: Path) -> CalibrationSet:
-    tensors = read_tensors(path)
-    try:
-        inputs = tuple(tensors[f"input_{k}"] for k in range(sum(name.startswith("input_") for name in tensors)))
-        return CalibrationSet(inputs, tensors.get("labels"))
-    except (KeyError, CalibrationError) as error:
-        raise FileFormatError(f"{path} does not hold the held-out images ({error}); quantize again") from error
+def _settings_from_json(document: dict[str, Any], folder: Path) -> Settings:
+    described = str(document["target"]).endswith(SUFFIX)
+    return Settings.of(document, target=read_target(folder / TARGET_FILE) if described else None)

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten
 
 from fxquant import flow
+from fxquant.api import lower
 from fxquant.backends import backend, to_qdq
 from fxquant.backends.exact import run_traced
 from fxquant.backends.int8 import FxInt8Backend
@@ -195,5 +196,5 @@ def reads_back_as_it_was(program: Program, plan: BitAllocation, recipe: Recipe, 
     read = Result.load(made.save(folder))
     assert read.allocation.choices == plan.choices
     with torch.no_grad():
-        for one, other in ((made.simulated, read.simulated), (made.lowered, read.lowered)):
+        for one, other in ((made.simulated, read.simulated), (lower(made, "fx_int8"), lower(read, "fx_int8"))):
             alike(other(*shown), one(*shown), 0.0)

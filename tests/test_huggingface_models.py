@@ -45,11 +45,12 @@ def test_a_vision_model_of_hugging_face(family: str, tmp_path: Path) -> None:
     batches = [{"pixel_values": images, "labels": torch.zeros(8, dtype=torch.long)}]
     result = fxquant.quantize(model, batches, None, bits=(8,), effort="fast", progress=False)
     with torch.no_grad():
-        answer, expected = result.lowered(images), result.simulated(images).logits
-    assert type(answer) is type(model(images))
+        answers = [graph(images) for graph in (result.lowered, fxquant.lower(result, "fx_int8"))]
+        expected = result.simulated(images).logits
+    assert {type(answer) for answer in answers} == {type(model(images))}
     written = result.to_onnx(tmp_path / "model.onnx")
     spread = float(expected.std())
-    for logits in (answer.logits, executable(written.path, threads=1)((images,))):
+    for logits in (*(answer.logits for answer in answers), executable(written.path, threads=1)((images,))):
         assert logits.shape == shape
         assert float((logits - expected).abs().mean()) < 0.3 * spread
     result.save(tmp_path / "saved")

@@ -189,7 +189,7 @@ def test_every_runtime_computes_the_plan(name: str) -> None:
         if pair.reference == "exact":
             assert pair.max_step == 0 or pair.layer_step < 0.01, pair
         assert pair.mean_step <= LARGEST_STEP, pair
-    answers = [result.simulated(*result.example), result.lowered(*result.example)]
+    answers = [graph(*result.example) for graph in (result.simulated, result.lowered, fxquant.lower(result, "fx_int8"))]
     answers.append(backend("onnxruntime").compile(result.simulated, result.example, 1)(result.example))
     assert all(bool(torch.isfinite(answer).all()) for answer in answers)
     scales = [m.scale for m in result.simulated.modules() if isinstance(m, FakeQuantize)]
@@ -199,7 +199,7 @@ def test_every_runtime_computes_the_plan(name: str) -> None:
 
 def test_a_channel_without_weights_is_its_bias_exactly() -> None:
     result = quantized(network(head_weight=channel(0.0), head_bias=channel(3.25)), images())
-    answer = result.lowered(*result.example)[:, 0]
+    answer = fxquant.lower(result, "fx_int8")(*result.example)[:, 0]
     # To one step of the accumulator, whose grid is far finer than float32 shows here.
     assert torch.allclose(answer, torch.full_like(answer, 3.25), rtol=1e-3)
     assert torch.equal(answer, answer[:1].expand_as(answer))

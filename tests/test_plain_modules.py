@@ -18,10 +18,12 @@ def test_a_module_with_a_trainer_and_a_dataclass_for_an_answer(tmp_path: Path) -
     model, images = Classifier(), torch.randn(8, 3, 6, 6)
     result = fxquant.quantize(model, images, None, bits=(8,), effort="fast", progress=False)
     assert [site.kind for site in result.program[Sites].sites] == ["conv", "linear"]
-    answer, expected = result.lowered(images), result.simulated(images)
-    assert list(answer) == ["logits", "features", "loss"]
-    assert answer["loss"] is None
-    assert torch.allclose(answer["logits"], expected["logits"], atol=0.05)
+    expected = result.simulated(images)
+    for lowered in (result.lowered, fxquant.lower(result, "fx_int8")):
+        answer = lowered(images)
+        assert list(answer) == ["logits", "features", "loss"]
+        assert answer["loss"] is None
+        assert torch.allclose(answer["logits"], expected["logits"], atol=0.05)
     written = executable(result.to_onnx(tmp_path / "model.onnx").path, threads=1)((images,))
     assert torch.allclose(written, expected["logits"], atol=0.05)
     result.save(tmp_path / "saved")

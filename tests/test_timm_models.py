@@ -29,7 +29,7 @@ def check(model: nn.Module, size: int, folder: Path) -> None:
     simulated = fxquant.convert(program, plan)
     with torch.no_grad():
         expected = first_tensor(simulated.module(images))
-        lowered = first_tensor(fxquant.lower(simulated)(images))
+        lowered = first_tensor(fxquant.lower(simulated, "fx_int8")(images))
     written = executable(fxquant.export_onnx(simulated, folder / "model.onnx"), threads=1)((images,))
     spread = float(expected.std())
     assert spread > 0

@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 from fxquant.backends.exact.edge_trace import (
+    BATCH,
     Integers,
     Trace,
     Tracer,
+    activation_quantizers,
     edge_labels,
-    lowered_tracer,
+    layer_name,
+    outputs,
     run_traced,
     value_names,
 )
 from fxquant.backends.exact.integer_graph import exact_graph
-from fxquant.backends.exact.requantize import REQUANTIZATIONS, Sums, requantization
+from fxquant.backends.exact.requantize import (
+    LayerFormula,
+    Operands,
+    Pool,
+    Requantization,
+    Sums,
+    centred,
+    f32,
+    fma,
+)
 
 __all__ = [
-    "REQUANTIZATIONS",
+    "BATCH",
     "Integers",
+    "LayerFormula",
+    "Operands",
+    "Pool",
+    "Requantization",
     "Sums",
     "Trace",
     "Tracer",
+    "activation_quantizers",
+    "centred",
     "edge_labels",
     "exact_graph",
-    "lowered_tracer",
-    "requantization",
+    "f32",
+    "fma",
+    "layer_name",
+    "outputs",
     "run_traced",
     "value_names",
 ]

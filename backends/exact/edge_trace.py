@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
-from fxquant.backends.int8 import compiled
+from fxquant.backends.explicit_graph import to_qdq
 from fxquant.backends.qdq_ops import EDGE, quantize
-from fxquant.backends.reference import to_qdq
-from fxquant.core.ir import FakeQuantize, ScaleRule, finish, fork, is_constant, rule_of, site_name
+from fxquant.core.ir import FakeQuantize, ScaleRule, is_constant, rule_of, site_name
 
+BATCH = 16
+"""Images that are traced at once."""
 Integers = dict[str, Tensor]
 """Edge -> uint8 tensor."""
 
@@ -49,7 +50,7 @@ def edge_labels(module: GraphModule) -> dict[str, str]:
     Args:
         module: simulated graph.
     """
-    return {node.name: _label(node) for node in _activation_quantizers(module)}
+    return {node.name: _label(node) for node in activation_quantizers(module)}
 
 
 def _label(node: Node) -> str:
@@ -65,20 +66,27 @@ def _label(node: Node) -> str:
     return f"{_place(source)} ({' + '.join(reversed(kinds))})"
 
 
-def _place(node: Node) -> str:
-    """Return the module path of a layer's weight, else of the module that calls the op, else the node's name."""
+def layer_name(node: Node) -> str | None:
+    """Return the module path of the layer whose weight an op of a simulated graph reads, None where it reads none."""
     rule = rule_of(node)
     weight = node.args[rule.weight] if rule is not None and rule.weight is not None else None
     holder = weight.args[0] if isinstance(weight, Node) and weight.op == "call_module" else weight
-    if isinstance(holder, Node) and is_constant(holder):
-        return site_name(str(holder.target))
+    return site_name(str(holder.target)) if isinstance(holder, Node) and is_constant(holder) else None
+
+
+def _place(node: Node) -> str:
+    """Return the module path of a layer's weight, else of the module that calls the op, else the node's name."""
+    layer = layer_name(node)
+    if layer is not None:
+        return layer
     stack = node.meta.get("nn_module_stack")
     path = str(list(stack.values())[-1][0]) if isinstance(stack, Mapping) and stack else ""
     # Paths are written as torch.export does: L['self'].layer1.0, or layer1.0.
     return path.removeprefix("L['self']").strip(".") or node.name
 
 
-def _activation_quantizers(module: GraphModule) -> list[Node]:
+def activation_quantizers(module: GraphModule) -> list[Node]:
+    """Return the nodes of a simulated graph that quantize activations, in graph order."""
     return [n for n in module.graph.nodes if _fake(module, n) is not None]
 
 
@@ -132,61 +140,3 @@ def _integers(value: Tensor, fake: FakeQuantize) -> Tensor:
 def value_names(module: GraphModule) -> dict[str, str]:
     """Return edge -> name of the node that makes its integers in the explicit graph, and so of its ONNX value."""
     return {str(n.meta[EDGE]): n.name for n in to_qdq(module).graph.nodes if n.target is quantize and EDGE in n.meta}
-
-
-def lowered_edges(module: GraphModule, lowered: GraphModule) -> dict[str, str]:
-    """Return edge -> node of a graph lowered to PyTorch's kernels that makes its integers, where there is one."""
-    places = {node.name: index for index, node in enumerate(lowered.graph.nodes)}
-    found = {}
-    for node in _activation_quantizers(module):
-        name = next((name for name in _makers(node) if name in places), None)
-        if name is not None:
-            found[node.name] = name
-    return found
-
-
-def _makers(node: Node) -> list[str]:
-    """Return what the maker of a quantizer's integers may be called: itself, or the op that writes for it."""
-    names, source = [node.name], node.args[0]
-    while isinstance(source, Node):
-        names.append(source.name)
-        rule = rule_of(source)
-        if rule is None or rule.scale is not ScaleRule.ABSORB or len(source.users) > 1:
-            break
-        source = source.args[0]
-    return names
-
-
-def lowered_tracer(module: GraphModule, lowered: GraphModule, inductor: bool = False) -> Tracer:
-    """Return what runs a lowered graph and tells its edges.
-
-    The edges are returned as further outputs of one graph, so that the same form runs eagerly and compiled.
-
-    Args:
-        module: the simulated graph it was made of.
-        lowered: from `FxInt8Backend.lower`; its kernels no longer reuse the memory of their operands.
-        inductor: run it through torch.compile.
-    """
-    watched = fork(lowered)
-    for part in watched.modules():
-        if "may_overwrite" in vars(part):
-            # Edges are read when all is done: no kernel may write over its operand.
-            vars(part)["may_overwrite"] = False
-    graph: Graph = watched.graph
-    by_name = {node.name: node for node in graph.nodes}
-    edges = lowered_edges(module, lowered)
-    (output,) = (node for node in graph.nodes if node.op == "output")
-    output.args = ((output.args[0], tuple(by_name[name] for name in edges.values())),)
-    # The answer is a pair now, whatever structure the model's own has.
-    graph.set_codegen(torch.fx.graph.CodeGen())
-    finish(watched)
-    call = compiled(watched) if inductor else watched
-
-    def run(inputs: tuple[Tensor, ...]) -> Trace:
-        with torch.no_grad():
-            answer, integers = call(*inputs)
-        seen = {name: value for name, value in zip(edges, integers, strict=True) if value.dtype is torch.uint8}
-        first, *others = outputs(answer)
-        return Trace(first, seen, tuple(others))
-
-    return run

@@ -7,22 +7,18 @@ over the runtime's formula (`fxquant.backends.exact.requantize`) and nothing els
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.backends.exact.requantize import FORMS, Requantization, Sums, requantization
-from fxquant.backends.int8 import UINT8_MAX, ByteGrid, ConvGeometry, conv_geometry
+from fxquant.backends.affine import UINT8_MAX, ByteGrid
+from fxquant.backends.exact.requantize import LayerFormula, Requantization, Sums
+from fxquant.backends.explicit_graph import to_qdq
 from fxquant.backends.qdq_ops import dequantize, dequantize_channels, quantize
-from fxquant.backends.reference import to_qdq
 from fxquant.core.ir import ScaleRule, clip_bounds, constant, erase_dead, finish, rule_of
-
-FORM = "form"
-"""Key of a node's meta: how a runtime computes it."""
 
 WHOLE = 2.0**24
 """float32 holds every integer up to here, and so every sum that stays below, in whatever order it is formed."""
@@ -49,37 +45,38 @@ class ExactLayer(nn.Module):
     Args:
         rule: how sums are requantized.
         op: the layer without bias.
-        geometry: of a convolution, with the zeros to add in front of it; None for a linear layer, whose channels come
-            last.
+        linear: whether it is a linear layer, whose channels come last.
         weight: int8, output channels first.
         scales: float32 `(channels,)`.
         bias: int32 `(channels,)`, or None.
         grid: of the input.
         out: of the output, None for float32.
         addend: of a second operand that is added, None for none.
+        joins: shape of the input -> `Sums.joined`; None where it is never so.
     """
 
     def __init__(
         self,
         rule: Requantization,
         op: Weighted,
-        geometry: tuple[ConvGeometry, tuple[int, int, int, int]] | None,
+        linear: bool,
         weight: Tensor,
         scales: Tensor,
         bias: Tensor | None,
         grid: ByteGrid,
         out: ByteGrid | None,
         addend: ByteGrid | None = None,
+        joins: Callable[[tuple[int, ...]], bool] | None = None,
     ) -> None:
         super().__init__()
-        #: how a compiler is told, see `FORMS`; any other word stands for the kernel itself
-        self.form = "call"
-        self.rule, self.op, self.geometry, self.grid, self.out, self.addend = rule, op, geometry, grid, out, addend
+        self.formula: LayerFormula | None = None
+        self.rule, self.op, self.linear, self.grid, self.out, self.addend = rule, op, linear, grid, out, addend
+        self.joins = joins
         rows = weight.flatten(1).double()
         largest = rows.abs().sum(dim=1) * UINT8_MAX + (0 if bias is None else bias.double().abs())
         # Most layers stay below; others take float64, exact up to 2^53 and slower.
         kind = torch.float64 if float(largest.max()) >= WHOLE else torch.float32
-        channels = (-1,) if geometry is None else (-1, *[1] * (weight.dim() - 2))
+        channels = (-1,) if linear else (-1, *[1] * (weight.dim() - 2))
         self.weight, self.scales = weight.to(kind), scales.float().view(channels)
         self.bias = None if bias is None else bias.to(kind).view(channels)
         self.shift = (grid.zero_point * rows.sum(dim=1)).to(kind).view(channels)
@@ -88,9 +85,10 @@ class ExactLayer(nn.Module):
         """Return the layer's answer, the addend added before it is rounded."""
         centred = q.to(self.weight.dtype) - self.grid.zero_point
         sums = self.op(centred, self.weight)
-        found = Sums(sums, self.grid.scale, self.scales, self.bias, self.shift, self._joined(q.shape))
-        if self.form in FORMS:
-            levels = FORMS[self.form](found, addend, self.addend, self.out)
+        joined = self.joins is not None and self.joins(tuple(q.shape))
+        found = Sums(sums, self.grid.scale, self.scales, self.bias, self.shift, joined)
+        if self.formula is not None:
+            levels = self.formula(found, addend, self.addend, self.out)
             return levels if self.out is None else _clamped(levels, self.out)
         if addend is not None:
             assert self.rule.conv_add is not None
@@ -98,19 +96,8 @@ class ExactLayer(nn.Module):
             assert self.out is not None
             return _clamped(self.rule.conv_add(found, addend, self.addend, self.out), self.out)
         if self.out is None:
-            return (self.rule.linear_real if self.geometry is None else self.rule.conv_real)(found)
-        return _clamped((self.rule.linear if self.geometry is None else self.rule.conv)(found, self.out), self.out)
-
-    def _joined(self, shape: Sequence[int]) -> bool:
-        """Return `Sums.joined` for an input of a shape."""
-        if self.geometry is None or self.rule.joins is None:
-            return False
-        geometry, (left, right, top, bottom) = self.geometry
-        # One axis counts as the width, as in `IntegerConv`.
-        (count, channels, *sizes), (out, each, *kernel) = shape, self.weight.shape
-        height, width = sizes if len(sizes) == 2 else (1, *sizes)
-        padded = (count, channels, height + top + bottom, width + left + right)
-        return self.rule.joins(padded, (out, each, *(kernel if len(kernel) == 2 else (1, *kernel))), geometry)
+            return (self.rule.linear_real if self.linear else self.rule.conv_real)(found)
+        return _clamped((self.rule.linear if self.linear else self.rule.conv)(found, self.out), self.out)
 
 
 class ExactJoin(nn.Module):
@@ -134,7 +121,7 @@ def _clamped(levels: Tensor, grid: ByteGrid) -> Tensor:
     return levels.clamp(grid.low, grid.high).to(torch.uint8)
 
 
-def exact_graph(module: GraphModule, runtime: str, forms: Mapping[str, str] = MappingProxyType({})) -> GraphModule:
+def exact_graph(module: GraphModule, formulas: Requantization) -> GraphModule:
     """Return the graph whose integers are those that a runtime computes.
 
     Layers, sums, products and poolings between quantizers are computed on integers; what the plan or the op leaves in
@@ -143,22 +130,17 @@ def exact_graph(module: GraphModule, runtime: str, forms: Mapping[str, str] = Ma
 
     Args:
         module: simulated graph; it is not changed.
-        runtime: `onnxruntime`, `fx_int8` or `compiled`.
-        forms: name of a convolution -> how the runtime computes it where that is not by the kernel (`told_forms`).
+        formulas: how the runtime rounds.
 
     Raises:
-        OptionError: no formula is known for the runtime.
         LoweringError: a quantizer's grid does not fit uint8.
     """
-    rule = requantization(runtime)
     exact = to_qdq(module)
-    for node in exact.graph.nodes:
-        node.meta[FORM] = forms.get(node.name, "call")
     for node in list(exact.graph.nodes):
         if node.target is quantize:
-            _replace_quantize(exact, node, rule)
+            _replace_quantize(exact, node, formulas)
     for node in list(exact.graph.nodes):
-        layer = _layer(exact, node, rule, None)
+        layer = _layer(exact, node, formulas, None)
         if layer is not None:
             made = _call(exact, node, layer, (_integers(node.args[0]),))
             made.meta = dict(node.meta)
@@ -256,9 +238,10 @@ def _layer(exact: GraphModule, node: Node, rule: Requantization, out: ByteGrid |
         return None
     assert callable(node.target)
     op = partial(_weighted, node.target, tuple(rest[1:]))
-    geometry = conv_geometry(node, integers) if integers.dim() > 2 else None
-    layer = ExactLayer(rule, op, geometry, integers, scales, offsets, _grid(exact, source), out)
-    layer.form = node.meta[FORM]
+    linear = row.kind == "linear"
+    joins = None if linear or rule.joins is None else rule.joins(node, integers)
+    layer = ExactLayer(rule, op, linear, integers, scales, offsets, _grid(exact, source), out, joins=joins)
+    layer.formula = rule.layers.get(node.name)
     return layer
 
 

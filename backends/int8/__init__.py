@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fxquant.backends.int8.affine import ROUNDER, UINT8_MAX, ByteGrid, dequantize_u8, quantize_u8
+from fxquant.backends.affine import ROUNDER, UINT8_MAX, ByteGrid, dequantize_u8, quantize_u8
 from fxquant.backends.int8.attention import fuse_attention
-from fxquant.backends.int8.backend import FxInt8Backend, kernel_report, told_forms
+from fxquant.backends.int8.backend import NAME, FxInt8Backend, kernel_report, told_forms
 from fxquant.backends.int8.conv import IntegerConv, traced_form
 from fxquant.backends.int8.custom_ops import conv2d_op
 from fxquant.backends.int8.dynamic_linear import DynamicLinear, lower_dynamic
@@ -29,12 +29,15 @@ from fxquant.backends.int8.modules import (
     IntegerPad,
     Quantize,
 )
-from fxquant.backends.int8.rules import INTEGER_OPS, Ending, IntegerOp, OpCall, conv_geometry
+from fxquant.backends.int8.rules import INTEGER_OPS, Ending, IntegerOp, OpCall
+from fxquant.backends.int8.torch_formulas import EAGER_FORMULAS
 
 __all__ = [
     "ACTIVATIONS",
+    "EAGER_FORMULAS",
     "EXACT_KERNEL",
     "INTEGER_OPS",
+    "NAME",
     "ONE_PASS_FROM",
     "ROUNDER",
     "UINT8_MAX",
@@ -59,7 +62,6 @@ __all__ = [
     "Quantize",
     "compiled",
     "conv2d_op",
-    "conv_geometry",
     "conv_joins_scales",
     "conv_kernel_is_exact",
     "dequantize_u8",

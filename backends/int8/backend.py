@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from fxquant.backends.affine import ByteGrid
 from fxquant.backends.base import Executable
-from fxquant.backends.int8.affine import ByteGrid
 from fxquant.backends.int8.attention import STANDS_FOR, fuse_attention
 from fxquant.backends.int8.conv import IntegerConv
 from fxquant.backends.int8.inductor import compiled
@@ -48,6 +48,7 @@ from fxquant.core.run import first_tensor
 
 aten = torch.ops.aten
 
+NAME = "fx_int8"
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
 _REASON = "float_reason"
@@ -69,7 +70,7 @@ class FxInt8Backend:
     def target(self) -> Target:
         """What the rows of `INTEGER_OPS` run on integers."""
         # PyTorch has no arithmetic on packed integers for this CPU: narrower weights are kept as int8.
-        return target_of("fx_int8", INTEGER_OPS, WIDTHS, WIDTHS, dict.fromkeys(WIDTHS, 8))
+        return target_of(NAME, INTEGER_OPS, WIDTHS, WIDTHS, dict.fromkeys(WIDTHS, 8))
 
     def lower(self, module: GraphModule, batch: int = 1) -> GraphModule:
         """Return the graph that computes in integers; weights are packed on its first call.

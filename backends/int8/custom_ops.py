@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxquant.backends.int8.affine import UINT8_MAX, ByteGrid
+from fxquant.backends.affine import UINT8_MAX, ByteGrid
 from fxquant.backends.int8.kernels import ConvCall, ConvGeometry, ConvGrids, conv_kernel_is_exact, pad_u8, prepared_conv
 
 torch.library.define(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxquant.backends.int8.affine import UINT8_MAX, ByteGrid, dequantize_u8, quantize_u8
+from fxquant.backends.affine import UINT8_MAX, ByteGrid, dequantize_u8, quantize_u8
 from fxquant.core.errors import LoweringError
 
 EXACT_KERNEL = "float64 on integers"

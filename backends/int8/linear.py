@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.backends.affine import ByteGrid, quantize_u8, round_to_u8
 from fxquant.backends.int8 import kernels
-from fxquant.backends.int8.affine import ByteGrid, quantize_u8, round_to_u8
 from fxquant.backends.int8.first_use import OnFirstUse
 from fxquant.backends.int8.kernels import LinearEnd
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxquant.backends.affine import ByteGrid, dequantize_u8, quantize_u8, round_to_u8, scalar
 from fxquant.backends.int8 import kernels
-from fxquant.backends.int8.affine import ByteGrid, dequantize_u8, quantize_u8, round_to_u8, scalar
 from fxquant.backends.int8.custom_ops import pad_op
 
 

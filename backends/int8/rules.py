@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.backends.int8.affine import ByteGrid
+from fxquant.backends.affine import ByteGrid
 from fxquant.backends.int8.conv import CALL, PASS_PER_ELEMENT, IntegerConv, traced_form
 from fxquant.backends.int8.kernels import ConvGeometry, ConvGrids, LinearEnd
 from fxquant.backends.int8.linear import IntegerLinear

@@ -1,48 +1,45 @@
-"""The ONNX Runtime backend: simulated graph in, standard QDQ model out, running on integer kernels."""
+"""The target `onnxruntime`: a standard QDQ model, which ONNX Runtime runs on integer kernels.
+
+Modules that need the ONNX packages are imported when they are used, so that fxquant works without them.
+"""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.backends.base import Executable
+from fxquant.backends.base import Backend, Executable, Export, Packages, Runtime
+from fxquant.backends.exact import Requantization, Tracer, value_names
 from fxquant.backends.kernel_rows import target_of
-from fxquant.backends.onnx.export_options import OnnxOptions
+from fxquant.backends.onnx.export_options import RUNTIMES, OnnxOptions
+from fxquant.backends.onnx.ort_formulas import ORT_FORMULAS
 from fxquant.backends.onnx.runtime_kernels import RUNTIME_KERNELS
 from fxquant.backends.reference import STORAGE_BITS
-from fxquant.core.errors import MissingDependencyError
-from fxquant.core.facts import Target
 
 if TYPE_CHECKING:
     from fxquant.backends.onnx.export import ExportReport
 
 
-def onnx_module(name: str) -> ModuleType:
-    """Import a module of this package that needs the ONNX packages.
+PACKAGES = Packages(("onnx", "onnxruntime"), "fxquant[onnx]")
+
+
+def check_packages() -> None:
+    """Do nothing where the ONNX packages are installed.
 
     Raises:
-        MissingDependencyError: they are not installed.
+        MissingDependencyError: one of them is missing.
     """
-    try:
-        return importlib.import_module(f"fxquant.backends.onnx.{name}")
-    except ImportError as error:
-        if error.name is not None and error.name.startswith("fxquant"):
-            raise
-        raise MissingDependencyError(
-            f'the onnxruntime target needs {error.name}, which is not installed; pip install "fxquant[onnx]"'
-        ) from error
+    PACKAGES.check("the onnxruntime target")
 
 
 def write_onnx(
     module: GraphModule, path: Path, metadata: Mapping[str, str] | None = None, options: OnnxOptions | None = None
 ) -> ExportReport:
-    """Write a simulated or float graph as ONNX; see `onnx_export.export_onnx`.
+    """Write a simulated or float graph as ONNX; see `export_onnx`.
 
     Raises:
         MissingDependencyError: the ONNX packages are not installed.
@@ -50,21 +47,69 @@ def write_onnx(
         OptionError: `options.weight_only` names a layer that cannot have it.
         OutputError: the folder cannot be written.
     """
-    report: ExportReport = onnx_module("export").export_onnx(module, path, metadata, options)
-    return report
+    check_packages()
+    from fxquant.backends.onnx.export import export_onnx
+
+    return export_onnx(module, path, metadata, options)
 
 
-class OnnxRuntimeBackend:
-    """Runs graphs in ONNX Runtime on the CPU."""
+def _compile(module: GraphModule, inputs: tuple[Tensor, ...], threads: int | None = None) -> Executable:
+    del inputs
+    return _executable(_model(module), threads)
 
-    @property
-    def target(self) -> Target:
-        """What the rows of `RUNTIME_KERNELS` run on integers."""
-        return target_of("onnxruntime", RUNTIME_KERNELS, (2, 3, 4, 5, 6, 7, 8), (8,), STORAGE_BITS)
 
-    def compile(self, module: GraphModule, inputs: tuple[Tensor, ...], threads: int | None = None) -> Executable:
-        """Make a graph run; see `Backend.compile`."""
-        del inputs
-        model = onnx_module("export").to_onnx(module)
-        run: Executable = onnx_module("session").executable(model.SerializeToString(), threads)
-        return run
+def _model(module: GraphModule) -> bytes:
+    check_packages()
+    from fxquant.backends.onnx.export import to_onnx
+
+    data: bytes = to_onnx(module).SerializeToString()
+    return data
+
+
+def _executable(model: bytes, threads: int | None) -> Executable:
+    from fxquant.backends.onnx.session import executable
+
+    return executable(model, threads)
+
+
+def _lower(module: GraphModule) -> GraphModule:
+    check_packages()
+    from fxquant.backends.onnx.session_graph import session_graph
+
+    return session_graph(module)
+
+
+def _write(module: GraphModule, path: Path, metadata: Mapping[str, str], **options: Any) -> int:
+    return write_onnx(module, path, metadata, OnnxOptions(**options)).bytes
+
+
+def _kernels(module: GraphModule, file: Path | None) -> dict[str, str]:
+    check_packages()
+    from fxquant.backends.onnx.session import kernel_report
+
+    return dict(kernel_report(_model(module) if file is None else file).kernels)
+
+
+def _trace(module: GraphModule, model: bytes | None, threads: int | None) -> Tracer:
+    check_packages()
+    from fxquant.backends.onnx.runtime_trace import onnx_tracer
+
+    return onnx_tracer(model or _model(module), value_names(module), threads)
+
+
+def _formulas(module: GraphModule) -> Requantization:
+    del module
+    return ORT_FORMULAS
+
+
+def onnx_runtime() -> Backend:
+    """Return what ONNX Runtime can do, its target by the rows of `RUNTIME_KERNELS`."""
+    return Backend(
+        target=target_of("onnxruntime", RUNTIME_KERNELS, (2, 3, 4, 5, 6, 7, 8), (8,), STORAGE_BITS),
+        compile=_compile,
+        lower=_lower,
+        export=Export("model.onnx", _write, layouts=RUNTIMES, options=("weight_only", "block_size", "external_data")),
+        kernels=_kernels,
+        runtimes={"onnxruntime": Runtime(_trace, _formulas)},
+        packages=PACKAGES,
+    )

@@ -7,17 +7,13 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx
 from onnx import AttributeProto, TensorProto
 
-from fxquant.backends.onnx.backend import onnx_module
 from fxquant.backends.onnx.origins import WIDTHS, Origin, Origins, type_name
+from fxquant.backends.onnx.session import kernel_report
 from fxquant.core.errors import FileFormatError, FxquantError, OptionError, first_line
-
-if TYPE_CHECKING:
-    from fxquant.backends.onnx.session import KernelReport
 
 LARGEST = 2**31 - 1
 """Bytes that a protobuf message may have."""
@@ -314,7 +310,7 @@ def _kernels(model: onnx.ModelProto, notes: list[str]) -> dict[str, str]:
             warnings.simplefilter("ignore")
             # The runtime is less careful with damaged graphs than the checker is.
             onnx.checker.check_model(data)
-        report: KernelReport = onnx_module("session").kernel_report(data)
+        report = kernel_report(data)
     except onnx.checker.ValidationError as error:
         notes.append(f"ONNX Runtime was not asked for kernels: the model is not valid ({first_line(error, 300)})")
     except FxquantError as error:

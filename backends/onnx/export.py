@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from fxquant.backends.explicit_graph import to_qdq
 from fxquant.backends.onnx.blocks import block_linear, to_blocks
 from fxquant.backends.onnx.builder import OPSET, PACKED, GraphBuilder
 from fxquant.backends.onnx.export_options import OnnxOptions
@@ -26,7 +27,7 @@ from fxquant.backends.onnx.shape_emitters import EMITTERS
 from fxquant.backends.onnx.splice import Piece, insert, pieces, result_count
 from fxquant.backends.onnx.stem import fold_stems
 from fxquant.backends.qdq_ops import dequantize_channels
-from fxquant.backends.reference import STORAGE_BITS, to_qdq
+from fxquant.backends.reference import STORAGE_BITS
 from fxquant.core.errors import LoweringError, OptionError
 
 LAZY = (dequantize_channels, torch.ops.aten.sym_size.int)

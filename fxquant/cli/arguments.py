@@ -7,14 +7,15 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import NoReturn
 
+from fxquant.backends import Backend, backend, runtimes
 from fxquant.backends.onnx import BLOCK_SIZES
-from fxquant.backends.onnx import RUNTIMES as LAYOUTS
 from fxquant.bench import ROUNDS
 from fxquant.cli.flags import add_flags
 from fxquant.cli.inputs import ImageOptions
-from fxquant.core.facts import Settings
+from fxquant.core.facts import Settings, Target
 from fxquant.flow import KNOWN_NAMES
-from fxquant.parity import RUNTIMES
+from fxquant.outputs import layouts
+from fxquant.parity import default_runtimes
 from fxquant.passes.rounding import ROUNDERS
 
 Refuse = Callable[[str], NoReturn]
@@ -137,11 +138,11 @@ def _export(parser: argparse.ArgumentParser) -> None:
     _folder(parser)
     parser.add_argument("--plan", type=Path, metavar="FILE", help="a plan.json edited by hand")
     add = parser.add_argument
-    add("--output", type=Path, metavar="FILE", help="default DIR/model.onnx")
-    add("--runtime", choices=LAYOUTS, default=LAYOUTS[0], help="whom the file is laid out for")
-    add("--weight-only", type=_names, default=(), metavar="GLOB,GLOB", help="linear layers of <= 4 bits in blocks")
-    add("--block-size", type=int, choices=BLOCK_SIZES, default=32, help="inputs per scale of such a layer")
-    add("--external-data", action="store_true", help="write the weights to FILE.data, as files over 2 GB must")
+    add("--output", type=Path, metavar="FILE", help="default the runtime's file in DIR, for example model.onnx")
+    add("--runtime", choices=tuple(layouts()), help="what will read the file; default the result's target, if it can")
+    add("--weight-only", type=_names, metavar="GLOB,GLOB", help="ONNX: linear layers of <= 4 bits in blocks")
+    add("--block-size", type=int, choices=BLOCK_SIZES, help="ONNX: inputs per scale of such a layer, default 32")
+    add("--external-data", action="store_true", default=None, help="ONNX: weights in FILE.data, as over 2 GB they must")
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
@@ -156,9 +157,10 @@ def _check(parser: argparse.ArgumentParser) -> None:
     add("--data", metavar="SPEC", help=".npz, .npy, image folder, or pkg.module:loader, labelled or not; default DIR's")
     add("--images", type=int, default=64, metavar="N", help="images to compare on at most")
     add_flags(parser, ImageOptions)
-    add("--against", type=_names, default=("onnxruntime", "fx_int8"), metavar="NAME,NAME", help=", ".join(RUNTIMES))
-    add("--onnx", type=Path, metavar="FILE", help="the file to check; default DIR/model.onnx, else exported anew")
-    add("--threads", type=int, help="threads of ONNX Runtime")
+    default = ", ".join(default_runtimes())
+    add("--against", type=_names, metavar="NAME,NAME", help=f"{', '.join(runtimes())}; default {default}")
+    add("--onnx", type=Path, metavar="FILE", help="the file to check; default the one in DIR, else a new export")
+    add("--threads", type=int, help="threads of the runtimes")
     add("--json", action="store_true", help="everything, as JSON")
 
 
@@ -191,3 +193,20 @@ _ADDERS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "report": _report,
     "inspect": _inspect,
 }
+
+
+EXPORT_OPTIONS = ("weight_only", "block_size", "external_data")
+
+
+def export_options(args: argparse.Namespace, target: Target) -> tuple[Backend, dict[str, object]]:
+    """Return the backend that `fxquant export` writes a file for, and the options of that file which were given.
+
+    Without --runtime it is the result's own target, and ONNX where that has no file.
+    """
+    known = layouts()
+    own = backend(target)
+    chosen = known[args.runtime] if args.runtime else own if own.export is not None else next(iter(known.values()))
+    options = {name: getattr(args, name) for name in EXPORT_OPTIONS if getattr(args, name) is not None}
+    if args.runtime and chosen.export is not None and chosen.export.layouts:
+        options["runtime"] = args.runtime
+    return chosen, options

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from fxquant import api
-from fxquant.backends.onnx import OnnxOptions
+from fxquant.backends import backends
 from fxquant.bench import bench
-from fxquant.cli.arguments import build_parser
+from fxquant.cli.arguments import build_parser, export_options
 from fxquant.cli.flags import given
 from fxquant.cli.inputs import ImageOptions, load_calibration, load_model
 from fxquant.cli.inspect_onnx import as_json, as_text, inspect
 from fxquant.cli.interrupts import stopped_in_order
 from fxquant.core.errors import FxquantError, OptionError
-from fxquant.core.facts import EFFORTS, Budget, Settings
+from fxquant.core.facts import EFFORTS, Budget, Settings, Target
 from fxquant.core.host import Shards, memory_named, printable
 from fxquant.core.storage import check_writable
 from fxquant.outputs import (
@@ -192,14 +192,16 @@ def _export(args: argparse.Namespace) -> None:
     result = Result.load(args.folder)
     if args.plan is not None:
         result = result.with_plan(args.plan)
-    path = args.output or args.folder / "model.onnx"
+    runtime, options = export_options(args, result.program[Target])
+    assert runtime.export is not None
+    path = args.output or args.folder / runtime.export.file
     check_writable(path.parent)
-    options = OnnxOptions(args.runtime, args.weight_only, args.block_size, args.external_data)
-    measured = export(result, path, options)
+    measured = export(result, runtime, path, options)
     if not args.quiet:
-        kernels = measured["kernels"]
-        integer = sum(kernel != "float" for kernel in kernels.values())
-        print(f"wrote {path}, {measured['bytes_on_disk']} bytes; {integer} of {len(kernels)} layers on integer kernels")
+        kernels = measured.get("kernels", {})
+        integer = sum(not kernel.startswith("float") for kernel in kernels.values())
+        ran = f"; {integer} of {len(kernels)} layers on integer kernels" if kernels else ""
+        print(f"wrote {path}, {measured['bytes_on_disk']} bytes{ran}")
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -218,9 +220,10 @@ def _check(args: argparse.Namespace) -> None:
     given = None
     if args.data is not None:
         given = load_calibration(args.data, _image_options(args), args.images, "--data")
-    model = args.onnx or args.folder / "model.onnx"
-    known = model if args.onnx is not None or model.is_file() else None
-    parity = check(result, given, args.against, known, args.threads, args.images)
+    # Of the folder's own files the runtimes read those that they export.
+    files = {args.folder / found.export.file for found in backends().values() if found.export is not None}
+    models = sorted(path for path in files if path.is_file()) if args.onnx is None else [args.onnx]
+    parity = check(result, given, args.against, models, args.threads, args.images)
     if args.json:
         print(parity_json(parity))
     elif not args.quiet:

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxquant.backends.onnx import onnx_module
 from fxquant.core.errors import FileFormatError
 from fxquant.core.facts import BitAllocation
 from fxquant.core.host import printable
@@ -38,7 +37,9 @@ def inspect(path: Path, runtime: bool = True) -> dict[str, Any]:
         FileFormatError: missing, damaged, too large, or no ONNX model.
         MissingDependencyError: the onnx extra is not installed.
     """
-    found: Inspection = onnx_module("contents").inspect_onnx(path, runtime)
+    from fxquant.backends.onnx import inspect_onnx
+
+    found = inspect_onnx(path, runtime)
     document = {"kind": "inspection", "version": FORMAT_VERSION, "path": str(path), **asdict(found)}
     document["plan"] = _plan(found, document)
     return document

@@ -14,7 +14,6 @@ from torch.fx import GraphModule
 
 from fxquant.api import quantize
 from fxquant.backends import backend
-from fxquant.backends.onnx import write_onnx
 from fxquant.bench import measure_speed
 from fxquant.core.facts import BitAllocation, Budget
 from fxquant.core.host import Reporter
@@ -107,10 +106,12 @@ def accuracy(graph: GraphModule, data: DigitsData) -> float:
 
 
 def file_bytes(graph: GraphModule, result: Result | None) -> int:
-    """Return the size of the ONNX file of a result, or of a float graph."""
+    """Return the size of the file that the runtime reads, of a result or of a float graph."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        return (write_onnx(graph, path) if result is None else result.to_onnx(path)).bytes
+        path = Path(folder) / "model"
+        export = backend(TARGET).export
+        assert export is not None
+        return export.write(graph, path, {} if result is None else result.metadata)
 
 
 def parity(result: Result, images: Tensor) -> dict[str, Any]:

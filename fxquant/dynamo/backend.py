@@ -29,7 +29,9 @@ from torch.utils import _pytree as pytree
 
 from fxquant import flow
 from fxquant.api import quantize
-from fxquant.backends.int8 import FxInt8Backend, compiled, lower_dynamic
+from fxquant.backends import lower
+from fxquant.backends.int8 import NAME as TARGET
+from fxquant.backends.int8 import compiled, lower_dynamic
 from fxquant.capture import capture
 from fxquant.core.errors import CalibrationError, CaptureError, OptionError, first_line
 from fxquant.core.facts import BitAllocation, Budget, Settings, options_of
@@ -48,7 +50,6 @@ Run = Callable[..., Any]
 KEPT = 8
 """Integer graphs in the cache, so that a recompilation for another batch size does not quantize again."""
 
-TARGET = "fx_int8"
 CALL = ("workdir", "progress")
 """Arguments of `fxquant.quantize` that are not settings."""
 
@@ -206,7 +207,8 @@ def _integer_graph(options: CompileOptions, module: GraphModule, inputs: tuple[T
         else:
             settings = {"target": TARGET, "progress": False, **options.quantize}
             call = {name: settings.pop(name) for name in CALL if name in settings}
-            _LOWERED[key] = quantize(exported, images, _budget(options), **call, options=settings).lowered
+            result = quantize(exported, images, _budget(options), **call, options=settings)
+            _LOWERED[key] = lower(TARGET, result.simulated)
         if len(_LOWERED) > KEPT:
             _LOWERED.popitem(last=False)
     return _LOWERED[key]
@@ -273,7 +275,7 @@ def _planned(plan: BitAllocation | str | Path, exported: ExportedProgram, images
     )
     program = flow.calibrate(flow.prepare(capture(exported, ()), settings), images)
     program = flow.impose(program, renamed(known, [site.name for site in program[Sites].sites]))
-    return FxInt8Backend().lower(simulate(program, program[BitAllocation]).module)
+    return lower(TARGET, simulate(program, program[BitAllocation]).module)
 
 
 def _version(tensor: Tensor) -> int:

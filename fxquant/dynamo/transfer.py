@@ -10,6 +10,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
+from fxquant.backends import lower
+from fxquant.backends.int8 import NAME as TARGET
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation
 from fxquant.core.ir import fork
@@ -49,7 +51,7 @@ def graph_of(result: Result, module: GraphModule) -> GraphModule:
         OptionError: the result was made from another model, or from other weights.
     """
     check_same_model(result, module)
-    inputs, lowered = input_nodes(module), fork(result.lowered)
+    inputs, lowered = input_nodes(module), fork(lower(TARGET, result.simulated))
     # Dynamo calls a graph by position and expects a flat tuple.
     lowered.graph.set_codegen(CodeGen())
     there = input_nodes(lowered)

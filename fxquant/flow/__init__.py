@@ -17,7 +17,7 @@ from fxquant.flow.pipeline import (
     settled,
 )
 from fxquant.flow.round_weights import ROUNDED, algorithms, realised, round_plan, round_with_feedback
-from fxquant.flow.score import loss_name, measure_sensitivity
+from fxquant.flow.score import loss_name, measure_sensitivity, score_identity
 
 __all__ = [
     "KNOWN_NAMES",
@@ -40,5 +40,6 @@ __all__ = [
     "round_with_feedback",
     "run",
     "scaling",
+    "score_identity",
     "settled",
 ]

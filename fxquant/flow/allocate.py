@@ -17,6 +17,7 @@ from fxquant.core.facts import (
     Finalists,
     Settings,
     Surrogates,
+    Target,
     fits,
     infeasible_message,
     reachable,
@@ -76,9 +77,8 @@ def allocate(
             raise CalibrationError("a latency budget needs one image to measure with; give calibration images")
         program = measure_latency(program, held_out, reporter)
     solved = _solve(program, budget, held_out, reporter, scoring, folder)
-    told = backend(program[Settings].target).target.latency
-    # What a description tells of other hardware, no clock here can check.
-    if budget.needs_latency and held_out is not None and not told:
+    # Times that a target file gives are those of other hardware, which no clock here can check.
+    if budget.needs_latency and held_out is not None and not program[Target].latency:
         solved = _keep_measured_latency(program, solved, budget, held_out, reporter)
     if all(choice.is_float for choice in solved[BitAllocation].choices.values()):
         raise OptionError(f"budget {budget} is met by the float model as it is; tighten it, or leave 32 out of bits")
@@ -172,7 +172,7 @@ def measured_latency(program: Program, plan: BitAllocation, images: CalibrationS
     """Return what a plan really takes on one image: `latency_ms`, and `latency_ratio` against float in the same run."""
     settings, one = program[Settings], images.slice(0, 1).inputs
     graphs = (program.module, simulate(program, plan).module)
-    runs = [backend(settings.target).compile(graph, one, threads=settings.threads) for graph in graphs]
+    runs = [backend(program[Target]).compile(graph, one, threads=settings.threads) for graph in graphs]
     timings = time_runs([partial(run_graph, one) for run_graph in runs], settings.threads)
     warn_if_busy(timings)
     float_ms, plan_ms = (timing.milliseconds for timing in timings)

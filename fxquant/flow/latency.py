@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import partial
 
 from fxquant.backends import backend
-from fxquant.core.facts import Settings
+from fxquant.core.facts import Settings, Target
 from fxquant.core.host import SILENT, Reporter, TimingCache, cache_folder, machine
 from fxquant.core.ir import Program
 from fxquant.core.run import CalibrationSet
 from fxquant.passes import MeasureLatency
 
-RUNTIMES = ("torch", "onnxruntime", "fxquant")
-"""Packages whose versions decide what a layer takes."""
+PACKAGES = ("torch", "fxquant")
+"""Packages whose versions decide what a layer takes, besides those of the backend."""
 
 
 def measure_latency(
@@ -26,10 +26,11 @@ def measure_latency(
         reporter: shows progress.
         cache: times of earlier runs; None takes those in the user's folder, `TimingCache(None)` none.
     """
-    settings = program[Settings]
-    compile_graph = partial(backend(settings.target).compile, threads=settings.threads)
+    settings, runtime = program[Settings], backend(program[Target])
+    compile_graph = partial(runtime.compile, threads=settings.threads)
     if cache is None:
-        belongs = {"target": settings.target, "threads": str(settings.threads)} | machine(RUNTIMES)
+        belongs = {"target": runtime.target.runner, "threads": str(settings.threads)}
+        belongs |= machine((*PACKAGES, *runtime.packages.modules))
         cache = TimingCache(cache_folder(), belongs)
     step = MeasureLatency(
         images.slice(0, 1).inputs,

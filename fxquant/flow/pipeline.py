@@ -10,6 +10,7 @@ from fxquant.core.errors import OptionError, PipelineError
 from fxquant.core.facts import (
     EFFORTS,
     Settings,
+    Target,
     found,
     matching,
     site_types,
@@ -154,7 +155,7 @@ def calibrate(program: Program, images: CalibrationSet | None, reporter: Reporte
     """Run images through the observers (None: they have run already), take them out, and fix all grids and costs."""
     settings = program[Settings]
     feed = () if images is None else (Calibrate(images, reporter=reporter),)
-    program = run(program, *feed, CollectRanges(), *scaling(settings))
+    program = run(program, *feed, CollectRanges(), *scaling(program[Target]))
     if settings.scoring_rounding == "nearest":
         return program
     if images is None:
@@ -164,7 +165,6 @@ def calibrate(program: Program, images: CalibrationSet | None, reporter: Reporte
     return run(program, RoundWeights(images, settings.scoring_rounding, reporter))
 
 
-def scaling(settings: Settings) -> tuple[Pass, Pass]:
+def scaling(target: Target) -> tuple[Pass, Pass]:
     """Return the passes that fix weight grids and costs for a target."""
-    target = backend(settings.target).target
     return ScaleWeights(target.per_channel), EstimateCost(target)

@@ -7,9 +7,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from fxquant.backends import backend
 from fxquant.core.errors import OptionError
-from fxquant.core.facts import BitAllocation, Budget, Rounding, SensitivityMatrix, Settings, Surrogates, UnitRecord
+from fxquant.core.facts import (
+    BitAllocation,
+    Budget,
+    Rounding,
+    SensitivityMatrix,
+    Settings,
+    Surrogates,
+    Target,
+    UnitRecord,
+)
 from fxquant.core.host import SILENT, Reporter, memory_named
 from fxquant.core.ir import Program, gradients
 from fxquant.core.run import CalibrationSet, model_outputs
@@ -94,7 +102,7 @@ def round_plan(
         with gradients(), memory_named(name, LESS_MEMORY):
             rounded = ROUNDERS[name](task)
     own = _scales_by_channel(rounded)
-    if own and not backend(settings.target).target.per_channel:
+    if own and not program[Target].per_channel:
         note = f"{chain} was rejected: channels of {own[0]!r} get different scales, and the target runs one per weight"
         reporter.say(note)
         left = Rounding.of(program, plan.choices)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
-from fxquant.backends import identity
-from fxquant.core.facts import BitAllocation, Ranges, SensitivityMatrix, Settings, Surrogates, WeightGrids
+from fxquant.core.facts import (
+    BitAllocation,
+    Ranges,
+    SensitivityMatrix,
+    Settings,
+    Surrogates,
+    Target,
+    WeightGrids,
+    target_to_json,
+)
 from fxquant.core.host import ALONE, SILENT, Reporter, Shards
 from fxquant.core.ir import Program, Sites
 from fxquant.core.run import LOSSES, CalibrationSet, default_loss, model_outputs
@@ -93,7 +102,7 @@ def score_identity(program: Program, images: CalibrationSet, loss: str) -> dict[
     if loss == "ce" and images.labels is not None:
         tensors["labels"] = images.labels
     weights = {name: tensor for name, tensor in module.state_dict().items() if tensor.numel()}
-    settings = program[Settings]
+    settings, target = program[Settings], json.dumps(target_to_json(program[Target]), sort_keys=True)
     # Rounded, so that another summation order on the same images stays the same calibration.
     seen = [
         f"{name} {h.minimum:.4g} {h.maximum:.4g} {h.counts.sum():g}" for name, h in program[Ranges].histograms.items()
@@ -102,7 +111,5 @@ def score_identity(program: Program, images: CalibrationSet, loss: str) -> dict[
         "calibration": text_digest(f"{seen} {program[Ranges].clip}"),
         "model": tensor_digest(weights) + text_digest(str(module.graph)),
         "data": tensor_digest(tensors),
-        "settings": text_digest(
-            f"{columns} {loss} {settings.observer} {identity(settings.target)} {program[WeightGrids].digest()}"
-        ),
+        "settings": text_digest(f"{columns} {loss} {settings.observer} {target} {program[WeightGrids].digest()}"),
     }

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fxquant.parity.edge_check import AGREEMENT, BATCH, RUNTIMES, Pair, Parity, as_json, check, compare
+from fxquant.parity.edge_check import AGREEMENT, Pair, Parity, as_json, check, compare, default_runtimes
 
-__all__ = ["AGREEMENT", "BATCH", "RUNTIMES", "Pair", "Parity", "as_json", "check", "compare"]
+__all__ = ["AGREEMENT", "Pair", "Parity", "as_json", "check", "compare", "default_runtimes"]

@@ -10,27 +10,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxquant.backends.exact import (
-    Integers,
-    Trace,
-    Tracer,
-    edge_labels,
-    exact_graph,
-    lowered_tracer,
-    run_traced,
-    value_names,
-)
-from fxquant.backends.int8 import FxInt8Backend, told_forms
-from fxquant.backends.onnx import onnx_module
+from fxquant.backends import backends, runtimes
+from fxquant.backends.exact import BATCH, Integers, Trace, Tracer, edge_labels, exact_graph, run_traced
 from fxquant.core.errors import FileFormatError, OptionError, ParityError
 from fxquant.core.host import printable
 from fxquant.core.run import CalibrationSet, images_for
@@ -46,7 +37,6 @@ SHARE = 0.001
 """Share of an edge's values that may differ, by a step, before two free runs count as diverged there."""
 ROUNDING = 2.0**-18
 """What an output that hardly varies may be off by, relative to its size: a few of float32's own roundings."""
-BATCH = 16
 OUTPUT = "output"
 SHOWN = 30
 """Letters of an edge's label that the table shows at most."""
@@ -173,8 +163,8 @@ class Parity:
 def check(
     result: Result,
     images: object = None,
-    against: Sequence[str] = ("onnxruntime", "fx_int8"),
-    model: Path | None = None,
+    against: Sequence[str] | None = None,
+    model: Path | Sequence[Path] | None = None,
     threads: int | None = None,
     limit: int | None = None,
 ) -> Parity:
@@ -183,48 +173,66 @@ def check(
     Args:
         result: whose plan is checked.
         images: iterable of batches, labelled or not; None takes the held-out images that came with the result.
-        against: runtimes: onnxruntime, fx_int8 (PyTorch, eager), compiled (the same through torch.compile).
-        model: the ONNX file to check; None exports one.
-        threads: threads of ONNX Runtime, None for its default.
+        against: runtimes, of `fxquant.backends.runtimes`; None takes the first of each backend. "compiled" is PyTorch's
+            integer graph through torch.compile.
+        model: the files to check, each by the runtimes that read files of its suffix; others make a file of their own.
+        threads: threads of the runtimes, None for their default.
         limit: images to compare on at most.
 
     Raises:
         OptionError: an unknown runtime, or no images.
         CalibrationError: the images cannot be used.
         FileFormatError: the file cannot be read.
-        LoweringError: the graph cannot be expressed there, or ONNX Runtime refuses the model.
-        MissingDependencyError: the onnx extra is not installed.
+        LoweringError: the graph cannot be expressed there, or the runtime refuses the model.
+        MissingDependencyError: packages of a runtime are not installed.
     """
     given = images if images is not None else result.held_out
     if given is None:
         raise OptionError("the result carries no images; give some to check with")
     if limit is not None and limit < 1:
         raise OptionError(f"a check needs at least one image, not {limit}")
-    try:
-        data = None if model is None else model.read_bytes()
-    except OSError as error:
-        raise FileFormatError(f"cannot read {model}: {error.strerror or error}") from error
-    return compare(result.simulated, images_for(result.program.module, given, limit), against, data, threads)
+    models = dict[str, bytes]()
+    for path in [model] if isinstance(model, Path) else model or ():
+        try:
+            models[path.suffix] = path.read_bytes()
+        except OSError as error:
+            raise FileFormatError(f"cannot read {path}: {error.strerror or error}") from error
+    return compare(result.simulated, images_for(result.program.module, given, limit), against, models, threads)
+
+
+def default_runtimes() -> tuple[str, ...]:
+    """Return the runtimes that a result is compared with if none are named: the first of each backend."""
+    return tuple(next(iter(found.runtimes)) for found in backends().values() if found.runtimes)
 
 
 def compare(
     simulated: GraphModule,
     images: CalibrationSet,
-    against: Sequence[str] = ("onnxruntime", "fx_int8"),
-    model: bytes | None = None,
+    against: Sequence[str] | None = None,
+    models: Mapping[str, bytes] = MappingProxyType({}),
     threads: int | None = None,
 ) -> Parity:
-    """Compare a simulated graph and its exact references with the runtimes; see `check`."""
-    unknown = [name for name in against if name not in RUNTIMES]
+    """Compare a simulated graph and its exact references with the runtimes; see `check`.
+
+    Args:
+        simulated: the graph.
+        images: what to run.
+        against: the runtimes.
+        models: suffix of a file -> its content.
+        threads: threads of the runtimes, None for their default.
+    """
+    known, against = runtimes(), default_runtimes() if against is None else against
+    unknown = [name for name in against if name not in known]
     if unknown or not against:
-        raise OptionError(f"unknown runtime {', '.join(unknown) or '(none)'}; known: {', '.join(RUNTIMES)}")
+        raise OptionError(f"unknown runtime {', '.join(unknown) or '(none)'}; known: {', '.join(known)}")
     labels, runs = edge_labels(simulated), list[_Run]()
     answers = {"simulated": _Answers()}
     for name in dict.fromkeys(against):
+        found, runtime = known[name], known[name].runtimes[name]
         run = _Run(
             name,
-            RUNTIMES[name](simulated, model, threads),
-            _Comparison("exact", f"exact {name}", name, exact_graph(simulated, name, _forms(simulated, name))),
+            runtime.trace(simulated, models.get(found.suffix), threads),
+            _Comparison("exact", f"exact {name}", name, exact_graph(simulated, runtime.formulas(simulated))),
             _Comparison("simulated", "simulated", name, simulated),
         )
         runs.append(run)
@@ -238,7 +246,7 @@ def compare(
             answers[run.exact.answer].add(made.output)
             run.exact.add(part.inputs, made, told)
             run.simulated.add(part.inputs, rounded, told)
-    pairs = tuple(found.pair(answers, labels) for run in runs for found in (run.exact, run.simulated))
+    pairs = tuple(compared.pair(answers, labels) for run in runs for compared in (run.exact, run.simulated))
     accuracy = {}
     if images.labels is not None and answers["simulated"].parts[0].dim() == 2:
         right = {name: found.joined.argmax(1) == images.labels for name, found in answers.items()}
@@ -368,33 +376,3 @@ class _Run:
     tracer: Tracer
     exact: _Comparison
     simulated: _Comparison
-
-
-def _onnx(simulated: GraphModule, model: bytes | None, threads: int | None) -> Tracer:
-    trace = onnx_module("runtime_trace")
-    data = model or onnx_module("export").to_onnx(simulated).SerializeToString()
-    tracer: Tracer = trace.onnx_tracer(data, value_names(simulated), threads)
-    return tracer
-
-
-def _eager(simulated: GraphModule, model: bytes | None, threads: int | None) -> Tracer:
-    del model, threads
-    return lowered_tracer(simulated, FxInt8Backend().lower(simulated, BATCH))
-
-
-def _compiled(simulated: GraphModule, model: bytes | None, threads: int | None) -> Tracer:
-    del model, threads
-    return lowered_tracer(simulated, FxInt8Backend().lower(simulated, BATCH), inductor=True)
-
-
-def _forms(simulated: GraphModule, runtime: str) -> dict[str, str]:
-    """Return which convolutions a runtime computes otherwise than by the kernel of eager execution."""
-    return told_forms(FxInt8Backend().lower(simulated, BATCH)) if runtime == "compiled" else {}
-
-
-RUNTIMES: dict[str, Callable[[GraphModule, bytes | None, int | None], Tracer]] = {
-    "onnxruntime": _onnx,
-    "fx_int8": _eager,
-    "compiled": _compiled,
-}
-"""Runtime -> what makes it run; each has its own rounding."""

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fxquant.backends import backend
-from fxquant.core.facts import BitAllocation, CostTables, SensitivityMatrix, Settings, Target
+from fxquant.core.facts import BitAllocation, CostTables, SensitivityMatrix, Target
 from fxquant.core.ir import FLOAT_BITS, Choice, Program, Site, Sites
 from fxquant.passes.cost import FLOAT_BYTES, site_bytes
 
@@ -24,7 +23,7 @@ def layer_rows(program: Program, kernels: Mapping[str, str] | None = None) -> li
         program: with plan, sensitivity and costs.
         kernels: layer name -> kernel the runtime was seen to run, where that is known.
     """
-    rows = [_row(program, site, target_of(program)) for site in program[Sites].sites]
+    rows = [_row(program, site, program[Target]) for site in program[Sites].sites]
     size, macs = model_bytes(program, program[BitAllocation].choices), sum(row["macs"] for row in rows)
     for row in rows:
         row["share_of_bytes"] = row["bytes"] / size if size else 0.0
@@ -58,13 +57,8 @@ def most_sensitive(program: Program) -> dict[str, Any] | None:
 
 def model_bytes(program: Program, choices: Mapping[str, Choice]) -> float:
     """Return the bytes of a plan, layers put in float by hand included."""
-    sites, target = program[Sites].sites, target_of(program)
+    sites, target = program[Sites].sites, program[Target]
     return program[CostTables]["size"].constant + sum(site_bytes(site, choices[site.name], target) for site in sites)
-
-
-def target_of(program: Program) -> Target:
-    """Return what the program was made to run on."""
-    return backend(program[Settings].target).target
 
 
 def finite(value: float) -> float | None:

@@ -18,6 +18,7 @@ from fxquant.core.facts import (
     SensitivityMatrix,
     Settings,
     Surrogates,
+    Target,
     fits,
     reachable,
     unit_of,
@@ -127,7 +128,7 @@ def _latency(costs: CostTables, choices: Mapping[str, Choice]) -> dict[str, Any]
 
 
 def _asked(program: Program) -> dict[str, Any]:
-    settings = program[Settings].to_json()
+    settings = program[Settings].to_json() | {"target": program[Target].name}
     return {"budget": dict(program[BitAllocation].limits), "settings": settings, "inputs": _inputs(program)}
 
 

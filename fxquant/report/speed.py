@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fxquant.core.facts import Settings
+from fxquant.core.facts import Settings, Target
 from fxquant.core.host import Speed
 from fxquant.core.ir import Program
 from fxquant.report.terminal import table_text
@@ -32,7 +32,7 @@ def runtime_text(program: Program, threads: int | None = None) -> str:
     settings = program[Settings]
     count = threads or settings.threads
     used = count or torch.get_num_threads()
-    return f"{settings.target}, 1 image, {used} thread{'' if used == 1 else 's'}"
+    return f"{program[Target].name}, 1 image, {used} thread{'' if used == 1 else 's'}"
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> str:

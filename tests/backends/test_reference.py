@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.backends import INT32_LIMIT, ReferenceBackend, dequantize, dequantize_channels, quantize, to_qdq
+from fxquant.backends import INT32_LIMIT, backend, dequantize, dequantize_channels, quantize, to_qdq
 from fxquant.capture import capture
 from fxquant.core.errors import LoweringError
 from fxquant.core.ir import (
@@ -75,7 +75,7 @@ def test_weights_are_the_simulated_ones_as_integers_of_their_width(name: str, wi
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_only_the_rounding_of_biases_separates_reference_and_simulation(name: str) -> None:
     module, inputs = simulated(name), example(name, 6)
-    answer = ReferenceBackend().compile(module, inputs)(inputs)
+    answer = backend("reference").compile(module, inputs)(inputs)
     error = error_in_steps(answer, model_outputs(module, inputs))
     assert float(error.max()) <= 3.0
     assert float(error.mean()) < 0.25
@@ -85,13 +85,13 @@ def test_without_bias_reference_and_simulation_are_equal() -> None:
     weight = torch.tensor([[0.5, -0.25], [0.1, 0.3]]).reshape(2, 2, 1, 1)
     module = one_layer(weight, None, weight_grid([0.004, 0.003]), input_grid())
     x = torch.randn(3, 2, 3, 3)
-    assert torch.allclose(ReferenceBackend().compile(module, (x,))((x,)), module(x), atol=1e-6)
+    assert torch.allclose(backend("reference").compile(module, (x,))((x,)), module(x), atol=1e-6)
 
 
 def test_a_float_graph_stays_what_it_is() -> None:
     module, inputs = folded("residual").module, example("residual", 4)
     assert show(to_qdq(module)) == show(module)
-    assert torch.equal(ReferenceBackend().compile(module, inputs)(inputs), model_outputs(module, inputs))
+    assert torch.equal(backend("reference").compile(module, inputs)(inputs), model_outputs(module, inputs))
 
 
 def test_the_simulated_graph_is_not_changed() -> None:
@@ -134,7 +134,7 @@ def test_the_bias_of_a_dead_channel_fits_int32() -> None:
     assert integers.dtype == torch.int32
     assert 0 < int(integers.abs().max()) <= INT32_LIMIT
     x = torch.randn(3, 2, 3, 3)
-    answer = ReferenceBackend().compile(module, (x,))((x,))
+    answer = backend("reference").compile(module, (x,))((x,))
     assert torch.allclose(answer, module(x), atol=1e-4)
 
 

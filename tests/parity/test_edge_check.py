@@ -73,7 +73,9 @@ def test_a_wrong_scale_is_found_and_its_layer_named(position: int) -> None:
     result = small_result("onnxruntime")
     model = to_onnx(result.simulated).SerializeToString()
     layer = layers(model)[position]
-    found = compare(result.simulated, CalibrationSet((images(),)), ("onnxruntime",), with_a_fault(model, layer))
+    found = compare(
+        result.simulated, CalibrationSet((images(),)), ("onnxruntime",), {".onnx": with_a_fault(model, layer)}
+    )
     exact, simulation = found.pairs
     assert not found.within
     last = exact.broken == "output"
@@ -113,7 +115,7 @@ def test_every_answer_is_compared() -> None:
     shown, module = CalibrationSet((images(8),)), two_answers()
     assert compare(module, shown).within
     model = with_a_fault(to_onnx(module).SerializeToString(), "other")
-    broken = compare(module, shown, ("onnxruntime",), model)
+    broken = compare(module, shown, ("onnxruntime",), {".onnx": model})
     assert [pair.broken for pair in broken.pairs] == ["output 1", "output 1"]
 
 
@@ -124,7 +126,7 @@ def test_an_edge_is_not_hidden_by_another_of_its_name() -> None:
     (scale,) = (t for t in damaged.graph.initializer if t.name == second.input[1])
     damaged.graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(1.2), "wrong"))
     second.input[1] = "wrong"
-    found = compare(module, CalibrationSet((images(8),)), ("onnxruntime",), damaged.SerializeToString())
+    found = compare(module, CalibrationSet((images(8),)), ("onnxruntime",), {".onnx": damaged.SerializeToString()})
     assert found.pairs[0].broken == "conv (conv + relu)"
 
 
@@ -207,7 +209,9 @@ def test_a_file_without_the_plans_edges_is_compared_by_its_output() -> None:
                 names[index] = name.replace("_q", "_renamed")
     for tensor in model.graph.initializer:
         tensor.name = tensor.name.replace("_q", "_renamed")
-    found = compare(result.simulated, CalibrationSet((images(8),)), ("onnxruntime",), model.SerializeToString())
+    found = compare(
+        result.simulated, CalibrationSet((images(8),)), ("onnxruntime",), {".onnx": model.SerializeToString()}
+    )
     assert found.within
     assert found.pairs[0].edges == 0
     assert "0 of" in found.summary()

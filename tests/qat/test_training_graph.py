@@ -154,7 +154,7 @@ def test_a_trained_result_lowers_and_exports(tmp_path: Path) -> None:
     simulated = model_outputs(trained.simulated, (images,))
     run = executable(trained.to_onnx(tmp_path / "model.onnx").path.read_bytes())
     span = float(simulated.max() - simulated.min())
-    for lowered in (first_tensor(trained.lowered(images)), run((images,))):
+    for lowered in (first_tensor(fxquant.lower(trained, "fx_int8")(images)), run((images,))):
         assert float((lowered - simulated).abs().max()) < 0.02 * span
     assert float((model_outputs(result.simulated, (images,)) - simulated).abs().max()) > 0.05 * span
 

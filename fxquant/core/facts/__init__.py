@@ -27,7 +27,7 @@ from fxquant.core.facts.rounding import Rounding, UnitRecord
 from fxquant.core.facts.sensitivity_matrix import SensitivityMatrix, Surrogates
 from fxquant.core.facts.settings import CHEAP, EFFORTS, Effort, EffortName, Settings
 from fxquant.core.facts.target import LatencyRow, Target
-from fxquant.core.facts.target_file import SUFFIX, Described, read_target, to_json, write_target
+from fxquant.core.facts.target_file import SUFFIX, read_target, target_to_json, write_target
 from fxquant.core.facts.weight_grids import WeightGrids
 
 __all__ = [
@@ -41,7 +41,6 @@ __all__ = [
     "Budget",
     "CostTable",
     "CostTables",
-    "Described",
     "Effort",
     "EffortName",
     "FakeQuantNodes",
@@ -80,8 +79,8 @@ __all__ = [
     "read_target",
     "rules",
     "site_types",
+    "target_to_json",
     "tie_rows",
-    "to_json",
     "unit_of",
     "usage",
     "write_target",

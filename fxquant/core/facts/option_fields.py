@@ -18,6 +18,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from fxquant.core.errors import OptionError
+from fxquant.core.facts.target import Target
 from fxquant.core.ir import Choice
 from fxquant.core.registry import unknown
 
@@ -183,6 +184,8 @@ def _written(value: Any) -> Any:
         return {key: _written(part) for key, part in value.items()}
     if isinstance(value, tuple):
         return [_written(part) for part in value]
+    if isinstance(value, Target):
+        return value.name
     return str(value) if isinstance(value, Path) else value
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from fxquant.core.errors import OptionError
 from fxquant.core.facts.option_fields import BY_EFFORT, Options, rules
+from fxquant.core.facts.target import Target
 from fxquant.core.ir import Choice
 
 EffortName = Literal["fast", "default", "best"]
@@ -54,7 +55,7 @@ class Settings(Options):
     Args:
         bits: candidate weight bits; 32 adds float.
         activation_bits: candidate activation bits.
-        target: runtime that will run the model, or the path of a target file (.json).
+        target: what will run the model: a name, the path of a target file (.json), or a `Target`.
         effort: how much is measured.
         pins: pattern of layers -> the only precision allowed there.
         pin_ends: pin the first and the last layer to 8 bits.
@@ -89,7 +90,7 @@ class Settings(Options):
 
     bits: tuple[int, ...] = (2, 4, 8)
     activation_bits: tuple[int, ...] = (8,)
-    target: str = "onnxruntime"
+    target: str | Path | Target = "onnxruntime"
     effort: EffortName = "default"
     pins: Mapping[str, Choice] = field(default_factory=dict, metadata=rules(flag="pin"))
     pin_ends: bool = False

@@ -60,6 +60,7 @@ class Target:
         activation_storage_bits: activation width -> width it is stored in; a width that is not named takes 8.
         per_channel: whether weights have a scale for each output channel; else one for the tensor.
         latency: rows that say what a layer takes, the first that matches; without any it is measured on this machine.
+        runs_on: name of the backend that runs its graphs here; None for the one registered under the target's name.
 
     Raises:
         OptionError: a storage width that is narrower than the width it stores, or one of a weight that is missing.
@@ -78,6 +79,7 @@ class Target:
     products: frozenset[str] = frozenset()
     per_channel: bool = True
     latency: tuple[LatencyRow, ...] = ()
+    runs_on: str | None = None
 
     def __post_init__(self) -> None:
         for bits in self.weight_bits:
@@ -92,6 +94,11 @@ class Target:
                 raise OptionError(
                     f"target {self.name!r} stores {bits}-bit activations in {stored} bits; give a width >= {bits}"
                 )
+
+    @property
+    def runner(self) -> str:
+        """Name of the backend that runs its graphs here."""
+        return self.runs_on or self.name
 
     def activation_storage(self, bits: int) -> int:
         """Return the bits that hold one element of an activation of this width, 2..8, or 32 for float."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,12 @@ SUFFIX = ".json"
 """End of a target's name by which it is known to be a file."""
 GRANULARITY = {"per_channel": True, "per_tensor": False}
 REQUIRED = ("name", "kernels", "weight_bits", "activation_bits")
+PROXY = "simulation"
+"""Backend that runs a target whose file names none."""
 
 
-@dataclass(frozen=True)
-class Described:
-    """What a target file says.
-
-    Args:
-        target: the target.
-        runs_on: name of the backend of fxquant that runs its graphs here.
-    """
-
-    target: Target
-    runs_on: str = "simulation"
-
-
-def read_target(path: Path) -> Described:
-    """Read a target file.
+def read_target(path: Path) -> Target:
+    """Return the target that a file describes.
 
     Raises:
         FileFormatError: missing, not JSON, or not a target file.
@@ -41,14 +30,13 @@ def read_target(path: Path) -> Described:
     """
     document = read_json(path, "target", FORMAT_VERSION)
     fields_known = _readers()
-    unknown = sorted(set(document) - set(fields_known) - {"kind", "version", "runs_on"})
+    unknown = sorted(set(document) - set(fields_known) - {"kind", "version"})
     missing = [name for name in REQUIRED if name not in document]
     if unknown or missing:
         wrong = f"has unknown fields {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
-        raise OptionError(f"{path} {wrong}; allowed: {', '.join(fields_known)}, runs_on; needed: {', '.join(REQUIRED)}")
+        raise OptionError(f"{path} {wrong}; allowed: {', '.join(fields_known)}; needed: {', '.join(REQUIRED)}")
     try:
         values = {name: reader(document[name]) for name, reader in fields_known.items() if name in document}
-        runs_on = str(document.get("runs_on", "simulation"))
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise FileFormatError(f"{path} is not an intact target file ({type(error).__name__}: {error})") from error
     for name, allowed in _kinds_of_ops().items():
@@ -59,7 +47,8 @@ def read_target(path: Path) -> Described:
         values["per_channel"] = values.pop("granularity")
     values.setdefault("joins", frozenset())
     values.setdefault("storage_bits", {bits: bits for bits in values["weight_bits"]})
-    return Described(Target(**values), runs_on)
+    values.setdefault("runs_on", PROXY)
+    return Target(**values)
 
 
 def _kinds_of_ops() -> dict[str, set[str]]:
@@ -70,27 +59,26 @@ def _kinds_of_ops() -> dict[str, set[str]]:
     }
 
 
-def to_json(described: Described) -> dict[str, Any]:
-    """Return what a target file of this says, as plain JSON values."""
-    target = described.target
+def target_to_json(target: Target) -> dict[str, Any]:
+    """Return what a file of this target says, as plain JSON values."""
     granularity = next(name for name, per_channel in GRANULARITY.items() if per_channel == target.per_channel)
-    body: dict[str, Any] = {"granularity": granularity, "runs_on": described.runs_on}
+    body: dict[str, Any] = {"granularity": granularity, "runs_on": target.runner}
     for field in fields(Target):
         value = getattr(target, field.name)
         if field.name == "latency":
             body["latency"] = [{f.name: getattr(row, f.name) for f in fields(LatencyRow)} for row in value]
-        elif field.name != "per_channel":
+        elif field.name not in ("per_channel", "runs_on"):
             body[field.name] = sorted(value) if isinstance(value, frozenset) else _plain(value)
     return body
 
 
-def write_target(path: Path, described: Described) -> None:
+def write_target(path: Path, target: Target) -> None:
     """Write what `read_target` reads.
 
     Raises:
         OutputError: the path cannot be written.
     """
-    write_json(path, "target", FORMAT_VERSION, to_json(described))
+    write_json(path, "target", FORMAT_VERSION, target_to_json(target))
 
 
 def _plain(value: Any) -> Any:
@@ -159,4 +147,5 @@ def _readers() -> dict[str, Any]:
         "products": _kinds,
         "granularity": _granularity,
         "latency": _rows,
+        "runs_on": str,
     }

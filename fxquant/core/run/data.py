@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fxquant.core.errors import CalibrationError, first_line
+from fxquant.core.errors import CalibrationError, FileFormatError, first_line
 from fxquant.core.ir import differentiable
+from fxquant.core.storage import read_tensors, write_tensors
 
 DATASET_BATCH = 32
 LARGEST = 2 * 10**9
@@ -69,6 +71,34 @@ class CalibrationSet:
         """Return the images at these positions."""
         rows = torch.as_tensor(list(index), dtype=torch.long)
         return CalibrationSet(tuple(t[rows] for t in self.inputs), None if self.labels is None else self.labels[rows])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the inputs."""
+        return sum(tensor.nbytes for tensor in self.inputs)
+
+    def save(self, path: Path) -> None:
+        """Write what `load` reads, as safetensors.
+
+        Raises:
+            OutputError: the path cannot be written.
+        """
+        labels = {} if self.labels is None else {"labels": self.labels}
+        write_tensors(path, {f"input_{k}": tensor for k, tensor in enumerate(self.inputs)} | labels)
+
+    @staticmethod
+    def load(path: Path) -> CalibrationSet:
+        """Read what `save` wrote.
+
+        Raises:
+            FileFormatError: missing or damaged.
+        """
+        tensors = read_tensors(path)
+        try:
+            inputs = tuple(tensors[f"input_{k}"] for k in range(sum(name.startswith("input_") for name in tensors)))
+            return CalibrationSet(inputs, tensors.get("labels"))
+        except (KeyError, CalibrationError) as error:
+            raise FileFormatError(f"{path} does not hold the held-out images ({error}); quantize again") from error
 
     def split(self, held_out: float, seed: int) -> tuple[CalibrationSet, CalibrationSet]:
         """Return (scoring, held-out) parts in a seeded order; with one image both are that image."""

@@ -30,6 +30,8 @@ RESULT = (
 """Patterns of the files of a saved result."""
 OUTPUT = (*RESULT, "model.onnx", "model.onnx.data", "report.html", "report.json")
 """Patterns of the files that a command writes: a saved result, what runs and what tells of it."""
+MOVABLE = (*OUTPUT, "model.*")
+"""Patterns of all names that a move may touch: a backend may export a file of its own."""
 
 
 @contextmanager
@@ -38,7 +40,7 @@ def staged(folder: Path, own: Sequence[str]) -> Iterator[Path]:
 
     Args:
         folder: where the set belongs; made if it is not there.
-        own: patterns of the set's file names, some of `OUTPUT`; earlier files that match and have no new one go.
+        own: patterns of the set's file names, some of `MOVABLE`; earlier files that match and have no new one go.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -103,7 +105,7 @@ def _names(told: object, ready: Path) -> list[str]:
     """Return the names in a list that a move left, each of them one that a move may touch."""
     names: list[str] = []
     for name in told if isinstance(told, list) else [None]:
-        if not isinstance(name, str) or "/" in name or "\\" in name or not any(fnmatch(name, own) for own in OUTPUT):
+        if not isinstance(name, str) or "/" in name or "\\" in name or not any(fnmatch(name, own) for own in MOVABLE):
             raise FileFormatError(f"{ready / LIST} names {name!r}, which no move of ours touches; remove {ready}")
         names.append(name)
     return names

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from fxquant.backends.exact import REQUANTIZATIONS, Sums, requantization
+from fxquant.backends.exact import Sums
 from fxquant.backends.int8 import (
+    EAGER_FORMULAS,
     ByteGrid,
     ConvGeometry,
     ConvGrids,
@@ -29,10 +30,9 @@ from fxquant.backends.int8 import (
     Quantize,
     conv_joins_scales,
 )
-from fxquant.backends.onnx import open_session, session_options
-from fxquant.core.errors import OptionError
+from fxquant.backends.onnx import ORT_FORMULAS, open_session, session_options
 
-ORT, EAGER = REQUANTIZATIONS["onnxruntime"], REQUANTIZATIONS["fx_int8"]
+ORT, EAGER = ORT_FORMULAS, EAGER_FORMULAS
 UINT8 = TensorProto.UINT8
 VNNI = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="oneDNN takes other kernels without VNNI")
 
@@ -228,8 +228,3 @@ def test_averages_over_windows(size: int) -> None:
     assert torch.equal(answer, whole(ORT.average(x, source, lambda t: F.avg_pool2d(t, *window), out), out))
     made = IntegerAveragePool(source, out, window)(x)
     assert torch.equal(made, whole(EAGER.average(x, source, lambda t: F.avg_pool2d(t, *window), out), out))
-
-
-def test_an_unknown_runtime_is_refused() -> None:
-    with pytest.raises(OptionError, match="no requantization formula is known for 'tpu'; known: onnxruntime"):
-        requantization("tpu")

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from benchmarks.data import data_folder
 from benchmarks.zoo import NETWORKS
-from fxquant.backends import ReferenceBackend
+from fxquant.backends import backend
 from fxquant.backends.onnx import (
-    OnnxRuntimeBackend,
     executable,
     export_onnx,
     kernel_report,
@@ -33,7 +32,7 @@ from tests.programs import captured, folded
 
 needs_data = pytest.mark.skipif(data_folder() is None, reason="set FXQUANT_DATA to run the real networks")
 
-RUN = OnnxRuntimeBackend()
+RUN = backend("onnxruntime")
 
 
 def written(module: torch.fx.GraphModule, storage_bits: dict[int, int] | None = None) -> bytes:
@@ -55,7 +54,7 @@ def test_a_float_graph_answers_like_torch_at_any_batch(name: str) -> None:
 @pytest.mark.parametrize("widths", [(8,), (4, 8, 2)])
 def test_a_quantized_graph_answers_like_the_reference(name: str, widths: tuple[int, ...]) -> None:
     module, inputs = simulated(name, widths), example(name, 6)
-    expected = ReferenceBackend().compile(module, inputs)(inputs)
+    expected = backend("reference").compile(module, inputs)(inputs)
     error = error_in_steps(RUN.compile(module, inputs, threads=1)(inputs), expected)
     assert float(error.max()) <= 2.5
     assert float(error.mean()) < 0.2
@@ -150,7 +149,7 @@ def test_a_layer_kept_in_float_stays_in_float() -> None:
     module = _quantized(model, images, keep_float=("b",))
     report = kernel_report(written(module))
     assert report.kernels == {"a": "QLinearConv", "b": "float", "c": "QLinearConv"}
-    expected = ReferenceBackend().compile(module, (images,))((images,))
+    expected = backend("reference").compile(module, (images,))((images,))
     assert float(error_in_steps(RUN.compile(module, (images,))((images,)), expected).max()) <= 1.5
 
 
@@ -241,7 +240,7 @@ def test_activations_of_few_bits_are_clipped_to_their_grid() -> None:
         "quantize_x", FakeQuantize(Grid(activation_spec(3), torch.tensor(0.4), torch.tensor(4, dtype=torch.int32)))
     )
     inputs = tuple(10 * t for t in example("residual", 4))
-    expected = ReferenceBackend().compile(module, inputs)(inputs)
+    expected = backend("reference").compile(module, inputs)(inputs)
     assert float(error_in_steps(RUN.compile(module, inputs)(inputs), expected).max()) <= 1.5
 
 
@@ -294,7 +293,7 @@ def test_real_networks_run_on_integers_alone(name: str, layers: int) -> None:
         assert report.integer_share == 1.0
         assert report.float_products == 0
         assert report.conversions <= 2
-        expected = ReferenceBackend().compile(module, (images,))((images,))
+        expected = backend("reference").compile(module, (images,))((images,))
         error = error_in_steps(executable(model)((images,)), expected)
         assert float(error.mean()) < 0.5
         assert float(error.max()) < 4.0

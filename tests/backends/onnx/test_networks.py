@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from benchmarks.data import data_folder
 from benchmarks.zoo import NETWORKS
-from fxquant.backends import ReferenceBackend
+from fxquant.backends import backend
 from fxquant.backends.onnx import executable, kernel_report, stray_conversions, to_onnx
 from fxquant.capture import capture
 from fxquant.passes import Canonicalize, FoldBatchnorm
@@ -87,7 +87,7 @@ def test_a_fully_convolutional_file_takes_images_of_any_size(name: str) -> None:
     run = executable(file.SerializeToString())
     for count, height, width in ((1, 48, 64), (2, 33, 47)):
         x = torch.rand(count, 3, height, width)
-        error = error_in_steps(run((x,)), ReferenceBackend().compile(module, (x,))((x,)))
+        error = error_in_steps(run((x,)), backend("reference").compile(module, (x,))((x,)))
         assert float(error.mean()) < 1.5
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fxquant.core.errors import FileFormatError, OptionError
-from fxquant.core.facts import Described, LatencyRow, Target, read_target, to_json, write_target
+from fxquant.core.facts import LatencyRow, Target, read_target, target_to_json, write_target
 
 DOCUMENT: dict[str, Any] = {
     "kind": "target",
@@ -34,9 +34,7 @@ def written(folder: Path, **changes: Any) -> Path:
 
 
 def test_a_short_file_says_what_a_target_needs(tmp_path: Path) -> None:
-    described = read_target(written(tmp_path))
-    assert described.runs_on == "simulation"
-    assert described.target == Target(
+    assert read_target(written(tmp_path)) == Target(
         name="npu",
         kernels={"conv": "npu_conv", "linear": "npu_gemm"},
         joins=frozenset({"add"}),
@@ -45,6 +43,7 @@ def test_a_short_file_says_what_a_target_needs(tmp_path: Path) -> None:
         storage_bits={4: 4, 8: 8},
         per_channel=False,
         latency=(LatencyRow("type:conv", "W4A8", ms_per_million_macs=0.5), LatencyRow("*", "*", ms=1.0)),
+        runs_on="simulation",
     )
 
 
@@ -61,11 +60,12 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         refuse_joins={"mul": "no"},
         activation_storage_bits={4: 4},
         products=frozenset({"matmul"}),
+        runs_on="reference",
     )
-    write_target(tmp_path / "t.json", Described(target, "reference"))
+    write_target(tmp_path / "t.json", target)
     again = read_target(tmp_path / "t.json")
-    assert again == Described(target, "reference")
-    assert to_json(again) == to_json(Described(target, "reference"))
+    assert again == target
+    assert target_to_json(again) == target_to_json(target)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,58 @@
+"""The target `fx_int8`: PyTorch's own integer kernels, as a graph that runs eagerly or through Inductor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch.fx import GraphModule
+
+from fxquant.backends.base import Backend, Runtime
+from fxquant.backends.exact import BATCH, Requantization, Tracer, layer_name
+from fxquant.backends.int8.backend import NAME, FxInt8Backend, kernel_report, told_forms
+from fxquant.backends.int8.lowered_trace import lowered_tracer
+from fxquant.backends.int8.torch_formulas import COMPILED_FORMULAS, EAGER_FORMULAS, FORMS
+
+_EAGERLY = FxInt8Backend()
+
+
+def _kernels(module: GraphModule, file: Path | None) -> dict[str, str]:
+    del file
+    ran, found = kernel_report(_EAGERLY.lower(module)), dict[str, str]()
+    for node in module.graph.nodes:
+        layer = layer_name(node)
+        if layer is not None and node.name in ran:
+            found.setdefault(layer, ran[node.name])
+    return found
+
+
+def _trace(module: GraphModule, model: bytes | None, threads: int | None) -> Tracer:
+    del model, threads
+    return lowered_tracer(module, _EAGERLY.lower(module, BATCH))
+
+
+def _trace_compiled(module: GraphModule, model: bytes | None, threads: int | None) -> Tracer:
+    del model, threads
+    return lowered_tracer(module, _EAGERLY.lower(module, BATCH), inductor=True)
+
+
+def _formulas(module: GraphModule) -> Requantization:
+    del module
+    return EAGER_FORMULAS
+
+
+def _formulas_compiled(module: GraphModule) -> Requantization:
+    # Inductor fuses some convolutions with what is around them, and these round another way.
+    told = told_forms(_EAGERLY.lower(module, BATCH))
+    return replace(COMPILED_FORMULAS, layers={name: FORMS[form] for name, form in told.items() if form in FORMS})
+
+
+def fx_int8() -> Backend:
+    """Return what PyTorch's kernels can do."""
+    return Backend(
+        target=_EAGERLY.target,
+        compile=_EAGERLY.compile,
+        lower=_EAGERLY.lower,
+        kernels=_kernels,
+        runtimes={NAME: Runtime(_trace, _formulas), "compiled": Runtime(_trace_compiled, _formulas_compiled)},
+    )
