@@ -114,9 +114,9 @@ class Stage:
 
 PAIRS = ("--estimators", "pairs,gram,fisher")
 STAGES = (
-    Stage("calibration", "fxquant.flow.flow.calibrate", ("analyze", *REFERENCE, *PAIRS)),
-    Stage("scoring", "fxquant.flow.flow.measure_sensitivity", ("analyze", *REFERENCE, *PAIRS)),
-    Stage("shards", "fxquant.flow.flow.measure_sensitivity", ("analyze", *REFERENCE, *PAIRS), processes=2),
+    Stage("calibration", "fxquant.flow.calibrate", ("analyze", *REFERENCE, *PAIRS)),
+    Stage("scoring", "fxquant.flow.measure_sensitivity", ("analyze", *REFERENCE, *PAIRS)),
+    Stage("shards", "fxquant.flow.measure_sensitivity", ("analyze", *REFERENCE, *PAIRS), processes=2),
     Stage("search", "fxquant.flow.allocate.allocate", ("quantize", *BUDGET, *REFERENCE, "--rounding", "nearest")),
     Stage(
         "latency",

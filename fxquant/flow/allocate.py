@@ -1,4 +1,4 @@
-"""Choose the plan: solve the program of every surrogate, let the measured loss decide, keep the clock."""
+"""Choose the plan: solve an integer program for every surrogate, measure the plans, check their latency."""
 
 from __future__ import annotations
 
@@ -39,15 +39,14 @@ from fxquant.passes import (
 from fxquant.passes.allocation import trust_region
 
 LATENCY_ROUNDS = 4
-"""Times a plan that takes longer than predicted is measured, and the limit tightened for the next."""
+"""Plans that are timed at most; after each that is too slow the limit is tightened."""
 LATENCY_TOLERANCE = 1.03
-"""A measured time counts as kept within the noise of its median."""
-
+"""Measured time over its limit that still counts as kept: the noise of a median."""
 
 AROUND = ("gram",)
-"""Estimators of the scores around a plan: n runs, exact for one changed site."""
+"""Estimators that score around a plan: n runs, exact for one changed site."""
 RADIUS_SHARE = 0.25
-"""Share of the sites that may change at first when a plan is re-scored around itself."""
+"""Share of the sites that may change in the first round of re-scoring."""
 
 
 def allocate(
@@ -58,15 +57,15 @@ def allocate(
     scoring: CalibrationSet | None = None,
     folder: Path | None = None,
 ) -> Program:
-    """Choose the plan: solve the integer program of every surrogate, then let the measured loss decide.
+    """Choose the plan of least measured loss among those solved for each surrogate.
 
     Args:
         program: with sensitivity, and latency where the budget needs it.
         budget: the limits.
-        held_out: images not used for scoring; None trusts the preferred surrogate.
+        held_out: images not used for scoring; None takes the preferred surrogate's plan unmeasured.
         reporter: shows progress.
-        scoring: images to score the plan around itself with, `Settings.rounds` times at most; None does not.
-        folder: where those scores are kept, so that a killed run goes on; None keeps none.
+        scoring: images to score around the plan with, at most `Settings.rounds` times; None does not.
+        folder: keeps those scores, from which a killed run resumes; None keeps none.
 
     Raises:
         InfeasibleBudgetError: no plan keeps the limits.
@@ -125,19 +124,19 @@ def rescore_around(
     reporter: Reporter = SILENT,
     folder: Path | None = None,
 ) -> Program:
-    """Score the plan's neighbours with everything else quantized as the plan says, and solve again near it.
+    """Score the plan's neighbours with everything else quantized as in the plan, and solve again near it.
 
-    A trust-region search (see `passes.allocation.trust_region`): what it tried is listed among the plan's finalists as
-    "round 1, 5 sites" with the measured loss, whether it helped or not.
+    A trust-region search (see `passes.allocation.trust_region`). Every plan it tried is among the finalists, as
+    "round 1, 5 sites", with its measured loss.
 
     Args:
         program: with a verified plan.
         budget: the limits.
         scoring: images to score with.
-        held_out: images that decide; a plan is taken only if its loss there, the cost of its requantization included,
+        held_out: images that decide; a plan is accepted only if its loss there, the cost of requantization included,
             falls by more than the noise.
         reporter: shows progress.
-        folder: where finished scores are kept; None keeps none.
+        folder: keeps finished scores; None keeps none.
     """
     settings, loss = program[Settings], loss_name(program, held_out)
     meter = Meter(program, held_out, loss)
@@ -149,7 +148,7 @@ def rescore_around(
 
     start = program[BitAllocation]
     if any(choice.is_float for choice in start.choices.values()):
-        # The simulated graph of such a plan has other quantizers than the one that scores are taken in.
+        # The plan's simulated graph has other quantizers than the graph that is scored.
         return program
     best, steps = trust_region(
         start,
@@ -160,7 +159,7 @@ def rescore_around(
         rounds=settings.rounds,
         radius=max(2, round(RADIUS_SHARE * len(start.choices))),
     )
-    # What is told of a plan is its loss alone, as of every other finalist.
+    # Reported without the cost of requantization, as for every other finalist.
     tried = {f"round {s.round}, {s.radius} sites": float(meter.losses(s.plan).mean()) for s in steps}
     if best is not start:
         named = f"{best.estimator} around the plan"
@@ -169,7 +168,7 @@ def rescore_around(
 
 
 def measured_latency(program: Program, plan: BitAllocation, images: CalibrationSet) -> dict[str, float]:
-    """Return what a plan really takes on one image: `latency_ms`, and `latency_ratio` against float in the same run."""
+    """Return what a plan takes on one image: `latency_ms`, and `latency_ratio` against float in the same run."""
     settings, one = program[Settings], images.slice(0, 1).inputs
     graphs = (program.module, simulate(program, plan).module)
     runs = [backend(program[Target]).compile(graph, one, threads=settings.threads) for graph in graphs]
@@ -182,24 +181,24 @@ def measured_latency(program: Program, plan: BitAllocation, images: CalibrationS
 def _keep_measured_latency(
     program: Program, solved: Program, budget: Budget, images: CalibrationSet, reporter: Reporter
 ) -> Program:
-    """Measure the plan whole, and solve again with a tighter limit while it takes longer than it may.
+    """Time the whole plan, and solve again with a tighter limit while it takes too long.
 
-    The table is a model of layers and of the borders between float and integers; the clock has the last word. Where no
-    plan keeps the tightened limit in the table, those that were compared on the way are clocked, the least loss first.
+    The latency table is a model, and the measured time decides. If no plan keeps the tightened limit in the table, the
+    plans that were compared so far are timed, the least loss first.
 
     Raises:
-        InfeasibleBudgetError: no plan was found that keeps the limit on the clock.
+        InfeasibleBudgetError: no plan was found whose measured time keeps the limit.
     """
     limits = {name: limit for name, limit in budget.limits.items() if name.startswith("latency")}
-    clocked: list[Program] = []
+    timed: list[Program] = []
 
     def clock(candidate: Program) -> float:
-        """Return how many times the limit a plan takes, and keep it with what it really used."""
+        """Return the plan's time over its limit, and keep the plan with the time it took."""
         plan = candidate[BitAllocation]
         measured = measured_latency(program, plan, images)
         used = {**plan.used, **{name: measured[name] for name in limits}}
-        clocked.append(candidate.with_facts(replace(plan, used=used, limits=budget.limits)))
-        return excess_of(clocked[-1])
+        timed.append(candidate.with_facts(replace(plan, used=used, limits=budget.limits)))
+        return excess_of(timed[-1])
 
     def excess_of(candidate: Program) -> float:
         return max(candidate[BitAllocation].used[name] / limit for name, limit in limits.items())
@@ -208,30 +207,28 @@ def _keep_measured_latency(
     tightened = budget
     for attempt in range(LATENCY_ROUNDS):
         if attempt:
-            tightened = replace(
-                tightened, **{name: getattr(tightened, name) / excess_of(clocked[-1]) for name in limits}
-            )
+            tightened = replace(tightened, **{name: getattr(tightened, name) / excess_of(timed[-1]) for name in limits})
             try:
                 solved = _solve(program, tightened, images, reporter)
             except InfeasibleBudgetError:
                 break
         known += _compared(solved)
         if clock(solved) <= LATENCY_TOLERANCE:
-            return clocked[-1]
+            return timed[-1]
     for candidate in sorted(known, key=_total_loss):
-        new = all(candidate[BitAllocation].choices != done[BitAllocation].choices for done in clocked)
+        new = all(candidate[BitAllocation].choices != done[BitAllocation].choices for done in timed)
         if new and clock(candidate) <= LATENCY_TOLERANCE:
-            return clocked[-1]
-    fastest = min(clocked, key=excess_of)[BitAllocation]
+            return timed[-1]
+    fastest = min(timed, key=excess_of)[BitAllocation]
     taken = ", ".join(f"{name}={fastest.used[name]:.4g}" for name in limits)
     raise InfeasibleBudgetError(
-        f"no plan was found that keeps {budget} when measured; the fastest of {len(clocked)} took {taken}; "
+        f"no plan was found that keeps {budget} when measured; the fastest of {len(timed)} took {taken}; "
         "raise the limit"
     )
 
 
 def _compared(solved: Program) -> list[Program]:
-    """Return the program with each of its finalists in the plan's place, those without a loss left out."""
+    """Return the program once for each finalist as its plan; finalists whose loss is NaN are left out."""
     losses = solved[BitAllocation].finalists
     return [
         solved.with_facts(replace(plan, measured_loss=losses[name], finalists=losses))
@@ -247,7 +244,7 @@ def _total_loss(solved: Program) -> float:
 
 
 def check_budget(program: Program, budget: Budget) -> None:
-    """Fail before the long work if a limit lies below what any plan can reach; milliseconds are not known yet.
+    """Fail before the long work if a limit is below the reach of every plan; milliseconds are not known yet.
 
     Raises:
         InfeasibleBudgetError: a limit is out of reach; the message names the reachable range.

@@ -1,4 +1,4 @@
-"""The cheapest plan that keeps a limit on the answers: a search along one cost, each step solved and measured."""
+"""Find the cheapest plan within limits on quality: a bisection on one cost, each step solved and measured."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from fxquant.passes import simulate
 from fxquant.passes.rounding import accepted
 
 STEPS = 8
-"""Budgets tried between the least and the most a plan can cost."""
+"""Steps of the bisection at most."""
 CLOSE_ENOUGH = 0.01
-"""The search ends where the budgets that keep the limit and those that do not are this close, against the larger."""
+"""The bisection ends when its interval is this small against its upper end."""
 
 Finish = Callable[[Program], Program]
-"""What is done to a plan before its answers count, for example rounding."""
+"""Applied to a plan before its quality is measured, for example rounding."""
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Measures answers of plans on held-out images.
+    """Measures the quality of plans on held-out images.
 
     Args:
-        budget: whose limits on answers are meant.
+        budget: its quality limits apply.
         images: held-out images.
         reference: the float model's answers to them.
         loss: name of the loss.
@@ -45,7 +45,7 @@ class Judge:
     loss: str
 
     def verdict(self, program: Program) -> Program:
-        """Return the program with what its plan's answers measure and what was allowed noted on the plan."""
+        """Return the program with the measured quality and its limits on the plan."""
         plan, limits = program[BitAllocation], self.budget.quality
         outputs = model_outputs(simulate(program, plan).module, self.images.inputs, 32)
         found = quality(limits, self.reference, outputs, self.images.labels, self.loss)
@@ -53,10 +53,10 @@ class Judge:
 
 
 def check_labels(budget: Budget | None, images: CalibrationSet) -> None:
-    """Fail before the long work where a limit needs labels that the images lack.
+    """Fail before the long work if a limit needs labels and the images have none.
 
     Raises:
-        CalibrationError: it does.
+        CalibrationError: labels are missing.
     """
     if budget is not None and "accuracy_drop" in budget.quality and images.labels is None:
         raise CalibrationError(NO_LABELS)
@@ -71,20 +71,20 @@ def choose(
     folder: Path | None = None,
     finish: Finish = lambda solved: solved,
 ) -> Program:
-    """Choose the plan: within limits on costs, or the cheapest that keeps limits on answers.
+    """Choose the plan: the best within limits on costs, or the cheapest within limits on quality.
 
     Args:
         program: with sensitivity.
-        budget: the limits; see `search.allocate` for those on costs.
-        held_out: images that scoring did not see, on which answers are measured.
+        budget: the limits.
+        held_out: images that scoring did not see, on which quality is measured.
         reporter: shows progress.
-        scoring: images to score the plan around itself with; None does not.
-        folder: where those scores are kept.
-        finish: what is done to a plan before it is handed back, and before its answers count.
+        scoring: images to score around the plan with; None does not.
+        folder: keeps those scores.
+        finish: applied to the plan that is returned, and to every plan before its quality is measured.
 
     Raises:
         InfeasibleBudgetError: no plan keeps the limits; names the best that was measured.
-        CalibrationError: answers are limited, and there are no images to measure them on, or no labels.
+        CalibrationError: quality is limited, and there are no held-out images, or no labels.
     """
     if not budget.quality:
         return finish(search.allocate(program, budget, held_out, reporter, scoring, folder))
@@ -94,7 +94,7 @@ def choose(
         program = measure_latency(program, held_out, reporter)
     loss = loss_name(program, held_out)
     judge = Judge(budget, held_out, model_outputs(program.module, held_out.inputs, 32), loss)
-    # Labels and shape of the answers are checked before the first plan is solved.
+    # Checks labels and the shape of the answers before the first plan is solved.
     _ = quality(budget.quality, judge.reference, judge.reference, held_out.labels, loss)
     low, high = _range(program, budget)
 
@@ -109,9 +109,9 @@ def choose(
             # A lower loss may still change the answer to an image close to a decision.
             plain = judge.verdict(solved)
             judged = judged if accepted(None, None, _kept(plain), _kept(judged)) else plain
-        told = ", ".join(f"{name} {value:.4g}" for name, value in judged[BitAllocation].quality.items())
+        measured = ", ".join(f"{name} {value:.4g}" for name, value in judged[BitAllocation].quality.items())
         word = "kept" if _kept(judged) else "broken"
-        reporter.say(f"{budget.minimize} within {bound:.4g}: {told} on {len(held_out)} held-out images, {word}")
+        reporter.say(f"{budget.minimize} within {bound:.4g}: {measured} on {len(held_out)} held-out images, {word}")
         return judged
 
     return _bisect(attempt, low, high, budget, scoring)
@@ -120,22 +120,22 @@ def choose(
 def _bisect(
     attempt: Callable[..., Program | None], low: float, high: float, budget: Budget, scoring: CalibrationSet | None
 ) -> Program:
-    """Return the cheapest plan found; answers get better with room, but for the noise of the images."""
+    """Return the cheapest plan found; apart from noise, quality rises with the bound."""
     best = attempt(high)
     if best is None:
-        # Only the limits on costs can have done this: let the solver say which.
+        # Quality was not measured yet, so the limits on costs exclude each other.
         raise InfeasibleBudgetError(f"no plan keeps {budget}; raise a limit on costs or allow narrower bits")
     if not _kept(best):
-        told = ", ".join(f"{name}={value:.4g}" for name, value in best[BitAllocation].quality.items())
+        measured = ", ".join(f"{name}={value:.4g}" for name, value in best[BitAllocation].quality.items())
         raise InfeasibleBudgetError(
-            f"no plan keeps {budget}: the widest measured {told}; raise the limit, allow wider bits or float (32 among "
-            "bits), or round better (rounding='pdquant')"
+            f"no plan keeps {budget}: the widest measured {measured}; raise the limit, allow wider bits or float (32 "
+            "among bits), or round better (rounding='pdquant')"
         )
     high = min(high, _cost(best, budget))
     for step in range(STEPS):
         if high - low <= CLOSE_ENOUGH * high:
             break
-        # The least of all first; then geometric means, since a step in bits is a factor.
+        # The lowest bound first; then geometric means, because widths differ by factors.
         middle = (low * high) ** 0.5 if step else low
         found = attempt(middle)
         if found is not None and _kept(found):
@@ -159,7 +159,7 @@ def _cost(program: Program, budget: Budget) -> float:
 
 
 def _range(program: Program, budget: Budget) -> tuple[float, float]:
-    """Return the least and the most of what is minimized, the budget's own limit on it included."""
+    """Return the least and the most that plans cost, the latter within the budget's own limit."""
     name, tables = budget.minimize, program[CostTables]
     ends = reachable(tables[LIMIT_TABLES[name][0]], program[Sites])
     low, high = (end / unit_of(name, tables) for end in ends)

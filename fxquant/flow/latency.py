@@ -1,4 +1,4 @@
-"""What plans take on this machine: the measured model, as a cost like any other."""
+"""Measure milliseconds on this machine, as a cost like any other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def measure_latency(
         program: calibrated.
         images: the first of them is run.
         reporter: shows progress.
-        cache: times of earlier runs; None takes those in the user's folder, `TimingCache(None)` none.
+        cache: times of earlier runs; None uses those in the user's folder, `TimingCache(None)` none.
     """
     settings, runtime = program[Settings], backend(program[Target])
     compile_graph = partial(runtime.compile, threads=settings.threads)

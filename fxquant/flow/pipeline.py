@@ -44,11 +44,11 @@ JOIN = "+"
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes in order; a wrong order fails when the pipeline is built, not after an hour of calibration.
+    """Passes that run one after the other; a wrong order fails when the pipeline is built, before any work.
 
     Args:
-        passes: in the order they run.
-        given: facts that are there before the first pass.
+        passes: in the order in which they run.
+        given: facts present before the first pass.
 
     Raises:
         PipelineError: a pass reads what no earlier pass writes.
@@ -131,7 +131,7 @@ def find_sites(program: Program, settings: Settings) -> Program:
     names = [site.name for site in program[Sites].sites]
     types = site_types(program.module.graph, program[Sites].sites)
     kept = [name for pattern in settings.keep_float for name in matching(pattern, names, types)]
-    # Float as the only choice is no choice: nothing is measured there.
+    # With float as its only choice there is nothing to measure at a site.
     kept += [site.name for site in program[Sites].sites if all(choice.is_float for choice in site.choices)]
     reasons = dict.fromkeys(kept, KEPT)
     if kept:
@@ -152,7 +152,7 @@ def prepare(program: Program, settings: Settings) -> Program:
 
 
 def calibrate(program: Program, images: CalibrationSet | None, reporter: Reporter = SILENT) -> Program:
-    """Run images through the observers (None: they have run already), take them out, and fix all grids and costs."""
+    """Run images through the observers (None: done already), replace observers by facts, and fix grids and costs."""
     settings = program[Settings]
     feed = () if images is None else (Calibrate(images, reporter=reporter),)
     program = run(program, *feed, CollectRanges(), *scaling(program[Target]))

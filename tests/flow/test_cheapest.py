@@ -71,7 +71,7 @@ def test_answers_need_images_and_labels() -> None:
         choose(scored("plain"), Budget(accuracy_drop=0.1), HELD_OUT)
 
 
-def test_missing_labels_are_told_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_labels_are_reported_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flow, "prepare", lambda *_: pytest.fail("worked first"))
     with pytest.raises(CalibrationError, match="one label for each image"):
         fxquant.quantize(small(), images(), Budget(accuracy_drop=0.1), target="reference", progress=False)
@@ -92,7 +92,7 @@ def test_answers_are_judged_as_the_plan_is_handed_back() -> None:
     assert simulate(found, found[BitAllocation]).module is not None
 
 
-def test_each_step_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_step_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     choose(scored("plain"), Budget(loss=2.0), HELD_OUT, Reporter(True))
     told = capsys.readouterr().err
     assert "size_ratio within" in told

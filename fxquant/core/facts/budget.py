@@ -19,23 +19,23 @@ MINIMIZED = ("size_ratio", "average_bits", "bops_ratio", "latency_ratio")
 class Budget:
     """Upper limits on a plan; None means no limit, several hold together.
 
-    With a limit on the answers the cheapest plan is searched for that keeps it, and every other limit along with it.
-    No more images change between right and wrong than change their first answer, so `disagreement` bounds the loss of
-    accuracy on images without labels.
+    With a limit on quality (loss, disagreement, accuracy_drop) the cheapest plan that keeps all limits is searched for.
+    At most as many images turn wrong as change their first answer, so `disagreement` bounds the accuracy drop without
+    labels.
 
     Args:
-        size_mb: 10^6 bytes really stored for all weights, scales, zero-points and biases.
+        size_mb: 10^6 bytes stored for all weights, scales, zero-points and biases.
         size_ratio: the same bytes against those of the float32 parameters.
         average_bits: `sum(bits x weights) / sum(weights)` over every quantized weight.
         bops: bit operations for one sample, `sum(MACs x weight bits x activation bits)`.
         bops_ratio: the same against 32 x 32 bits.
-        activation_mb: 10^6 bytes of the activations of one sample that are live at once, at the worst moment.
+        activation_mb: peak of the live activations of one sample, in 10^6 bytes.
         latency_ms: milliseconds for one sample on this machine in the target's runtime.
         latency_ratio: the same against the float model in the same runtime.
         loss: mean held-out loss against the float model, in the unit of the loss (KL in nats for class scores).
         disagreement: share 0..1 of the held-out images whose first answer is not the float model's.
-        accuracy_drop: what the share of right first answers falls by on held-out images, 0..1; needs labels.
-        minimize: what to make small where the answers are limited, one of `MINIMIZED`.
+        accuracy_drop: drop of top-1 accuracy on held-out images, 0..1; needs labels.
+        minimize: the cost to minimize under a quality limit, one of `MINIMIZED`.
 
     Raises:
         OptionError: a limit that is not a finite number above 0 (of at least 0 for shares), or no limit at all.
@@ -126,8 +126,8 @@ class Budget:
         return Budget.of(limits, **minimize)
 
     def __str__(self) -> str:
-        told = [f"{name}={value:g}" for name, value in self._set().items()]
-        return ", ".join(told + ([f"minimize={self.minimize}"] if self.quality else []))
+        limits = [f"{name}={value:g}" for name, value in self._set().items()]
+        return ", ".join(limits + ([f"minimize={self.minimize}"] if self.quality else []))
 
 
 def _names() -> list[str]:

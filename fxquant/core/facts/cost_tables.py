@@ -1,4 +1,4 @@
-"""What each choice costs: one row of an integer program's linear limits."""
+"""Cost tables: what each candidate costs, as coefficients of an integer program's limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fxquant.core.ir import Candidate, Choice
 
 @dataclass(frozen=True)
 class Noise:
-    """How sure measured costs are, each figure the median over what was measured.
+    """Noise of measured costs; figures are medians over the measurements unless said otherwise.
 
     Args:
         spread: range of the quartiles of the rounds over their median, at least 0.
@@ -49,8 +49,8 @@ class Noise:
 class CostTable:
     """Cost of a plan: `constant + sum of values over the chosen candidates`, or the largest of several such sums.
 
-    A cost with products adds a term of two choices, `x' products x`: what it takes to hand a value from float to
-    integers. A cost with rows, such as the peak of a memory, is `constant + max over rows (offsets + values over the
+    A cost with products adds terms of two choices, `x' products x`: converting a value between float and integers.
+    A cost with rows, such as the peak of a memory, is `constant + max over rows (offsets + values over the
     chosen)`: no single sum, but a limit on it is one linear limit per row.
 
     Args:
@@ -109,7 +109,7 @@ class CostTable:
         """Return the table as plain JSON values, without the candidates."""
         rows: dict[str, Any] = {} if self.offsets is None else {"offsets": self.offsets.tolist()}
         if self.products is not None:
-            # Few pairs of sites are neighbours.
+            # Sparse: only neighbouring sites have products.
             rows["products"] = [[int(i), int(j), float(self.products[i, j])] for i, j in np.argwhere(self.products)]
         if self.noise is not None:
             rows["noise"] = asdict(self.noise)
@@ -123,14 +123,14 @@ class CostTable:
 
     @staticmethod
     def from_json(document: Mapping[str, Any], candidates: tuple[Candidate, ...]) -> CostTable:
-        """Read back what `to_json` gave; the candidates are kept beside it."""
+        """Read what `to_json` returned; the candidates come from elsewhere."""
         return CostTable(
             candidates=candidates,
             values=np.asarray(document["values"], dtype=np.float64),
             constant=float(document["constant"]),
             float_cost=float(document["float_cost"]),
             unit=str(document["unit"]),
-            # Files from before there were rows, and costs that are one sum, have none.
+            # Absent in older files, and for costs that are one sum.
             offsets=np.asarray(document["offsets"], dtype=np.float64) if "offsets" in document else None,
             products=_dense(document["products"], len(candidates)) if "products" in document else None,
             noise=Noise(**document["noise"]) if "noise" in document else None,

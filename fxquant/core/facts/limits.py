@@ -1,4 +1,4 @@
-"""What a plan uses of each limit, whether it keeps them, and the same as rows of an integer program."""
+"""Usage of limits by a plan, and limits as rows of an integer program."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def agrees(sites: tuple[Site, ...], plan: Mapping[str, Choice]) -> bool:
 def limit_rows(
     limits: Mapping[str, float], tables: CostTables, sites: Sites
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the limits as `costs @ x <= bounds`, scaled to a right side of 1 in size.
+    """Return the limits as `costs @ x <= bounds`, scaled to bounds of absolute value 1.
 
-    A cost that is the largest of several sums gives a row for each of them that some choice of precisions breaks.
+    A cost that is the largest of several sums gives one row for each sum that some plan can push over the limit.
 
     Returns:
-        costs of shape (k, n) and bounds of shape (k,), without unit.
+        costs of shape (k, n) and bounds of shape (k,), dimensionless.
     """
     rows: list[NDArray[np.float64]] = []
     bounds: list[float] = []
@@ -81,13 +81,7 @@ def limit_rows(
 
 
 def limit_products(limits: Mapping[str, float], tables: CostTables, sites: Sites) -> dict[int, NDArray[np.float64]]:
-    """Return what rows of `limit_rows` have besides their sums: row -> P, so that it reads `costs x + x' P x <= bound`.
-
-    Args:
-        limits: as for `limit_rows`.
-        tables: as for `limit_rows`.
-        sites: as for `limit_rows`.
-    """
+    """Return the quadratic terms of rows of `limit_rows`: row -> P, so that it reads `costs x + x' P x <= bound`."""
     found: dict[int, NDArray[np.float64]] = {}
     row = 0
     for name, limit in limits.items():
@@ -106,14 +100,14 @@ def _stacked(rows: list[NDArray[np.float64]], sites: Sites) -> NDArray[np.float6
 def tie_rows(sites: Sites) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the activation ties as `costs @ x <= bounds`: sites that read one value agree on its integer width.
 
-    A site in float does not read the quantized value and so agrees with everybody. Where it cannot happen, two
-    opposite rows say that both sites choose a width or neither does, which is tighter than "not two widths at once".
+    A site in float does not read the quantized value and agrees with any width. If neither site may be float, two
+    opposite rows make both choose a width or neither, a tighter relaxation than "not two widths at once".
     """
     rows: list[NDArray[np.float64]] = []
     bounds: list[float] = []
     for one, other in _tied_pairs(sites.sites):
         widths = sorted({c.activation_bits for site in (one, other) for c in site.choices if not c.is_float})
-        # With one width on both sides there is nothing to disagree about.
+        # With one width they always agree.
         if len(widths) < 2:
             continue
         loose = any(c.is_float for site in (one, other) for c in site.choices)
@@ -130,13 +124,13 @@ def tie_rows(sites: Sites) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def _tied_pairs(sites: tuple[Site, ...]) -> list[tuple[Site, Site]]:
-    """Return the pairs of sites that read one value; neighbours only where agreement passes from one to the next."""
+    """Return the pairs of sites that must agree: consecutive readers of a value, or all pairs if one may be float."""
     ties: defaultdict[str, list[Site]] = defaultdict(list)
     for site in sites:
         ties[site.input_tie].append(site)
     found: list[tuple[Site, Site]] = []
     for members in ties.values():
-        # A site in float between two others passes nothing on, so every pair counts then.
+        # Agreement is transitive along consecutive readers, but not across one in float.
         broken = any(choice.is_float for site in members for choice in site.choices)
         found += combinations(members, 2) if broken else pairwise(members)
     return found
@@ -149,7 +143,7 @@ def _mask(sites: Sites, site: Site, widths: set[int]) -> NDArray[np.float64]:
 
 
 def infeasible_message(budget: Budget, sites: Sites, tables: CostTables) -> str:
-    """Return what can be reached for each limit of a budget that cannot be met."""
+    """Return a message with the reachable range of each limit of a budget that no plan keeps."""
     lines = []
     for name, limit in budget.limits.items():
         low, high = reachable(tables[LIMIT_TABLES[name][0]], sites)
@@ -159,10 +153,10 @@ def infeasible_message(budget: Budget, sites: Sites, tables: CostTables) -> str:
 
 
 def reachable(table: CostTable, sites: Sites) -> tuple[float, float]:
-    """Return the least and the most any plan can cost; ties and products, which only add, are not looked at.
+    """Return bounds of what plans can cost, ties and products ignored.
 
-    For the largest of several sums the least is that of the sum that can fall least, which one plan reaches in all of
-    them where the cheapest choice of a site is the same in each.
+    For a cost that is the largest of several sums, the lower bound is the largest of their minima. It is reached if the
+    cheapest choice of a site is the same in every sum.
     """
     ends = [_extremes(values, sites) + constant for values, constant in zip(*table.rows, strict=True)]
     low, high = np.max(ends, axis=0)

@@ -20,11 +20,11 @@ STATUSES = ("optimal", "feasible", "uniform", "manual")
 
 @dataclass(frozen=True)
 class BitAllocation:
-    """Precision per site: the file a person reviews, edits and feeds back.
+    """Precision of every site, with the losses and costs it was chosen by; a person may review and edit its file.
 
     Args:
         choices: site name -> precision, for every site.
-        estimator: sensitivity estimator behind the plan, or how else it came about.
+        estimator: sensitivity estimator that the plan was solved for, or another origin.
         objective: modelled loss of the plan.
         bound: proven lower bound of the modelled loss and `border_cost` together, over all plans within the budget.
         gap: `(objective + border_cost - bound)` against its own size, 0 when proved.
@@ -34,9 +34,9 @@ class BitAllocation:
         measured_loss: real loss on calibration images not used for scoring; None if not measured.
         finalists: name of each plan that was measured -> its real loss.
         border_cost: modelled cost of requantization between layers, in the unit of the loss; not part of `objective`.
-        notes: what did not go as usual when the plan was solved for.
-        quality: name of each limit on answers -> what held-out images measured.
-        quality_limits: name of each limit on answers -> what was allowed.
+        notes: irregularities while solving.
+        quality: name of each quality limit -> what was measured on held-out images.
+        quality_limits: name of each quality limit -> what was allowed.
 
     Raises:
         OptionError: no sites, or an unknown status.

@@ -1,4 +1,4 @@
-"""How precision at each place, and each pair of places, hurts the prediction."""
+"""Sensitivity: how the precision of each site, and of each pair of sites, changes the loss."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SensitivityMatrix:
         evaluations: forward passes over one image spent, in units of whole-network passes.
         unit: name of the loss, for example "KL nats".
         constant: loss of the context, in `unit`.
-        notes: what the estimator says of its own work, for example the error of its pairs where it measured some.
+        notes: figures of the estimator about its own work, by name.
 
     Raises:
         OptionError: wrong shapes, not symmetric, or not finite.
@@ -155,6 +155,6 @@ class SensitivityMatrix:
 
 @dataclass(frozen=True)
 class Surrogates:
-    """Every matrix that was measured, by estimator; the first is the one the user asked for."""
+    """Every measured matrix by estimator; the first is the preferred one."""
 
     matrices: Mapping[str, SensitivityMatrix]
