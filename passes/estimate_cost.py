@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from fxquant.core.facts import CostTables, Target
 from fxquant.core.ir import EdgeGroups, Program, Sites
 from fxquant.passes.base import Pass
-from fxquant.passes.cost import COSTS, told_latency
+from fxquant.passes.cost import COSTS, latency_from_rows
 
 
 @dataclass(frozen=True)
 class EstimateCost(Pass):
-    """Write `CostTables` with one table for each registered cost model, and `latency` where the target tells it.
+    """Write `CostTables` with one table for each registered cost model, and `latency` where the target has rows for it.
 
     Args:
         target: says how widths are stored.
@@ -26,5 +26,5 @@ class EstimateCost(Pass):
         """Return the program with its costs."""
         tables = {name: model(program, self.target) for name, model in COSTS.items()}
         if self.target.latency:
-            tables["latency"] = told_latency(program, self.target)
+            tables["latency"] = latency_from_rows(program, self.target)
         return program.with_facts(CostTables(tables)), 0

@@ -6,8 +6,8 @@
 3. An op without weights that has an integer kernel (a join: add, concat, pooling) runs in integers if its output is
    wanted quantized and all its inputs are quantized anyway; the joins are the largest set for which that holds.
 4. An op on two activations that the target wants on grids (products inside attention) has both of them quantized.
-5. Where the kernel adds a second operand before it rounds, what only that sum reads needs no quantizer of its own.
-6. Values pass through ops that keep the grid (reshape, max pool, zero padding), so the quantizer stands before them.
+5. Where the kernel adds a second operand before it rounds, a value that only that sum reads needs no quantizer.
+6. Values pass through ops that keep the grid (reshape, max pool, zero padding), so the quantizer goes in front of them.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from fxquant.core.ir import (
 from fxquant.passes.base import Pass
 
 PASS_THROUGH = (ScaleRule.KEEP, ScaleRule.SHARE)
+"""Ops whose output lies on a grid as soon as their inputs do, without arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,14 @@ class _EdgeSearch:
         self.nodes: list[Node] = list(graph.nodes)
         self.target = target
         self.reasons: dict[str, str] = {}
+        # Fixed from here on: rules 1 and 4. Only the joins depend on each other.
         self.weighted = [node for node in self.nodes if self._is_integer_weighted(node, keep_float)]
         self.products = [node for node in self.nodes if self._is_product(node)]
         self.joins = {node for node in self.nodes if node not in self.products and self._may_join(node)}
 
     def _is_integer_weighted(self, node: Node, keep_float: dict[str, str]) -> bool:
         rule = rule_of(node)
+        # Reasons are kept for every op that does work, so that the report can name one for each layer in float.
         if node.op == "call_function" and node.target in REFUSED:
             self.reasons[node.name] = REFUSED[node.target]
         if rule is None or rule.weight is None:
@@ -142,6 +145,7 @@ class _EdgeSearch:
         foreign = _foreign_type(node)
         if foreign is not None:
             return foreign
+        # `rule` is a float row for refused forms; the op table's own row knows why.
         full = OPS[node.target]
         if full.refuse is not None and (why := full.refuse(node)):
             return why
@@ -156,8 +160,10 @@ class _EdgeSearch:
 
     def solve(self) -> QuantizedEdges:
         """Shrink the set of joins until each of them has quantized inputs and a wanted output."""
+        # One join's output may be another's input, so a join that drops out may take others with it. Starting from all
+        # of them and only removing ends at the largest set that fits.
         while True:
-            # What the joins ask for themselves must not count as there anyway.
+            # What a join asks for itself must not count as quantized anyway, or every join would justify itself.
             quantized = {edge.producer for edge in self._edges(join_inputs=False)}
             unfit = {join for join in self.joins if not self._fits(join, quantized)}
             if not unfit:
@@ -165,6 +171,7 @@ class _EdgeSearch:
             self.joins -= unfit
             for join in unfit:
                 self.reasons[join.name] = "its inputs or its output are in float anyway"
+        # Only now: which sums are fused depends on which joins are left.
         unrounded = {edge for join in self.joins for edge in self._unrounded(join)}
         edges = self._edges()
         integer = {node.name for node in (*self.weighted, *self.products, *self.joins)}
@@ -177,6 +184,7 @@ class _EdgeSearch:
         )
 
     def _fits(self, join: Node, quantized: set[str]) -> bool:
+        # A reshape in between carries the grid of the value above it, so that value is what must be quantized.
         fed = all(root.name in quantized for source in activation_inputs(join) for root in self._roots(source))
         return fed and self._wanted(self._tail(join))
 
@@ -191,7 +199,7 @@ class _EdgeSearch:
         return False
 
     def _roots(self, value: Node) -> list[Node]:
-        """Return the values a quantizer must stand on so that `value` lies on a grid."""
+        """Return the values that need a quantizer so that `value` lies on a grid."""
         rule = rule_of(value)
         if rule is None or rule.scale not in PASS_THROUGH:
             return [value]
@@ -210,6 +218,7 @@ class _EdgeSearch:
             assert isinstance(source, Node)
             self._quantize_input(source, node, found)
             rule = rule_of(node)
+            # A kernel that only writes integers needs a grid to write them on, even for readers in float.
             if rule is not None and rule.kind in self.target.output_quantized:
                 self._quantize_output(self._tail(node), found)
         for product in self.products:
@@ -219,6 +228,7 @@ class _EdgeSearch:
             for source in activation_inputs(join) if join_inputs else ():
                 self._quantize_input(source, join, found)
             self._quantize_output(self._tail(join), found)
+        # Graph order, whatever order they were found in: groups and sites are named after the first edge.
         order = {node.name: index for index, node in enumerate(self.nodes)}
         return sorted(found, key=lambda edge: (order[edge.producer], order[edge.consumer], edge.slot))
 
@@ -228,13 +238,16 @@ class _EdgeSearch:
         if rule is None or not rule.adds or len(operands) != 2 or operands[0] is operands[1]:
             return []
         fit = [source for source in operands if self._adds_before_rounding(source, join)]
+        # A kernel adds element by element and does not broadcast.
         if not fit or shape_of(operands[0]) != shape_of(operands[1]):
             return []
+        # Of two convolutions the earlier one writes integers, and the later one adds them: then both are known.
         return edges_between(max(fit, key=self.nodes.index), join)
 
     def _adds_before_rounding(self, source: Node, join: Node) -> bool:
         rule = rule_of(source)
         fused = rule is not None and rule.kind in self.target.fused_sums
+        # With a second reader the unrounded value would have to be written to memory after all.
         return fused and source in self.weighted and consumers(source) == [join]
 
     def _quantize_input(self, source: Node, reader: Node, found: dict[Edge, None]) -> None:
@@ -242,6 +255,7 @@ class _EdgeSearch:
         for edge in edges_between(source, reader):
             found[edge] = None
         rule = rule_of(source)
+        # Else a max pool in front of a convolution would run in float, between the quantizer above it and this one.
         if rule is not None and rule.scale in PASS_THROUGH:
             for above in activation_inputs(source):
                 self._quantize_input(above, source, found)

@@ -28,7 +28,7 @@ GROWTH = 4
 class FoldConstants(Pass):
     """Replace every largest subgraph that reads parameters and buffers only by the value it computes.
 
-    Left alone: random ops, views of a single parameter that nobody takes for a weight (they cost nothing, and a copy
+    Left alone: random ops, views of a single parameter that no op takes as a weight (they cost nothing, and a copy
     would no longer be the parameter), and values much larger than what they are made of. The value of a trainable
     parameter is trainable.
     """

@@ -28,7 +28,7 @@ from fxquant.core.run import cut_out
 from fxquant.core.storage import text_digest
 from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.base import Pass
-from fxquant.passes.cost import HandOver, LatencyModel, Observation, fit, hand_overs
+from fxquant.passes.cost import LatencyModel, Observation, SiteLink, fit, site_links
 from fxquant.passes.simulation import simulate, widest_plan
 
 Compile = Callable[[GraphModule, tuple[Tensor, ...]], Callable[[tuple[Tensor, ...]], Tensor]]
@@ -93,7 +93,7 @@ class MeasureLatency(Pass):
             alone[site.name] = single, wide
         mixed = [site.name for site in sites if any(choice.is_float for choice in site.choices)]
         every = frozenset(site.name for site in sites)
-        places = hand_overs(module.graph, sites)
+        places = site_links(module.graph, sites)
         plans = [every, frozenset[str](), *mixed_plans(mixed, self.plans if mixed else 0, self.seed, places)]
         graphs = text_digest(f"{module.graph} {integer.graph}")
 
@@ -167,7 +167,7 @@ def _rescaled(found: Sequence[Timing], first: Sequence[Timing]) -> list[Timing]:
     return [Timing(t.milliseconds * ratio, t.spread, t.outliers, t.waiting) for t in found[2:]]
 
 
-def mixed_plans(names: Sequence[str], count: int, seed: int, places: Sequence[HandOver] = ()) -> list[frozenset[str]]:
+def mixed_plans(names: Sequence[str], count: int, seed: int, places: Sequence[SiteLink] = ()) -> list[frozenset[str]]:
     """Return sets of sites to measure in float: by turns stretches of neighbours and independently drawn sites.
 
     Stretches have few borders, and show the cost of a float island; independent sites tell neighbouring borders apart.
@@ -180,7 +180,7 @@ def mixed_plans(names: Sequence[str], count: int, seed: int, places: Sequence[Ha
         seed: of the draws.
         places: borders to cover; without any, the first draw is taken.
     """
-    draw, found, seen = random.Random(seed), dict[frozenset[str], None](), Counter[tuple[HandOver, bool]]()
+    draw, found, seen = random.Random(seed), dict[frozenset[str], None](), Counter[tuple[SiteLink, bool]]()
     for attempt in range(20 * count):
         if len(found) == count:
             break
@@ -193,11 +193,11 @@ def mixed_plans(names: Sequence[str], count: int, seed: int, places: Sequence[Ha
     return list(found)
 
 
-def _is_border(place: HandOver, floats: frozenset[str]) -> bool:
+def _is_border(place: SiteLink, floats: frozenset[str]) -> bool:
     return (place.one in floats) != (place.other in floats)
 
 
-def _gain(floats: frozenset[str], places: Sequence[HandOver], seen: Mapping[tuple[HandOver, bool], int]) -> float:
+def _gain(floats: frozenset[str], places: Sequence[SiteLink], seen: Mapping[tuple[SiteLink, bool], int]) -> float:
     """Return how informative a plan is: the values on its borders, less for those seen before."""
     borders = [place for place in places if _is_border(place, floats)]
     return sum((place.elements + place.pooled) / (1 + seen[place, place.one in floats]) ** 2 for place in borders)

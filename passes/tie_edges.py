@@ -1,6 +1,6 @@
 """Gather quantized edges into groups that share a scale, and groups into ties that share a bit width.
 
-One value has one grid, whoever reads it. Ops that keep the grid (reshape, max pool, zero padding) carry the group of
+One value has one grid for all its readers. Ops that keep the grid (reshape, max pool, zero padding) carry the group of
 their input to their output; a concatenation makes one group of all its inputs and its output. Sites that read one
 group, or share one weight, agree on the activation's bits.
 """
@@ -47,20 +47,24 @@ class TieEdges(Pass):
         edges = program[QuantizedEdges].edges
         nodes = nodes_by_name(program.module.graph)
         quantized = {edge.producer for edge in edges}
+        # First scales: two values share one where an op between them cannot requantize.
         scales = UnionFind()
         for name in quantized:
             rule = rule_of(nodes[name])
             if rule is None or rule.scale not in (ScaleRule.KEEP, ScaleRule.SHARE):
                 continue
             for source in activation_inputs(nodes[name]):
+                # The op may read the value in float while others read it quantized; then it carries no grid on.
                 if source.name in quantized and _carries(source, nodes[name], program):
                     scales.union(name, source.name)
+        # Graph order, so that a group is named after the value that is computed first, in every run.
         members: defaultdict[str, list[str]] = defaultdict(list)
         for name in (n for n in nodes if n in quantized):
             members[scales.find(name)].append(name)
         producers = {names[0]: tuple(names) for names in members.values()}
         owner = {name: group for group, names in producers.items() for name in names}
         grouped = {g: tuple(e for e in edges if owner[e.producer] == g) for g in producers}
+        # Then bits: a weight has one precision, W and A together, so all values it meets have the same width.
         ties = UnionFind()
         readers: defaultdict[str, list[str]] = defaultdict(list)
         for edge in edges:

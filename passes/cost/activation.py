@@ -27,7 +27,7 @@ class Buffer:
         elements: for one sample.
         float_bytes: bytes of one element where it is not quantized.
         born: position of the node that makes it; 0 for the network's inputs.
-        last_read: group of the quantizer the readers stand behind, None for float readers -> position of the last.
+        last_read: group of the quantizer in front of the readers, None for float readers -> position of the last.
     """
 
     elements: int
@@ -40,8 +40,8 @@ class Buffer:
 def activation(program: Program, target: Target) -> CostTable:
     """Return the peak `max over moments of the sum of bytes(live buffer)`, one row per moment that can be the worst.
 
-    A value is held as its quantized readers take it, in the width the target stores; beside that in float32 where
-    others read it in float. Nothing is added for a kernel's scratch memory. A value that several sites read is
+    A value is held as its quantized readers take it, in the width the target stores; in float32 as well where others
+    read it in float. Nothing is added for a kernel's scratch memory. A value that several sites read is
     split evenly between them, so the cost is exact for plans in which they agree; it has the widest activation where
     no site reads it. A site in float reads float32.
     """
@@ -78,7 +78,7 @@ def stored_bytes(elements: int, bits: int, target: Target) -> int:
 
 
 def buffers(graph: Graph, groups: EdgeGroups) -> Iterator[Buffer]:
-    """Yield the memory of every value that depends on an input; views and clips of what nobody else reads share it."""
+    """Yield the memory of every value that depends on an input; views and clips of what nothing else reads share it."""
     position = {node: index for index, node in enumerate(graph.nodes)}
     behind = {(edge.producer, edge.consumer): group for group, edges in groups.edges.items() for edge in edges}
     owner: dict[Node, Node] = {}

@@ -1,4 +1,4 @@
-"""`latency` as the description of a target tells it, for hardware that is not this machine."""
+"""`latency` from the rows of a target file, for hardware that is not this machine."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fxquant.core.ir import FLOAT, Choice, Program, Site, Sites
 from fxquant.passes.cost.size import site_bytes
 
 
-def told_latency(program: Program, target: Target) -> CostTable:
+def latency_from_rows(program: Program, target: Target) -> CostTable:
     """Return milliseconds per candidate from the target's rows, the first that matches a layer and a precision.
 
-    Layers add up; what no choice changes is not told and counts as nothing. The float model's cost, which ratios are
+    Layers add up; what no choice changes has no row and counts as nothing. The float model's cost, which ratios are
     against, is that of every layer by the row for "float".
 
     Raises:

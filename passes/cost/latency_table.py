@@ -2,9 +2,9 @@
 
     t(plan) = constant + sum over sites of t_l(float or integer) + sum over borders of b_e(direction)
 
-A border is a hand-over (`passes.cost.hand_overs`) between a float and an integer site: the value is converted, and in
-most runtimes laid out anew. An op timed alone pays for conversions that a network fuses away and leaves out what a
-network adds, so times alone are only the prior. What decides are whole networks: the float one, the one in integers,
+A border is a link (`passes.cost.site_links`) between a float and an integer site: the value is converted, and in
+most runtimes copied to another memory layout. An op timed alone pays for conversions that a network fuses away and
+leaves out what a network adds, so times alone are only the prior. What decides are whole networks: the float one, the one in integers,
 and a few in which stretches of sites are float. The fit has two steps, both nonnegative least squares on relative
 errors: first a few common factors (float sites cost `a` times their time alone, integer ones `b` times theirs plus `c`
 times the float one, a border so much and so much per element, by direction), then every single term moves from there as
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import CostTable
 from fxquant.core.ir import Candidate
-from fxquant.passes.cost.handovers import HandOver
+from fxquant.passes.cost.site_links import SiteLink
 
 FloatArray = NDArray[np.float64]
 
@@ -64,7 +64,7 @@ class LatencyModel:
     Args:
         floats: site -> milliseconds in float.
         integers: site -> milliseconds in integers.
-        borders: hand-over -> milliseconds where `one` is integer and `other` float, and the other way round.
+        borders: link -> milliseconds where `one` is integer and `other` float, and the other way round.
         constant: what no choice changes.
 
     Raises:
@@ -73,7 +73,7 @@ class LatencyModel:
 
     floats: Mapping[str, float]
     integers: Mapping[str, float]
-    borders: Mapping[HandOver, tuple[float, float]]
+    borders: Mapping[SiteLink, tuple[float, float]]
     constant: float
 
     def __post_init__(self) -> None:
@@ -116,13 +116,13 @@ class LatencyModel:
 
 
 def fit(
-    alone: Mapping[str, tuple[float, float]], places: Sequence[HandOver], observations: Sequence[Observation]
+    alone: Mapping[str, tuple[float, float]], places: Sequence[SiteLink], observations: Sequence[Observation]
 ) -> LatencyModel:
     """Return the model that explains the measured networks best, close to the times alone.
 
     Args:
         alone: site -> its milliseconds alone in float and in integers, above 0.
-        places: where sites hand values over.
+        places: links between sites.
         observations: whole networks; those without borders, all float and all integers, are met closely.
 
     Raises:
@@ -153,7 +153,7 @@ def fit(
     )
 
 
-def _terms(names: Sequence[str], places: Sequence[HandOver], observations: Sequence[Observation]) -> FloatArray:
+def _terms(names: Sequence[str], places: Sequence[SiteLink], observations: Sequence[Observation]) -> FloatArray:
     """Return which terms each observation is the sum of: sites in float, in integers, borders in pairs, constant."""
     rows = []
     for observation in observations:
@@ -166,7 +166,7 @@ def _terms(names: Sequence[str], places: Sequence[HandOver], observations: Seque
     return np.array(rows, dtype=np.float64)
 
 
-def _common(alone: FloatArray, places: Sequence[HandOver]) -> FloatArray:
+def _common(alone: FloatArray, places: Sequence[SiteLink]) -> FloatArray:
     """Return the first guess of each term as a combination of common factors, (terms, factors)."""
     count = len(alone)
     guess = np.zeros((2 * count + 2 * len(places) + 1, 13))

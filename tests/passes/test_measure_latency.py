@@ -19,7 +19,7 @@ from fxquant.passes import (
     measure_latency,
     mixed_plans,
 )
-from fxquant.passes.cost import HandOver, LatencyModel
+from fxquant.passes.cost import LatencyModel, SiteLink
 from tests.programs import check_pass
 from tests.scoring import calibrated, inputs
 
@@ -187,7 +187,7 @@ def test_plans_that_the_model_finds_fast_are_measured_too(monkeypatch: pytest.Mo
 
 def test_chosen_plans_are_worth_their_time_and_leave_others_alone() -> None:
     names = tuple(f"layer{k}" for k in range(8))
-    places = {HandOver(one, other, 10): (0.5, 0.5) for one, other in itertools.pairwise(names)}
+    places = {SiteLink(one, other, 10): (0.5, 0.5) for one, other in itertools.pairwise(names)}
     model = LatencyModel(dict.fromkeys(names, 2.0), dict.fromkeys(names, 1.0), places, 0.5)
     plans = chosen_plans(model, names[:6], 8, seed=0)
     assert len(plans) > 3
@@ -203,7 +203,7 @@ def test_chosen_plans_are_worth_their_time_and_leave_others_alone() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_drawn_plans_mix_and_show_every_costly_border_both_ways(seed: int) -> None:
     names = [f"layer{k}" for k in range(12)]
-    places = [HandOver(a, b, 1000 // (k + 1)) for k, (a, b) in enumerate(itertools.pairwise(names))]
+    places = [SiteLink(a, b, 1000 // (k + 1)) for k, (a, b) in enumerate(itertools.pairwise(names))]
     plans = mixed_plans(names, 8, seed, places)
     assert len(set(plans)) == 8
     assert all(0 < len(plan) < 12 and plan <= set(names) for plan in plans)

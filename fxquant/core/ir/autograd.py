@@ -1,4 +1,4 @@
-"""Gradients are ours to record, whatever mode the caller is in."""
+"""Re-enable autograd inside `torch.no_grad` and `torch.inference_mode`."""
 
 from __future__ import annotations
 

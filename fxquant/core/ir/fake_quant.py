@@ -80,7 +80,7 @@ class FakeQuantize(nn.Module):
 
 
 def _rounded(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    """Return the same to the bit by plain arithmetic: PyTorch's own op writes a mask for the gradient besides.
+    """Return the same to the bit by plain arithmetic: PyTorch's own op also writes a mask for the gradient.
 
     Five passes in place, each of them vectorised, take a fifth of the time.
     """

@@ -19,7 +19,7 @@ TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 
 def fork(module: GraphModule) -> GraphModule:
-    """Return a copy with a graph of its own: node names and meta kept, parameters shared."""
+    """Return a copy: another graph with the same node names and meta, and the same parameters."""
     with warnings.catch_warnings():
         # torch's pytree deep-copies its own leaf specs through a deprecated check.
         warnings.simplefilter("ignore", FutureWarning)
@@ -125,7 +125,7 @@ def set_parameter(
 def insert_after(module: GraphModule, producer: Node, name: str, inserted: nn.Module, users: Iterable[Node]) -> Node:
     """Put a module on the edges from `producer` to `users` and return its node, called `name`.
 
-    The node stands right after the producer (after the last placeholder if that is one), so that every user follows.
+    The node follows the producer directly (the last placeholder if that is one), so that every user comes after it.
     A name that another module has gets a number behind it.
     """
     path, number = name, 0
@@ -146,7 +146,7 @@ def insert_after(module: GraphModule, producer: Node, name: str, inserted: nn.Mo
 
 
 def erase_dead(module: GraphModule) -> int:
-    """Erase nodes nobody reads, placeholders excepted, and return how many."""
+    """Erase nodes that nothing reads, placeholders excepted, and return how many."""
     erased = 0
     for node in reversed(list(module.graph.nodes)):
         if node.op not in ("placeholder", "output") and not node.users:

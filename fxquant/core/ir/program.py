@@ -1,4 +1,4 @@
-"""`Program`: a graph module and the facts known about it, handed from pass to pass."""
+"""`Program`: a graph module and the facts known about it, which passes take and return."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fxquant.core.errors import OptionError
 
 FLOAT_BITS = 32
-"""The bit width that stands for "left in float32"."""
+"""The bit width that means "left in float32"."""
 
 MIN_BITS = 2
 MAX_BITS = 8

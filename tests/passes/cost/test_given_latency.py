@@ -8,7 +8,7 @@ from fxquant.backends import backend
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import LatencyRow
 from fxquant.core.ir import Sites
-from fxquant.passes.cost import site_bytes, told_latency
+from fxquant.passes.cost import latency_from_rows, site_bytes
 from tests.scoring import calibrated
 
 REFERENCE = backend("reference").target
@@ -22,7 +22,7 @@ def test_the_first_row_that_matches_counts() -> None:
         LatencyRow("*", "*", ms=7.0),
     )
     target = replace(REFERENCE, latency=rows)
-    table, sites = told_latency(PROGRAM, target), PROGRAM[Sites]
+    table, sites = latency_from_rows(PROGRAM, target), PROGRAM[Sites]
     for candidate, value in zip(table.candidates, table.values, strict=True):
         site = sites.by_name(candidate.site)
         if site.kind != "conv":
@@ -39,4 +39,4 @@ def test_the_first_row_that_matches_counts() -> None:
 def test_a_layer_without_a_row_is_named() -> None:
     rows = (LatencyRow("*", "W?A8", ms=1.0),)
     with pytest.raises(OptionError, match=r"no latency row for layer '.*' \(conv\) at float; add one"):
-        told_latency(PROGRAM, replace(REFERENCE, latency=rows))
+        latency_from_rows(PROGRAM, replace(REFERENCE, latency=rows))

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from fxquant.core.errors import OptionError
 from fxquant.core.ir import FLOAT, Candidate, Choice
 from fxquant.passes.allocation import SOLVERS
-from fxquant.passes.cost import HandOver, LatencyModel, Observation, fit, nonnegative_least_squares
+from fxquant.passes.cost import LatencyModel, Observation, SiteLink, fit, nonnegative_least_squares
 
 NAMES = tuple(f"layer{k}" for k in range(12))
-CHAIN = [HandOver(one, other, 100 * (k + 1)) for k, (one, other) in enumerate(itertools.pairwise(NAMES))]
-PLACES = [*CHAIN, HandOver(NAMES[1], NAMES[3], 500, joined=True)]
+CHAIN = [SiteLink(one, other, 100 * (k + 1)) for k, (one, other) in enumerate(itertools.pairwise(NAMES))]
+PLACES = [*CHAIN, SiteLink(NAMES[1], NAMES[3], 500, joined=True)]
 
 
 def truth(seed: int) -> LatencyModel:

@@ -9,7 +9,7 @@ from fxquant.core.errors import OptionError
 from fxquant.core.facts import Settings
 from fxquant.core.ir import Sites
 from fxquant.flow import find_sites
-from fxquant.passes.cost import HandOver, hand_overs
+from fxquant.passes.cost import SiteLink, site_links
 
 
 class Stream(nn.Module):
@@ -32,7 +32,7 @@ class Stream(nn.Module):
 
 def places(model: nn.Module) -> dict[tuple[str, str, bool], int]:
     program = find_sites(capture(model.eval(), (torch.rand(1, 3, 6, 6),)), Settings(bits=(8, 32)))
-    return {(p.one, p.other, p.joined): p.elements for p in hand_overs(program.module.graph, program[Sites].sites)}
+    return {(p.one, p.other, p.joined): p.elements for p in site_links(program.module.graph, program[Sites].sites)}
 
 
 def test_values_are_followed_through_clips_and_one_join() -> None:
@@ -52,7 +52,7 @@ def test_values_are_followed_through_clips_and_one_join() -> None:
 @pytest.mark.parametrize(("one", "other", "elements"), [("a", "a", 1), ("a", "b", 0)])
 def test_what_is_no_hand_over(one: str, other: str, elements: int) -> None:
     with pytest.raises(OptionError, match="is no border"):
-        HandOver(one, other, elements)
+        SiteLink(one, other, elements)
 
 
 class Fire(nn.Module):
@@ -71,7 +71,7 @@ class Fire(nn.Module):
 
 def test_pools_and_concatenations() -> None:
     program = find_sites(capture(Fire().eval(), (torch.rand(1, 3, 6, 6),)), Settings(bits=(8, 32)))
-    found = {(p.one, p.other): p for p in hand_overs(program.module.graph, program[Sites].sites)}
+    found = {(p.one, p.other): p for p in site_links(program.module.graph, program[Sites].sites)}
     # The quantizer stands before the pool: 144 values are written, 36 arrive.
     assert (found["stem", "left"].elements, found["stem", "left"].pooled) == (36, 108)
     assert found["left", "right"].joined

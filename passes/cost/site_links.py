@@ -1,4 +1,4 @@
-"""Where one site hands a value to another: the places at which float and integers can meet."""
+"""Links between sites: edges at which a value may have to be converted between float and integers."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ CARRIES = (ScaleRule.KEEP, ScaleRule.ABSORB, ScaleRule.SHARE)
 
 
 @dataclass(frozen=True)
-class HandOver:
-    """Two sites whose values meet.
+class SiteLink:
+    """Two sites, one of which reads what the other wrote, or both of which write into one join.
 
     Args:
         one: the writer; the earlier writer where both values go into one join.
         other: the reader; the later writer of a join.
         elements: values that arrive, for one sample, above 0.
-        pooled: values that were written and do not arrive: a quantizer stands before a pool, not behind it.
+        pooled: values that were written and do not arrive: a quantizer is in front of a pool, not behind it.
         joined: whether the two are writers of one join (an add, a concatenation) instead of writer and reader.
 
     Raises:
-        OptionError: a site that hands over to itself, or no elements.
+        OptionError: a site that is linked to itself, or no elements.
     """
 
     one: str
@@ -42,11 +42,11 @@ class HandOver:
             raise OptionError(f"{self} is no border: two sites and at least one element are needed")
 
 
-def hand_overs(graph: Graph, sites: Iterable[Site]) -> tuple[HandOver, ...]:
+def site_links(graph: Graph, sites: Iterable[Site]) -> tuple[SiteLink, ...]:
     """Return where values pass from site to site with no other site, no float op and at most one join in between.
 
-    A value that comes through two joins is left out: whether it is on a grid is for those who read it in between to
-    say. Several such places of one pair are one hand-over with their elements added up.
+    A value that comes through two joins is left out: whether it is on a grid depends on those who read it in between.
+    Several links of one pair are one with their elements added up.
 
     Args:
         graph: the float graph.
@@ -85,7 +85,7 @@ def hand_overs(graph: Graph, sites: Iterable[Site]) -> tuple[HandOver, ...]:
             carries = rule.scale in CARRIES or len(inputs) == 1
             straight[node] = writers if carries else {}
             behind[node] = _union(behind, inputs) if carries else dict.fromkeys(writers, size)
-    return tuple(HandOver(one, other, n, joined, pooled) for (one, other, joined), (n, pooled) in found.items())
+    return tuple(SiteLink(one, other, n, joined, pooled) for (one, other, joined), (n, pooled) in found.items())
 
 
 def _union(known: dict[Node, dict[str, int]], nodes: Iterable[Node]) -> dict[str, int]:
