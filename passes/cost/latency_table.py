@@ -2,13 +2,14 @@
 
     t(plan) = constant + sum over sites of t_l(float or integer) + sum over borders of b_e(direction)
 
-A border is a link (`passes.cost.site_links`) between a float and an integer site: the value is converted, and in
-most runtimes copied to another memory layout. An op timed alone pays for conversions that a network fuses away and
-leaves out what a network adds, so times alone are only the prior. What decides are whole networks: the float one, the one in integers,
-and a few in which stretches of sites are float. The fit has two steps, both nonnegative least squares on relative
-errors: first a few common factors (float sites cost `a` times their time alone, integer ones `b` times theirs plus `c`
-times the float one, a border so much and so much per element, by direction), then every single term moves from there as
-far as the measurements ask for and a prior width allows. It is the maximum a posteriori of a linear Gaussian model.
+A border is a link (`passes.cost.site_links`) between a float and an integer site: the value is converted, and in most
+runtimes copied to another memory layout. An op timed alone pays for conversions that a network fuses away and leaves
+out what a network adds, so times alone are only the prior. What decides are whole networks: the float one, the one in
+integers, and a few in which stretches of sites are float. The fit has two steps, both nonnegative least squares on
+relative errors: first a few common factors (float sites cost `a` times their time alone, integer ones `b` times theirs
+plus `c` times the float one, a border so much and so much per element, by direction), then every single term moves from
+there as far as the measurements ask for and a prior width allows. It is the maximum a posteriori of a linear Gaussian
+model.
 """
 
 from __future__ import annotations
