@@ -30,7 +30,7 @@ from benchmarks.zoo.imdn import set5_psnr
 from fxquant import flow
 from fxquant.api import capture, prepare
 from fxquant.backends.int8 import FxInt8Backend
-from fxquant.core.facts import BitAllocation, Budget, Rounding, Settings
+from fxquant.core.facts import BitAllocation, Budget, Rounding, ScoringRounding, Settings
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
 from fxquant.core.storage import ScoreStore, read_json, write_json
@@ -76,7 +76,7 @@ class Case:
     bits: tuple[int, ...] = (2, 4, 8)
     lowered: bool = True
     pictures: bool = False
-    scoring: str = "nearest"
+    scoring: ScoringRounding = "nearest"
     target: str | None = None
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fxquant
 from fxquant import Budget, Choice, Result, Settings
 from fxquant.core.errors import CalibrationError, FileFormatError, InfeasibleBudgetError, OptionError
-from fxquant.core.facts import EFFORTS, BitAllocation, EffortName
+from fxquant.core.facts import EFFORTS, BitAllocation, EffortName, options_of
 from fxquant.core.host import Reporter
 from fxquant.core.ir import FLOAT, Sites
 from fxquant.core.run import model_outputs
@@ -58,6 +58,18 @@ def test_the_public_names() -> None:
     assert len(fxquant.__all__) <= 24
     assert all(getattr(fxquant, name, None) is not None for name in fxquant.__all__)
     assert len(set(fxquant.__all__)) == len(fxquant.__all__)
+
+
+def test_what_people_change_often_is_named_and_the_rest_is_in_options() -> None:
+    named = inspect.signature(fxquant.quantize).parameters.keys()
+    assert len(named) <= 12
+    assert named - options_of(Settings).keys() == {"model", "calibration", "budget", "workdir", "progress", "options"}
+    base = Settings(bits=(8,), seed=3)
+    for options in (base, {"bits": (8,), "seed": 3}):
+        settings = fxquant.quantize(plain_net(), IMAGES, None, bits=(4,), effort="fast", options=options).program[
+            Settings
+        ]
+        assert (settings.bits, settings.seed, settings.estimators) == ((4,), 3, ("diagonal",))
 
 
 def test_importing_it_imports_no_runtime() -> None:

@@ -33,7 +33,6 @@ from fxquant.passes import (
 )
 from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.rounding import ROUNDERS
-from fxquant.passes.rounding.closed_form import METHODS as BANK_METHODS
 from fxquant.passes.rounding.closed_form import RoundWeights
 from fxquant.passes.sensitivity import ESTIMATORS
 
@@ -84,7 +83,6 @@ KNOWN_NAMES: Mapping[str, Collection[str]] = {
     "loss": LOSSES,
     "estimators": ESTIMATORS,
     "solver": SOLVERS,
-    "scoring_rounding": ("nearest", *BANK_METHODS),
     "rounding": ROUNDERS,
 }
 """Setting -> the names it may hold; more may be registered at any time."""

@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from fxquant.core.errors import OptionError
 from fxquant.core.facts.target import Target
@@ -32,6 +32,7 @@ BY_EFFORT: Any = None
 
 def rules(
     least: float | None = None,
+    most: float | None = None,
     above: float | None = None,
     below: float | None = None,
     flag: str | None = None,
@@ -41,12 +42,13 @@ def rules(
 
     Args:
         least: the smallest allowed number.
+        most: the largest allowed number.
         above: numbers must be larger than this.
         below: numbers must be smaller than this.
         flag: the command-line flag without dashes; by default the name of the field.
         saved: whether the option is written to JSON and has a flag; False for what only concerns one call.
     """
-    return {"least": least, "above": above, "below": below, "flag": flag, "saved": saved}
+    return {"least": least, "most": most, "above": above, "below": below, "flag": flag, "saved": saved}
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Option:
         default: its value where none is given.
         help: its text in the docstring of the class.
         least: the smallest allowed number, None for any.
+        most: the largest allowed number, None for any.
         above: numbers must be larger than this, None for any.
         below: numbers must be smaller than this, None for any.
         flag: the command-line flag without dashes.
@@ -70,6 +73,7 @@ class Option:
     default: Any
     help: str
     least: float | None
+    most: float | None
     above: float | None
     below: float | None
     flag: str
@@ -95,6 +99,7 @@ class Option:
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int | float) and not (
                 (self.least is None or number >= self.least)
+                and (self.most is None or number <= self.most)
                 and (self.above is None or number > self.above)
                 and (self.below is None or number < self.below)
             ):
@@ -103,7 +108,7 @@ class Option:
 
     def _allowed(self) -> str:
         """Return the allowed values, as the end of "... must be"."""
-        bounds = {"of at least": self.least, "above": self.above, "below": self.below}
+        bounds = {"of at least": self.least, "at most": self.most, "above": self.above, "below": self.below}
         said = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
         return f"{_noun(self.kind)} {said}".strip()
 
@@ -223,6 +228,9 @@ def _texts(kind: type) -> dict[str, str]:
 class Options:
     """Base of the frozen dataclasses whose fields are options."""
 
+    KIND: ClassVar[str] = "option"
+    """What a message calls one of them."""
+
     def __post_init__(self) -> None:
         for name, known in options_of(type(self)).items():
             object.__setattr__(self, name, known.checked(getattr(self, name)))
@@ -243,7 +251,7 @@ class Options:
         values |= {name: value for name, value in named.items() if value is not None}
         for name in values:
             if name not in known:
-                raise unknown("option", str(name), known)
+                raise unknown(cls.KIND, str(name), known)
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from fxquant.core.ir import Choice
 
 EffortName = Literal["fast", "default", "best"]
 Context = Literal["float", "widest"]
+ScoringRounding = Literal["nearest", "gptq", "gpfq"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Settings(Options):
     requantization_cost: float = field(default=0.0, metadata=rules(least=0))
     refine_moves: int = field(default=BY_EFFORT, metadata=rules(least=0))
     rounds: int = field(default=BY_EFFORT, metadata=rules(least=0))
-    scoring_rounding: str = "nearest"
+    scoring_rounding: ScoringRounding = "nearest"
     rounding: str = BY_EFFORT
     rounding_options: Mapping[str, object] = field(default_factory=dict, metadata=rules(flag="rounding_option"))
     seed: int = 0

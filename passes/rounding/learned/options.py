@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
-from fxquant.core.errors import OptionError
+from fxquant.core.facts import Options, rules
 from fxquant.passes.rounding.learned.units import check_granularity
-
-LEARNED = ("rounding", "straight_through")
-"""What is learned for a weight: whether each value is rounded up or down, or the value and its scale."""
-INPUTS = ("quantized", "float", "mixed")
-"""Which network's values a unit reads while it is tuned."""
-PROBABILITIES = ("drop", "warmup")
-COUNTS = ("iterations", "batch", "prediction_every", "memory_mb")
 
 
 @dataclass(frozen=True)
-class Reconstruction:
+class Reconstruction(Options):
     """How each unit is tuned.
 
     `loss = rec + prediction * pd + feature * feat + regulariser * sum(1 - |2h - 1|^beta)`, with `rec` the squared error
@@ -56,47 +47,36 @@ class Reconstruction:
         OptionError: a value out of range.
     """
 
+    KIND: ClassVar[str] = "rounding option"
+
     unit: str = "block"
-    iterations: int = 1000
-    batch: int = 32
-    learned: str = "rounding"
-    rounding_lr: float = 1e-2
-    weight_lr: float = 1e-2
-    step_lr: float = 5e-4
+    iterations: int = field(default=1000, metadata=rules(least=1))
+    batch: int = field(default=32, metadata=rules(least=1))
+    learned: Literal["rounding", "straight_through"] = "rounding"
+    rounding_lr: float = field(default=1e-2, metadata=rules(least=0))
+    weight_lr: float = field(default=1e-2, metadata=rules(least=0))
+    step_lr: float = field(default=5e-4, metadata=rules(least=0))
     step_share: bool = True
-    inputs: str = "mixed"
-    drop: float = 0.5
-    regulariser: float = 0.05
-    warmup: float = 0.2
-    prediction: float = 0.0
-    prediction_every: int = 1
-    temperature: float = 4.0
-    feature: float = 0.0
+    inputs: Literal["quantized", "float", "mixed"] = "mixed"
+    drop: float = field(default=0.5, metadata=rules(least=0, most=1))
+    regulariser: float = field(default=0.05, metadata=rules(least=0))
+    warmup: float = field(default=0.2, metadata=rules(least=0, most=1))
+    prediction: float = field(default=0.0, metadata=rules(least=0))
+    prediction_every: int = field(default=1, metadata=rules(least=1))
+    temperature: float = field(default=4.0, metadata=rules(above=0))
+    feature: float = field(default=0.0, metadata=rules(least=0))
     normalise: bool = True
     answer_by_prediction: bool = False
-    correction: int = 0
-    correction_weight: float = 50.0
+    correction: int = field(default=0, metadata=rules(least=0))
+    correction_weight: float = field(default=50.0, metadata=rules(least=0))
     guard: bool = True
-    memory_mb: int = 2048
+    memory_mb: int = field(default=2048, metadata=rules(least=1))
 
     def __post_init__(self) -> None:
-        for name, known in (("learned", LEARNED), ("inputs", INPUTS)):
-            if getattr(self, name) not in known:
-                raise OptionError(f"{name}={getattr(self, name)!r} is unknown; known: {', '.join(known)}")
+        if isinstance(self.unit, int):
+            object.__setattr__(self, "unit", str(self.unit))
+        super().__post_init__()
         check_granularity(self.unit)
-        for name in (*COUNTS, "correction"):
-            lowest = int(name in COUNTS)
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < lowest:
-                raise OptionError(f"{name}={getattr(self, name)!r} must be a whole number of at least {lowest}")
-        for name in PROBABILITIES:
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise OptionError(f"{name}={getattr(self, name)} must lie in 0..1")
-        rates = [f.name for f in fields(self) if f.type == "float" and f.name not in PROBABILITIES]
-        for name in rates:
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise OptionError(f"{name}={getattr(self, name)} must be a finite number of at least 0")
-        if self.temperature == 0:
-            raise OptionError("temperature=0 must be above 0")
 
     def changed(self, overrides: Mapping[str, object]) -> Reconstruction:
         """Return these settings with some of them replaced.
@@ -104,19 +84,7 @@ class Reconstruction:
         Raises:
             OptionError: there is no such setting, or a value out of range.
         """
-        known = [f.name for f in fields(self)]
-        for name in overrides:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
-                raise OptionError(f"unknown rounding option {name!r}{hint}; known: {', '.join(known)}")
-        values: dict[str, Any] = dict(overrides)
-        if isinstance(values.get("unit"), int):
-            values["unit"] = str(values["unit"])
-        try:
-            return replace(self, **values)
-        except (TypeError, AttributeError) as error:
-            raise OptionError(f"the rounding options {values} contain a value of the wrong type ({error})") from error
+        return Reconstruction.of(self, **overrides)
 
     @property
     def wants_answers(self) -> bool:
