@@ -89,15 +89,7 @@ def round_plan(
         place = None if folder is None else folder / f"{asked}-{position}-{name}"
         store = ScoreStore(place, {**_fields(known, "model", "data", "calibration", "settings"), "asked": asked})
         task = RoundingTask(
-            rounded,
-            images,
-            held_out,
-            loss,
-            settings.seed,
-            store,
-            corrections,
-            dict(overrides or {}),
-            reporter,
+            rounded, images, held_out, loss, settings.seed, store, corrections, dict(overrides or {}), reporter
         )
         with gradients(), memory_named(name, LESS_MEMORY):
             rounded = ROUNDERS[name](task)

@@ -1,4 +1,4 @@
-"""The front room of rounding: chains, the guard over the whole plan, feedback into the allocation, both doors."""
+"""Rounding a plan: chains, their acceptance, feedback into the allocation, from quantize and from reconstruct."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ LIMIT = Budget(average_bits=3.0)
 @cache
 def planned() -> Result:
     return small_result("reference", 3.0)
+
+
+@cache
+def tuned() -> Result:
+    return fxquant.reconstruct(planned(), images(), "pdquant", options=SHORT, progress=False)
 
 
 def split() -> tuple[CalibrationSet, CalibrationSet]:
@@ -86,8 +91,7 @@ def test_quantize_rounds_as_it_is_asked(tmp_path: Path) -> None:
 
 
 def test_reconstruct_keeps_the_plan_and_lowers_its_loss() -> None:
-    before = planned()
-    made = fxquant.reconstruct(before, images(), "pdquant", options=SHORT, progress=False)
+    before, made = planned(), tuned()
     assert made.allocation.choices == before.allocation.choices
     assert made.program[Rounding].method == "pdquant"
     finalists = made.allocation.finalists
@@ -97,17 +101,15 @@ def test_reconstruct_keeps_the_plan_and_lowers_its_loss() -> None:
 
 
 def test_a_rounded_result_survives_its_file(tmp_path: Path) -> None:
-    made = fxquant.reconstruct(planned(), images(), "pdquant", options=SHORT, progress=False)
-    loaded = fxquant.load(made.save(tmp_path))
-    assert torch.equal(loaded.simulated(images()), made.simulated(images()))
+    loaded = fxquant.load(tuned().save(tmp_path))
+    assert torch.equal(loaded.simulated(images()), tuned().simulated(images()))
 
 
 def test_another_plan_drops_the_rounding() -> None:
-    made = fxquant.reconstruct(planned(), images(), "pdquant", options=SHORT, progress=False)
-    other = BitAllocation({site: Choice(8, 8) for site in made.allocation.choices})
-    rounded, plain = made.with_plan(other), planned().with_plan(other)
+    other = BitAllocation({site: Choice(8, 8) for site in tuned().allocation.choices})
+    rounded, plain = tuned().with_plan(other), planned().with_plan(other)
     assert torch.equal(rounded.simulated(images()), plain.simulated(images()))
-    assert not torch.equal(made.simulated(images()), planned().simulated(images()))
+    assert not torch.equal(tuned().simulated(images()), planned().simulated(images()))
 
 
 def test_a_rounding_that_does_not_help_is_rejected_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,8 +150,8 @@ class TestRealised:
         return UnitRecord(site, method, before, after, kept, "" if kept else "worse", 0.0, (site,))
 
     def ratios(self, program: Program, matrix: SensitivityMatrix) -> dict[str, float]:
-        told = realised(program)[SensitivityMatrix]
-        shares = np.diag(told.values) / np.where(np.diag(matrix.values) == 0, 1.0, np.diag(matrix.values))
+        corrected = realised(program)[SensitivityMatrix]
+        shares = np.diag(corrected.values) / np.where(np.diag(matrix.values) == 0, 1.0, np.diag(matrix.values))
         return {c.site: float(s) for c, s in zip(matrix.candidates, shares, strict=True) if s}
 
     def predicted(self, matrix: SensitivityMatrix, choices: dict[str, Choice], *sites: str) -> float:
@@ -157,26 +159,18 @@ class TestRealised:
 
     def test_each_increment_is_compared_with_its_prediction(self) -> None:
         _, matrix, choices = self.with_units()
-        steps = [self.predicted(matrix, choices, *names) for names in ((), ("stem",), ("stem", "body"))]
-        first, second = steps[1] - steps[0], steps[2] - steps[1]
-        program, *_ = self.with_units(self.unit("stem", 0.5 * first), self.unit("body", 0.5 * first + 2 * second))
-        found = self.ratios(program, matrix)
-        assert found["stem"] == pytest.approx(0.5)
-        assert found["body"] == pytest.approx(2.0)
-        assert found["head"] == pytest.approx(1.0)
-
-    def test_a_unit_that_was_rolled_back_costs_what_it_cost_before(self) -> None:
-        _, matrix, choices = self.with_units()
-        first = self.predicted(matrix, choices, "stem")
-        program, *_ = self.with_units(self.unit("stem", 9 * first, before=0.5 * first, kept=False))
-        assert self.ratios(program, matrix)["stem"] == pytest.approx(0.5)
-
-    def test_ratios_stay_within_bounds(self) -> None:
-        _, matrix, choices = self.with_units()
-        first = self.predicted(matrix, choices, "stem")
-        for loss, ratio in ((1000 * first, 10.0), (0.0, 0.1)):
-            program, *_ = self.with_units(self.unit("stem", loss))
-            assert self.ratios(program, matrix)["stem"] == pytest.approx(ratio)
+        first, both = (self.predicted(matrix, choices, *names) for names in (("stem",), ("stem", "body")))
+        cases = [
+            ([self.unit("stem", 0.5 * first), self.unit("body", 2 * both - 1.5 * first)], (0.5, 2.0, 1.0)),
+            # A rejected unit costs what it cost before.
+            ([self.unit("stem", 9 * first, before=0.5 * first, kept=False)], (0.5, 1.0, 1.0)),
+            # Ratios stay within their bounds.
+            ([self.unit("stem", 1000 * first)], (10.0, 1.0, 1.0)),
+            ([self.unit("stem", 0.0)], (0.1, 1.0, 1.0)),
+        ]
+        for units, expected in cases:
+            found = self.ratios(self.with_units(*units)[0], matrix)
+            assert tuple(found[site] for site in ("stem", "body", "head")) == pytest.approx(expected)
 
     def test_a_stage_over_the_whole_network_does_not_hide_the_units(self) -> None:
         _, matrix, choices = self.with_units()
@@ -190,9 +184,9 @@ class TestRealised:
         _, matrix, choices = self.with_units()
         first = self.predicted(matrix, choices, "stem")
         program, *_ = self.with_units(self.unit("stem", 0.3 * first))
-        told = realised(program)
-        assert told[Surrogates].matrices.keys() == program[Surrogates].matrices.keys()
-        lowest = [float(np.linalg.eigvalsh(m.values).min()) for m in (matrix, told[SensitivityMatrix])]
+        done = realised(program)
+        assert done[Surrogates].matrices.keys() == program[Surrogates].matrices.keys()
+        lowest = [float(np.linalg.eigvalsh(m.values).min()) for m in (matrix, done[SensitivityMatrix])]
         assert lowest[1] >= min(0.0, 10 * lowest[0]) - 1e-12
 
     def test_without_measured_units_there_is_nothing_to_tell(self) -> None:

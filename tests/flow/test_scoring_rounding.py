@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import fxquant
 from fxquant.core.errors import FileFormatError, OptionError
 from fxquant.core.facts import Settings, WeightGrids
-from fxquant.core.ir import Sites
 from fxquant.core.run import model_outputs
 from fxquant.result import Result
 from tests.small import images, small
@@ -29,16 +27,6 @@ def quantized(method: str, bits: tuple[int, ...] = (2, 4, 8)) -> Result:
         target="reference",
         options={"scoring_rounding": method},
     )
-
-
-def test_scores_and_simulation_use_the_rounded_weights() -> None:
-    nearest, gptq = quantized("nearest"), quantized("gptq")
-    assert not np.array_equal(nearest.sensitivity.values.diagonal(), gptq.sensitivity.values.diagonal())
-    plan = gptq.allocation
-    site = next(s for s in gptq.program[Sites].sites if plan.choices[s.name].weight_bits < 8)
-    rounded = gptq.program[WeightGrids].rounded[site.name, plan.choices[site.name].weight_bits]
-    values = dict(gptq.simulated.named_parameters())[site.weight]
-    assert torch.equal(values, rounded)
 
 
 def test_a_saved_result_keeps_them(tmp_path: Path) -> None:

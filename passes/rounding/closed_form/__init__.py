@@ -24,7 +24,7 @@ from fxquant.passes.rounding.closed_form.layerwise import (
 )
 from fxquant.passes.rounding.closed_form.prefix import FEWEST, Prefix, fitting
 from fxquant.passes.rounding.closed_form.rescale import RATIOS, with_best_scales
-from fxquant.passes.rounding.closed_form.verdict import first_site, held_out_losses, judged
+from fxquant.passes.rounding.closed_form.verdict import first_site, judged
 
 __all__ = [
     "FEWEST",
@@ -43,7 +43,6 @@ __all__ = [
     "geometry_of",
     "gpfq_rows",
     "gptq_rows",
-    "held_out_losses",
     "judged",
     "moments_of",
     "on_grid",

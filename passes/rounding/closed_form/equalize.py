@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.core.errors import OptionError
-from fxquant.core.facts import Ranges, Settings, WeightGrids
+from fxquant.core.facts import Ranges, Settings, Target, WeightGrids
 from fxquant.core.ir import (
     Grid,
     Program,
@@ -122,8 +122,8 @@ def _balance(first: _Layer, second: _Layer, channels: Tensor) -> float:
     two = two[1:]
     # A channel that is zero on either side gains nothing from scaling.
     alive = (one > 0) & (two > 0)
-    scale = torch.where(alive, torch.sqrt(one / torch.where(alive, two, one)), torch.ones_like(one))
-    scale = torch.where(alive, scale, torch.ones_like(scale))
+    # sqrt(r1 r2) / r2 = sqrt(r1 / r2); dead channels would divide by zero.
+    scale = torch.where(alive, torch.sqrt(one / two), torch.ones_like(one))
     first.weight = first.weight / scale.reshape([-1] + [1] * (first.weight.dim() - 1))
     first.bias = None if first.bias is None else first.bias / scale
     second.weight = second.weight * torch.cat([torch.ones_like(scale[:1]), scale])[channels + 1]
@@ -158,9 +158,11 @@ def with_parameters(
     ranges = observed(scaled, values & set(program[Ranges].histograms), images)
     known = program[WeightGrids]
     changed = {site.name: parameters[site.weight] for site in program[Sites].sites if site.weight in parameters}
+    per_channel = program[Target].per_channel
     fresh = {
         name: {
-            bits: Grid.of_weight(weight, bits, grid.spec.channel_axis or 0) for bits, grid in known.grids[name].items()
+            bits: Grid.of_weight(weight, bits, grid.spec.channel_axis or 0, per_channel)
+            for bits, grid in known.grids[name].items()
         }
         for name, weight in changed.items()
     }

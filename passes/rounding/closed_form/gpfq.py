@@ -40,12 +40,14 @@ def gpfq_rows(moments: Moments) -> RowRounder:
     energy = gram.diagonal(dim1=1, dim2=2)
     dead = energy <= NEGLIGIBLE * energy.amax(dim=1, keepdim=True)
     strength = torch.where(dead, torch.ones_like(energy), energy)
+    # Its lower triangle sums over s <= t: the outputs of the float network up to each input.
     followed = moments.cross.tril().transpose(1, 2)
 
     def rounder(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
         wanted = rows @ followed
         values, integers = torch.zeros_like(rows), torch.empty_like(rows)
         for t in range(rows.shape[2]):
+            # Outputs of the weights that are rounded already, which this one completes.
             spent = values[:, :, :t] @ gram[:, t, :t].unsqueeze(2)
             target = (wanted[:, :, t : t + 1] - spent) / strength[:, t].reshape(-1, 1, 1)
             target = torch.where(dead[:, t].reshape(-1, 1, 1), rows[:, :, t : t + 1], target)

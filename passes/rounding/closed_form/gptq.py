@@ -72,6 +72,8 @@ def gptq_rows(moments: Moments, damping: float = DAMPING, ordered: bool = True, 
     def rounder(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
         index = order.unsqueeze(1).expand_as(rows)
         left = rows.gather(2, index)
+        # Within a block each column is corrected at once; later blocks get the block's corrections in one product, so
+        # that the whole matrix is passed over once per block instead of once per column.
         chosen = torch.empty_like(left)
         for start in range(0, left.shape[2], block):
             stop = min(start + block, left.shape[2])
@@ -83,6 +85,7 @@ def gptq_rows(moments: Moments, damping: float = DAMPING, ordered: bool = True, 
                 left[:, :, j:stop] -= error * inverse_root[:, j : j + 1, j:stop]
                 errors[:, :, j - start : j - start + 1] = error
             left[:, :, stop:] -= errors @ inverse_root[:, start:stop, stop:]
+        # Back from the order of rounding to the weight's own.
         found = torch.empty_like(chosen).scatter_(2, index, chosen)
         plain = grid.nearest(rows, scale, zero_point)
         ours, theirs = (squared_error(rows - grid.value(q, scale, zero_point), gram) for q in (found, plain))

@@ -7,8 +7,8 @@ from fxquant.passes.rounding.learned.correction import EPSILON, corrected_inputs
 from fxquant.passes.rounding.learned.cut import Cut, answer_of, feature_of
 from fxquant.passes.rounding.learned.engine import Reconstructor, reconstruct
 from fxquant.passes.rounding.learned.options import Reconstruction
-from fxquant.passes.rounding.learned.outcome import Constant, Outcome, Quantizers
-from fxquant.passes.rounding.learned.profiles import PROFILES, Profile, run_profile
+from fxquant.passes.rounding.learned.outcome import DecidedWeight, Outcome, UnitQuantizers
+from fxquant.passes.rounding.learned.profiles import PROFILES
 from fxquant.passes.rounding.learned.quantizers import LearnedActivation, SoftRounding, StraightThrough, random_mask
 from fxquant.passes.rounding.learned.sources import RUN, Source, kept_bytes, kept_type
 from fxquant.passes.rounding.learned.tune import (
@@ -31,14 +31,12 @@ __all__ = [
     "POWER",
     "PROFILES",
     "RUN",
-    "Constant",
     "Cut",
+    "DecidedWeight",
     "LearnedActivation",
     "Material",
     "Outcome",
     "Pieces",
-    "Profile",
-    "Quantizers",
     "Reconstruction",
     "Reconstructor",
     "SoftRounding",
@@ -46,6 +44,7 @@ __all__ = [
     "StraightThrough",
     "Tuner",
     "Unit",
+    "UnitQuantizers",
     "answer_of",
     "asymmetric_grid",
     "channel_sums",
@@ -59,7 +58,6 @@ __all__ = [
     "random_mask",
     "reconstruct",
     "relative_error",
-    "run_profile",
     "softened_kl",
     "with_asymmetric_grids",
 ]

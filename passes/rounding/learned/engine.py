@@ -20,7 +20,7 @@ from fxquant.passes.rounding.acceptance import record_of, rejection
 from fxquant.passes.rounding.learned.correction import corrected_inputs, has_statistics
 from fxquant.passes.rounding.learned.cut import Cut, answer_of, feature_of
 from fxquant.passes.rounding.learned.options import Reconstruction
-from fxquant.passes.rounding.learned.outcome import Outcome, Quantizers
+from fxquant.passes.rounding.learned.outcome import Outcome, UnitQuantizers
 from fxquant.passes.rounding.learned.sources import RUN, Source, kept_bytes, kept_type
 from fxquant.passes.rounding.learned.tune import Material, Pieces, Tuner, relative_error, softened_kl
 from fxquant.passes.rounding.learned.units import Unit, find_units
@@ -65,7 +65,7 @@ class Reconstructor:
             )
         bare = task.bare()
         self.module, nodes = bare.module, bare[FakeQuantNodes]
-        self.quantizers = Quantizers(self.module, nodes, task.sites, _earlier(task))
+        self.quantizers = UnitQuantizers(self.module, nodes, task.sites, _earlier(task))
         self.units = find_units(self.module, task.sites, options.unit)
         self.answer = answer_of(self.module)
         self.feature = feature_of(self.module, task.sites) if options.feature else None
@@ -120,9 +120,11 @@ class Reconstructor:
             cell = self.task.store.get(key)
             if cell is None:
                 outcome, record = self._tuned(cut, decided, quantized, floats, held)
+                # What follows reads the stored arrays, computed or found, so that both give the same result.
                 cell = self.task.store.put(key, {**outcome.arrays(), **_to_arrays(record)})
             records.append(_from_arrays(unit, self.method, cell))
             decided = decided.joined(Outcome.from_arrays(cell, self.device))
+            # Later units read this one as decided, learned or not.
             final = cut.quantized(self.quantizers.in_place({}, decided))
             needed = {name for later in self.units[index + 1 :] for name in later.inputs}
             quantized.advance(final, needed)
@@ -217,6 +219,7 @@ class Reconstructor:
 
     def _material(self, cut: Cut, quantized: Source, floats: Source, options: Reconstruction) -> Material:
         unit, suffix = cut.unit, cut.suffix if options.wants_answers else None
+        # The suffix also reads values that bypass the unit, such as those of a long skip.
         reads = {*unit.inputs, *(suffix.inputs if suffix is not None else ())} - set(unit.outputs)
         fixed = self._tuning_inputs(cut, floats)
         source = floats if fixed is None else Source(fixed, self.keep)

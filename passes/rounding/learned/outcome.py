@@ -18,7 +18,7 @@ from fxquant.passes.rounding.learned.quantizers import LearnedActivation, SoftRo
 from fxquant.passes.rounding.learned.units import Unit
 
 
-class Constant(nn.Module):
+class DecidedWeight(nn.Module):
     """Returns a decided weight.
 
     Args:
@@ -78,7 +78,7 @@ class Outcome:
         return Outcome(held["weight"], held["scale"], held["step"])
 
 
-class Quantizers:
+class UnitQuantizers:
     """The quantizers of a simulated graph, and the modules that replace them.
 
     Args:
@@ -154,7 +154,7 @@ class Quantizers:
         places: dict[str, nn.Module] = {}
         for site, names in self.nodes.weights.items():
             if site in learned or site in decided.weights:
-                places |= dict.fromkeys(names, learned[site] if site in learned else Constant(decided.weights[site]))
+                places |= dict.fromkeys(names, learned.get(site) or DecidedWeight(decided.weights[site]))
         for group, names in self.nodes.activations.items():
             if _key(group) in learned:
                 places |= dict.fromkeys(names, learned[_key(group)])

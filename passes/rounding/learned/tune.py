@@ -140,12 +140,12 @@ class Tuner:
         self._rates = {"rec": 1.0, "prediction": options.prediction, "feature": options.feature}
         if options.answer_by_prediction and pieces.holds_answer:
             self._rates["rec"] = 0.0 if options.prediction else 1.0
-        # A unit that has nothing but its answer to go by gets it at every step.
+        # Without a reconstruction term a step without the prediction would learn nothing.
         self._every = options.prediction_every if self._rates["rec"] else 1
         self._norms = self._at_nearest() if options.normalise else dict.fromkeys(self._rates, 1.0)
 
     def run(self, track: Callable[[range], Iterable[int]] = lambda steps: steps) -> Trace:
-        """Tune, and return how it went.
+        """Tune, and return the course of the errors.
 
         Args:
             track: yields the iterations, showing progress.
@@ -164,6 +164,7 @@ class Tuner:
             optimizer.step()
             schedule.step()
             losses.append(float(loss.detach()))
+            # Only normalised errors have a scale to compare with: 1 at nearest rounding.
             if not math.isfinite(losses[-1]) or (
                 options.normalise and losses[-1] > DIVERGED * sum(self._rates.values())
             ):
@@ -178,7 +179,7 @@ class Tuner:
         return sum((self._rates[name] / self._norms[name] * error for name, error in errors.items()), torch.zeros(()))
 
     def errors(self, index: Tensor, iteration: int) -> dict[str, Tensor]:
-        """Return the errors of one batch, each a scalar, prediction and feature only where their turn has come."""
+        """Return the errors of one batch, each a scalar; prediction and feature only every few steps."""
         options, unit = self.options, self.pieces.unit
         turn = options.wants_answers and iteration % self._every == 0
         quantized = self.material.quantized(index) if turn or options.inputs != "float" else {}
@@ -210,7 +211,7 @@ class Tuner:
             errors["prediction"] = pieces.divergence(reference[pieces.answer], values[pieces.answer])
         if options.feature and pieces.feature is not None:
             errors["feature"] = channel_sums(values[pieces.feature] - reference[pieces.feature])
-        # An unbiased share of the gradient, whatever the number of steps between.
+        # The factor keeps the gradient unbiased whatever the period.
         return {name: error * self._every for name, error in errors.items()}
 
     def _inputs(self, quantized: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
@@ -220,7 +221,7 @@ class Tuner:
         floats = self.material.floats(index)
         if options.inputs == "float":
             return {name: floats[name] for name in names}
-        # Integers, such as token numbers, are the same in both networks.
+        # Integers, such as token ids, are the same in both networks.
         return {
             name: torch.lerp(floats[name], value, random_mask(value, MIX, self.generator))
             if value.is_floating_point()
@@ -261,7 +262,7 @@ class Tuner:
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, curves)
 
     def _at_nearest(self) -> dict[str, float]:
-        """Return each error of the unit rounded to nearest, on the inputs it will really have."""
+        """Return each error of the unit rounded to nearest, on the quantized network's inputs."""
         pieces, totals = self.pieces, dict.fromkeys(self._rates, 0.0)
         count = min(NORM_BATCHES, math.ceil(self.material.images / self.options.batch))
         with torch.no_grad():
@@ -275,5 +276,5 @@ class Tuner:
                     errors |= {n: e / self._every for n, e in found.items()}
                 for name, error in errors.items():
                     totals[name] += float(error) / count
-        # A unit that nearest rounding leaves without error has nothing to be tuned for.
+        # A unit without error at nearest rounding has nothing to be divided by.
         return {name: value if math.isfinite(value) and value > 0 else 1.0 for name, value in totals.items()}

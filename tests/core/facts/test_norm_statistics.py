@@ -1,4 +1,4 @@
-"""What batch normalisation knew, kept through folding: the folded op's output gives back what went in."""
+"""Statistics of batch normalisations kept through folding: they recover the input from the folded op's output."""
 
 from __future__ import annotations
 
@@ -25,23 +25,22 @@ def test_the_input_of_the_normalisation_is_recovered_from_the_folded_op(name: st
     known = folded(name)[NormStatistics].folded
     assert len(known) == FOLDED[name]
     before, after = values(Canonicalize()(captured(name)), name), values(folded(name), name)
-    for op, told in known.items():
+    for op, norm in known.items():
         shape = (-1, *[1] * (after[op].dim() - 2))
-        recovered = (after[op] - told.shift.reshape(shape)) / told.factor.reshape(shape) + told.mean.reshape(shape)
+        recovered = (after[op] - norm.shift.reshape(shape)) / norm.factor.reshape(shape) + norm.mean.reshape(shape)
         assert torch.allclose(recovered, before[op], atol=1e-5)
         assert not torch.allclose(after[op], before[op], atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["shared", "concat", "token_norm"])
-def test_what_was_not_folded_is_not_told(name: str) -> None:
+def test_what_was_not_folded_has_no_statistics(name: str) -> None:
     assert folded(name)[NormStatistics].folded == {}
 
 
 def test_statistics_are_those_of_the_model() -> None:
     program = captured("residual")
     state: dict[str, torch.Tensor] = program.module.state_dict()
-    told = list(folded("residual")[NormStatistics].folded.values())
-    for number, each in enumerate(told, 1):
+    for number, each in enumerate(folded("residual")[NormStatistics].folded.values(), 1):
         mean, variance = (state[f"bn{number}.running_{kind}"] for kind in ("mean", "var"))
         assert torch.equal(each.mean, mean)
         assert torch.equal(each.variance, variance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,17 +81,11 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         example().save(tmp_path / "file" / "rounding.npz")
 
 
-def test_tensors_that_are_not_finite_are_refused() -> None:
-    bad = {"a": torch.tensor([1.0, math.nan])}
-    with pytest.raises(OptionError, match="weight of 'a' that is not finite"):
-        Rounding(PLAN, "m", weights=bad)
-    with pytest.raises(OptionError, match="bias of 'a' that is not finite"):
-        Rounding(PLAN, "m", biases=bad)
-    with pytest.raises(OptionError, match="parameter of 'a' that is not finite"):
-        Rounding(PLAN, "m", parameters=bad)
-
-
-def test_a_plan_is_needed() -> None:
+def test_tensors_that_are_not_finite_and_no_plan_are_refused() -> None:
+    for kind, field in (("weight", "weights"), ("bias", "biases"), ("parameter", "parameters")):
+        bad: dict[str, Any] = {field: {"a": torch.tensor([1.0, math.nan])}}
+        with pytest.raises(OptionError, match=f"{kind} of 'a' that is not finite"):
+            Rounding(PLAN, "m", **bad)
     with pytest.raises(OptionError, match="needs the plan"):
         Rounding({}, "nearest")
 

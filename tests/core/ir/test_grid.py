@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import fxquant
 from fxquant.core.errors import OptionError
 from fxquant.core.ir import (
     SMALLEST_SCALE,
@@ -145,3 +149,16 @@ def test_one_scale_for_all_channels_is_that_of_the_weight_as_one_row(axis: int) 
 def test_scale_and_zero_point_of_different_shapes_are_refused() -> None:
     with pytest.raises(OptionError, match=r"shapes \(2,\) and \(\); give them the same one"):
         Grid(activation_spec(4), torch.ones(2), torch.tensor(0))
+
+
+def test_specs_follow_from_bits_in_one_place() -> None:
+    """A `QuantSpec` is no choice: grids are made from bits, and the specs of weights and activations with them."""
+    root = Path(fxquant.__file__).parent
+    callers = {
+        path.relative_to(root).as_posix()
+        for part in (root, root / "passes", root / "backends")
+        for path in part.rglob("*.py")
+        if re.search(r"(?<!def )\b(QuantSpec|activation_spec|weight_spec)\(", path.read_text())
+    }
+    readers, published = "core/facts/rounding.py", "passes/rounding/learned/asymmetric.py"
+    assert callers == {"core/ir/spec.py", "core/ir/grid.py", "core/facts/ranges.py", readers, published}

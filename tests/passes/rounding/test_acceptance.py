@@ -11,13 +11,9 @@ from pathlib import Path
 import pytest
 
 import fxquant
-from fxquant.core.facts import BitAllocation, Rounding
-from fxquant.core.run import CalibrationSet
-from fxquant.flow import round_plan
+from fxquant.core.facts import Rounding
 from fxquant.passes.rounding import ROUNDERS, acceptance, accepted, rejection
 from tests.passes.rounding.tasks import images, task_of
-from tests.small import images as small_images
-from tests.small import small_result
 
 NAN, INF = math.nan, math.inf
 ORDER = ast.Lt | ast.LtE | ast.Gt | ast.GtE
@@ -63,16 +59,6 @@ def test_algorithms_and_units_follow_it(method: str, rule: bool, monkeypatch: py
     found = ROUNDERS[method](replace(task, overrides={"iterations": 2, "batch": 4}))[Rounding]
     assert found.units
     assert all(unit.kept is rule for unit in found.units)
-
-
-@pytest.mark.parametrize("rule", [True, False])
-def test_a_chain_follows_it(rule: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(acceptance, "accepted", lambda *_: rule)
-    program = small_result("reference", 3.0).program
-    done = round_plan(program, "gptq", *CalibrationSet((small_images(),)).split(0.25, 0))
-    assert bool(done[Rounding].weights) is rule
-    assert ("rejected" in "".join(done[Rounding].notes)) is not rule
-    assert done[BitAllocation].measured_loss is not None
 
 
 @pytest.mark.parametrize("place", ["passes/rounding", "flow/round_weights.py", "flow/cheapest.py"])

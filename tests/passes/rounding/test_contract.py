@@ -126,7 +126,7 @@ def test_the_rounded_network_lowers_and_answers(method: str, name: str) -> None:
     loss = LOSSES[task.loss](reference, answer, None).mean()
     assert torch.isfinite(loss)
     plain = LOSSES[task.loss](reference, model_outputs(short(name).simulated().module, held_out.inputs), None).mean()
-    # Where held-out images have the last word; published settings of some algorithms keep whatever was found.
+    # Only where held-out images decide: pdquant-faithful accepts everything, as published.
     guarded = all(record.after <= record.before or not record.kept for record in task.rounding.units)
     assert loss <= plain * 1.05 + 1e-9 or not guarded
 

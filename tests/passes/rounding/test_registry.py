@@ -1,27 +1,14 @@
-"""The table of algorithms, and the task that each of them is handed."""
+"""The task that every algorithm gets."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 import torch
 
-from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation, Rounding
 from fxquant.core.ir import Choice
-from fxquant.passes.rounding import ROUNDERS
 from tests.passes.rounding.tasks import task_of
-
-
-def test_every_published_algorithm_is_there() -> None:
-    names = {"nearest", "adaround", "brecq", "qdrop", "pdquant", "pdquant-faithful", "fast", "lowbit", "vit"}
-    assert names <= set(ROUNDERS)
-
-
-def test_a_misspelt_one_is_answered_with_those_there_are() -> None:
-    with pytest.raises(OptionError, match="pdquant"):
-        _ = ROUNDERS["pdquand"]
 
 
 def test_names_of_a_chain_are_joined_and_nearest_is_no_name() -> None:

@@ -11,7 +11,7 @@ import torch
 from fxquant import flow
 from fxquant.capture import capture
 from fxquant.core.errors import OptionError
-from fxquant.core.facts import Ranges, Rounding, Settings, WeightGrids
+from fxquant.core.facts import Ranges, Rounding, Settings, Target, WeightGrids
 from fxquant.core.ir import Grid, Program, Sites, tensor_at
 from fxquant.core.run import CalibrationSet, GraphReplay, model_outputs
 from fxquant.passes.rounding import ROUNDERS, RoundingTask
@@ -92,14 +92,12 @@ def test_parameters_ranges_and_grids_belong_to_the_scaled_network() -> None:
     assert done[Ranges].clip == task.program[Ranges].clip
 
 
-def test_the_program_handed_in_keeps_its_network() -> None:
+def test_a_target_of_one_scale_per_weight_gets_one() -> None:
     task = chain_task(4)
-    before = {name: value.clone() for name, value in task.program.module.state_dict().items()}
-    ranges, grids = task.program[Ranges], task.program[WeightGrids]
-    equalize(task)
-    assert all(torch.equal(value, before[name]) for name, value in task.program.module.state_dict().items())
-    assert task.program[Ranges] is ranges
-    assert task.program[WeightGrids] is grids
+    target = replace(task.program[Target], per_channel=False)
+    done = equalize(replace(task, program=task.program.with_facts(target)))
+    for site in done[Sites].sites:
+        assert len(set(done[WeightGrids].at(site.name, 4).scale.tolist())) == 1
 
 
 def test_the_scaled_network_is_rounded_by_what_comes_behind() -> None:

@@ -34,14 +34,6 @@ def test_a_rounding_that_answers_worse_is_put_aside() -> None:
     assert found.method == "nearest"
 
 
-def test_one_that_answers_the_same_changes_nothing() -> None:
-    task = task_of("plain", 4, held_out=images("plain", 5))
-    done = judged(task, task.rounding, "again", 0.0)[Rounding]
-    assert done.method == "nearest"
-    assert not done.units[0].kept
-    assert done.units[0].before == done.units[0].after
-
-
 def test_without_held_out_images_everything_stays() -> None:
     task = task_of("plain", 4)
     found = judged(task, spoilt(task), "zeros", 0.0)[Rounding]

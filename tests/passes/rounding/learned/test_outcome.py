@@ -1,4 +1,4 @@
-"""What is decided of a unit: joined, kept as arrays, put in the places of quantizers."""
+"""Outcomes of units: merged, stored as arrays, put in place of quantizers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from fxquant.core.facts import FakeQuantNodes
 from fxquant.core.ir import FakeQuantize, Program, Sites
 from fxquant.passes.rounding.learned import (
-    Constant,
+    DecidedWeight,
     LearnedActivation,
     Outcome,
-    Quantizers,
     Reconstruction,
     SoftRounding,
     StraightThrough,
     Unit,
+    UnitQuantizers,
     find_units,
 )
 from tests.passes.rounding.tasks import task_of
@@ -30,17 +30,17 @@ def simulated(name: str) -> Program:
     return task_of(name, 4).bare()
 
 
-def found(name: str, earlier: dict[str, torch.Tensor] | None = None) -> tuple[Quantizers, tuple[Unit, ...]]:
+def found(name: str, earlier: dict[str, torch.Tensor] | None = None) -> tuple[UnitQuantizers, tuple[Unit, ...]]:
     program = simulated(name)
     sites = program[Sites].sites
-    return Quantizers(program.module, program[FakeQuantNodes], sites, earlier), find_units(program.module, sites)
+    return UnitQuantizers(program.module, program[FakeQuantNodes], sites, earlier), find_units(program.module, sites)
 
 
 def outcome() -> Outcome:
     return Outcome({"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([0.5])}, {"values of g": torch.tensor(0.25)})
 
 
-def test_arrays_give_it_back_and_others_are_passed_over() -> None:
+def test_arrays_give_it_back_and_others_are_ignored() -> None:
     arrays = {**outcome().arrays(), "record": torch.zeros(3).numpy(), "weight": torch.zeros(1).numpy()}
     read = Outcome.from_arrays(arrays, torch.device("cpu"))
     assert [list(held) for held in (read.weights, read.scales, read.steps)] == [["a"], ["a"], ["values of g"]]
@@ -49,7 +49,7 @@ def test_arrays_give_it_back_and_others_are_passed_over() -> None:
     assert float(read.steps["values of g"]) == 0.25
 
 
-def test_the_later_word_counts() -> None:
+def test_the_other_outcome_wins() -> None:
     joined = outcome().joined(Outcome({"a": torch.zeros(1), "b": torch.ones(1)}))
     assert torch.equal(joined.weights["a"], torch.zeros(1))
     assert joined.weights.keys() == {"a", "b"}
@@ -59,15 +59,11 @@ def test_the_later_word_counts() -> None:
 @pytest.mark.parametrize(
     ("kind", "value"), [("weights", math.nan), ("scales", 0.0), ("steps", -1.0), ("steps", math.inf)]
 )
-def test_numbers_no_graph_can_use_show(kind: str, value: float) -> None:
+def test_numbers_that_no_graph_can_use_are_not_finite(kind: str, value: float) -> None:
     assert outcome().finite
     held = {"weights": outcome().weights, "scales": outcome().scales, "steps": outcome().steps}
     held[kind] = {"a": torch.tensor(value)}
     assert not Outcome(**held).finite
-
-
-def test_a_constant_is_what_it_was_given() -> None:
-    assert torch.equal(Constant(torch.ones(2))(torch.zeros(2)), torch.ones(2))
 
 
 def test_what_earlier_units_decided_is_not_learned_again() -> None:
@@ -111,7 +107,7 @@ def test_places_hold_what_is_learned_then_what_is_decided() -> None:
     learned = quantizers.learned(units[1], decided, OPTIONS, torch.Generator())
     places = quantizers.in_place(learned, decided)
     names = simulated("residual")[FakeQuantNodes]
-    assert isinstance(places[names.weights["conv1"][0]], Constant)
+    assert isinstance(places[names.weights["conv1"][0]], DecidedWeight)
     assert isinstance(places[names.weights["conv2"][0]], SoftRounding)
     assert names.weights["conv3"][0] not in places
     for group, step in decided.steps.items():
