@@ -7,13 +7,13 @@ may be missed by their noise, and by how well the network knew its calibration i
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 
 import torch
 
 import fxquant
+from benchmarks.arguments import asked
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
 from fxquant.core.errors import FxquantError
@@ -61,7 +61,7 @@ def main() -> None:
     """Measure, print the table, write the JSON."""
     torch.set_num_threads(1)
     rows: list[Row] = []
-    for name in sys.argv[1:] or CASES:
+    for name in asked(__doc__, "network", CASES):
         with tempfile.TemporaryDirectory() as folder:
             rows += measured(name, folder)
     write("answer_limits", rows, {"seed": SEED, "cases": str(CASES), "bits": "2, 4, 8"})

@@ -7,6 +7,7 @@ keeps thread pools, allocators and compiler settings of one runtime out of the o
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -180,4 +181,7 @@ def serve(name: str, network: str, batch: int, threads: int, folder: Path) -> No
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, kind in (("contestant", str), ("network", str), ("batch", int), ("threads", int), ("folder", Path)):
+        parser.add_argument(name, type=kind)
+    serve(*vars(parser.parse_args()).values())

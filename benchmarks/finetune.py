@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fxquant
 from benchmarks import data
+from benchmarks.arguments import asked
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
 from fxquant import Budget, Result
@@ -87,6 +88,7 @@ def row(result: Result, reference: Tensor, images: Tensor, labels: Tensor) -> Ro
 
 def main() -> None:
     """Measure, print the table, write the JSON."""
+    asked(__doc__)
     torch.manual_seed(SEED)
     network = NETWORKS[NETWORK]
     images, labels = network.evaluation()

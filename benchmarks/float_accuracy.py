@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks import data
+from benchmarks.arguments import asked
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
 from benchmarks.zoo.imdn import set5_psnr
@@ -62,6 +63,7 @@ def main() -> None:
         FileFormatError: the data folder is missing.
         OutputError: the result cannot be written.
     """
+    asked(__doc__)
     rows: list[dict[str, object]] = []
     for name, reference in REFERENCES.items():
         start = time.perf_counter()

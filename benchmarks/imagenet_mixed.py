@@ -7,7 +7,6 @@ milliseconds are of one image, float and quantized interleaved in one run.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from functools import partial
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from benchmarks.arguments import asked
 from benchmarks.report_table import interleaved, write
 from benchmarks.zoo import NETWORKS
 from fxquant.api import calibrate, capture, measure_sensitivity, prepare
@@ -96,7 +96,7 @@ def measure(name: str) -> list[Row]:
 
 def main() -> None:
     """Measure, print the table, write the JSON."""
-    names = sys.argv[1:] or ["mobilenet_v2", "deit_tiny"]
+    names = asked(__doc__, "network", ("mobilenet_v2", "deit_tiny"))
     rows = [row for name in names for row in measure(name)]
     meta = {"seed": SEED, "calibration images": CALIBRATION_IMAGES, "scoring images": SCORING_IMAGES, "rounds": ROUNDS}
     write("imagenet_mixed", rows, meta | {"threads": torch.get_num_threads(), "batch": 1, "evaluation images": 1300})

@@ -9,10 +9,9 @@ measured, float and plan interleaved.
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
+from benchmarks.arguments import asked
 from benchmarks.report_table import write
 from benchmarks.sensitivity_quality import Evaluation
 from benchmarks.zoo import NETWORKS
@@ -110,10 +109,10 @@ def latency(name: str) -> list[Row]:
 def main() -> None:
     """Measure, print the tables, write a JSON for each."""
     torch.set_num_threads(1)
-    asked = sys.argv[1:] or ["joint", "latency"]
-    if "joint" in asked:
+    parts = asked(__doc__, "part", ("joint", "latency"))
+    if "joint" in parts:
         write("joint_bits", [row for name in JOINT for row in joint(name)], {"seed": SEED, "estimators": ESTIMATORS})
-    if "latency" in asked:
+    if "latency" in parts:
         meta = {"seed": SEED, "threads": 1, "estimators": ESTIMATORS}
         write("latency_limits", [row for name in LATENCY for row in latency(name)], meta)
 

@@ -12,7 +12,6 @@ all float are listed but not counted: the model was fitted to them.
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import time
 from functools import partial
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import asked
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
 from fxquant import flow
@@ -120,8 +120,9 @@ def _floats(choices: dict[str, Choice]) -> str:
 def main() -> None:
     """Measure, print the tables, write a JSON for each."""
     torch.set_num_threads(1)
-    names = [name for name in sys.argv[1:] if name in NETWORKS] or list(SHOWN)
-    targets = [name for name in sys.argv[1:] if name in BACKENDS] or list(TARGETS)
+    given = asked(__doc__, "network or target", (*SHOWN, *TARGETS))
+    names = [name for name in given if name in NETWORKS] or list(SHOWN)
+    targets = [name for name in given if name in BACKENDS] or list(TARGETS)
     rows: list[Row] = []
     summaries: list[Row] = []
     for name in names:

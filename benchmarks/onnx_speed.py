@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -22,6 +21,7 @@ import torch
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 from torch import Tensor
 
+from benchmarks.arguments import asked
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
 from fxquant.api import calibrate, capture, prepare
@@ -154,7 +154,7 @@ def measure(name: str) -> list[Row]:
 def main() -> None:
     """Measure, print the table, write the JSON."""
     torch.set_num_threads(1)
-    names = sys.argv[1:] or DEFAULT
+    names = asked(__doc__, "network", DEFAULT)
     rows = [row for name in names for row in measure(name)]
     write("onnx_speed", rows, {"calibration_images": CALIBRATION_IMAGES, "rounds": ROUNDS, "threads": 1, "batch": 1})
 

@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 
 import fxquant
+from benchmarks.arguments import asked
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
 from fxquant import flow
@@ -96,10 +97,9 @@ def measure(name: str, count: int) -> list[Row]:
 def main() -> None:
     """Measure, print the table, write the JSON."""
     torch.set_num_threads(1)
-    name = sys.argv[1] if len(sys.argv) > 1 else "mobilenet_v2"
-    count = int(sys.argv[2]) if len(sys.argv) > 2 else EFFORTS["default"].images
-    rows = measure(name, count)
-    meta = {"network": name, "images": count, "seed": SEED, "limit GB": LIMIT_GB, "bits": "2, 4, 8"}
+    name, count = [*asked(__doc__, "network or images", ("mobilenet_v2",)), str(EFFORTS["default"].images)][:2]
+    rows = measure(name, int(count))
+    meta = {"network": name, "images": int(count), "seed": SEED, "limit GB": LIMIT_GB, "bits": "2, 4, 8"}
     write("peak_memory", rows, meta)
     if float(rows[-1]["peak MB"]) > 1000 * LIMIT_GB:
         sys.exit(f"the peak of {rows[-1]['peak MB']:.0f} MB is over {LIMIT_GB} GB")

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.arguments import asked
 from benchmarks.report_table import write
 from benchmarks.rounding import prepared
 from fxquant.core.facts import Statistics
@@ -297,6 +298,7 @@ def correction_seconds(index: int) -> tuple[float, float]:
 
 def main() -> None:
     """Measure, print the table, write the JSON."""
+    asked(__doc__)
     torch.set_num_threads(1)
     rows: list[dict[str, str | float]] = []
     totals = dict.fromkeys(("plain loop", "our loop", "plain correction", "our correction", "fast"), 0.0)

@@ -12,7 +12,6 @@ allocator's mixed plan of that many bits on average (W{2,4,8} A8).
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from benchmarks.arguments import asked
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
 from benchmarks.zoo.imdn import set5_psnr
@@ -273,8 +273,8 @@ def table() -> list[Row]:
 def main() -> None:
     """Measure what is missing, print the table, write the JSON."""
     torch.set_num_threads(1)
-    for asked in sys.argv[1:] or CASES:
-        name, _, rest = asked.partition(":")
+    for wanted in asked(__doc__, "case[:plan[:seed]]", CASES):
+        name, _, rest = wanted.partition(":")
         only, _, seed = rest.partition(":")
         case = CASES[name]
         for number in (int(seed),) if seed else case.seeds:

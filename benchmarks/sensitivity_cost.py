@@ -8,12 +8,12 @@ run, the seconds of `pairs` are scaled up by forward-equivalents, and the table 
 
 from __future__ import annotations
 
-import sys
 import time
 
 import numpy as np
 import torch
 
+from benchmarks.arguments import asked
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
 from fxquant import flow
@@ -119,7 +119,7 @@ def measure(name: str) -> list[Row]:
 def main() -> None:
     """Measure, print the table, write the JSON."""
     torch.set_num_threads(1)
-    rows = [row for name in sys.argv[1:] or CASES for row in measure(name)]
+    rows = [row for name in asked(__doc__, "network", CASES) for row in measure(name)]
     cases = {name: {"bits": list(bits), "images": images} for name, (bits, images, _) in CASES.items()}
     write("sensitivity_cost", rows, {"cases": cases, "threads": 1, "seed": 0})
 

@@ -13,7 +13,6 @@ scores it anew around itself. In subset `noise` a fifth of the calibration image
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import asked
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
 from fxquant import flow
@@ -217,8 +217,8 @@ def main() -> None:
     """Measure what is missing, print the table, write the JSON."""
     torch.set_num_threads(1)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for asked in sys.argv[1:] or CASES:
-        name, _, only = asked.partition(":")
+    for wanted in asked(__doc__, "network[:subset]", CASES):
+        name, _, only = wanted.partition(":")
         for subset in (only,) if only else CASES[name].subsets:
             if not (FOLDER / f"{name}-{subset}.json").exists():
                 measure(name, subset)

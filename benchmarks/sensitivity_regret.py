@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.arguments import asked
 from benchmarks.report_table import write
 from benchmarks.sensitivity_quality import BASELINES, PAIRS, SINGLES, spread
 from benchmarks.zoo import NETWORKS
@@ -87,6 +88,7 @@ def ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def main() -> None:
     """Measure, print the table, write the JSON."""
+    asked(__doc__)
     torch.set_num_threads(1)
     network = NETWORKS["resnet8"]
     images, labels = network.evaluation(TRUTH)
