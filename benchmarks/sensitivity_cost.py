@@ -22,7 +22,7 @@ from fxquant.core.facts import Settings
 from fxquant.core.run import CalibrationSet
 from fxquant.core.storage import ScoreStore
 from fxquant.passes import simulate, widest_plan
-from fxquant.passes.sensitivity import ESTIMATORS, Part, Scorer, suffix_cost
+from fxquant.passes.sensitivity import ESTIMATORS, Batch, Scorer, suffix_cost
 
 CASES: dict[str, tuple[tuple[int, ...], int, int | None]] = {
     "resnet20": ((2, 4, 8), 16, None),
@@ -43,7 +43,7 @@ def deeper_columns(scorer: Scorer) -> dict[int, list[int]]:
     return {row: [k for k in order[depth + 1 :] if owners[k] != owners[row]] for depth, row in enumerate(order)}
 
 
-def pair_rows(scorer: Scorer, part: Part, rows: list[int]) -> tuple[dict[str, float], dict[str, float], float]:
+def pair_rows(scorer: Scorer, part: Batch, rows: list[int]) -> tuple[dict[str, float], dict[str, float], float]:
     """Return seconds and forward-equivalents of both ways over the same rows, and the largest relative difference."""
     deeper = deeper_columns(scorer)
     base = scorer.base(part)
@@ -86,7 +86,7 @@ def measure(name: str) -> list[Row]:
 
     each = scorer()
     each.batch = count
-    part = each.parts[0]
+    part = each.batches[0]
     deeper = deeper_columns(each)
     every = [row for row, columns in deeper.items() if columns]
     picked = every if limit is None else sorted(np.random.default_rng(0).choice(every, limit, replace=False).tolist())

@@ -28,7 +28,7 @@ from fxquant.core.facts import BitAllocation, Budget, CostTables, Finalists, Set
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet, Environment, GraphReplay, kl, model_outputs
 from fxquant.passes import AllocateBits, simulate, widest_plan
-from fxquant.passes.sensitivity import Quantizers
+from fxquant.passes.sensitivity import Replacements
 
 SUBSETS, SCORING, TRUTH, SEED = 3, 64, 96, 0
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
@@ -50,7 +50,7 @@ def every_plan(program: Program, images: Tensor) -> dict[Plan, float]:
     """Return the KL of every plan, the prefix of the network shared by plans that begin alike."""
     simulated = simulate(program, widest_plan(program), round_biases=False)
     reference = model_outputs(program.module, (images,))
-    quantizers, replay, sites = Quantizers(simulated), GraphReplay(simulated.module), program[Sites].sites
+    quantizers, replay, sites = Replacements(simulated), GraphReplay(simulated.module), program[Sites].sites
     widest = quantizers.plan(widest_plan(program))
     position = {name: index for index, name in enumerate(replay.by_name)}
     order = sorted(sites, key=lambda site: position[site.nodes[0]])

@@ -28,7 +28,7 @@ from fxquant.core.run import cut_out
 from fxquant.core.storage import text_digest
 from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.base import Pass
-from fxquant.passes.cost import LatencyModel, Observation, SiteLink, fit, site_links
+from fxquant.passes.cost import LatencyModel, Observation, SiteLink, fit_latency, site_links
 from fxquant.passes.simulation import simulate, widest_plan
 
 Compile = Callable[[GraphModule, tuple[Tensor, ...]], Callable[[tuple[Tensor, ...]], Tensor]]
@@ -102,12 +102,12 @@ class MeasureLatency(Pass):
             return self._timed(key, len(plans), partial(self._time_wholes, program, plans))
 
         wholes = observed(plans)
-        model = fit(alone, places, _observations(plans, wholes))
+        model = fit_latency(alone, places, _observations(plans, wholes))
         further = [plan for plan in chosen_plans(model, mixed, self.chosen, self.seed) if plan not in plans]
         if further:
             plans += further
-            wholes += _rescaled(observed([*plans[:2], *further]), wholes)
-            model = fit(alone, places, _observations(plans, wholes))
+            wholes += _at_first_pace(observed([*plans[:2], *further]), wholes)
+            model = fit_latency(alone, places, _observations(plans, wholes))
         seen = _observations(plans, wholes)
         misses = [abs(model.predict(o.floats) / o.milliseconds - 1.0) for o in seen]
         noise = Noise.of([*wholes, *(t for pair in known.values() for t in pair)], sum(misses) / len(misses))
@@ -147,7 +147,7 @@ class MeasureLatency(Pass):
         for start in self.reporter.track(starts, "time whole networks", len(starts)):
             batch = [self.compile(_mixed(program, plan), self.inputs) for plan in plans[start : start + size]]
             found = time_runs([partial(run, self.inputs) for run in (*ends, *batch)], self.threads)
-            timings += found if not timings else _rescaled(found, timings)
+            timings += found if not timings else _at_first_pace(found, timings)
         return timings
 
 
@@ -161,7 +161,7 @@ def _observations(plans: Sequence[frozenset[str]], timings: Sequence[Timing]) ->
     return [Observation(floats, timing.milliseconds) for floats, timing in zip(plans, timings, strict=True)]
 
 
-def _rescaled(found: Sequence[Timing], first: Sequence[Timing]) -> list[Timing]:
+def _at_first_pace(found: Sequence[Timing], first: Sequence[Timing]) -> list[Timing]:
     """Return the timings after the first two, at the pace of the first batch: machines change pace between batches."""
     ratio = math.sqrt(math.prod(first[k].milliseconds / found[k].milliseconds for k in range(2)))
     return [Timing(t.milliseconds * ratio, t.spread, t.outliers, t.waiting) for t in found[2:]]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fxquant.backends.onnx.model_file import ALIGNMENT, SMALLEST
     from fxquant.backends.onnx.openvino import add_biases, readable_storage
     from fxquant.backends.onnx.origins import Origins, type_name
-    from fxquant.backends.onnx.rewrites import padded_conv, prepare
+    from fxquant.backends.onnx.rewrites import fuse_integers, padded_conv
     from fxquant.backends.onnx.session import (
         KernelReport,
         executable,
@@ -64,12 +64,12 @@ __all__ = [
     "executable",
     "export_onnx",
     "fold_stems",
+    "fuse_integers",
     "inspect_onnx",
     "kernel_report",
     "open_session",
     "pack",
     "padded_conv",
-    "prepare",
     "readable_storage",
     "session_options",
     "space_to_depth",

@@ -22,7 +22,7 @@ from fxquant.backends.onnx.export_options import OnnxOptions
 from fxquant.backends.onnx.lowering import Lowering, dims
 from fxquant.backends.onnx.model_file import write_model
 from fxquant.backends.onnx.openvino import add_biases, readable_storage
-from fxquant.backends.onnx.rewrites import prepare
+from fxquant.backends.onnx.rewrites import fuse_integers
 from fxquant.backends.onnx.shape_emitters import EMITTERS
 from fxquant.backends.onnx.splice import Piece, insert, pieces, result_count
 from fxquant.backends.onnx.stem import fold_stems
@@ -87,7 +87,7 @@ def _model(
     blocks, weight_only = to_blocks(module, options.weight_only, options.block_size)
     # OpenVINO computes a layer in float where a reshape stands between it and a residual sum.
     for_openvino = options.runtime == "openvino"
-    qdq = prepare(to_qdq(blocks), matrices=not for_openvino)
+    qdq = fuse_integers(to_qdq(blocks), matrices=not for_openvino)
     if for_openvino:
         qdq, storage = add_biases(qdq), readable_storage(storage)
     else:

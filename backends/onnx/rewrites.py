@@ -55,7 +55,7 @@ def barrier(x: Tensor) -> Tensor:
     return x
 
 
-def prepare(module: GraphModule, matrices: bool = True) -> GraphModule:
+def fuse_integers(module: GraphModule, matrices: bool = True) -> GraphModule:
     """Rewrite an explicit integer graph in place so that ONNX Runtime fuses all of it, and return it.
 
     Args:

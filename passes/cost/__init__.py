@@ -5,7 +5,7 @@ from __future__ import annotations
 from fxquant.passes.cost import activation, average_bits, bops, size
 from fxquant.passes.cost.activation import stored_bytes, worst_rows
 from fxquant.passes.cost.given_latency import latency_from_rows
-from fxquant.passes.cost.latency_table import LatencyModel, Observation, fit, nonnegative_least_squares
+from fxquant.passes.cost.latency_table import LatencyModel, Observation, fit_latency, nonnegative_least_squares
 from fxquant.passes.cost.registry import COSTS, CostModel
 from fxquant.passes.cost.site_links import SiteLink, site_links
 from fxquant.passes.cost.size import FLOAT_BYTES, site_bytes
@@ -20,7 +20,7 @@ __all__ = [
     "activation",
     "average_bits",
     "bops",
-    "fit",
+    "fit_latency",
     "latency_from_rows",
     "nonnegative_least_squares",
     "site_bytes",

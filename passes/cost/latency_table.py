@@ -116,7 +116,7 @@ class LatencyModel:
         )
 
 
-def fit(
+def fit_latency(
     alone: Mapping[str, tuple[float, float]], places: Sequence[SiteLink], observations: Sequence[Observation]
 ) -> LatencyModel:
     """Return the model that explains the measured networks best, close to the times alone.

@@ -21,7 +21,7 @@ from fxquant.passes.sensitivity import (
 )
 from fxquant.passes.sensitivity.backward import Tape
 from fxquant.passes.sensitivity.cell_sweep import Cell, Memory, Work, sweep
-from fxquant.passes.sensitivity.columns import Column, Constant, Quantizers, columns_of
+from fxquant.passes.sensitivity.columns import Column, Replacements, RoundedWeight, columns_of
 from fxquant.passes.sensitivity.cotangents import generator, image_generators, loss_gradient, stream_of
 from fxquant.passes.sensitivity.coverage import coverage_pairs, link
 from fxquant.passes.sensitivity.hawq import probe
@@ -32,7 +32,7 @@ from fxquant.passes.sensitivity.pair_choice import choose_pairs, slope, suffix_c
 from fxquant.passes.sensitivity.pairs import PairRuns, positive_part
 from fxquant.passes.sensitivity.path import attribution
 from fxquant.passes.sensitivity.registry import ESTIMATORS, Estimate, Estimator, estimator
-from fxquant.passes.sensitivity.scorer import Part, Scorer, standard_error
+from fxquant.passes.sensitivity.scorer import Batch, Scorer, standard_error
 from fxquant.passes.sensitivity.shrunk import shrunk_pairs
 from fxquant.passes.sensitivity.singles import measure_singles
 from fxquant.passes.sensitivity.walk import formats, walk
@@ -40,16 +40,16 @@ from fxquant.passes.sensitivity.weight_mse import mean_square, relative_error
 
 __all__ = [
     "ESTIMATORS",
+    "Batch",
     "Cell",
     "Column",
-    "Constant",
     "Estimate",
     "Estimator",
     "Leaves",
     "Memory",
     "PairRuns",
-    "Part",
-    "Quantizers",
+    "Replacements",
+    "RoundedWeight",
     "Scorer",
     "Tape",
     "Work",

@@ -21,7 +21,7 @@ from torch.fx import Node
 from fxquant.core.facts import FakeQuantNodes
 from fxquant.core.ir import Sites, images_axis, rule_of
 from fxquant.passes.sensitivity.columns import Column
-from fxquant.passes.sensitivity.scorer import Part, Scorer
+from fxquant.passes.sensitivity.scorer import Batch, Scorer
 
 Gradients = Mapping[str, Tensor]
 """Node name -> gradient, for ops of sites and activation fake-quant nodes; nodes without influence are left out."""
@@ -32,18 +32,18 @@ class Tape:
 
     Args:
         scorer: the network, its context and its columns.
-        part: the batch.
+        batch: the batch.
     """
 
-    def __init__(self, scorer: Scorer, part: Part) -> None:
+    def __init__(self, scorer: Scorer, batch: Batch) -> None:
         self.scorer = scorer
-        self.images = len(part.images)
+        self.images = len(batch.images)
         # A quantizer that returns its input itself would also collect the gradients of the input's other readers.
         apart = {name: _alias if change is scorer.off[name] else change for name, change in scorer.in_context.items()}
-        inputs = tuple(t.detach().clone().requires_grad_(t.is_floating_point()) for t in part.images.inputs)
+        inputs = tuple(t.detach().clone().requires_grad_(t.is_floating_point()) for t in batch.images.inputs)
         self.answer, self.environment = scorer.replay.recorded(inputs, apart)
         #: answer of the float network
-        self.reference = self.answer.detach() if scorer.context is None else scorer.base(part).reference
+        self.reference = self.answer.detach() if scorer.context is None else scorer.base(batch).reference
         nodes, by_name = scorer.program[FakeQuantNodes], scorer.replay.by_name
         sites = {site.name: site for site in scorer.program[Sites].sites}
         self.ops: dict[str, tuple[Node, ...]] = {

@@ -37,7 +37,7 @@ Replacement = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Constant:
+class RoundedWeight:
     """Replaces a fake-quant node on a weight: returns the rounded weight, whatever the input."""
 
     value: Tensor
@@ -66,13 +66,13 @@ class Column:
     activation_bits: int | None
 
 
-class Quantizers:
+class Replacements:
     """Makes replacements of fake-quant nodes: one object for each node and width, compared by identity."""
 
     def __init__(self, program: Program) -> None:
         self._program = program
         self._nodes = program[FakeQuantNodes]
-        self._weights: dict[tuple[str, int], Constant] = {}
+        self._weights: dict[tuple[str, int], RoundedWeight] = {}
         self._activations: dict[tuple[str, int], FakeQuantize] = {}
 
     def weight(self, site: str, bits: int) -> dict[str, Replacement]:
@@ -82,7 +82,7 @@ class Quantizers:
             value = grids.rounded.get((site, bits), tensor_at(self._program.module, path).detach())
             with torch.no_grad():
                 rounded = FakeQuantize(grids.at(site, bits))(value)
-            self._weights[site, bits] = Constant(rounded)
+            self._weights[site, bits] = RoundedWeight(rounded)
         return dict.fromkeys(self._nodes.weights[site], self._weights[site, bits])
 
     def inputs(self, site: str, bits: int) -> dict[str, Replacement]:
@@ -142,7 +142,7 @@ def _keeps_grid(node: Node) -> bool:
     return rule is not None and rule.scale in (ScaleRule.KEEP, ScaleRule.SHARE)
 
 
-def columns_of(program: Program, quantizers: Quantizers) -> tuple[tuple[Column, ...], NDArray[np.float64]]:
+def columns_of(program: Program, quantizers: Replacements) -> tuple[tuple[Column, ...], NDArray[np.float64]]:
     """Return the perturbations to measure, and the shares that make the candidates of them.
 
     Returns:
@@ -155,7 +155,7 @@ def columns_of(program: Program, quantizers: Quantizers) -> tuple[tuple[Column, 
     return _apart(program, quantizers)
 
 
-def _joint(sites: Sites, quantizers: Quantizers) -> tuple[Column, ...]:
+def _joint(sites: Sites, quantizers: Replacements) -> tuple[Column, ...]:
     made = []
     for site, choice in ((c.site, c.choice) for c in sites.candidates):
         if choice.is_float:
@@ -166,7 +166,7 @@ def _joint(sites: Sites, quantizers: Quantizers) -> tuple[Column, ...]:
     return tuple(made)
 
 
-def _apart(program: Program, quantizers: Quantizers) -> tuple[tuple[Column, ...], NDArray[np.float64]]:
+def _apart(program: Program, quantizers: Replacements) -> tuple[tuple[Column, ...], NDArray[np.float64]]:
     sites, ties = program[Sites], program[EdgeGroups].bit_ties
     readers: defaultdict[str, int] = defaultdict(int)
     for site in sites.sites:

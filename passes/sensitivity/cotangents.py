@@ -6,24 +6,24 @@ import torch
 from torch import Tensor
 
 from fxquant.core.run import LOSSES
-from fxquant.passes.sensitivity.scorer import Part, Scorer
+from fxquant.passes.sensitivity.scorer import Batch, Scorer
 
 _APART = 1_000_003
 """Distance between the seeds of two streams, above any number of images."""
 
 
-def loss_gradient(scorer: Scorer, part: Part, answer: Tensor, reference: Tensor) -> Tensor:
+def loss_gradient(scorer: Scorer, batch: Batch, answer: Tensor, reference: Tensor) -> Tensor:
     """Return the gradient of each image's loss in the answer; 0 where the answer is the reference.
 
     Args:
         scorer: has the loss.
-        part: the batch, for its labels.
+        batch: the batch, for its labels.
         answer: where to differentiate, shape (images, ...); it is detached.
         reference: answer of the float network, the same shape.
     """
     point = answer.detach().requires_grad_()
     with torch.enable_grad():
-        losses = LOSSES[scorer.loss](reference, point, part.images.labels)
+        losses = LOSSES[scorer.loss](reference, point, batch.images.labels)
         (gradient,) = torch.autograd.grad(losses.sum(), point)
     return gradient
 
@@ -38,14 +38,14 @@ def generator(stream: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(stream * _APART + number)
 
 
-def image_generators(scorer: Scorer, part: Part, stream: int, first: int = 0) -> list[torch.Generator]:
+def image_generators(scorer: Scorer, batch: Batch, stream: int, first: int = 0) -> list[torch.Generator]:
     """Return one generator for each image of a batch, the same whatever the size of batches.
 
     Args:
         scorer: has the batch size.
-        part: the batch.
+        batch: the batch.
         stream: which draw.
         first: number of the first image's generator; smaller numbers are for the caller.
     """
-    start = part.index * scorer.batch + first
-    return [generator(stream, number) for number in range(start, start + len(part.images))]
+    start = batch.index * scorer.batch + first
+    return [generator(stream, number) for number in range(start, start + len(batch.images))]

@@ -20,7 +20,7 @@ from fxquant.passes.sensitivity.backward import Tape
 from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.cotangents import image_generators, loss_gradient, stream_of
 from fxquant.passes.sensitivity.registry import Estimate, estimator
-from fxquant.passes.sensitivity.scorer import Part, Scorer, standard_error
+from fxquant.passes.sensitivity.scorer import Batch, Scorer, standard_error
 
 SAMPLES = 1
 """Cotangents drawn for each image, one backward pass each."""
@@ -38,17 +38,17 @@ def fisher(scorer: Scorer) -> Estimate:
     return Estimate(values, standard_error(products), found.evaluations)
 
 
-def cotangents(scorer: Scorer, part: Part, answer: Tensor, reference: Tensor, sample: int) -> Tensor:
+def cotangents(scorer: Scorer, batch: Batch, answer: Tensor, reference: Tensor, sample: int) -> Tensor:
     """Return one sampled cotangent for each image of a batch, the same whatever the size of batches."""
-    generators = image_generators(scorer, part, stream_of(scorer, sample))
+    generators = image_generators(scorer, batch, stream_of(scorer, sample))
     return sample_cotangent(scorer.loss, answer, reference, generators)
 
 
-def _cell(scorer: Scorer, part: Part) -> Cell:
-    tape = Tape(scorer, part)
+def _cell(scorer: Scorer, batch: Batch) -> Cell:
+    tape = Tape(scorer, batch)
     answer = tape.answer.detach()
-    drawn = [cotangents(scorer, part, answer, tape.reference, sample) for sample in range(SAMPLES)]
-    slope = loss_gradient(scorer, part, answer, tape.reference)
+    drawn = [cotangents(scorer, batch, answer, tape.reference, sample) for sample in range(SAMPLES)]
+    slope = loss_gradient(scorer, batch, answer, tape.reference)
     # Around the float network the slope is 0 up to round-off: no backward pass needed.
     sloped = bool(slope.abs().max() > 1e-6 * drawn[0].abs().max())
     gradients = [tape.gradients(each) for each in ([*drawn, slope] if sloped else drawn)]

@@ -16,7 +16,7 @@ from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.columns import Column
 from fxquant.passes.sensitivity.mpqco import label_cotangents
 from fxquant.passes.sensitivity.registry import Estimate, estimator
-from fxquant.passes.sensitivity.scorer import Part, Scorer
+from fxquant.passes.sensitivity.scorer import Batch, Scorer
 
 
 @estimator("fisher_out", float_only=True)
@@ -30,9 +30,9 @@ def fisher_out(scorer: Scorer) -> Estimate:
     return Estimate.diagonal(found.joined("squares") / 2, found.evaluations)
 
 
-def _cell(scorer: Scorer, part: Part) -> Cell:
-    tape = Tape(scorer, part)
-    gradients = tape.gradients(label_cotangents(scorer, part, tape.reference))
+def _cell(scorer: Scorer, batch: Batch) -> Cell:
+    tape = Tape(scorer, batch)
+    gradients = tape.gradients(label_cotangents(scorer, batch, tape.reference))
     return {"squares": torch.stack([_squares(tape, gradients, column) for column in scorer.columns]).cpu().numpy()}
 
 

@@ -8,7 +8,7 @@ from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.leaves import Leaves, activation_noise, weight_noise
 from fxquant.passes.sensitivity.mpqco import label_cotangents
 from fxquant.passes.sensitivity.registry import Estimate, estimator
-from fxquant.passes.sensitivity.scorer import Part, Scorer
+from fxquant.passes.sensitivity.scorer import Batch, Scorer
 
 
 @estimator("fit", float_only=True)
@@ -24,9 +24,9 @@ def fit(scorer: Scorer) -> Estimate:
     return Estimate.diagonal(noise @ found.joined("squares") / 2, found.evaluations)
 
 
-def _cell(scorer: Scorer, part: Part) -> Cell:
-    images = part.images
-    cotangents = label_cotangents(scorer, part, scorer.base(part).answer)
+def _cell(scorer: Scorer, batch: Batch) -> Cell:
+    images = batch.images
+    cotangents = label_cotangents(scorer, batch, scorer.base(batch).answer)
     spent = scorer.take_spent(len(images))
     squares, noise = [], []
     # One image at a time: a batch's gradient of a weight is a sum, and its square is not the sum of squares.

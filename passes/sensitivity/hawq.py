@@ -17,7 +17,7 @@ from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.cotangents import generator, image_generators, stream_of
 from fxquant.passes.sensitivity.leaves import Leaves, activation_noise, weight_noise
 from fxquant.passes.sensitivity.registry import Estimate, estimator
-from fxquant.passes.sensitivity.scorer import Part, Scorer
+from fxquant.passes.sensitivity.scorer import Batch, Scorer
 
 PROBES = 16
 """Random sign vectors."""
@@ -37,27 +37,27 @@ def hawq(scorer: Scorer) -> Estimate:
     return Estimate.diagonal(samples, found.evaluations, probes=PROBES)
 
 
-def _cell(scorer: Scorer, part: Part) -> Cell:
-    leaves = Leaves(scorer, part.images)
+def _cell(scorer: Scorer, batch: Batch) -> Cell:
+    leaves = Leaves(scorer, batch.images)
     with torch.enable_grad():
-        losses = LOSSES[scorer.loss](leaves.answer.detach(), leaves.answer, part.images.labels)
+        losses = LOSSES[scorer.loss](leaves.answer.detach(), leaves.answer, batch.images.labels)
         slope = leaves.gradients(losses.sum(), differentiable=True)
     traces = np.zeros((PROBES, len(slope)))
     for k in range(PROBES):
-        signs = probe(scorer, part, leaves, k)
+        signs = probe(scorer, batch, leaves, k)
         with torch.enable_grad():
             along = torch.stack([(g * v).sum(dtype=torch.float64) for g, v in zip(slope, signs, strict=True)]).sum()
             products = leaves.gradients(along, keep=True)
         traces[k] = [float((h * v).sum(dtype=torch.float64)) for h, v in zip(products, signs, strict=True)]
     # Backward passes count as one each, and through them twice.
     scorer.replay.spent += scorer.network_cost * (1 + 2 * PROBES)
-    return {"traces": traces, "noise": activation_noise(scorer, leaves.environment, len(part.images))}
+    return {"traces": traces, "noise": activation_noise(scorer, leaves.environment, len(batch.images))}
 
 
-def probe(scorer: Scorer, part: Part, leaves: Leaves, sample: int) -> list[Tensor]:
+def probe(scorer: Scorer, batch: Batch, leaves: Leaves, sample: int) -> list[Tensor]:
     """Return random signs for every leaf: one draw for weights, one per image for values, whatever the batch."""
     stream = stream_of(scorer, sample)
-    own, common = image_generators(scorer, part, stream, first=1), generator(stream, 0)
+    own, common = image_generators(scorer, batch, stream, first=1), generator(stream, 0)
     signs = [_signs(weight.shape, common) for weight in leaves.weights.values()]
     for name, shift in leaves.shifts.items():
         axis = leaves.axes[name]

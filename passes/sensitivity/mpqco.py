@@ -16,7 +16,7 @@ from fxquant.passes.sensitivity.backward import Tape
 from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.cotangents import image_generators, loss_gradient
 from fxquant.passes.sensitivity.registry import Estimate, estimator
-from fxquant.passes.sensitivity.scorer import Part, Scorer
+from fxquant.passes.sensitivity.scorer import Batch, Scorer
 
 
 @estimator("mpqco", float_only=True)
@@ -32,25 +32,25 @@ def mpqco(scorer: Scorer) -> Estimate:
     return Estimate.diagonal(found.joined("responses") ** 2 / 2, found.evaluations)
 
 
-def label_cotangents(scorer: Scorer, part: Part, answer: Tensor) -> Tensor:
+def label_cotangents(scorer: Scorer, batch: Batch, answer: Tensor) -> Tensor:
     """Return the gradient of log p(y) in the answer of each image, y sampled from the answer, whatever the batch.
 
     Args:
         scorer: says which loss; for squared error random signs are scaled to its Hessian.
-        part: the batch.
+        batch: the batch.
         answer: the float network's, shape (images, ...).
     """
-    generators = image_generators(scorer, part, scorer.seed)
+    generators = image_generators(scorer, batch, scorer.seed)
     if scorer.loss == "mse":
         return sample_cotangent("mse", answer, answer, generators)
     # The loss is a mean over positions, each with its own label.
     return sample_label_cotangent(answer, generators) / sqrt(prod(answer.shape[2:]))
 
 
-def _cell(scorer: Scorer, part: Part) -> Cell:
-    tape = Tape(scorer, part)
+def _cell(scorer: Scorer, batch: Batch) -> Cell:
+    tape = Tape(scorer, batch)
     if scorer.loss == "ce":
-        cotangent = loss_gradient(scorer, part, tape.answer, tape.reference)
+        cotangent = loss_gradient(scorer, batch, tape.answer, tape.reference)
     else:
-        cotangent = label_cotangents(scorer, part, tape.reference)
+        cotangent = label_cotangents(scorer, batch, tape.reference)
     return {"responses": tape.responses([tape.gradients(cotangent)])[0].cpu().numpy()}

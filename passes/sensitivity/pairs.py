@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fxquant.core.storage import text_digest
 from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.registry import Estimate, estimator
-from fxquant.passes.sensitivity.scorer import Part, Scorer, standard_error
+from fxquant.passes.sensitivity.scorer import Batch, Scorer, standard_error
 from fxquant.passes.sensitivity.singles import measure_singles
 
 
@@ -107,16 +107,16 @@ def measure_pairs(scorer: Scorer, wanted: NDArray[np.bool_]) -> PairRuns:
     every = np.array_equal(wanted, scorer.between)
     suffix = "" if every else f"-{text_digest(str(sorted((k, tuple(v)) for k, v in deeper.items())))[:12]}"
     work = {
-        f"pairs-{part.index}-{row}{suffix}": partial(_row, scorer, part, row, columns)
-        for part in scorer.parts
+        f"pairs-{batch.index}-{row}{suffix}": partial(_row, scorer, batch, row, columns)
+        for batch in scorer.batches
         for row, columns in deeper.items()
     }
     cells = scorer.measure("score pairs of choices", work)
     joint, evaluations = np.zeros((size, size, images)), singles.evaluations
-    for part in scorer.parts:
-        span = slice(part.index * scorer.batch, part.index * scorer.batch + len(part.images))
+    for batch in scorer.batches:
+        span = slice(batch.index * scorer.batch, batch.index * scorer.batch + len(batch.images))
         for row, columns in deeper.items():
-            cell = cells[f"pairs-{part.index}-{row}{suffix}"]
+            cell = cells[f"pairs-{batch.index}-{row}{suffix}"]
             joint[row, columns, span] = cell["losses"]
             evaluations += float(cell["evaluations"])
     # Each pair was run once, in the order of depth; the other half mirrors it.
@@ -131,12 +131,12 @@ def _deeper(scorer: Scorer, wanted: NDArray[np.bool_]) -> dict[int, list[int]]:
     return {row: columns for row, columns in found.items() if columns}
 
 
-def _row(scorer: Scorer, part: Part, row: int, columns: list[int]) -> Cell:
+def _row(scorer: Scorer, batch: Batch, row: int, columns: list[int]) -> Cell:
     """Measure one column together with deeper ones, on one batch."""
-    base = scorer.base(part)
+    base = scorer.base(batch)
     _, below = scorer.run(base.environment, row, keep=True)
     losses = [
-        scorer.losses(base, scorer.run(below, column, on_top_of=row)[0], part.images).cpu().numpy()
+        scorer.losses(base, scorer.run(below, column, on_top_of=row)[0], batch.images).cpu().numpy()
         for column in columns
     ]
-    return {"losses": np.stack(losses), "evaluations": scorer.take_spent(len(part.images))}
+    return {"losses": np.stack(losses), "evaluations": scorer.take_spent(len(batch.images))}

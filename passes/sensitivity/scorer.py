@@ -23,7 +23,7 @@ from fxquant.core.ir import Candidate, Program, Sites, rule_of, shape_of
 from fxquant.core.run import LOSSES, CalibrationSet, Environment, GraphReplay
 from fxquant.core.storage import Arrays, ScoreStore, text_digest
 from fxquant.passes.sensitivity.cell_sweep import Cell, Gathered, Memory, Work, sweep
-from fxquant.passes.sensitivity.columns import Column, Quantizers, Replacement, columns_of
+from fxquant.passes.sensitivity.columns import Column, Replacement, Replacements, columns_of
 
 ENVIRONMENT_LIMIT = 384 * 10**6
 """Bytes of intermediate values kept for one batch; a pair sweep keeps two such sets. If one image takes more, a part is
@@ -33,7 +33,7 @@ LARGEST_BATCH = 64
 
 
 @dataclass(frozen=True)
-class Part:
+class Batch:
     """One batch of images and its number, which names its cells in the store."""
 
     index: int
@@ -100,11 +100,11 @@ class Scorer:
         nodes = program[FakeQuantNodes]
         every = (*nodes.weights.values(), *nodes.activations.values())
         self.off: dict[str, Replacement] = {name: _identity for names in every for name in names}
-        quantizers = Quantizers(program)
+        replacements = Replacements(program)
         self.candidates: tuple[Candidate, ...] = program[Sites].candidates
         self.columns: tuple[Column, ...]
-        self.columns, self.spread = columns_of(program, quantizers)
-        self._context = {} if context is None else quantizers.plan(context)
+        self.columns, self.spread = columns_of(program, replacements)
+        self._context = {} if context is None else replacements.plan(context)
         # In graph order, so that a pair's second owner lies downstream of the first and little is run again.
         position = {name: index for index, name in enumerate(self.replay.by_name)}
         first: dict[str, int] = {}
@@ -127,17 +127,17 @@ class Scorer:
         own = [self.columns[k] for k in chosen]
         replaced = {column.owner for column in own}
         made = dict(self.off)
-        for owner, part in self._context.items():
+        for owner, substitution in self._context.items():
             if owner not in replaced:
-                made.update(part)
+                made.update(substitution)
         for column in own:
             made.update(column.substitution)
         return made
 
     @property
-    def parts(self) -> list[Part]:
+    def batches(self) -> list[Batch]:
         """The batches, sized so that their intermediate values stay within the memory limit."""
-        return [Part(index, images) for index, images in enumerate(self.images.batches(self.batch))]
+        return [Batch(index, images) for index, images in enumerate(self.images.batches(self.batch))]
 
     @property
     def owners(self) -> list[str]:
@@ -150,17 +150,17 @@ class Scorer:
         names = np.array(self.owners)
         return np.asarray(names[:, None] != names[None, :], dtype=np.bool_)
 
-    def base(self, part: Part) -> Base:
+    def base(self, batch: Batch) -> Base:
         """Return the context's run on a batch with its intermediate values; the last batch is kept."""
-        if self._kept is None or self._kept[0] != part.index:
+        if self._kept is None or self._kept[0] != batch.index:
             self._kept = None
             with torch.no_grad():
-                answer, environment = self.replay.forward(part.images.inputs, self.in_context, self._parts_kept)
+                answer, environment = self.replay.forward(batch.images.inputs, self.in_context, self._parts_kept)
                 reference = answer
                 if self._context:
-                    reference, _ = self.replay.forward(part.images.inputs, self.off, frozenset())
-            losses = LOSSES[self.loss](reference, answer, part.images.labels)
-            self._kept = (part.index, Base(reference, answer, environment, losses))
+                    reference, _ = self.replay.forward(batch.images.inputs, self.off, frozenset())
+            losses = LOSSES[self.loss](reference, answer, batch.images.labels)
+            self._kept = (batch.index, Base(reference, answer, environment, losses))
         return self._kept[1]
 
     def run(
@@ -216,18 +216,18 @@ class Scorer:
         cells = sweep(title, named, self.store, self.shards, self.reporter, device)
         return {key.removeprefix(prefix): cell for key, cell in cells.items()}
 
-    def by_batch(self, title: str, name: str, cell: Callable[[Scorer, Part], Cell]) -> Gathered:
+    def by_batch(self, title: str, name: str, cell: Callable[[Scorer, Batch], Cell]) -> Gathered:
         """Measure one cell for each batch, called `name-0`, `name-1`, ...; `evaluations` are added where it has none.
 
         Raises:
             WorkerError: another process of a sharded run was lost.
         """
 
-        def counted(part: Part) -> Cell:
-            found = cell(self, part)
-            return {"evaluations": self.take_spent(len(part.images)), **found}
+        def counted(batch: Batch) -> Cell:
+            found = cell(self, batch)
+            return {"evaluations": self.take_spent(len(batch.images)), **found}
 
-        work = {f"{name}-{part.index}": partial(counted, part) for part in self.parts}
+        work = {f"{name}-{batch.index}": partial(counted, batch) for batch in self.batches}
         return Gathered(list(self.measure(title, work).values()))
 
     @staticmethod
@@ -243,7 +243,7 @@ class Scorer:
         return float(losses.mean())
 
     def _context_cell(self) -> Cell:
-        losses = torch.cat([self.base(part).losses for part in self.parts])
+        losses = torch.cat([self.base(batch).losses for batch in self.batches])
         return {"losses": losses.cpu().numpy(), "evaluations": self.take_spent(len(self.images))}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxquant.core.run import embed_shift
 from fxquant.passes.sensitivity.cell_sweep import Cell
-from fxquant.passes.sensitivity.scorer import Part, Scorer
+from fxquant.passes.sensitivity.scorer import Batch, Scorer
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ def measure_singles(scorer: Scorer) -> Singles:
     )
 
 
-def _cell(scorer: Scorer, part: Part) -> Cell:
-    base = scorer.base(part)
+def _cell(scorer: Scorer, batch: Batch) -> Cell:
+    base = scorer.base(batch)
     losses, shifts, powers = [], [], []
     for column in range(len(scorer.columns)):
         answer, _ = scorer.run(base.environment, column)
-        losses.append(scorer.losses(base, answer, part.images).cpu().numpy())
+        losses.append(scorer.losses(base, answer, batch.images).cpu().numpy())
         shifts.append(embed_shift(scorer.loss, base.answer.float(), (answer - base.answer).float()))
         powers.append(_power(answer - base.answer))
     embedded = torch.stack(shifts).transpose(0, 1)

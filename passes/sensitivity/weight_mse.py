@@ -9,7 +9,7 @@ import numpy as np
 
 from fxquant.core.facts import Histogram, Ranges
 from fxquant.core.ir import FakeQuantize, Sites, tensor_at
-from fxquant.passes.sensitivity.columns import Column, Constant
+from fxquant.passes.sensitivity.columns import Column, RoundedWeight
 from fxquant.passes.sensitivity.registry import Estimate, estimator
 from fxquant.passes.sensitivity.scorer import Scorer
 
@@ -30,7 +30,7 @@ def relative_error(scorer: Scorer, column: Column) -> float:
     """Return noise power over signal power of what a column rounds, its tensors added up; 0 for float."""
     program, total, weights = scorer.program, 0.0, set()
     for name, replacement in column.substitution.items():
-        if isinstance(replacement, Constant):
+        if isinstance(replacement, RoundedWeight):
             # A module used twice has several nodes on one weight, which counts once.
             weights.add(replacement)
         elif isinstance(replacement, FakeQuantize):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fxquant.backends import to_qdq
-from fxquant.backends.onnx import OnnxOptions, add_biases, executable, prepare, readable_storage, to_onnx
+from fxquant.backends.onnx import OnnxOptions, add_biases, executable, fuse_integers, readable_storage, to_onnx
 from tests.backends.lowered import error_in_steps, example, simulated
 
 FOR_OPENVINO = OnnxOptions(runtime="openvino")
@@ -14,7 +14,7 @@ FOR_OPENVINO = OnnxOptions(runtime="openvino")
 @pytest.mark.parametrize("name", ["residual", "padded", "sequence", "attention"])
 def test_biases_are_nodes_and_answers_the_same(name: str) -> None:
     module, inputs = simulated(name, (8,)), example(name, 6)
-    plain, changed = prepare(to_qdq(module)), add_biases(prepare(to_qdq(module)))
+    plain, changed = fuse_integers(to_qdq(module)), add_biases(fuse_integers(to_qdq(module)))
     with torch.no_grad():
         assert torch.allclose(changed(*inputs), plain(*inputs), atol=1e-5)
     model = to_onnx(module, options=FOR_OPENVINO)

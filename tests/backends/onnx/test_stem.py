@@ -15,9 +15,9 @@ from fxquant.backends.onnx import (
     block_weight,
     executable,
     fold_stems,
+    fuse_integers,
     kernel_report,
     padded_conv,
-    prepare,
     space_to_depth,
     to_onnx,
 )
@@ -103,7 +103,7 @@ def test_a_stem_over_blocks_gives_the_same_bits_on_integers(name: str, width: in
     report = kernel_report(model.SerializeToString())
     assert report.kernels == {"0": "QLinearConv", "2": "QLinearConv"}
     images = torch.randn(5, conv.in_channels, size, size)
-    plain, folded = (prepare(to_qdq(module)) for _ in range(2))
+    plain, folded = (fuse_integers(to_qdq(module)) for _ in range(2))
     fold_stems(folded)
     assert torch.allclose(folded(images), plain(images), atol=1e-6)
     run = executable(model.SerializeToString())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fxquant.core.errors import OptionError
 from fxquant.core.ir import FLOAT, Candidate, Choice
 from fxquant.passes.allocation import SOLVERS
-from fxquant.passes.cost import LatencyModel, Observation, SiteLink, fit, nonnegative_least_squares
+from fxquant.passes.cost import LatencyModel, Observation, SiteLink, fit_latency, nonnegative_least_squares
 
 NAMES = tuple(f"layer{k}" for k in range(12))
 CHAIN = [SiteLink(one, other, 100 * (k + 1)) for k, (one, other) in enumerate(itertools.pairwise(NAMES))]
@@ -46,7 +46,7 @@ def alone(model: LatencyModel, seed: int) -> dict[str, tuple[float, float]]:
 @pytest.mark.parametrize("seed", range(5))
 def test_plans_that_were_not_measured_are_predicted(seed: int) -> None:
     model = truth(seed)
-    found = fit(alone(model, seed), PLACES, observations(model, 16, seed, noise=0.02))
+    found = fit_latency(alone(model, seed), PLACES, observations(model, 16, seed, noise=0.02))
     unseen = observations(model, 20, seed + 100)
     errors = [abs(found.predict(o.floats) / o.milliseconds - 1.0) for o in unseen]
     assert np.median(errors) < 0.05
@@ -56,7 +56,7 @@ def test_plans_that_were_not_measured_are_predicted(seed: int) -> None:
 def test_the_two_networks_without_borders_are_met() -> None:
     model = truth(0)
     seen = observations(model, 12, 0, noise=0.1)
-    found = fit(alone(model, 0), PLACES, seen)
+    found = fit_latency(alone(model, 0), PLACES, seen)
     for observation in seen[:2]:
         assert found.predict(observation.floats) == pytest.approx(observation.milliseconds, rel=0.01)
 
@@ -64,7 +64,7 @@ def test_the_two_networks_without_borders_are_met() -> None:
 def test_without_mixed_networks_layers_share_the_whole_by_their_times_alone() -> None:
     model = truth(1)
     single = {name: (time, time / 3) for name, time in model.floats.items()}
-    found = fit(single, (), observations(model, 0, 0))
+    found = fit_latency(single, (), observations(model, 0, 0))
     shares = np.array([found.floats[name] / single[name][0] for name in NAMES])
     assert shares == pytest.approx(shares.mean() * np.ones(len(NAMES)), rel=0.05)
 
@@ -73,7 +73,7 @@ def test_borders_that_cost_make_plans_slower_and_none_do_not() -> None:
     model = truth(2)
     free = LatencyModel(model.floats, model.integers, dict.fromkeys(PLACES, (0.0, 0.0)), 0.3)
     island = frozenset(NAMES[3:6])
-    costly, cheap = (fit(alone(m, 2), PLACES, observations(m, 16, 2)) for m in (model, free))
+    costly, cheap = (fit_latency(alone(m, 2), PLACES, observations(m, 16, 2)) for m in (model, free))
     assert sum(map(sum, costly.borders.values())) > 5 * sum(map(sum, cheap.borders.values()))
     assert costly.predict(island) > cheap.predict(island)
 
@@ -137,7 +137,7 @@ def test_least_squares_without_negative_parts() -> None:
 
 def test_what_is_no_model_or_observation() -> None:
     with pytest.raises(OptionError, match="at least one whole network"):
-        fit({"a": (1.0, 1.0)}, (), ())
+        fit_latency({"a": (1.0, 1.0)}, (), ())
     with pytest.raises(OptionError, match="milliseconds=0"):
         Observation(frozenset(), 0.0)
     with pytest.raises(OptionError, match="one in integers"):

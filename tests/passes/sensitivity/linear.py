@@ -46,7 +46,7 @@ def layer(each: Scorer, column: int) -> Linear:
 
 
 def answer(each: Scorer) -> Tensor:
-    return torch.cat([each.base(part).answer for part in each.parts]).double()
+    return torch.cat([each.base(batch).answer for batch in each.batches]).double()
 
 
 def answer_hessian(each: Scorer) -> Tensor:

@@ -10,19 +10,21 @@ from fxquant.core.facts import BitAllocation
 from fxquant.core.ir import Choice, Sites
 from fxquant.core.run import CalibrationSet
 from fxquant.core.storage import ScoreStore
-from fxquant.passes.sensitivity import Constant, Part, Scorer, Tape
+from fxquant.passes.sensitivity import Batch, RoundedWeight, Scorer, Tape
 from tests.scoring import inputs, scorer, simulated
 
 
-def directional(each: Scorer, part: Part, column: int, cotangent: Tensor, step: float) -> Tensor:
+def directional(each: Scorer, batch: Batch, column: int, cotangent: Tensor, step: float) -> Tensor:
     """v . (answer at the context plus a small part of the column's shift), differenced, image by image."""
-    base, names = each.base(part), each.columns[column].substitution
+    base, names = each.base(batch), each.columns[column].substitution
     moved: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, replacement in names.items():
         node = each.replay.by_name[name]
         source, standing = base.environment[node.all_input_nodes[0]], base.environment[node]
         delta = replacement(source) - standing
-        moved[name] = Constant(standing + step * delta) if isinstance(replacement, Constant) else _shifted(step * delta)
+        moved[name] = (
+            RoundedWeight(standing + step * delta) if isinstance(replacement, RoundedWeight) else _shifted(step * delta)
+        )
     with torch.no_grad():
         answer, _ = each.replay.replay(base.environment, {**each.in_context, **moved}, changed=moved)
     return (cotangent * (answer - base.answer)).flatten(1).sum(1).double() / step
@@ -37,12 +39,12 @@ def _shifted(delta: Tensor) -> Callable[[Tensor], Tensor]:
 def test_responses_are_directional_derivatives(name: str, widths: tuple[int, ...]) -> None:
     images = CalibrationSet(inputs(name, 5))
     each = scorer(simulated(name, (2, 4, 8), widths), images)
-    part = Part(0, images)
-    tape = Tape(each, part)
+    batch = Batch(0, images)
+    tape = Tape(each, batch)
     cotangent = torch.randn(tape.answer.shape, generator=torch.Generator().manual_seed(1))
     found = tape.responses([tape.gradients(cotangent)])[0]
     # A step this small crosses few kinks of ReLU, and is large against float32 round-off of the answer.
-    expected = torch.stack([directional(each, part, k, cotangent, 1e-3) for k in range(len(each.columns))])
+    expected = torch.stack([directional(each, batch, k, cotangent, 1e-3) for k in range(len(each.columns))])
     scale = expected.abs().max()
     close = (found - expected).abs() < 2e-2 * expected.abs() + 3e-3 * scale
     assert close.double().mean() > 0.97
@@ -53,7 +55,7 @@ def test_a_node_without_quantizer_keeps_its_own_gradient() -> None:
     """The value that a layer reads is also read by the residual add: only the layer's share may count."""
     images = CalibrationSet(inputs("residual", 4))
     each = scorer(simulated("residual"), images)
-    tape = Tape(each, Part(0, images))
+    tape = Tape(each, Batch(0, images))
     gradients = tape.gradients(torch.ones_like(tape.answer))
     names = {node.name for node in each.program.module.graph.nodes}
     assert set(gradients) <= names
@@ -64,7 +66,7 @@ def test_around_a_plan_the_standing_weights_do_not_move() -> None:
     program, images = simulated("plain"), CalibrationSet(inputs("plain", 4))
     plan = BitAllocation({site.name: Choice(4, 8) for site in program[Sites].sites})
     each = Scorer(program, images, "kl", ScoreStore(None, {}), context=plan)
-    tape = Tape(each, Part(0, images))
+    tape = Tape(each, Batch(0, images))
     found = tape.responses([tape.gradients(torch.ones_like(tape.answer))])[0]
     own = torch.tensor([column.weight_bits == 4 for column in each.columns])
     assert not found[own].any()
@@ -74,7 +76,7 @@ def test_around_a_plan_the_standing_weights_do_not_move() -> None:
 def test_work_is_counted() -> None:
     images = CalibrationSet(inputs("plain", 4))
     each = scorer(simulated("plain"), images)
-    tape = Tape(each, Part(0, images))
+    tape = Tape(each, Batch(0, images))
     assert each.take_spent(1) == pytest.approx(1)
     gradients = tape.gradients(torch.ones_like(tape.answer))
     assert each.take_spent(1) == pytest.approx(1)

@@ -43,7 +43,7 @@ def test_samples_of_every_image(formula: Callable[[Linear, Tensor], Tensor], los
     if loss == "ce":
         v = torch.eye(5, dtype=torch.float64)[LABELS] - torch.softmax(answer(each), dim=1)
     else:
-        v = torch.cat([label_cotangents(each, part, each.base(part).answer) for part in each.parts]).double()
+        v = torch.cat([label_cotangents(each, batch, each.base(batch).answer) for batch in each.batches]).double()
     for column in range(len(each.columns)):
         samples = formula(layer(each, column), v)
         assert found.values[column, column] == pytest.approx(float(samples.mean()), rel=1e-3)

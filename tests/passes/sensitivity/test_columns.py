@@ -11,13 +11,13 @@ from fxquant.core.facts import BitAllocation, FakeQuantNodes, Settings
 from fxquant.core.ir import Choice, EdgeGroups, Sites, resolve
 from fxquant.core.run import CalibrationSet
 from fxquant.passes import simulate, widest_plan
-from fxquant.passes.sensitivity import Quantizers, columns_of
+from fxquant.passes.sensitivity import Replacements, columns_of
 from tests.scoring import inputs, scorer, simulated
 
 
 def test_one_activation_width_makes_one_column_per_candidate() -> None:
     program = simulated("plain")
-    columns, spread = columns_of(program, Quantizers(program))
+    columns, spread = columns_of(program, Replacements(program))
     assert [(c.site, c.weight_bits) for c in columns] == [
         (c.site, c.choice.weight_bits) for c in program[Sites].candidates
     ]
@@ -29,7 +29,7 @@ def test_one_activation_width_makes_one_column_per_candidate() -> None:
 
 def test_several_widths_are_perturbed_apart_from_weights() -> None:
     program = simulated("plain", (2, 8), (4, 8))
-    columns, spread = columns_of(program, Quantizers(program))
+    columns, spread = columns_of(program, Replacements(program))
     # Four sites at two widths, and three ties (image, the value two layers read, pooled) at two widths.
     assert [c.owner for c in columns if c.site is None] == [
         f"tie {t}" for t in ("x", "x", "relu", "relu", "mean", "mean")
@@ -45,7 +45,7 @@ def test_several_widths_are_perturbed_apart_from_weights() -> None:
 
 def test_a_tie_rounds_every_value_of_its_groups() -> None:
     program = simulated("residual", (8,), (4, 8))
-    columns, _ = columns_of(program, Quantizers(program))
+    columns, _ = columns_of(program, Replacements(program))
     groups, nodes = program[EdgeGroups], program[FakeQuantNodes]
     for column in columns:
         if column.site is None:
@@ -56,10 +56,10 @@ def test_a_tie_rounds_every_value_of_its_groups() -> None:
 @pytest.mark.parametrize(("name", "count"), [("attention", 3), ("concat", 1)])
 def test_what_lies_on_the_grid_already_is_not_rounded_again(name: str, count: int) -> None:
     program = simulated(name, (8,), (4, 8))
-    columns, _ = columns_of(program, Quantizers(program))
+    columns, _ = columns_of(program, Replacements(program))
     groups, nodes = program[EdgeGroups], program[FakeQuantNodes]
     each = scorer(program, CalibrationSet(inputs(name, 3)))
-    base, shorter = each.base(each.parts[0]).environment, 0
+    base, shorter = each.base(each.batches[0]).environment, 0
     for column in columns:
         if column.site is not None or column.activation_bits is None:
             continue
@@ -103,7 +103,7 @@ def test_what_an_op_computes_from_a_rounded_value_is_rounded() -> None:
     program = flow.calibrate(program, CalibrationSet(images))
     program = simulate(program, widest_plan(program), round_biases=False)
     ((group, members),) = (g for g in program[FakeQuantNodes].activations.items() if len(g[1]) > 1)
-    rounded = Quantizers(program).group(group, 4)
+    rounded = Replacements(program).group(group, 4)
     assert len(members) == 3
     # The image and the layer's output; the concatenation of both lies on the grid.
     assert [resolve(program.module.graph, name).all_input_nodes[0].name for name in rounded] == ["x", "conv2d"]
@@ -111,7 +111,7 @@ def test_what_an_op_computes_from_a_rounded_value_is_rounded() -> None:
 
 def test_the_same_width_is_the_same_object_so_that_nothing_counts_as_changed() -> None:
     program = simulated("plain")
-    quantizers = Quantizers(program)
+    quantizers = Replacements(program)
     plan = BitAllocation({site.name: Choice(4, 8) for site in program[Sites].sites})
     parts = quantizers.plan(plan)
     assert set(parts) == {site.name for site in program[Sites].sites} | {"tie x", "tie relu", "tie mean"}
@@ -125,7 +125,7 @@ def test_a_float_site_leaves_its_weight_alone() -> None:
     program = simulated("plain", (4, 32))
     names = [site.name for site in program[Sites].sites]
     plan = BitAllocation({name: Choice.parse("float" if name == "fc" else "W4A8") for name in names})
-    parts = Quantizers(program).plan(plan)
+    parts = Replacements(program).plan(plan)
     assert parts["fc"] == {}
     assert parts["conv1"]
     assert "tie mean" not in parts
@@ -134,6 +134,6 @@ def test_a_float_site_leaves_its_weight_alone() -> None:
 @pytest.mark.parametrize("bits", [2, 8])
 def test_a_rounded_weight_has_at_most_two_to_the_bits_values(bits: int) -> None:
     program = simulated("plain")
-    (replacement,) = set(Quantizers(program).weight("fc", bits).values())
+    (replacement,) = set(Replacements(program).weight("fc", bits).values())
     value = replacement(torch.empty(0))
     assert all(len(row.unique()) <= 2**bits for row in value)

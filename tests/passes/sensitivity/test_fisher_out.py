@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fxquant.core.run import CalibrationSet
-from fxquant.passes.sensitivity import ESTIMATORS, Part, Tape, label_cotangents
+from fxquant.passes.sensitivity import ESTIMATORS, Batch, Tape, label_cotangents
 from tests.scoring import inputs, plain_net, scorer, simulated
 
 fisher_out = ESTIMATORS["fisher_out"]
@@ -15,8 +15,8 @@ def test_values_count_at_the_layers_that_read_them_or_where_they_stand(name: str
     images = CalibrationSet(inputs(name, 4))
     each = scorer(simulated(name, (8,), (4, 8)), images)
     values = fisher_out.measure(each).values
-    tape = Tape(each, Part(0, images))
-    gradients = tape.gradients(label_cotangents(each, Part(0, images), tape.reference))
+    tape = Tape(each, Batch(0, images))
+    gradients = tape.gradients(label_cotangents(each, Batch(0, images), tape.reference))
     index = next(k for k, column in enumerate(each.columns) if column.owner == owner and column.activation_bits == 4)
     ((node, replacement),) = each.columns[index].substitution.items()
     x = tape.environment[each.replay.by_name[node]].detach()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fxquant.core.run import CalibrationSet
-from fxquant.passes.sensitivity import ESTIMATORS, Part, choose_pairs, slope, suffix_cost
+from fxquant.passes.sensitivity import ESTIMATORS, Batch, choose_pairs, slope, suffix_cost
 from fxquant.passes.sensitivity import hybrid as module
 from tests.scoring import inputs, scorer, simulated
 
@@ -91,7 +91,7 @@ def test_the_slope_lies_between_zero_and_one() -> None:
 
 def test_the_cost_of_a_column_is_what_its_run_takes() -> None:
     each = scorer(simulated("plain"), IMAGES)
-    base = each.base(Part(0, IMAGES)).environment
+    base = each.base(Batch(0, IMAGES)).environment
     each.take_spent(1)
     for k, column in enumerate(each.columns):
         each.run(base, k)

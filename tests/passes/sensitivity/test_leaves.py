@@ -36,10 +36,10 @@ def test_a_value_is_shifted_for_its_quantized_readers_only() -> None:
     gradients = leaves.gradients(leaves.answer.sum())[len(leaves.weights) :]
     for name, gradient in zip(leaves.shifts, gradients, strict=True):
         step = 1e-2 * torch.randn(gradient.shape, generator=torch.Generator().manual_seed(2))
-        source = each.base(each.parts[0]).environment
+        source = each.base(each.batches[0]).environment
         with torch.no_grad():
             moved, _ = each.replay.replay(source, {**each.off, name: partial(torch.add, step)}, changed=[name])
-        expected = float((moved - each.base(each.parts[0]).answer).double().sum())
+        expected = float((moved - each.base(each.batches[0]).answer).double().sum())
         assert float((gradient * step).double().sum()) == pytest.approx(expected, rel=0.2, abs=2e-4)
 
 

@@ -10,7 +10,7 @@ from fxquant.capture import capture
 from fxquant.core.facts import Settings
 from fxquant.core.run import CalibrationSet
 from fxquant.passes import simulate, widest_plan
-from fxquant.passes.sensitivity import ESTIMATORS, Part, Scorer, attribution, formats, measure_singles, walk
+from fxquant.passes.sensitivity import ESTIMATORS, Batch, Scorer, attribution, formats, measure_singles, walk
 from tests.scoring import full_forward, inputs, scorer, simulated
 
 diagonal = ESTIMATORS["diagonal"]
@@ -77,7 +77,7 @@ def test_attributions_are_not_scaled_into_place() -> None:
     each = scorer(simulated("plain"), IMAGES)
     assert path(each).notes["quadrature_error"] < 0.05
     plans = formats(each)
-    seen = walk(each, Part(0, IMAGES), plans)
+    seen = walk(each, Batch(0, IMAGES), plans)
     for plan, phi, losses in zip(plans, seen["phi"], seen["losses"], strict=True):
         assert phi.shape == (len(plan), 6)
         assert phi.sum() == pytest.approx(losses.sum(), rel=0.15)
@@ -93,7 +93,7 @@ def test_small_losses_are_shared_out_by_rows_of_the_gram_matrix() -> None:
 
 def test_the_ceiling_is_above_every_loss_that_was_seen() -> None:
     each = scorer(simulated("plain"), IMAGES)
-    found, seen = path(each), walk(each, Part(0, IMAGES), formats(each))
+    found, seen = path(each), walk(each, Batch(0, IMAGES), formats(each))
     p = torch.softmax(full_forward("plain", 6).double(), dim=1)
     uniform = (p * (p.log() + np.log(4))).sum(1).numpy()
     np.testing.assert_allclose(seen["flat"], uniform, rtol=1e-5)
@@ -123,6 +123,6 @@ def test_the_jackknife_of_a_small_loss_is_its_standard_error() -> None:
     each = scorer(simulated("split", (8,)), CalibrationSet(inputs("split", 8)))
     found = path(each)
     # One owner's share of a loss far below the ceiling is nearly its own part of each image's loss.
-    seen = walk(each, Part(0, each.images), formats(each))
+    seen = walk(each, Batch(0, each.images), formats(each))
     spread = seen["phi"][0].std(axis=1, ddof=1) / 8**0.5 / found.notes["ceiling"]
     np.testing.assert_allclose(np.diag(found.stderr), spread, rtol=0.05)

@@ -11,7 +11,7 @@ from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import LOSSES, CalibrationSet, model_outputs, storages
 from fxquant.core.storage import ScoreStore
 from fxquant.passes import simulate, widest_plan
-from fxquant.passes.sensitivity import ESTIMATORS, Part, Scorer
+from fxquant.passes.sensitivity import ESTIMATORS, Batch, Scorer
 from fxquant.passes.sensitivity import scorer as scorer_module
 from tests.scoring import calibrated, columns, full_forward, inputs, scorer, simulated, traced
 
@@ -24,7 +24,7 @@ IMAGES = CalibrationSet(inputs("plain", 6))
 
 
 def test_the_base_is_the_float_network_bit_for_bit() -> None:
-    base = scorer(simulated("plain"), IMAGES).base(Part(0, IMAGES))
+    base = scorer(simulated("plain"), IMAGES).base(Batch(0, IMAGES))
     assert torch.equal(base.reference, base.answer)
     with torch.no_grad():
         assert torch.equal(base.reference, traced("plain").module(*IMAGES.inputs))
@@ -34,7 +34,7 @@ def test_the_base_is_the_float_network_bit_for_bit() -> None:
 def test_every_candidate_alone_is_a_whole_forward_pass(name: str) -> None:
     images = CalibrationSet(inputs(name, 6))
     each = scorer(simulated(name), images)
-    base = each.base(Part(0, images)).environment
+    base = each.base(Batch(0, images)).environment
     for column, candidate in enumerate(each.candidates):
         answer, _ = each.run(base, column)
         assert torch.equal(answer, full_forward(name, 6, candidate))
@@ -44,7 +44,7 @@ def test_substitutions_leave_the_program_alone() -> None:
     program = simulated("plain")
     before = {key: value.clone() for key, value in program.module.state_dict().items()}
     each = scorer(program, IMAGES)
-    base = each.base(Part(0, IMAGES)).environment
+    base = each.base(Batch(0, IMAGES)).environment
     for column in range(len(each.candidates)):
         each.run(base, column)
     assert all(torch.equal(value, before[key]) for key, value in program.module.state_dict().items())
@@ -52,9 +52,9 @@ def test_substitutions_leave_the_program_alone() -> None:
 
 def test_the_batches_cover_every_image_once() -> None:
     each = scorer(simulated("plain"), IMAGES)
-    assert [len(part.images) for part in each.parts] == [4, 2]
-    assert torch.equal(torch.cat([part.images.inputs[0] for part in each.parts]), IMAGES.inputs[0])
-    assert [part.index for part in each.parts] == [0, 1]
+    assert [len(batch.images) for batch in each.batches] == [4, 2]
+    assert torch.equal(torch.cat([batch.images.inputs[0] for batch in each.batches]), IMAGES.inputs[0])
+    assert [batch.index for batch in each.batches] == [0, 1]
 
 
 def test_large_intermediate_values_make_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,9 +70,9 @@ def test_large_intermediate_values_make_small_batches(monkeypatch: pytest.Monkey
 def test_work_is_counted_in_whole_passes() -> None:
     each = scorer(simulated("plain"), IMAGES)
     assert each.take_spent(1) == 0
-    base = each.base(Part(0, IMAGES)).environment
+    base = each.base(Batch(0, IMAGES)).environment
     assert each.take_spent(6) == pytest.approx(6)
-    each.base(Part(0, IMAGES))
+    each.base(Batch(0, IMAGES))
     assert each.take_spent(6) == 0
     spent = {}
     for column, candidate in enumerate(each.candidates):
@@ -94,7 +94,7 @@ def test_columns_by_depth_follow_the_graph(name: str) -> None:
 
 def test_losses_are_float64_per_image() -> None:
     each = scorer(simulated("plain"), IMAGES)
-    base = each.base(Part(0, IMAGES))
+    base = each.base(Batch(0, IMAGES))
     found = each.losses(base, base.reference, IMAGES)
     assert found.dtype == torch.float64
     assert np.array_equal(found.numpy(), np.zeros(6))
@@ -174,7 +174,7 @@ def test_memory_is_known_before_the_work() -> None:
     stated = each.memory
     assert stated.batch == 6
     assert stated.joint == 8 * len(each.columns) ** 2 * 6
-    base = each.base(Part(0, IMAGES)).environment
+    base = each.base(Batch(0, IMAGES)).environment
     held = {node: value for node, value in base.items() if node.op == "get_attr" or node.op == "placeholder"}
     assert stated.activations == sum(storages(base).values()) - sum(storages(held).values())
     assert 0 < stated.working <= stated.activations

@@ -25,7 +25,7 @@ def test_losses_per_image_in_the_order_of_the_images() -> None:
 
 def test_inner_products_over_all_images_and_batches() -> None:
     each = scorer(simulated("plain"), IMAGES)
-    assert len(each.parts) == 2
+    assert len(each.batches) == 2
     found = measure_singles(each)
     reference = full_forward("plain", 6)
     shifts = [full_forward("plain", 6, candidate) - reference for candidate in each.candidates]

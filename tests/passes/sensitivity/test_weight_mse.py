@@ -7,7 +7,7 @@ import torch
 from fxquant.core.facts import BINS, Histogram, Ranges, WeightGrids
 from fxquant.core.ir import Choice, EdgeGroups, FakeQuantize, Sites, tensor_at
 from fxquant.core.run import CalibrationSet
-from fxquant.passes.sensitivity import ESTIMATORS, Column, Constant, mean_square, relative_error
+from fxquant.passes.sensitivity import ESTIMATORS, Column, RoundedWeight, mean_square, relative_error
 from tests.scoring import inputs, scorer, simulated
 
 weight_mse = ESTIMATORS["weight_mse"]
@@ -63,7 +63,7 @@ def test_no_image_is_looked_at() -> None:
 
 def test_a_weight_used_at_two_places_is_rounded_once() -> None:
     each = scorer(simulated("split"), IMAGES)
-    rounded = Constant(1.1 * tensor_at(each.program.module, "a.weight").detach())
+    rounded = RoundedWeight(1.1 * tensor_at(each.program.module, "a.weight").detach())
     once, twice = (Column("a", dict.fromkeys(names, rounded), "a", 4, None) for names in ("q", "qr"))
     assert relative_error(each, once) == relative_error(each, twice) == pytest.approx(0.01, rel=1e-4)
 
