@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fxquant.core.ir import SMALLEST_SCALE, FakeQuantize, QuantSpec, round_learned
+from fxquant.core.ir import SMALLEST_SCALE, FakeQuantize, Grid, round_learned
 
 STRETCH = 1.2
 """The sigmoid is stretched to (-0.1, 1.1) and clipped, so that 0 and 1 are reached (AdaRound, arXiv 2004.10568)."""
@@ -28,9 +28,9 @@ class SoftRounding(nn.Module):
 
     def __init__(self, weight: Tensor, quantizer: FakeQuantize) -> None:
         super().__init__()
-        self.spec = quantizer.spec
-        shape = _broadcast(weight, quantizer.spec)
-        scale, zero_point = quantizer.scale.reshape(shape), quantizer.zero_point.reshape(shape).float()
+        grid = quantizer.grid
+        self.spec = grid.spec
+        scale, zero_point = grid.along(weight, grid.scale), grid.along(weight, grid.zero_point).float()
         ratio = weight.detach().float() / scale
         self.register_buffer("floor", torch.floor(ratio) + zero_point)
         self.register_buffer("scale", scale)
@@ -89,7 +89,7 @@ class StraightThrough(nn.Module):
 
     def values(self) -> Tensor:
         """Return the values that are rounded, of the shape of the weight."""
-        return self.base + self.shift * self.scale.reshape(_broadcast(self.base, self.spec))
+        return self.base + self.shift * Grid(self.spec, self.scale, self.zero_point).along(self.base, self.scale)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the rounded weight in place of the one passed."""
@@ -149,9 +149,3 @@ def random_mask(like: Tensor, probability: float, generator: torch.Generator | N
     )
     draws = words.view(torch.uint8)[: like.numel()].view(like.shape)
     return (draws < limit).to(like.dtype)
-
-
-def _broadcast(weight: Tensor, spec: QuantSpec) -> list[int]:
-    shape = [1] * weight.dim()
-    shape[spec.channel_axis or 0] = -1
-    return shape

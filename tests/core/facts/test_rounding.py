@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fxquant.core.errors import FileFormatError, OptionError, OutputError
-from fxquant.core.facts import Rounding, UnitRecord
+from fxquant.core.facts import Rounding, UnitRecord, WeightGrids
 from fxquant.core.ir import Choice, Grid, QuantSpec, activation_spec
 from fxquant.core.storage import read_arrays, write_arrays
 from tests import scoring
@@ -88,6 +88,18 @@ def test_tensors_that_are_not_finite_and_no_plan_are_refused() -> None:
             Rounding(PLAN, "m", **bad)
     with pytest.raises(OptionError, match="needs the plan"):
         Rounding({}, "nearest")
+
+
+def test_weights_rounded_before_the_plan_do_not_lie_on_another_grid() -> None:
+    own, other = example().grids["a"], example().grids["a"]
+    early, late = torch.zeros(2, 2), torch.ones(2, 2)
+    grids, plain = WeightGrids({"a": {4: own}}, {("a", 4): early}), Rounding(PLAN, "m")
+    assert plain.grid_of("a", grids) is own
+    assert plain.weight_of("a", grids) is early
+    moved = replace(plain, grids={"a": other})
+    assert moved.grid_of("a", grids) is other
+    assert moved.weight_of("a", grids) is None
+    assert replace(moved, weights={"a": late}).weight_of("a", grids) is late
 
 
 def test_it_holds_for_its_own_plan_alone() -> None:
