@@ -1,4 +1,4 @@
-"""The folder a command writes: checked before the work, filled at its end, whole or not at all."""
+"""The output folder of a command: checked before the work, filled at its end, all files or none."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fxquant.report import FORMAT_VERSION, write_page
 from fxquant.result import Result
 
 SCORES, ROUNDING = "scores", "rounding"
-"""Folders of finished work, which a run goes on from."""
+"""Folders of finished work, from which a run resumes."""
 
 
 def check_packages(target: str | Path | Target) -> None:
@@ -189,10 +189,10 @@ def known_extras(result: Result, folder: Path) -> dict[str, Any]:
     """Return what an earlier report of this plan measured; nothing if there is none, or it was about another plan."""
     try:
         document = read_json(folder / "report.json", "report", FORMAT_VERSION)
-        told = {row["name"]: row["choice"] for row in document["layers"]}
+        reported = {row["name"]: row["choice"] for row in document["layers"]}
         measured = document["measured"]
     except (FileFormatError, KeyError, TypeError):
-        # The report is made anew from the result; an old one only helps.
+        # The new report is made from the result; an earlier one only adds measurements.
         return {}
     plan = {name: choice.label for name, choice in result.allocation.choices.items()}
-    return dict(measured) if told == plan and isinstance(measured, dict) else {}
+    return dict(measured) if reported == plan and isinstance(measured, dict) else {}

@@ -1,4 +1,4 @@
-"""One part of a model: its inputs taken where it stands, and what was made of it put back there.
+"""One part of a model: record the inputs of a submodule, and put a replacement for it back.
 
 For models of which only some submodule can be captured, or is worth quantizing:
 
@@ -46,13 +46,13 @@ class Part:
         return self.model.get_submodule(self.path)
 
     def put_back(self, replacement: nn.Module) -> nn.Module:
-        """Return a copy of the model in eval mode with the replacement in the submodule's place, everywhere it stands.
+        """Return a copy of the model in eval mode with the replacement wherever the submodule is used.
 
         Args:
             replacement: takes the same inputs, for example `result.lowered` or `result.simulated`.
         """
         own, old = copy.deepcopy(self.model).eval(), self.module
-        # One module may stand in several places; all of them meant the same one.
+        # One module may be reached by several paths.
         for name, module in list(self.model.named_modules(remove_duplicate=False)):
             if module is old:
                 own.set_submodule(name, replacement)
@@ -69,7 +69,7 @@ def part(model: nn.Module, path: str, calibration: object, limit: int | None = N
         limit: images used at most.
 
     Returns:
-        The submodule and its inputs, each call's images in order.
+        The submodule and its inputs, the images in the order of the calls.
 
     Raises:
         OptionError: there is no such submodule; the message names what is near.

@@ -1,4 +1,4 @@
-"""`Result`: the plan, what it was decided on, and everything that can be made of it."""
+"""`Result`: a plan with the measurements it rests on; it simulates, lowers, trains, exports, reports and saves."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Result:
         """Return this result with a plan made elsewhere, for example a plan.json edited by hand.
 
         Args:
-            plan: a plan or the path of a plan.json; its status becomes "manual" and its numbers are worked out anew.
+            plan: a plan or the path of a plan.json; its status becomes "manual", its numbers are computed again.
 
         Raises:
             OptionError: the plan does not fit the model.
@@ -167,7 +167,7 @@ class Result:
         """Return this result with what was trained in a copy of its graph: weights, biases, steps and all else.
 
         Its `simulated` answers as the copy does, but that biases are rounded as kernels have them; it lowers, exports
-        and saves like any other, and can be trained on. The held-out loss is measured anew. The float model, other
+        and saves like any other, and can be trained on. The held-out loss is measured again. The float model, other
         plans and `resolve` know nothing of the training.
 
         Args:
@@ -348,7 +348,7 @@ def _plan_digest(plan: BitAllocation) -> str:
 
 
 def _file_name(name: str) -> str:
-    """Return an estimator's name if it can be part of a file's: what was read is saved under it again."""
+    """Return an estimator's name if it can be part of a file name, since `save` uses it as one."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w+-]+", name):
         raise ValueError(f"estimator {name!r}")
     return name
@@ -362,7 +362,7 @@ def _load_matrix(path: Path, candidates: tuple[Candidate, ...]) -> SensitivityMa
 
 
 def _with_rounding(program: Program, path: Path) -> Program:
-    """Put back what a rounding changed in the float graph, before weights get their scales, and the rounding itself."""
+    """Restore a rounding and the float parameters it changed; to be done before weights get their scales."""
     rounding = Rounding.load(path)
     try:
         return with_values(program, rounding.parameters).with_facts(rounding)

@@ -1,4 +1,4 @@
-"""`fxquant demo`: the whole road on the shipped network, measured against float and uniform plans in one runtime."""
+"""`fxquant demo`: quantize the shipped network, and compare it with float and uniform plans in one runtime."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a layer's weights and its activations cost each on their own, read from the measured losses of its widths."""
+"""Loss of a layer's weights and of its activations, each alone, from the measured losses of its widths."""
 
 from __future__ import annotations
 

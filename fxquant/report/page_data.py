@@ -45,12 +45,12 @@ EXTRAS = {
 }
 """Measurement that a caller may add to what the program holds -> its form."""
 
-NO_INSTRUCTIONS = "none: integers may be no faster than float here; fxquant bench tells"
+NO_INSTRUCTIONS = "none: integers may be no faster than float here; measure with fxquant bench"
 PACKAGES = ("fxquant", "torch", "numpy", "onnx", "onnxruntime", "PuLP")
 
 STATUS = {
     "optimal": "proved: no plan within the budget has a lower modelled loss",
-    "feasible": "time ran out: the best plan found, at most the gap away from the best there is",
+    "feasible": "time ran out: the best plan found, at most the gap away from the optimum",
     "uniform": "a uniform plan measured better on the held-out images than every searched plan",
     "manual": "made by hand or for analysis only; nothing was optimised",
 }
@@ -181,7 +181,7 @@ def _outcome(program: Program, held_out_images: int | None) -> dict[str, Any]:
 
 
 def _notes(program: Program) -> list[str]:
-    """Return what did not go as usual in any of the solves behind the plan, each once."""
+    """Return the notes of all solves that led to the plan, each once."""
     plans = (program[BitAllocation], *_finalists(program).values())
     return list(dict.fromkeys(note for plan in plans for note in plan.notes))
 

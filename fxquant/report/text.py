@@ -63,5 +63,5 @@ def latency_text(latency: Mapping[str, Any]) -> str:
     if noise is None:
         return text
     shares = {"outliers": "outliers", "waiting": "of the time waiting for others"}
-    told = ", ".join(f"{percent_text(noise[name])} {words}" for name, words in shares.items())
-    return f"{text}; rounds spread by {percent_text(noise['spread'])}, {told}"
+    more = ", ".join(f"{percent_text(noise[name])} {words}" for name, words in shares.items())
+    return f"{text}; rounds spread by {percent_text(noise['spread'])}, {more}"

@@ -81,6 +81,7 @@ def test_plans_hold_the_finalists_and_uniform_plans_that_do_not_fit() -> None:
 
 def test_analysis_without_a_budget() -> None:
     data = small_result(budget=None).report_data()
+    assert "manual" in small_result(budget=None).summary()
     assert data["outcome"]["status"] == "manual"
     assert data["outcome"]["limits"] == []
     assert data["outcome"]["average_bits"] == 8.0
@@ -105,6 +106,7 @@ def test_float_layers_are_counted_with_their_reasons() -> None:
     assert (told["quantized"], told["layers"], told["in_float"]) == (2, 4, 2)
     assert {"reason": "the plan keeps it in float", "layers": ["stem"]} in told["reasons"]
     assert told["sentence"].startswith("2 of 4 layers quantized, 2 in float because: ")
+    assert told["sentence"] in " ".join(result.with_plan(plan).summary().split())
     for why in result.program[Sites].refusals.values():
         assert why in told["sentence"]
 

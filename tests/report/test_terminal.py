@@ -7,7 +7,6 @@ import pytest
 
 from fxquant.core.facts import CostTable, CostTables, Noise
 from fxquant.core.host import Speed, printable
-from fxquant.core.ir import FLOAT
 from fxquant.report import (
     COLUMNS,
     bytes_text,
@@ -36,24 +35,12 @@ def test_summary_names_every_layer_and_the_count() -> None:
     assert small_result().summary() == text
 
 
-def test_summary_says_what_stays_in_float() -> None:
-    result = small_result(network="product")
-    plan = replace(result.allocation, choices={**result.allocation.choices, "stem": FLOAT})
-    text = " ".join(summary(result.with_plan(plan).program).split())
-    assert "2 of 4 layers quantized, 2 in float because: " in text
-    assert "the plan keeps it in float (1)" in text
-
-
 def test_long_and_hostile_names_keep_the_width_and_the_numbers() -> None:
     text = table_text(("layer", "bytes"), [("x" * 300, "123.4 kB"), ("a\x1b[31m[red]b", "1 B")])
     assert "123.4 kB" in text
     assert "\x1b" not in text
     assert "[red]b" in text
     assert max(map(len, text.splitlines())) <= COLUMNS
-
-
-def test_analysis_has_a_summary() -> None:
-    assert "manual" in summary(small_result(budget=None).program)
 
 
 @pytest.mark.parametrize(

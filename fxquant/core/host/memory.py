@@ -1,4 +1,4 @@
-"""Memory: too little of it told in words, and what is not needed any more given back."""
+"""Out-of-memory diagnostics, and returning freed heap to the operating system."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def give_back() -> None:
 
 def is_shortage(error: BaseException) -> bool:
     """Whether an error says that memory was short: Python's, NumPy's, torch's or a runtime's own."""
-    told = str(error).lower()
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in told for sign in SIGNS))
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in SIGNS))
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def cpu_model() -> str:
 
 
 def int8_instructions() -> str | None:
-    """Return the fastest instructions for products of int8, "" where the processor has none, None where nobody knows.
+    """Return the fastest instructions for products of int8, "" where the processor has none, None if unknown.
 
     Without such instructions a product takes several steps, and integers may be no faster than float.
     """
@@ -42,7 +42,7 @@ def _listed() -> dict[str, str]:
 
 
 def machine(packages: Iterable[str] = ("torch",)) -> dict[str, str]:
-    """Return what times depend on besides the network: CPU model, its flags, usable cores, versions of packages.
+    """Return what times depend on apart from the network: CPU model, its flags, usable cores, versions of packages.
 
     Args:
         packages: distributions whose versions count; those that are not installed are left out.

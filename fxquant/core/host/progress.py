@@ -90,15 +90,15 @@ def _lines(items: Iterable[T], title: str, total: int, stream: TextIO, started: 
             if now - said >= LINE_EVERY and done < total:
                 said = now
                 left = (now - started) / done * (total - done)
-                told = f"{seconds_text(now - started)}, about {seconds_text(left)} left"
-                _write(stream, f"{title}: {done} of {total} after {told}")
+                time_text = f"{seconds_text(now - started)}, about {seconds_text(left)} left"
+                _write(stream, f"{title}: {done} of {total} after {time_text}")
     finally:
         if total:
             _write(stream, f"{title}: {done} of {total} in {seconds_text(time.monotonic() - started)}")
 
 
 def _write(stream: TextIO, text: str) -> None:
-    """Print a line; who closed the other end of the pipe shall not stop hours of work."""
+    """Print a line; a closed pipe does not stop hours of work."""
     try:
         print(text, file=stream, flush=True)
     except (OSError, ValueError) as error:

@@ -1,6 +1,6 @@
-"""One sweep shared by the processes that `torchrun` started: who measures what, and how each gets the rest.
+"""Share a sweep among the processes that `torchrun` started: which process measures what, and how the others get it.
 
-Cells are dealt out in turn, and handed over in rounds of one cell per process. So a process waits for another no longer
+Cells are assigned in turn, and exchanged in rounds of one cell per process. So a process waits for another no longer
 than one cell takes (a dead one shows within the timeout, and usually at once: its connection closes), and whatever is
 finished lies with every process that keeps a folder, shared or not. Only bytes of npz files travel, never pickles.
 """
@@ -91,7 +91,7 @@ class Shards:
             yield
             return
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-            # torchrun says 1 unless told otherwise, whatever the machine has; a number of the user's own stays.
+            # torchrun sets 1 by default, whatever the machine has; a number that the user set stays.
             torch.set_num_threads(self.threads)
         ours = not dist.is_initialized()
         if ours:
@@ -175,7 +175,7 @@ class Shards:
 
     @contextmanager
     def _named(self, doing: str) -> Iterator[None]:
-        """Turn whatever torch says about a lost connection into an error of our own."""
+        """Turn torch's errors about lost connections into WorkerError."""
         try:
             yield
         except (RuntimeError, ValueError) as error:

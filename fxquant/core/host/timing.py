@@ -1,4 +1,4 @@
-"""Timing that survives a busy machine: interleaved rounds, median of several, and what the noise was."""
+"""Timing on a busy machine: interleaved rounds, medians, and a measure of the noise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEAST_RANGE = 0.01
 """Quartile ranges count as at least this part of the median: on a quiet machine everything else would be an outlier."""
 POLISHES = 20
 QUIET = 0.1
-"""Quantile of the rounds that stands for the machine on its own: others only ever slow a run down."""
+"""Quantile of the rounds taken as the idle machine: other processes only slow a run down."""
 BUSY = 0.1
 """Share of the wall time spent waiting for a core that is worth a warning."""
 
@@ -86,8 +86,8 @@ def time_runs(runs: Sequence[Callable[[], object]], threads: int | None = None, 
 
     Args:
         runs: what is timed.
-        threads: threads that compute. With one, its CPU time is what the run takes on a machine of its own, whoever
-            else computes meanwhile; with more there is no such figure, and the wall clock counts.
+        threads: threads that compute. With one, CPU time is what the run would take on an idle machine; with more
+            there is no such figure, and the wall clock counts.
         rounds: rounds, at least 2.
 
     Raises:

@@ -38,7 +38,7 @@ class TimingCache:
 
     Args:
         folder: where the files are; None keeps nothing.
-        belongs: what the times depend on besides the key; another CPU, runtime or version finds nothing here.
+        belongs: what the times depend on apart from the key; another CPU, runtime or version finds nothing here.
     """
 
     folder: Path | None
@@ -64,7 +64,7 @@ class TimingCache:
             if document["belongs"] != dict(self.belongs) or len(found) != count:
                 raise OptionError("it belongs to something else")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, FxquantError) as error:
-            warnings.warn(f"{path} is damaged ({error}); its times are measured anew", stacklevel=2)
+            warnings.warn(f"{path} is damaged ({error}); its times are measured again", stacklevel=2)
             return None
         return found
 

@@ -1,8 +1,8 @@
-"""A folder of finished measurements: written once each, atomically, refused when made for something else.
+"""Resumable measurements: one atomic file per cell, refused if it was made for another model, data or settings.
 
-Every cell is one file that carries the digest of what it depends on, so nothing but the cell itself has to be trusted.
-Files appear whole or not at all; two processes that measure the same cell write the same numbers and the last one
-stays: no lock is needed. A cell that does not read back whole (a power cut) is measured again.
+Every file carries the digest of what it depends on, so a cell can be checked on its own. Two processes
+that measure the same cell write the same numbers and the last one stays: no lock is needed. A cell
+that does not read back whole (a power cut) is measured again.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class ScoreStore:
             known = read_json(header, "scores", FORMAT_VERSION)
         except FileFormatError as error:
             raise FileFormatError(f"{error}; use another workdir, or remove {folder} to start again") from error
-        told = {name: value for name, value in known.items() if name not in ("kind", "version")}
-        changed = [name for name in {**identity, **told} if told.get(name) != identity.get(name)]
+        found = {name: value for name, value in known.items() if name not in ("kind", "version")}
+        changed = [name for name in {**identity, **found} if found.get(name) != identity.get(name)]
         if changed:
             raise FileFormatError(
                 f"scores in {folder} were made with another {', '.join(changed)}; "

@@ -242,7 +242,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         with path.open("rb") as stream:
             return _arrays(stream, path.stat().st_size)
     except Exception as error:
-        # A damaged archive can fail anywhere in zipfile, zlib and numpy, each with errors of its own.
+        # A damaged archive can fail anywhere in zipfile, zlib and numpy, each with other errors.
         raise FileFormatError(f"{path} is not an intact npz of plain arrays ({error}); run again") from error
 
 

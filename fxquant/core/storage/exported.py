@@ -15,7 +15,7 @@ from fxquant.core.storage.pt2_audit import audit
 
 
 def load_exported(path: Path) -> ExportedProgram:
-    """Read a `.pt2` file that brings nothing to run besides registered operators.
+    """Read a `.pt2` file that runs nothing but registered operators.
 
     Raises:
         FileFormatError: missing, damaged, not an exported program, or with parts that would run code on loading.

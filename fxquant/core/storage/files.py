@@ -1,4 +1,4 @@
-"""Putting files in their place: whole or not at all, with an error that says how much room is left."""
+"""Atomic file writes, and errors that say how much room is left."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def check_writable(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Without a name, so that whoever looks at the folder at this moment sees nothing.
+        # Without a name, so that other processes see no file.
         with tempfile.TemporaryFile(dir=folder, prefix=UNFINISHED) as stream:
             stream.write(bytes(4096))
             stream.flush()

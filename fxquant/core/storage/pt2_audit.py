@@ -52,7 +52,7 @@ FUNCTIONS = frozenset(
         *("nonnegative", "nonzero", "negative", "real", "finite", "rational", "commutative", "precision", "dps"),
     )
 )
-"""Words of a size expression besides symbols; sympy evaluates the expression as Python."""
+"""Words of a size expression other than symbols; sympy evaluates the expression as Python."""
 POWER = re.compile(r"Pow\(Symbol\('[a-z]+[0-9]{1,6}'(?:, [a-z]+=True)*\), Integer\(-?[0-9]\)\)")
 TOKEN = re.compile(r"[A-Za-z_]\w*|[0-9]+(?:\.[0-9]+)?|'[\w.+\-]*'|[-+/(),=<> ]|\*(?!\*)|\*\*[23](?![\w*.])")
 LONGEST = 4000
@@ -62,7 +62,7 @@ SPREAD, SMALL = 64, 1 << 24
 
 
 def audit(stream: IO[bytes], path: Path) -> None:
-    """Look through an archive and do nothing where it brings nothing to run besides registered operators.
+    """Check that an archive runs nothing but registered operators.
 
     What is none of torch's archives, or a damaged one, may raise anything.
 

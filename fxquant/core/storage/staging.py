@@ -1,7 +1,7 @@
-"""A set of files that belong together: made in a folder of their own, and moved in as one, whatever stops the move.
+"""Replace a set of files as one: they are made in a separate folder and moved in, and a killed move can be finished.
 
 The move has a point of no return. Before it the earlier set is untouched; after it the new set lies whole in a folder
-named `READY`, and whoever opens the folder next, reader or writer, finishes a move that was killed.
+named `READY`, and the next process that opens the folder, reader or writer, finishes a move that was killed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RESULT = (
 OUTPUT = (*RESULT, "model.onnx", "model.onnx.data", "report.html", "report.json")
 """Patterns of the files that a command writes: a saved result, what runs and what tells of it."""
 MOVABLE = (*OUTPUT, "model.*")
-"""Patterns of all names that a move may touch: a backend may export a file of its own."""
+"""Patterns of all names that a move may touch: a backend may export a file of another kind."""
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def staged(folder: Path, own: Sequence[str]) -> Iterator[Path]:
         staging.replace(folder / READY)
         finish(folder)
     except OutputError as error:
-        # Nobody knows the folder that the files were made in.
+        # The user knows nothing of the folder that the files were made in.
         raise OutputError(str(error).replace(str(staging), str(folder))) from error
     except OSError as error:
         raise unwritable(folder, error) from error
@@ -82,7 +82,7 @@ def finish(folder: Path) -> bool:
     if not ready.is_dir():
         return False
     if ready.is_symlink():
-        raise FileFormatError(f"{ready} is a link, which no move of ours leaves; remove it")
+        raise FileFormatError(f"{ready} is a link, which fxquant never makes; remove it")
     # Without a list all files are in their place: it goes last.
     if (ready / LIST).is_file():
         document = read_json(ready / LIST, "files", FORMAT_VERSION)
@@ -101,12 +101,12 @@ def finish(folder: Path) -> bool:
     return True
 
 
-def _names(told: object, ready: Path) -> list[str]:
+def _names(listed: object, ready: Path) -> list[str]:
     """Return the names in a list that a move left, each of them one that a move may touch."""
     names: list[str] = []
-    for name in told if isinstance(told, list) else [None]:
+    for name in listed if isinstance(listed, list) else [None]:
         if not isinstance(name, str) or "/" in name or "\\" in name or not any(fnmatch(name, own) for own in MOVABLE):
-            raise FileFormatError(f"{ready / LIST} names {name!r}, which no move of ours touches; remove {ready}")
+            raise FileFormatError(f"{ready / LIST} names {name!r}, which fxquant never moves; remove {ready}")
         names.append(name)
     return names
 

@@ -141,7 +141,7 @@ def test_a_list_that_no_move_left_is_refused(tmp_path: Path, names: object, key:
     fill(tmp_path, {**OLD, **MINE})
     lists = {"files": ["plan.json"], "stale": ["model.onnx"], key: names}
     write_json(tmp_path / READY / "files.json", "files", 1, lists)
-    with pytest.raises(FileFormatError, match=r"files\.json names .*, which no move of ours touches; remove"):
+    with pytest.raises(FileFormatError, match=r"files\.json names .*, which fxquant never moves; remove"):
         finish(tmp_path)
     assert found(tmp_path) == {**OLD, **MINE}
 
