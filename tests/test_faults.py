@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 import signal
 import tempfile
 from collections.abc import Callable
@@ -16,12 +15,9 @@ import pulp
 import pytest
 
 import fxquant
-from fxquant.cli import INTERRUPTED, inspect, main
-from fxquant.core.errors import FileFormatError
-from fxquant.core.facts import BitAllocation, Ranges, Rounding, SensitivityMatrix, Surrogates
-from fxquant.core.ir import Choice
-from fxquant.core.storage import HOLDER, LOCK, UNFINISHED, only_writer, read_json, read_tensors, write_json
-from fxquant.outputs import write_outputs
+from fxquant.cli import INTERRUPTED, main
+from fxquant.core.facts import Surrogates
+from fxquant.core.storage import HOLDER, LOCK, UNFINISHED, only_writer, write_json
 from fxquant.passes import allocate_bits
 from fxquant.passes.allocation import Solution
 from tests.small import images, small, small_result
@@ -144,39 +140,6 @@ def test_scores_of_another_version_name_both(tmp_path: Path, capsys: Captured) -
         said = capsys.readouterr().err
         assert f"format version {version}, this fxquant reads 2; {told}" in said
         assert "use another workdir, or remove" in said
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved") / "out"
-    write_outputs(small_result("onnxruntime"), folder)
-    Rounding({"stem": Choice(8, 8)}, "none").save(folder / "rounding.npz")
-    return folder
-
-
-READERS: dict[str, Callable[[Path], object]] = {
-    "result.json": lambda path: read_json(path, "result", 1),
-    "plan.json": BitAllocation.from_json,
-    "ranges.npz": Ranges.load,
-    "sensitivity_diagonal.npz": SensitivityMatrix.load,
-    "rounding.npz": Rounding.load,
-    "held_out.safetensors": read_tensors,
-    "model.onnx": lambda path: inspect(path, runtime=True),
-}
-"""File of a result -> its reader; programs have a test of their own."""
-
-
-@pytest.mark.parametrize("name", list(READERS))
-def test_a_file_cut_anywhere_is_refused_by_name(name: str, saved: Path, tmp_path: Path) -> None:
-    read, path = READERS[name], tmp_path / name
-    content = (saved / name).read_bytes()
-    shutil.copy(saved / name, path)
-    read(path)
-    # Behind the last byte but a line's end nothing is missing.
-    for length in {0, 1, 7, len(content) - 2, *(k * len(content) // 20 for k in range(20))}:
-        path.write_bytes(content[:length])
-        with pytest.raises(FileFormatError, match=name.replace(".", r"\.")):
-            read(path)
 
 
 def test_without_cbc_the_summary_and_the_report_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
