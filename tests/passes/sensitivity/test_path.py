@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fxquant import flow
 from fxquant.capture import capture
 from fxquant.core.facts import Settings
+from fxquant.core.ir import Choice
 from fxquant.core.run import CalibrationSet
 from fxquant.passes import simulate, widest_plan
 from fxquant.passes.sensitivity import ESTIMATORS, Batch, Scorer, attribution, formats, measure_singles, walk
@@ -32,10 +33,10 @@ class ApartNet(nn.Module):
         return torch.cat([self.a(x[:, :8]), self.b(x[:, 8:])], dim=1)
 
 
-def apart(bits: tuple[int, ...] = (2, 4, 8), activation_bits: tuple[int, ...] = (8,)) -> Scorer:
+def apart(**pins: Choice) -> Scorer:
     torch.manual_seed(7)
     images = CalibrationSet(inputs("split", 6))
-    settings = Settings(bits=bits, activation_bits=activation_bits, target="reference", estimators=("gram",))
+    settings = Settings(bits=(2, 4, 8), pins=pins, target="reference", estimators=("gram",))
     program = flow.prepare(capture(ApartNet().eval(), inputs("split", 2)), settings)
     program = flow.calibrate(program, images)
     return scorer(simulate(program, widest_plan(program), round_biases=False), images, "mse")
@@ -110,6 +111,15 @@ def test_formats_are_ranked_by_width() -> None:
         assert [column.owner for column in chosen] == list(dict.fromkeys(each.owners))
         assert {column.weight_bits for column in chosen if column.site} == {(2, 4)[k]}
         assert {column.activation_bits for column in chosen if column.site is None} == {(4, 8)[k]}
+
+
+def test_an_owner_with_fewer_choices_has_its_share_of_the_first_format() -> None:
+    each = apart(a=Choice(8, 8))
+    found, plans = path(each), formats(each)
+    assert len(plans) == 3
+    seen = walk(each, Batch(0, each.images), plans)
+    share = attribution(seen["phi"][0].mean(axis=1), seen["losses"][0].mean(), found.notes["ceiling"])
+    assert np.diag(found.values)[plans[0]] == pytest.approx(share)
 
 
 def test_coverage_by_hand() -> None:
