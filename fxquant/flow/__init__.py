@@ -41,5 +41,4 @@ __all__ = [
     "run",
     "scaling",
     "score_identity",
-    "settled",
 ]
