@@ -9,10 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import fxquant
-from fxquant.core.facts import Rounding
-from fxquant.passes.rounding import ROUNDERS, acceptance, accepted, rejection
+from fxquant.core.errors import OptionError
+from fxquant.core.facts import BitAllocation, Rounding
+from fxquant.core.ir import FLOAT, Sites, tensor_at
+from fxquant.passes.rounding import ROUNDERS, RoundingTask, acceptance, accepted, rejection
+from fxquant.passes.rounding.closed_form import first_site, judged
 from tests.passes.rounding.tasks import images, task_of
 
 NAN, INF = math.nan, math.inf
@@ -59,6 +63,39 @@ def test_algorithms_and_units_follow_it(method: str, rule: bool, monkeypatch: py
     found = ROUNDERS[method](replace(task, overrides={"iterations": 2, "batch": 4}))[Rounding]
     assert found.units
     assert all(unit.kept is rule for unit in found.units)
+
+
+def spoilt(task: RoundingTask) -> Rounding:
+    """Return a rounding to zeros."""
+    sites = task.program[Sites].sites
+    zeros = {site.name: torch.zeros_like(tensor_at(task.program.module, site.weight)) for site in sites}
+    return replace(task.rounding, weights=zeros)
+
+
+def test_a_rounding_of_higher_loss_is_rejected_and_recorded() -> None:
+    task = task_of("plain", 4, held_out=images("plain", 5))
+    found = judged(task, spoilt(task), "zeros", 1.5)[Rounding]
+    (record,) = found.units
+    assert (record.name, record.method, record.kept, record.seconds) == ("conv1", "zeros", False, 1.5)
+    assert record.after > record.before > 0
+    assert "held-out mse does not fall" in record.reason
+    assert not found.weights
+    assert found.method == "nearest"
+
+
+def test_without_held_out_images_everything_is_accepted() -> None:
+    task = task_of("plain", 4)
+    found = judged(task, spoilt(task), "zeros", 0.0)[Rounding]
+    assert found.units[0].kept
+    assert found.method == "zeros"
+    assert math.isnan(found.units[0].before)
+
+
+def test_a_plan_in_float_has_nothing_to_round() -> None:
+    task = task_of("plain", 4)
+    floats = BitAllocation(dict.fromkeys(task.choices, FLOAT))
+    with pytest.raises(OptionError, match="every site in float"):
+        first_site(replace(task, program=task.program.with_facts(floats)))
 
 
 @pytest.mark.parametrize("place", ["passes/rounding", "flow/round_weights.py", "flow/cheapest.py"])
