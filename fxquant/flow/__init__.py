@@ -14,7 +14,6 @@ from fxquant.flow.pipeline import (
     prepare,
     run,
     scaling,
-    settled,
 )
 from fxquant.flow.round_weights import ROUNDED, algorithms, realised, round_plan, round_with_feedback
 from fxquant.flow.score import loss_name, measure_sensitivity, score_identity
