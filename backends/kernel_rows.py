@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from fxquant.backends.affine import ByteGrid
+from fxquant.backends.exact import JoinFormula, LayerFormula, Requantization
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import Target
 from fxquant.core.ir import OPS, ScaleRule
@@ -19,12 +23,16 @@ class KernelRow:
         refuse: why the kind runs in float although it could be quantized; empty where it runs on integers.
         writes_integers: whether the kernel can only write integers, so that its output carries a quantizer.
         adds_operand: whether the kernel of a weighted op adds a second operand before it rounds.
+        layer: how the kernel of a weighted op rounds, to the last bit, for the exact reference; None where not known.
+        join: the same of an op without weights; without it the reference computes the op in float and quantizes.
     """
 
     kernel: str = ""
     refuse: str = ""
     writes_integers: bool = False
     adds_operand: bool = False
+    layer: LayerFormula | None = None
+    join: JoinFormula | None = None
 
 
 def target_of(
@@ -67,4 +75,19 @@ def target_of(
         refuse_joins={kind: row.refuse for kind, row in rows.items() if row.refuse},
         # Without a weight both operands of a product are activations.
         products=frozenset(kind for kind in multiplied if rules[kind].weight is None),
+    )
+
+
+def formulas_of(rows: Mapping[str, KernelRow], quantize: Callable[[Tensor, ByteGrid], Tensor]) -> Requantization:
+    """Return the formulas of a runtime, read off its lowering table.
+
+    Args:
+        rows: kind of op -> its row.
+        quantize: how float32 values become integers, not yet clamped to the grid.
+    """
+    return Requantization(
+        quantize,
+        layers={kind: row.layer for kind, row in rows.items() if row.layer is not None},
+        joins={kind: row.join for kind, row in rows.items() if row.join is not None},
+        adding=frozenset(kind for kind, row in rows.items() if row.adds_operand),
     )

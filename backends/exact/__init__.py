@@ -16,6 +16,7 @@ from fxquant.backends.exact.edge_trace import (
 )
 from fxquant.backends.exact.integer_graph import exact_graph
 from fxquant.backends.exact.requantize import (
+    JoinFormula,
     LayerFormula,
     Operands,
     Pool,
@@ -24,11 +25,15 @@ from fxquant.backends.exact.requantize import (
     centred,
     f32,
     fma,
+    image_mean,
+    pairwise,
+    window_mean,
 )
 
 __all__ = [
     "BATCH",
     "Integers",
+    "JoinFormula",
     "LayerFormula",
     "Operands",
     "Pool",
@@ -42,8 +47,11 @@ __all__ = [
     "exact_graph",
     "f32",
     "fma",
+    "image_mean",
     "layer_name",
     "outputs",
+    "pairwise",
     "run_traced",
     "value_names",
+    "window_mean",
 ]

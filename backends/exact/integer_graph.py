@@ -43,61 +43,48 @@ class ExactLayer(nn.Module):
     """A convolution or linear layer: uint8 in, uint8 out, or float32 where there is no output grid.
 
     Args:
-        rule: how sums are requantized.
+        formula: how its sums are requantized.
         op: the layer without bias.
-        linear: whether it is a linear layer, whose channels come last.
         weight: int8, output channels first.
         scales: float32 `(channels,)`.
         bias: int32 `(channels,)`, or None.
         grid: of the input.
         out: of the output, None for float32.
-        addend: of a second operand that is added, None for none.
-        joins: shape of the input -> `Sums.joined`; None where it is never so.
+        joined: shape of the input -> `Sums.joined`; None where it is never so.
     """
 
     def __init__(
         self,
-        rule: Requantization,
+        formula: LayerFormula,
         op: Weighted,
-        linear: bool,
         weight: Tensor,
         scales: Tensor,
         bias: Tensor | None,
         grid: ByteGrid,
         out: ByteGrid | None,
-        addend: ByteGrid | None = None,
-        joins: Callable[[tuple[int, ...]], bool] | None = None,
+        joined: Callable[[tuple[int, ...]], bool] | None = None,
     ) -> None:
         super().__init__()
-        self.formula: LayerFormula | None = None
-        self.rule, self.op, self.linear, self.grid, self.out, self.addend = rule, op, linear, grid, out, addend
-        self.joins = joins
+        self.formula, self.op, self.grid, self.out, self.joined = formula, op, grid, out, joined
+        #: grid of a second operand that is added, None for none
+        self.addend: ByteGrid | None = None
         rows = weight.flatten(1).double()
         largest = rows.abs().sum(dim=1) * UINT8_MAX + (0 if bias is None else bias.double().abs())
         # Most layers stay below; others take float64, exact up to 2^53 and slower.
         kind = torch.float64 if float(largest.max()) >= WHOLE else torch.float32
-        channels = (-1,) if linear else (-1, *[1] * (weight.dim() - 2))
+        # Channels come last in the product with a matrix, and before the spatial axes of a filter elsewhere.
+        channels = (-1, *[1] * (weight.dim() - 2))
         self.weight, self.scales = weight.to(kind), scales.float().view(channels)
         self.bias = None if bias is None else bias.to(kind).view(channels)
         self.shift = (grid.zero_point * rows.sum(dim=1)).to(kind).view(channels)
 
     def forward(self, q: Tensor, addend: Tensor | None = None) -> Tensor:
         """Return the layer's answer, the addend added before it is rounded."""
-        centred = q.to(self.weight.dtype) - self.grid.zero_point
-        sums = self.op(centred, self.weight)
-        joined = self.joins is not None and self.joins(tuple(q.shape))
+        sums = self.op(q.to(self.weight.dtype) - self.grid.zero_point, self.weight)
+        joined = self.joined is not None and self.joined(tuple(q.shape))
         found = Sums(sums, self.grid.scale, self.scales, self.bias, self.shift, joined)
-        if self.formula is not None:
-            levels = self.formula(found, addend, self.addend, self.out)
-            return levels if self.out is None else _clamped(levels, self.out)
-        if addend is not None:
-            assert self.rule.conv_add is not None
-            assert self.addend is not None
-            assert self.out is not None
-            return _clamped(self.rule.conv_add(found, addend, self.addend, self.out), self.out)
-        if self.out is None:
-            return (self.rule.linear_real if self.linear else self.rule.conv_real)(found)
-        return _clamped((self.rule.linear if self.linear else self.rule.conv)(found, self.out), self.out)
+        levels = self.formula(found, addend, self.addend, self.out)
+        return levels if self.out is None else _clamped(levels, self.out)
 
 
 class ExactJoin(nn.Module):
@@ -224,7 +211,8 @@ def _operands(node: Node) -> tuple[Node, ...]:
 def _layer(exact: GraphModule, node: Node, rule: Requantization, out: ByteGrid | None) -> ExactLayer | None:
     """Return a weighted op with integer input and weights as a module, None for any other node."""
     row = rule_of(node)
-    if row is None or row.weight is None or row.bias is None or node.kwargs:
+    formula = None if row is None else rule.named.get(node.name, rule.layers.get(row.kind))
+    if row is None or row.weight is None or row.bias is None or formula is None or node.kwargs:
         return None
     source, weight, *rest = node.args
     bias = rest[0] if rest else None
@@ -238,28 +226,25 @@ def _layer(exact: GraphModule, node: Node, rule: Requantization, out: ByteGrid |
         return None
     assert callable(node.target)
     op = partial(_weighted, node.target, tuple(rest[1:]))
-    linear = row.kind == "linear"
-    joins = None if linear or rule.joins is None else rule.joins(node, integers)
-    layer = ExactLayer(rule, op, linear, integers, scales, offsets, _grid(exact, source), out, joins=joins)
-    layer.formula = rule.layers.get(node.name)
-    return layer
+    joined = None if integers.dim() == 2 or rule.joined is None else rule.joined(node, integers)
+    return ExactLayer(formula, op, integers, scales, offsets, _grid(exact, source), out, joined)
 
 
 def _fused_sum(
     exact: GraphModule, node: Node, rule: Requantization, out: ByteGrid
 ) -> tuple[ExactLayer, tuple[Node, Node]] | None:
-    """Return a convolution that adds a uint8 operand, and what both read, for a sum of that form; None otherwise."""
+    """Return a layer that adds a uint8 operand, and what both read, for a sum of that form; None otherwise."""
     row, operands = rule_of(node), _operands(node)
-    if rule.conv_add is None or row is None or not row.adds or row.scale is not ScaleRule.OWN:
+    if row is None or not row.adds or row.scale is not ScaleRule.OWN:
         return None
-    for conv, other in (operands, operands[::-1]) if len(operands) == 2 else ():
-        kind = rule_of(conv)
-        if kind is None or kind.kind != "conv" or len(conv.users) > 1 or not _is(other, dequantize):
+    for summand, other in (operands, operands[::-1]) if len(operands) == 2 else ():
+        its = rule_of(summand)
+        if its is None or its.kind not in rule.adding or len(summand.users) > 1 or not _is(other, dequantize):
             continue
-        layer = _layer(exact, conv, rule, out)
+        layer = _layer(exact, summand, rule, out)
         if layer is not None:
             layer.addend = _grid(exact, other)
-            return layer, (_integers(conv.args[0]), _integers(other))
+            return layer, (_integers(summand.args[0]), _integers(other))
     return None
 
 
@@ -274,61 +259,7 @@ def _is(node: object, target: object = dequantize_channels) -> bool:
 def _join(exact: GraphModule, node: Node, rule: Requantization, out: ByteGrid) -> ExactJoin | None:
     """Return an op without weights on integer inputs as a module, None where it has no integer form."""
     row, sources = rule_of(node), _operands(node)
-    maker = JOINS.get(row.kind) if row is not None and row.scale is ScaleRule.OWN else None
-    if maker is None or not sources or not all(_is(source, dequantize) for source in sources):
+    formula = rule.joins.get(row.kind) if row is not None and row.scale is ScaleRule.OWN else None
+    if formula is None or not sources or not all(_is(source, dequantize) for source in sources):
         return None
-    return ExactJoin(maker(rule, node, [_grid(exact, source) for source in sources], out), out)
-
-
-def _pair(
-    formula: Callable[[tuple[Tensor, ByteGrid, Tensor, ByteGrid], ByteGrid], Tensor],
-    grids: list[ByteGrid],
-    out: ByteGrid,
-) -> Callable[..., Tensor]:
-    def levels(a: Tensor, b: Tensor) -> Tensor:
-        return formula((a, grids[0], b, grids[1]), out)
-
-    return levels
-
-
-def _add(rule: Requantization, node: Node, grids: list[ByteGrid], out: ByteGrid) -> Callable[..., Tensor]:
-    del node
-    return _pair(rule.add, grids, out)
-
-
-def _mul(rule: Requantization, node: Node, grids: list[ByteGrid], out: ByteGrid) -> Callable[..., Tensor]:
-    del node
-    return _pair(rule.mul, grids, out)
-
-
-def _mean(rule: Requantization, node: Node, grids: list[ByteGrid], out: ByteGrid) -> Callable[..., Tensor]:
-    keep = node.target is not torch.ops.aten.mean.dim or (len(node.args) > 2 and bool(node.args[2]))
-
-    def levels(q: Tensor) -> Tensor:
-        total = (q.to(torch.int32) - grids[0].zero_point).sum((-2, -1), keepdim=keep).float()
-        return rule.mean(total, q.shape[-1] * q.shape[-2], grids[0], out)
-
-    return levels
-
-
-def _average(rule: Requantization, node: Node, grids: list[ByteGrid], out: ByteGrid) -> Callable[..., Tensor]:
-    target, rest = node.target, node.args[1:]
-    assert callable(target)
-
-    def pool(x: Tensor) -> Tensor:
-        pooled: Tensor = target(x, *rest)
-        return pooled
-
-    def levels(q: Tensor) -> Tensor:
-        return rule.average(q, grids[0], pool, out)
-
-    return levels
-
-
-JOINS: dict[str, Callable[[Requantization, Node, list[ByteGrid], ByteGrid], Callable[..., Tensor]]] = {
-    "add": _add,
-    "mul": _mul,
-    "global_pool": _mean,
-    "avg_pool": _average,
-}
-"""Kind of an op without weights -> what makes its formula for one node."""
+    return ExactJoin(formula(node, [_grid(exact, source) for source in sources], out), out)

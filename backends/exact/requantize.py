@@ -8,7 +8,7 @@ next to a tie; `tests/backends/exact/test_requantize.py` repeats the trial.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxquant.backends.affine import ByteGrid
+from fxquant.core.ir import arguments
 
 
 @dataclass(frozen=True)
@@ -53,38 +54,70 @@ Pool = Callable[[Tensor], Tensor]
 """Average over windows, or over the image, of a float32 tensor."""
 
 
+JoinFormula = Callable[[Node, Sequence[ByteGrid], ByteGrid], Callable[..., Tensor]]
+"""An op without weights, the grids of its inputs and of its output -> what computes the levels of uint8 inputs."""
+
+
 @dataclass(frozen=True)
 class Requantization:
     """The formulas of one runtime; each returns whole numbers in float, not yet clamped to the grid.
 
     Args:
         quantize: a float32 tensor and a grid.
-        conv: a convolution's sums and the output grid.
-        conv_real: a convolution's sums as float32 real values.
-        linear: a linear layer's sums and the output grid.
-        linear_real: a linear layer's sums as float32 real values.
-        conv_add: a convolution's sums, a uint8 operand that its kernel adds before the only rounding, the operand's
-            grid and the output grid; None where no kernel does so.
-        add: two operands and the output grid.
-        mul: two operands and the output grid.
-        mean: totals over images as float32 integers without zero-point, pixels per image, input and output grid.
-        average: uint8, its grid, the pooling, and the output grid.
-        joins: a convolution's node and int8 weight -> shape of the input -> `Sums.joined`; None where it is never so.
-        layers: name of a convolution's node -> its formula where that is another one.
+        layers: kind of a weighted op -> its formula.
+        joins: kind of an op without weights -> its formula; what has none is computed in float and quantized.
+        adding: kinds of weighted ops whose kernel adds a uint8 operand before the only rounding.
+        joined: a convolution's node and int8 weight -> shape of the input -> `Sums.joined`; None where it is never so.
+        named: name of a weighted op's node -> its formula where that is another one.
     """
 
     quantize: Callable[[Tensor, ByteGrid], Tensor]
-    conv: Callable[[Sums, ByteGrid], Tensor]
-    conv_real: Callable[[Sums], Tensor]
-    linear: Callable[[Sums, ByteGrid], Tensor]
-    linear_real: Callable[[Sums], Tensor]
-    conv_add: Callable[[Sums, Tensor, ByteGrid, ByteGrid], Tensor] | None
-    add: Callable[[Operands, ByteGrid], Tensor]
-    mul: Callable[[Operands, ByteGrid], Tensor]
-    mean: Callable[[Tensor, int, ByteGrid, ByteGrid], Tensor]
-    average: Callable[[Tensor, ByteGrid, Pool, ByteGrid], Tensor]
-    joins: Callable[[Node, Tensor], Callable[[tuple[int, ...]], bool]] | None = None
-    layers: Mapping[str, LayerFormula] = field(default_factory=dict)
+    layers: Mapping[str, LayerFormula]
+    joins: Mapping[str, JoinFormula]
+    adding: frozenset[str] = frozenset()
+    joined: Callable[[Node, Tensor], Callable[[tuple[int, ...]], bool]] | None = None
+    named: Mapping[str, LayerFormula] = field(default_factory=dict)
+
+
+def pairwise(formula: Callable[[Operands, ByteGrid], Tensor]) -> JoinFormula:
+    """Return the formula of an op on two operands."""
+
+    def of(node: Node, grids: Sequence[ByteGrid], out: ByteGrid) -> Callable[..., Tensor]:
+        del node
+        return lambda a, b: formula((a, grids[0], b, grids[1]), out)
+
+    return of
+
+
+def image_mean(formula: Callable[[Tensor, int, ByteGrid, ByteGrid], Tensor]) -> JoinFormula:
+    """Return the formula of a mean over images: totals (float32, without zero-point), pixels per image, two grids."""
+
+    def of(node: Node, grids: Sequence[ByteGrid], out: ByteGrid) -> Callable[..., Tensor]:
+        keep = bool(arguments(node).get("keepdim", True))
+
+        def levels(q: Tensor) -> Tensor:
+            total = (q.to(torch.int32) - grids[0].zero_point).sum((-2, -1), keepdim=keep).float()
+            return formula(total, q.shape[-1] * q.shape[-2], grids[0], out)
+
+        return levels
+
+    return of
+
+
+def window_mean(formula: Callable[[Tensor, ByteGrid, Pool, ByteGrid], Tensor]) -> JoinFormula:
+    """Return the formula of a mean over windows: uint8, its grid, the pooling, and the output grid."""
+
+    def of(node: Node, grids: Sequence[ByteGrid], out: ByteGrid) -> Callable[..., Tensor]:
+        target, rest = node.target, node.args[1:]
+        assert callable(target)
+
+        def pool(x: Tensor) -> Tensor:
+            pooled: Tensor = target(x, *rest)
+            return pooled
+
+        return lambda q: formula(q, grids[0], pool, out)
+
+    return of
 
 
 def f32(value: float) -> Tensor:

@@ -30,11 +30,9 @@ from fxquant.backends.int8.modules import (
     Quantize,
 )
 from fxquant.backends.int8.rules import INTEGER_OPS, Ending, IntegerOp, OpCall
-from fxquant.backends.int8.torch_formulas import EAGER_FORMULAS
 
 __all__ = [
     "ACTIVATIONS",
-    "EAGER_FORMULAS",
     "EXACT_KERNEL",
     "INTEGER_OPS",
     "NAME",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from torch.fx import GraphModule
@@ -11,7 +10,7 @@ from fxquant.backends.base import Backend, Runtime
 from fxquant.backends.exact import BATCH, Requantization, Tracer, layer_name
 from fxquant.backends.int8.backend import NAME, FxInt8Backend, kernel_report, told_forms
 from fxquant.backends.int8.lowered_trace import lowered_tracer
-from fxquant.backends.int8.torch_formulas import COMPILED_FORMULAS, EAGER_FORMULAS, FORMS
+from fxquant.backends.int8.rules import compiled_formulas, eager_formulas
 
 _EAGERLY = FxInt8Backend()
 
@@ -38,13 +37,11 @@ def _trace_compiled(module: GraphModule, model: bytes | None, threads: int | Non
 
 def _formulas(module: GraphModule) -> Requantization:
     del module
-    return EAGER_FORMULAS
+    return eager_formulas()
 
 
 def _formulas_compiled(module: GraphModule) -> Requantization:
-    # Inductor fuses some convolutions with what is around them, and these round another way.
-    told = told_forms(_EAGERLY.lower(module, BATCH))
-    return replace(COMPILED_FORMULAS, layers={name: FORMS[form] for name, form in told.items() if form in FORMS})
+    return compiled_formulas(told_forms(_EAGERLY.lower(module, BATCH)))
 
 
 def fx_int8() -> Backend:

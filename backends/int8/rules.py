@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -11,14 +11,31 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.backends.affine import ByteGrid
+from fxquant.backends.exact import JoinFormula, LayerFormula, Requantization, image_mean, pairwise, window_mean
+from fxquant.backends.int8 import torch_formulas as formulas
 from fxquant.backends.int8.conv import CALL, PASS_PER_ELEMENT, IntegerConv, traced_form
-from fxquant.backends.int8.kernels import ConvGeometry, ConvGrids, LinearEnd
+from fxquant.backends.int8.kernels import ConvGeometry, ConvGrids, LinearEnd, conv_joins_scales
 from fxquant.backends.int8.linear import IntegerLinear
 from fxquant.backends.int8.modules import IntegerAdd, IntegerAveragePool, IntegerMaxPool, IntegerMul, IntegerPad
-from fxquant.backends.kernel_rows import KernelRow
+from fxquant.backends.kernel_rows import KernelRow, formulas_of
 from fxquant.core.ir import OPS, FakeQuantize, arguments, constant, rule_of, shape_of
 
 aten = torch.ops.aten
+
+
+def scales_joined(node: Node, weight: Tensor) -> Callable[[tuple[int, ...]], bool]:
+    """Return what tells of the input's shape whether a convolution's kernel multiplies its two scales first."""
+    geometry, (left, right, top, bottom) = conv_geometry(node, weight)
+    out, each, *kernel = weight.shape
+
+    def joined(shape: tuple[int, ...]) -> bool:
+        # One axis counts as the width, as in `IntegerConv`.
+        count, channels, *sizes = shape
+        height, width = sizes if len(sizes) == 2 else (1, *sizes)
+        padded = (count, channels, height + top + bottom, width + left + right)
+        return conv_joins_scales(padded, (out, each, *(kernel if len(kernel) == 2 else (1, *kernel))), geometry)
+
+    return joined
 
 
 def integer_weight(module: GraphModule, node: Node) -> tuple[Tensor, Tensor] | str:
@@ -103,10 +120,14 @@ class IntegerOp(KernelRow):
     Args:
         make: returns what makes the integer module of one op, or why this op has none; None where `refuse` says why.
         activation: names the activation (of a `LinearEnd`) that a node computes, if the kernel computes it too.
+        compiled_layer: `layer` as Inductor compiles the module; None where it rounds alike.
+        compiled_join: `join` as Inductor compiles the module; None where it rounds alike.
     """
 
     make: Callable[[OpCall], Maker | str] | None = None
     activation: Callable[[Node], str | None] = _no_activation
+    compiled_layer: LayerFormula | None = None
+    compiled_join: JoinFormula | None = None
 
 
 def _gelu(node: Node) -> str | None:
@@ -247,14 +268,62 @@ def _sizes(value: object, axes: int) -> tuple[int, ...]:
 
 
 INTEGER_OPS: dict[str, IntegerOp] = {
-    "conv": IntegerOp("onednn.qconv2d_pointwise", writes_integers=True, adds_operand=True, make=_conv),
-    "linear": IntegerOp("aten._int_mm", make=_linear, activation=_gelu),
-    "add": IntegerOp("aten.add", make=_add),
-    "mul": IntegerOp("aten.mul", make=_mul),
-    "avg_pool": IntegerOp("aten.avg_pool2d", make=_pool),
-    "global_pool": IntegerOp("aten.sum", make=_global_pool),
+    "conv": IntegerOp(
+        "onednn.qconv2d_pointwise", writes_integers=True, adds_operand=True, make=_conv, layer=formulas.onednn_conv
+    ),
+    "linear": IntegerOp(
+        "aten._int_mm",
+        make=_linear,
+        activation=_gelu,
+        layer=formulas.torch_linear,
+        compiled_layer=formulas.inductor_layer,
+    ),
+    "add": IntegerOp(
+        "aten.add",
+        make=_add,
+        join=pairwise(formulas.torch_add),
+        compiled_join=pairwise(formulas.inductor_add),
+    ),
+    "mul": IntegerOp(
+        "aten.mul",
+        make=_mul,
+        join=pairwise(formulas.torch_mul),
+        compiled_join=pairwise(formulas.inductor_mul),
+    ),
+    "avg_pool": IntegerOp(
+        "aten.avg_pool2d",
+        make=_pool,
+        join=window_mean(formulas.torch_average),
+        compiled_join=window_mean(formulas.inductor_average),
+    ),
+    "global_pool": IntegerOp(
+        "aten.sum",
+        make=_global_pool,
+        join=image_mean(formulas.torch_mean),
+        compiled_join=image_mean(formulas.inductor_mean),
+    ),
     "max_pool": IntegerOp("aten.maximum", make=_max_pool),
     "pad": IntegerOp("fxquant.pad_u8", make=_pad),
     "matmul": IntegerOp(refuse="a product of two activations runs at float speed, and quantizing both costs extra"),
 }
 """The lowering table: kind of op -> its integer module. What keeps the grid and has no row runs on uint8 as it is."""
+
+
+def eager_formulas() -> Requantization:
+    """Return how PyTorch's kernels round."""
+    return replace(formulas_of(INTEGER_OPS, formulas.torch_quantize), joined=scales_joined)
+
+
+def compiled_formulas(forms: Mapping[str, str]) -> Requantization:
+    """Return how the same rounds as Inductor compiles it.
+
+    Args:
+        forms: name of a convolution -> how the compiler is told it, see `IntegerConv.told`.
+    """
+    rows = {
+        kind: replace(row, layer=row.compiled_layer or row.layer, join=row.compiled_join or row.join)
+        for kind, row in INTEGER_OPS.items()
+    }
+    # Inductor fuses some convolutions with what is around them, and these round another way.
+    named = {name: formulas.FORMS[form] for name, form in forms.items() if form in formulas.FORMS}
+    return replace(formulas_of(rows, formulas.inductor_quantize), joined=scales_joined, named=named)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from fxquant.backends.onnx.backend import check_packages, write_onnx
 from fxquant.backends.onnx.export_options import BLOCK_SIZES, LARGEST_FILE, RUNTIMES, OnnxOptions
-from fxquant.backends.onnx.ort_formulas import ORT_FORMULAS
-from fxquant.backends.onnx.runtime_kernels import RUNTIME_KERNELS
+from fxquant.backends.onnx.runtime_kernels import RUNTIME_KERNELS, runtime_formulas
 
 if TYPE_CHECKING:
     from fxquant.backends.onnx.blocks import block_linear, block_weights, to_blocks
@@ -45,7 +44,6 @@ __all__ = [
     "ALIGNMENT",
     "BLOCK_SIZES",
     "LARGEST_FILE",
-    "ORT_FORMULAS",
     "RUNTIMES",
     "RUNTIME_KERNELS",
     "SMALLEST",
@@ -71,6 +69,7 @@ __all__ = [
     "pack",
     "padded_conv",
     "readable_storage",
+    "runtime_formulas",
     "session_options",
     "space_to_depth",
     "stray_conversions",

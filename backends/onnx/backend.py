@@ -16,8 +16,7 @@ from fxquant.backends.base import Backend, Executable, Export, Packages, Runtime
 from fxquant.backends.exact import Requantization, Tracer, value_names
 from fxquant.backends.kernel_rows import target_of
 from fxquant.backends.onnx.export_options import RUNTIMES, OnnxOptions
-from fxquant.backends.onnx.ort_formulas import ORT_FORMULAS
-from fxquant.backends.onnx.runtime_kernels import RUNTIME_KERNELS
+from fxquant.backends.onnx.runtime_kernels import RUNTIME_KERNELS, runtime_formulas
 from fxquant.backends.reference import STORAGE_BITS
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def _trace(module: GraphModule, model: bytes | None, threads: int | None) -> Tra
 
 def _formulas(module: GraphModule) -> Requantization:
     del module
-    return ORT_FORMULAS
+    return runtime_formulas()
 
 
 def onnx_runtime() -> Backend:

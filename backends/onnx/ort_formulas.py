@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from fxquant.backends.affine import ByteGrid
-from fxquant.backends.exact import Operands, Pool, Requantization, Sums, centred, f32, fma
+from fxquant.backends.exact import Operands, Pool, Sums, centred, f32, fma
 
 
-def _quantize(x: Tensor, grid: ByteGrid) -> Tensor:
+def quantize(x: Tensor, grid: ByteGrid) -> Tensor:
+    """Return a float32 tensor on a grid."""
     return torch.round(x / f32(grid.scale)) + grid.zero_point
 
 
@@ -18,16 +19,18 @@ def _total(found: Sums) -> Tensor:
     return (found.sums if found.bias is None else found.sums + found.bias).float()
 
 
-def _weighted(found: Sums, out: ByteGrid) -> Tensor:
-    factor = (f32(found.x_scale) * found.scales) / f32(out.scale)
-    return torch.round(_total(found) * factor) + out.zero_point
+def weighted(found: Sums, addend: Tensor | None, grid: ByteGrid | None, out: ByteGrid | None) -> Tensor:
+    """Return the levels, or the real values, of a convolution or linear layer; no kernel adds an operand."""
+    assert addend is None
+    assert grid is None
+    step = f32(found.x_scale) * found.scales
+    if out is None:
+        return _total(found) * step
+    return torch.round(_total(found) * (step / f32(out.scale))) + out.zero_point
 
 
-def _real(found: Sums) -> Tensor:
-    return _total(found) * (f32(found.x_scale) * found.scales)
-
-
-def _add(operands: Operands, out: ByteGrid) -> Tensor:
+def add(operands: Operands, out: ByteGrid) -> Tensor:
+    """Return the levels of a sum."""
     a, left, b, right = operands
     step = f32(out.scale)
     one, other = f32(left.scale) / step, f32(right.scale) / step
@@ -35,29 +38,18 @@ def _add(operands: Operands, out: ByteGrid) -> Tensor:
     return torch.round(fma(a.float(), one, fma(b.float(), other, fixed)))
 
 
-def _mul(operands: Operands, out: ByteGrid) -> Tensor:
+def mul(operands: Operands, out: ByteGrid) -> Tensor:
+    """Return the levels of a product."""
     a, left, b, right = operands
     factor = f32(left.scale) * f32(right.scale) / f32(out.scale)
     return torch.round(centred(a, left) * centred(b, right) * factor + out.zero_point)
 
 
-def _mean(total: Tensor, pixels: int, grid: ByteGrid, out: ByteGrid) -> Tensor:
+def mean(total: Tensor, pixels: int, grid: ByteGrid, out: ByteGrid) -> Tensor:
+    """Return the levels of a mean over images."""
     return torch.round(total * (f32(grid.scale) / (f32(out.scale) * pixels))) + out.zero_point
 
 
-def _average(q: Tensor, grid: ByteGrid, pool: Pool, out: ByteGrid) -> Tensor:
+def average(q: Tensor, grid: ByteGrid, pool: Pool, out: ByteGrid) -> Tensor:
+    """Return the levels of a mean over windows."""
     return torch.round(pool(centred(q, grid) * f32(grid.scale)) / f32(out.scale) + out.zero_point)
-
-
-ORT_FORMULAS = Requantization(
-    quantize=_quantize,
-    conv=_weighted,
-    conv_real=_real,
-    linear=_weighted,
-    linear_real=_real,
-    conv_add=None,
-    add=_add,
-    mul=_mul,
-    mean=_mean,
-    average=_average,
-)

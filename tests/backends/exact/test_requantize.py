@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
 
-from fxquant.backends.exact import Sums
+from fxquant.backends import backend
+from fxquant.backends.exact import Requantization, Sums
 from fxquant.backends.int8 import (
-    EAGER_FORMULAS,
     ByteGrid,
     ConvGeometry,
     ConvGrids,
@@ -30,11 +31,23 @@ from fxquant.backends.int8 import (
     Quantize,
     conv_joins_scales,
 )
-from fxquant.backends.onnx import ORT_FORMULAS, open_session, session_options
+from fxquant.backends.onnx import open_session, session_options
 
-ORT, EAGER = ORT_FORMULAS, EAGER_FORMULAS
+EMPTY = GraphModule({}, Graph())
+ORT, EAGER = (backend(name).runtimes[name].formulas(EMPTY) for name in ("onnxruntime", "fx_int8"))
 UINT8 = TensorProto.UINT8
 VNNI = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="oneDNN takes other kernels without VNNI")
+
+
+GRAPH = Graph()
+X = GRAPH.placeholder("x")
+PAIR = GRAPH.call_function(torch.ops.aten.add.Tensor, (X, X))
+MEAN = GRAPH.call_function(torch.ops.aten.mean.dim, (X, [2, 3], True))
+
+
+def join(formulas: Requantization, node: Node, *grids: ByteGrid, kind: str) -> Callable[..., Tensor]:
+    """Return the formula of an op without weights; the last grid is that of the output."""
+    return formulas.joins[kind](node, grids[:-1], grids[-1])
 
 
 def whole(levels: Tensor, grid: ByteGrid) -> Tensor:
@@ -110,7 +123,7 @@ def test_onnxruntime_convolution(seed: int, shape: tuple[int, int, int, int]) ->
     constants |= {**parameters(source, "x"), **parameters(out, "y"), "b": found.bias.flatten().to(torch.int32).numpy()}
     order, pads = "x sx zx w sw zw sy zy b", [shape[2] // 2] * 4
     answer = run("QLinearConv", constants, {"x": x}, order=order, pads=pads, group=shape[3])
-    assert torch.equal(answer, whole(ORT.conv(found, out), out))
+    assert torch.equal(answer, whole(ORT.layers["conv"](found, None, None, out), out))
 
 
 @VNNI
@@ -125,9 +138,9 @@ def test_eager_convolution(shape: tuple[int, int, int, int], low_high: tuple[int
     found = replace(found, joined=conv_joins_scales(tuple(x.shape), tuple(weight.shape), geometry))
     last = x.contiguous(memory_format=torch.channels_last)
     made = IntegerConv(weight, scales, bias, geometry, ConvGrids(source, out))(last)
-    assert torch.equal(made, whole(EAGER.conv(found, out), out))
+    assert torch.equal(made, whole(EAGER.layers["conv"](found, None, None, out), out))
     real = IntegerConv(weight, scales, bias, geometry, ConvGrids(source, None))(last)
-    assert torch.equal(real, EAGER.conv_real(found))
+    assert torch.equal(real, EAGER.layers["conv"](found, None, None, None))
 
 
 def linear_case(seed: int) -> tuple[Tensor, Tensor, Tensor, ByteGrid]:
@@ -147,13 +160,13 @@ def test_linear_layers(seed: int) -> None:
     constants = {"w": weight.numpy(), "sw": found.scales.numpy(), "zw": np.zeros(len(weight), np.int8)}
     constants |= {**parameters(source, "x"), "b": found.bias.to(torch.int32).numpy()}
     written = run("QGemm", constants | parameters(out, "y"), {"x": x}, order="x sx zx w sw zw b sy zy", transB=1)
-    assert torch.equal(written, whole(ORT.linear(found, out), out))
+    assert torch.equal(written, whole(ORT.layers["linear"](found, None, None, out), out))
     real = run("QGemm", constants, {"x": x}, TensorProto.FLOAT, order="x sx zx w sw zw b _ _", transB=1)
-    assert torch.equal(real, ORT.linear_real(found))
+    assert torch.equal(real, ORT.layers["linear"](found, None, None, None))
     written = IntegerLinear(weight, found.scales, bias, source, LinearEnd(out))(x)
-    assert torch.equal(written, whole(EAGER.linear(found, out), out))
+    assert torch.equal(written, whole(EAGER.layers["linear"](found, None, None, out), out))
     real = IntegerLinear(weight, found.scales, bias, source, LinearEnd(None))(x)
-    assert torch.equal(real, EAGER.linear_real(found))
+    assert torch.equal(real, EAGER.layers["linear"](found, None, None, None))
 
 
 def pairs() -> tuple[Tensor, Tensor]:
@@ -177,16 +190,16 @@ def test_sums_and_products_of_every_pair(of: Callable[[int], list[ByteGrid]], se
     a, b = pairs()
     left, right, out = of(seed)
     constants = parameters(left, "a") | parameters(right, "b") | parameters(out, "y")
-    for op, formula in (("QLinearAdd", ORT.add), ("QLinearMul", ORT.mul)):
+    for op, kind in (("QLinearAdd", "add"), ("QLinearMul", "mul")):
         answer = run(op, constants, {"a": a, "b": b}, order="a sa za b sb zb sy zy")
-        assert torch.equal(answer, whole(formula((a, left, b, right), out), out)), op
+        assert torch.equal(answer, whole(join(ORT, PAIR, left, right, out, kind=kind)(a, b), out)), op
     large = [t.view(2, 8, 64, 64).contiguous(memory_format=torch.channels_last) for t in (a, b)]
     # Small sums take another kernel than large ones.
     for one, other in ((a[:20_000], b[:20_000]), (large[0], large[1])):
         made = IntegerAdd(left, right, out)(one, other)
-        assert torch.equal(made, whole(EAGER.add((one, left, other, right), out), out))
+        assert torch.equal(made, whole(join(EAGER, PAIR, left, right, out, kind="add")(one, other), out))
         product = IntegerMul(left, right, out)(one, other)
-        assert torch.equal(product, whole(EAGER.mul((one, left, other, right), out), out))
+        assert torch.equal(product, whole(join(EAGER, PAIR, left, right, out, kind="mul")(one, other), out))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -207,12 +220,11 @@ def test_means_next_to_ties(seed: int, side: int) -> None:
     x = torch.randint(0, 256, (1, 512, side, side), dtype=torch.uint8)
     step = np.float32(source.scale / side**2 * 32 * (1 + (seed - 2) * 6e-8))
     out = ByteGrid(float(step), other.zero_point, 0, 255)
-    total = (x.to(torch.int32) - source.zero_point).sum((2, 3), keepdim=True).float()
     constants = parameters(source, "x") | parameters(out, "y")
     answer = run("QLinearGlobalAveragePool", constants, {"x": x}, order="x sx zx sy zy", channels_last=0)
-    assert torch.equal(answer, whole(ORT.mean(total, side**2, source, out), out))
+    assert torch.equal(answer, whole(join(ORT, MEAN, source, out, kind="global_pool")(x), out))
     made = IntegerAveragePool(source, out, None)(x)
-    assert torch.equal(made, whole(EAGER.mean(total, side**2, source, out), out))
+    assert torch.equal(made, whole(join(EAGER, MEAN, source, out, kind="global_pool")(x), out))
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -225,6 +237,7 @@ def test_averages_over_windows(size: int) -> None:
     sizes: dict[str, Any] = {"kernel_shape": [size, size], "strides": [size, size]}
     answer = run("QLinearAveragePool", constants, {"x": x}, order="x sx zx sy zy", **sizes)
     window = ([size, size], [size, size])
-    assert torch.equal(answer, whole(ORT.average(x, source, lambda t: F.avg_pool2d(t, *window), out), out))
+    pool = GRAPH.call_function(torch.ops.aten.avg_pool2d.default, (X, *window))
+    assert torch.equal(answer, whole(join(ORT, pool, source, out, kind="avg_pool")(x), out))
     made = IntegerAveragePool(source, out, window)(x)
-    assert torch.equal(made, whole(EAGER.average(x, source, lambda t: F.avg_pool2d(t, *window), out), out))
+    assert torch.equal(made, whole(join(EAGER, pool, source, out, kind="avg_pool")(x), out))
