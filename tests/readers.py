@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from fxquant.cli import ImageOptions, inspect, load_calibration, load_model
 from fxquant.core.facts import BitAllocation, Ranges, Rounding, SensitivityMatrix, UnitRecord, WeightGrids, read_target
 from fxquant.core.host import Timing, TimingCache
 from fxquant.core.ir import Choice, Grid, activation_spec
-from fxquant.core.run import collect
+from fxquant.core.run import CalibrationSet, collect
 from fxquant.core.storage import (
     READY,
     ScoreStore,
@@ -33,8 +34,12 @@ from fxquant.outputs import known_extras, write_outputs
 from fxquant.result import Result
 from tests.small import small_result
 
-IDENTITY = {"model": "a", "data": "b"}
-TARGET = {"name": "npu", "kernels": {"conv": "c", "linear": "l"}, "joins": ["add"], "weight_bits": [4, 8]}
+TARGET: dict[str, Any] = {
+    "name": "npu",
+    "kernels": {"conv": "c", "linear": "l"},
+    "joins": ["add"],
+    "weight_bits": [4, 8],
+}
 TARGET |= {"activation_bits": [8], "storage_bits": {"4": 4, "8": 8}, "granularity": "per_tensor"}
 TARGET |= {"latency": [{"layers": "*", "precision": "W8A8", "ms": 0.5}]}
 PLAN = BitAllocation(
@@ -69,22 +74,22 @@ class Reader:
     """How one kind of file is read.
 
     Args:
+        name: what the file is called in its folder.
         read: reads a file.
         write: makes a good file at a path.
-        opens: functions of the source that open such files, `file:function`.
-        name: what the file is called in its folder.
+        opens: functions of the source that open such files, `file:function`, with blanks between them.
         forgiving: damage is no error: nothing is returned, and what the file held is made again.
-        accepts: damages that are none to this reader.
-        nan: arrays that may hold NaN.
+        accepts: damages that are none to this reader, with blanks between them.
+        nan: array that may hold NaN.
     """
 
+    name: str
     read: Callable[[Path], object]
     write: Callable[[Path], object]
-    opens: tuple[str, ...]
-    name: str
+    opens: str
     forgiving: bool = False
-    accepts: frozenset[str] = frozenset()
-    nan: frozenset[str] = frozenset()
+    accepts: str = ""
+    nan: str = ""
 
     def made(self, folder: Path) -> Path:
         """Return the path of a good file in an empty folder."""
@@ -126,133 +131,110 @@ def plan_shown(path: Path) -> None:
     _ = plan.to_json(), repr(plan), plan._repr_html_(), plan.slack
 
 
-def npz(path: Path) -> object:
-    """Read images."""
+def images(path: Path) -> object:
+    """Read images from one file."""
     return load_calibration(str(path), ImageOptions(), 8)
+
+
+def scores(path: Path) -> ScoreStore:
+    """Return the store whose folder has this file."""
+    return ScoreStore(path.parent, {"model": "a", "data": "b"})
+
+
+def arrays(**made: np.ndarray[Any, Any]) -> Callable[[Path], None]:
+    """Return a writer of an npz."""
+    return lambda path: write_arrays(path, made)
+
+
+def document(kind: str, **body: object) -> Callable[[Path], None]:
+    """Return a writer of a JSON document of version 1."""
+    return lambda path: write_json(path, kind, 1, body)
 
 
 TIMES = TimingCache(Path("/nowhere"))._path("k")
 assert TIMES is not None
-ABSENT = frozenset({"missing"})
-"""Without the file there is nothing to read."""
-NO_FILE = frozenset({"missing", "folder", "device", "pipe"})
+NO_FILE = "missing folder device pipe"
 """Without its list a move is over, and a folder holds other images."""
 
-CODECS, FACTS = "fxquant/core/storage/codecs.py", "fxquant/core/facts"
+CORE, CODECS, CELLS = "fxquant/core", "fxquant/core/storage/codecs.py", "fxquant/core/storage/cells.py"
+EXPORTED = "fxquant/cli/inputs.py:load_model fxquant/core/storage/exported.py:load_exported"
+EXPORTED += " fxquant/core/storage/pt2_audit.py:_check_samples"
+ONNX = "backends/onnx/contents.py:inspect_onnx backends/onnx/contents.py:_bytes fxquant/cli/inspect_onnx.py:_plan"
+IMAGE = ImageOptions((4, 4))
 READERS = {
-    "exported program": Reader(
-        lambda p: load_model(str(p)),
-        copied,
-        (
-            *("fxquant/cli/inputs.py:load_model", "fxquant/core/storage/exported.py:load_exported"),
-            "fxquant/core/storage/pt2_audit.py:_check_samples",
-        ),
-        "model.pt2",
-    ),
-    "images in an npz": Reader(
-        npz,
-        lambda p: write_arrays(p, {"x": np.ones((2, 3))}),
-        ("fxquant/cli/inputs.py:_from_npz",),
-        "x.npz",
-        nan=frozenset({"x"}),
-    ),
+    "exported program": Reader("model.pt2", lambda p: load_model(str(p)), copied, EXPORTED),
+    "images in an npz": Reader("x.npz", images, arrays(x=np.ones((2, 3))), "fxquant/cli/inputs.py:_from_npz", nan="x"),
     "images in an npy": Reader(
-        npz, lambda p: np.save(p, np.ones((2, 3))), ("fxquant/cli/inputs.py:_read_npy", f"{CODECS}:read_array"), "x.npy"
+        "x.npy", images, lambda p: np.save(p, np.ones(6)), f"fxquant/cli/inputs.py:_read_npy {CODECS}:read_array"
     ),
     "one image": Reader(
-        lambda p: collect(load_calibration(str(p.parent), ImageOptions((4, 4)), 8), ["x"]),
-        lambda p: Image.effect_noise((16, 16), 90.0).save(p),
-        ("fxquant/cli/inputs.py:read_image",),
         "x.png",
+        lambda p: collect(load_calibration(str(p.parent), IMAGE, 8), ["x"]),
+        lambda p: Image.effect_noise((16, 16), 90.0).save(p),
+        "fxquant/cli/inputs.py:read_image",
         accepts=NO_FILE,
     ),
     "arrays": Reader(
-        read_arrays,
-        lambda p: write_arrays(p, {"a": np.arange(40.0), "b": np.array("text")}),
-        (f"{CODECS}:read_arrays",),
-        "arrays.npz",
-        nan=frozenset({"a"}),
+        "a.npz", read_arrays, arrays(a=np.arange(40.0), b=np.array("text")), f"{CODECS}:read_arrays", nan="a"
     ),
     "tensors": Reader(
-        read_tensors,
-        lambda p: write_tensors(p, {"a": torch.arange(40.0)}),
-        (f"{CODECS}:read_tensors",),
-        "t.safetensors",
+        "t.safetensors", read_tensors, lambda p: write_tensors(p, {"a": torch.ones(40)}), f"{CODECS}:read_tensors"
     ),
     "document": Reader(
-        lambda p: read_json(p, "plan", 1),
-        lambda p: write_json(p, "plan", 1, {"x": [0.5, None], "y": {"a": 1}}),
-        (f"{CODECS}:read_json",),
-        "document.json",
+        "document.json", lambda p: read_json(p, "plan", 1), document("plan", x=[0.5, {"a": 1}]), CODECS + ":read_json"
     ),
-    "plan": Reader(plan_shown, PLAN.to_json, (f"{FACTS}/plan.py:from_json",), "plan.json"),
+    "plan": Reader("plan.json", plan_shown, PLAN.to_json, f"{CORE}/facts/plan.py:from_json"),
     "target": Reader(
-        read_target,
-        lambda p: write_json(p, "target", 1, TARGET),
-        (f"{FACTS}/target_file.py:read_target",),
-        "target.json",
+        "target.json", read_target, document("target", **TARGET), f"{CORE}/facts/target_file.py:read_target"
     ),
-    "ranges": Reader(Ranges.load, copied, (f"{FACTS}/ranges.py:load",), "ranges.npz"),
+    "ranges": Reader("ranges.npz", Ranges.load, copied, f"{CORE}/facts/ranges.py:load"),
     "sensitivity": Reader(
+        "sensitivity_diagonal.npz",
         SensitivityMatrix.load,
         copied,
-        (f"{FACTS}/sensitivity_matrix.py:load",),
-        "sensitivity_diagonal.npz",
-        nan=frozenset({"stderr"}),
+        f"{CORE}/facts/sensitivity_matrix.py:load",
+        nan="stderr",
     ),
-    "rounding": Reader(Rounding.load, ROUNDING.save, (f"{FACTS}/rounding.py:load",), "rounding.npz"),
+    "rounding": Reader("rounding.npz", Rounding.load, ROUNDING.save, f"{CORE}/facts/rounding.py:load"),
     "rounded weights": Reader(
-        lambda p: small_result("onnxruntime").program[WeightGrids].with_rounded(p),
-        lambda p: write_arrays(p, {"stem:4": np.ones((4, 1, 3, 3), np.int8)}),
-        (f"{FACTS}/weight_grids.py:with_rounded",),
         "rounded_weights.npz",
+        lambda p: small_result("onnxruntime").program[WeightGrids].with_rounded(p),
+        arrays(**{"stem:4": np.ones((4, 1, 3, 3), np.int8)}),
+        f"{CORE}/facts/weight_grids.py:with_rounded",
     ),
-    "result": Reader(shown, unpacked, ("fxquant/result.py:load", "fxquant/result.py:_load_held_out"), "result.json"),
+    "result": Reader("result.json", shown, unpacked, "fxquant/result.py:load"),
+    "held-out images": Reader("held_out.safetensors", CalibrationSet.load, copied, f"{CORE}/run/data.py:load"),
     "measurements of a report": Reader(
+        "report.json",
         lambda p: known_extras(small_result("onnxruntime"), p.parent) or None,
         copied,
-        ("fxquant/outputs.py:known_extras",),
-        "report.json",
+        "fxquant/outputs.py:known_extras",
         forgiving=True,
     ),
-    "identity of scores": Reader(
-        lambda p: ScoreStore(p.parent, IDENTITY),
-        lambda p: ScoreStore(p.parent, IDENTITY),
-        ("fxquant/core/storage/cells.py:__init__",),
-        "identity.json",
-        accepts=ABSENT,
-    ),
+    "identity of scores": Reader("identity.json", scores, scores, f"{CELLS}:__init__", accepts="missing"),
     "cell of scores": Reader(
-        lambda p: ScoreStore(p.parent, IDENTITY).get("cell"),
-        lambda p: ScoreStore(p.parent, IDENTITY).put("cell", {"losses": np.arange(9.0)}),
-        ("fxquant/core/storage/cells.py:_read",),
-        "scores/cell.npz",
+        "cell.npz",
+        lambda p: scores(p).get("cell"),
+        lambda p: scores(p).put("cell", {"losses": np.arange(9.0)}),
+        f"{CELLS}:_read",
         forgiving=True,
-        nan=frozenset({"losses"}),
+        nan="losses",
     ),
     "list of a move": Reader(
-        lambda p: finish(p.parent.parent),
-        lambda p: write_json(p, "files", 1, {"files": ["plan.json"], "stale": ["model.onnx"]}),
-        ("fxquant/core/storage/staging.py:finish",),
         f"{READY}/files.json",
+        lambda p: finish(p.parent.parent),
+        document("files", files=["plan.json"], stale=["model.onnx"]),
+        f"{CORE}/storage/staging.py:finish",
         accepts=NO_FILE,
     ),
     "kept times": Reader(
-        lambda p: TimingCache(p.parents[2]).get("k", 1),
-        lambda p: TimingCache(p.parents[2]).put("k", [Timing(1.0, 0.1, 0.0, 0.2)]),
-        ("fxquant/core/host/timing_cache.py:get",),
         str(TIMES.relative_to("/nowhere")),
+        lambda p: TimingCache(p.parents[2]).get("k", 1),
+        lambda p: TimingCache(p.parents[2]).put("k", [Timing(1.0, 0.1)]),
+        f"{CORE}/host/timing_cache.py:get",
         forgiving=True,
     ),
-    "ONNX model": Reader(
-        lambda p: inspect(p, runtime=False),
-        copied,
-        (
-            *("backends/onnx/contents.py:inspect_onnx", "backends/onnx/contents.py:_bytes"),
-            "fxquant/cli/inspect_onnx.py:_plan",
-        ),
-        "model.onnx",
-    ),
+    "ONNX model": Reader("model.onnx", lambda p: inspect(p, runtime=False), copied, ONNX),
 }
 """Kind of file -> how it is read."""
 
