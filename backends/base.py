@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from fxquant.backends.exact import Requantization, Tracer
 from fxquant.core.errors import LoweringError, MissingDependencyError, OptionError
-from fxquant.core.facts import SUFFIX, Target, read_target
+from fxquant.core.facts import SUFFIX, Options, Target, read_target
 
 Executable = Callable[[tuple[Tensor, ...]], Tensor]
 """Takes the graph's inputs, returns the first tensor of its output as float32."""
@@ -80,8 +80,8 @@ class Export:
         file: its name in the folder of a result, "model." and a suffix, for example "model.onnx".
         write: takes a simulated or float graph, the path, texts to keep in the file (key -> text) and the options
             below by name; returns the bytes written.
-        layouts: what `fxquant export --runtime` may be for this file, the default first: values of an option `runtime`.
-        options: names of the further options of `write`, as flags of `fxquant export` without the dashes.
+        options: the class of those options, which gives `fxquant export` its flags; None without any. If it has a
+            field `runtime`, that is what `fxquant export --runtime` may be for this file.
 
     Raises:
         OptionError: a file name of another form.
@@ -89,8 +89,7 @@ class Export:
 
     file: str
     write: Callable[..., int]
-    layouts: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
+    options: type[Options] | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"model\.[\w.]+", self.file) or self.file == "model.pt2":

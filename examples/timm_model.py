@@ -1,4 +1,4 @@
-"""A model of timm or torchvision, handed in as it comes.
+"""A model of timm or torchvision, as it is.
 
 python examples/timm_model.py [name] [folder]: needs `pip install timm`; random weights unless you pass pretrained ones
 (`timm.create_model(name, pretrained=True)` downloads them, which nothing here does).

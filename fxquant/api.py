@@ -249,7 +249,7 @@ def reconstruct(
         calibration: the images that were given to `quantize`; the same quarter of them is held out and decides.
         rounding: an algorithm, or several joined by "+", for example "equalize+pdquant".
         options: settings of the reconstruction engine -> value, for example `{"iterations": 300}`.
-        feedback: times the plan is solved anew with what each unit really cost once rounded, and rounded again; the
+        feedback: times the plan is solved again with the measured cost of each rounded unit, and rounded again; the
             plan with the lowest held-out loss stays.
         workdir: folder that keeps finished units; the same call goes on where a killed one stopped.
         progress: bars on a terminal, elsewhere a line on stderr for each stage.

@@ -12,7 +12,7 @@ from typing import Any
 
 from fxquant.backends import Backend, backend, backends
 from fxquant.core.errors import FileFormatError, MissingDependencyError, OptionError
-from fxquant.core.facts import Target
+from fxquant.core.facts import Options, Target, literals, options_of
 from fxquant.core.storage import (
     OUTPUT,
     check_writable,
@@ -130,12 +130,11 @@ def export(
         MissingDependencyError: a package is not installed.
     """
     assert runtime.export is not None
-    known = (*runtime.export.options, *(["runtime"] if runtime.export.layouts else []))
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise OptionError(
-            f"{runtime.export.file} has no option {', '.join(unknown)}; known: {', '.join(known) or 'none'}"
-        )
+    kind = runtime.export.options
+    if options and kind is None:
+        raise OptionError(f"{runtime.export.file} has no options; leave out {', '.join(options)}")
+    if kind is not None:
+        _ = kind.of(options)
     found: dict[str, Any] = {"bytes_on_disk": runtime.export.write(result.simulated, path, result.metadata, **options)}
     if runtime.kernels is not None:
         found["kernels"] = runtime.kernels(result.simulated, path)
@@ -147,7 +146,8 @@ def layouts() -> dict[str, Backend]:
     found = dict[str, Backend]()
     for name, runtime in backends().items():
         if runtime.export is not None:
-            found |= dict.fromkeys(runtime.export.layouts or (name,), runtime)
+            known = options_of(runtime.export.options or Options).get("runtime")
+            found |= dict.fromkeys(literals(known.kind) if known else (name,), runtime)
     return found
 
 

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from fxquant.backends.onnx.backend import check_packages, write_onnx
-from fxquant.backends.onnx.export_options import BLOCK_SIZES, LARGEST_FILE, RUNTIMES, OnnxOptions
+from fxquant.backends.onnx.export_options import LARGEST_FILE, OnnxOptions
 from fxquant.backends.onnx.runtime_kernels import RUNTIME_KERNELS, runtime_formulas
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ def __getattr__(name: str) -> object:
 
 __all__ = [
     "ALIGNMENT",
-    "BLOCK_SIZES",
     "LARGEST_FILE",
-    "RUNTIMES",
     "RUNTIME_KERNELS",
     "SMALLEST",
     "Array",

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from fxquant.backends.base import Backend, Executable, Export, Packages, Runtime
 from fxquant.backends.exact import Requantization, Tracer, value_names
 from fxquant.backends.kernel_rows import target_of
-from fxquant.backends.onnx.export_options import RUNTIMES, OnnxOptions
+from fxquant.backends.onnx.export_options import OnnxOptions
 from fxquant.backends.onnx.runtime_kernels import RUNTIME_KERNELS, runtime_formulas
 from fxquant.backends.reference import STORAGE_BITS
 
@@ -107,7 +107,7 @@ def onnx_runtime() -> Backend:
         target=target_of("onnxruntime", RUNTIME_KERNELS, (2, 3, 4, 5, 6, 7, 8), (8,), STORAGE_BITS),
         compile=_compile,
         lower=_lower,
-        export=Export("model.onnx", _write, layouts=RUNTIMES, options=("weight_only", "block_size", "external_data")),
+        export=Export("model.onnx", _write, OnnxOptions),
         kernels=_kernels,
         runtimes={"onnxruntime": Runtime(_trace, _formulas)},
         packages=PACKAGES,

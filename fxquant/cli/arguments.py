@@ -1,4 +1,4 @@
-"""The command line's arguments: what can be said, and how texts become values."""
+"""The parser of the command line: one function for each command."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import NoReturn
 
-from fxquant.backends import Backend, backend, runtimes
-from fxquant.backends.onnx import BLOCK_SIZES
+from fxquant.backends import Backend, backend, backends, runtimes
 from fxquant.bench import ROUNDS
-from fxquant.cli.flags import add_flags
+from fxquant.cli.flags import add_flags, given
 from fxquant.cli.inputs import ImageOptions
-from fxquant.core.facts import Settings, Target
+from fxquant.core.facts import Options, Settings, Target, options_of
 from fxquant.flow import KNOWN_NAMES
 from fxquant.outputs import layouts
 from fxquant.parity import default_runtimes
@@ -31,7 +30,7 @@ HELP = {
     "bench": "time the float and the quantized model of a saved result, interleaved",
     "check": "compare simulation, exact reference and runtimes of a saved result, edge by edge",
     "report": "write the report of a saved result again",
-    "inspect": "show what an ONNX file holds, whoever made it: precision of operators and weights, what runs in float",
+    "inspect": "show what any ONNX file holds: precision of operators and weights, and what runs in float",
 }
 
 
@@ -117,7 +116,11 @@ def _reconstruct(parser: argparse.ArgumentParser) -> None:
     add("--rounding", metavar="NAME+NAME", help=f"{', '.join(ROUNDERS)}, or several joined by +; default pdquant")
     add_flags(parser, Settings, only=("rounding_options",))
     add(
-        "--feedback", type=int, default=0, metavar="N", help="times the plan is solved anew with what units really cost"
+        "--feedback",
+        type=int,
+        default=0,
+        metavar="N",
+        help="times the plan is solved again with the measured cost of rounded units",
     )
     add("--output", type=Path, metavar="DIR", help="where results go; without it they replace DIR's")
 
@@ -140,9 +143,8 @@ def _export(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", type=Path, metavar="FILE", help="default the runtime's file in DIR, for example model.onnx")
     add("--runtime", choices=tuple(layouts()), help="what will read the file; default the result's target, if it can")
-    add("--weight-only", type=_names, metavar="GLOB,GLOB", help="ONNX: linear layers of <= 4 bits in blocks")
-    add("--block-size", type=int, choices=BLOCK_SIZES, help="ONNX: inputs per scale of such a layer, default 32")
-    add("--external-data", action="store_true", default=None, help="ONNX: weights in FILE.data, as over 2 GB they must")
+    for kind in _file_options():
+        add_flags(parser, kind, leave=("runtime",))
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
@@ -195,7 +197,10 @@ _ADDERS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
 }
 
 
-EXPORT_OPTIONS = ("weight_only", "block_size", "external_data")
+def _file_options() -> list[type[Options]]:
+    """Return the option classes of the files that backends write."""
+    kinds = [found.export.options for found in backends().values() if found.export is not None]
+    return list(dict.fromkeys(kind for kind in kinds if kind is not None))
 
 
 def export_options(args: argparse.Namespace, target: Target) -> tuple[Backend, dict[str, object]]:
@@ -206,7 +211,10 @@ def export_options(args: argparse.Namespace, target: Target) -> tuple[Backend, d
     known = layouts()
     own = backend(target)
     chosen = known[args.runtime] if args.runtime else own if own.export is not None else next(iter(known.values()))
-    options = {name: getattr(args, name) for name in EXPORT_OPTIONS if getattr(args, name) is not None}
-    if args.runtime and chosen.export is not None and chosen.export.layouts:
+    options = {
+        name: value for kind in _file_options() for name, value in given(kind, args).items() if name != "runtime"
+    }
+    assert chosen.export is not None
+    if args.runtime and "runtime" in options_of(chosen.export.options or Options):
         options["runtime"] = args.runtime
     return chosen, options

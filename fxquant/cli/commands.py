@@ -70,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         build_parser(COMMANDS, _refuse).parse_args(arguments, args)
         with warnings.catch_warnings():
-            # What torch warns about in its own code is nothing a user of the command line can act on.
+            # A user of the command line can do nothing about torch's warnings on its own code.
             warnings.simplefilter("ignore")
-            # How torchrun stops the others when one process dies is said as a stop by hand is.
+            # torchrun stops the other processes when one dies; they report it as a stop by hand.
             shared = Shards.from_environment().world_size > 1
             with stopped_in_order(terminate=shared), memory_named(args.command, LESS_MEMORY):
                 COMMANDS[args.command](args)
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _failed(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1, debug)
     if stopped:
-        # Said last: the stages that were left tell how far they came once the interrupt's traceback is gone.
+        # Printed last: interrupted stages print how far they came when the interrupt's traceback is gone.
         print(printable(f"fxquant: stopped; {_kept(args)}"), file=sys.stderr)
         return INTERRUPTED
     return 0
@@ -233,8 +233,8 @@ def _check(args: argparse.Namespace) -> None:
         try:
             told_in_report(result, args.folder, {"check": parity.to_json()})
         except FxquantError as error:
-            # What was found is worth more than its place in the report.
-            print(printable(f"fxquant: the report does not tell of it: {error}"), file=sys.stderr)
+            # The findings are printed even if the report cannot hold them.
+            print(printable(f"fxquant: the report was not updated: {error}"), file=sys.stderr)
     parity.require()
 
 

@@ -1,4 +1,4 @@
-"""What the command line is pointed at, loaded: models, calibration files, folders of images, `pkg.module:name`."""
+"""Loads what the command line names: models, calibration files, folders of images, `pkg.module:name`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fxquant.core.storage import load_exported, read_array, read_arrays
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What files are read as, whatever they are called: Pillow would hand PostScript to another program."""
+"""Formats that Pillow may use, whatever the suffix: it would run another program on PostScript."""
 LABELS = ("labels", "label", "y")
 BATCH = 32
 
@@ -108,7 +108,7 @@ def _object(spec: str, option: str) -> object:
     try:
         found: object = importlib.import_module(place)
     except Exception as error:
-        # Whatever the user's module raises while it is imported is theirs to mend.
+        # A user's module may raise anything while it is imported.
         raise OptionError(f"{option} {spec}: importing {place} failed: {_line(error)}") from error
     for part in name.split("."):
         if not hasattr(found, part):
@@ -159,7 +159,7 @@ def _from_npz(path: Path) -> object:
     arrays = {name: _floats(array) for name, array in read_arrays(path).items()}
     inputs = [name for name in arrays if name not in LABELS]
     if not inputs:
-        raise CalibrationError(f"{path} holds no arrays besides labels; save the images under their input's name")
+        raise CalibrationError(f"{path} holds no arrays but labels; save the images under their input's name")
     if len(inputs) > 1:
         return [arrays]
     label = next((arrays[name] for name in LABELS if name in arrays), None)

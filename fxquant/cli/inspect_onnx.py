@@ -30,7 +30,7 @@ def inspect(path: Path, runtime: bool = True) -> dict[str, Any]:
     """Return what a file holds as plain JSON values.
 
     Args:
-        path: an ONNX file, whoever made it.
+        path: an ONNX file of any origin.
         runtime: ask ONNX Runtime which kernels it takes; False only reads.
 
     Raises:
@@ -72,7 +72,7 @@ def _head(document: dict[str, Any]) -> str:
     opsets = ", ".join(f"{domain} {version}" for domain, version in document["opsets"].items())
     lines = [
         f"{document['path']}: {bytes_text(document['bytes'])}, opset {opsets or 'not said'}, "
-        f"IR {document['ir_version']}, by {document['producer'] or 'nobody said'}"
+        f"IR {document['ir_version']}, producer: {document['producer'] or 'unknown'}"
     ]
     for word, values in (("input", document["inputs"]), ("output", document["outputs"])):
         for value in values[:SHOWN]:
@@ -119,8 +119,8 @@ def _layers(document: dict[str, Any]) -> str:
     float_layers = [layer for layer in layers if layer["reason"] is not None]
     kernels = Counter(layer["kernel"] for layer in layers if layer["reason"] is None)
     unknown = kernels.pop(None, 0)
-    told = ", ".join(f"{count} by {kernel}" for kernel, count in sorted(kernels.items()))
-    lines = [f"{kernels.total()} of {len(layers)} layers with weights in integers" + (f": {told}" if told else "")]
+    counts = ", ".join(f"{count} by {kernel}" for kernel, count in sorted(kernels.items()))
+    lines = [f"{kernels.total()} of {len(layers)} layers with weights in integers" + (f": {counts}" if counts else "")]
     if unknown:
         lines.append(f"{unknown} quantized in the file; ONNX Runtime was not asked what it runs for them")
     if float_layers:

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first one stops the work in order, the second one ends the process at once."""
+"""Ctrl-C: the first one stops the work cleanly, the second one ends the process at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""SIGTERM is how torchrun stops the other processes when one of them dies: said as a stop by hand is."""
+"""torchrun sends SIGTERM to the other processes when one of them dies; they report it as a stop by hand."""
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Every error fxquant raises on purpose, in one tree.
+"""The errors that fxquant raises on purpose, in one tree.
 
     FxquantError                 base; carries `exit_code` for the command line
-    ├── InputError        (2)    something handed in cannot be used
+    ├── InputError        (2)    something given cannot be used
     │   ├── CaptureError         the model does not export to an ATen graph
     │   ├── CalibrationError     calibration data are empty, ragged, non-finite or of the wrong shape
     │   ├── OptionError          an option has an unknown name or a value out of range
@@ -33,7 +33,7 @@ class FxquantError(Exception):
 
 
 class InputError(FxquantError):
-    """Something handed in cannot be used."""
+    """Something given cannot be used."""
 
     exit_code: ClassVar[int] = 2
 

@@ -31,7 +31,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorate a plug-in with its name and hand it back unchanged.
+        """Return a decorator that registers a plug-in under a name and returns it unchanged.
 
         Raises:
             PipelineError: the name is taken.

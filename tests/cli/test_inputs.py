@@ -77,7 +77,7 @@ def test_arrays_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
     for name, told in {
-        "labels.npz": "no arrays besides labels",
+        "labels.npz": "no arrays but labels",
         "objects.npy": "objects.npy is not a readable npy",
         "archive.npy": "call it .npz",
         "cut.npz": "cut.npz",

@@ -34,7 +34,7 @@ def test_our_own_file_on_the_terminal(tmp_path: Path, capsys: Captured) -> None:
     assert "3 of 3 layers with weights in integers: 1 by QGemm, 2 by QLinearConv" in told
     assert "plan of 3 layers: " in told
     assert "input x: FLOAT batch x 1 x 8 x 8" in told
-    assert "by fxquant" in told
+    assert "producer: fxquant" in told
     assert "in float" not in told
     assert max(map(len, told.splitlines()[1:])) <= 100
 

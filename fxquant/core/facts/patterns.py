@@ -68,7 +68,7 @@ def matching(pattern: str, names: Sequence[str], types: Types) -> list[str]:
         known, wanted = list(names), pattern.removeprefix("re:")
         if pattern.startswith("type:"):
             wanted = pattern.removeprefix("type:")
-            # Names with their package say the same at length.
+            # Names with their package would list each type twice.
             known = sorted({kind for name in names for kind in types.get(name, ()) if "." not in kind})
         near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.3) or known[:3]
         raise OptionError(f"pattern {pattern!r} matches no site; near: {', '.join(near)}")

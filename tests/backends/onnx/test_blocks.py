@@ -116,4 +116,4 @@ def test_a_single_row_of_a_batch_has_the_same_answer() -> None:
 def test_a_pattern_without_a_fitting_layer_says_which_there_are(width: int, pattern: str, block: int) -> None:
     module, _ = simulated(width)
     with pytest.raises(OptionError, match=r"there are: (head, hidden|head|none)"):
-        to_onnx(module, options=OnnxOptions(weight_only=(pattern,), block_size=block))
+        to_onnx(module, options=OnnxOptions.of({"weight_only": (pattern,), "block_size": block}))

@@ -69,7 +69,7 @@ def test_packed_weights_are_the_bytes_they_stand_for(width: int) -> None:
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_both_layouts_of_a_stem_are_read(runtime: str) -> None:
     conv, size = STEMS["3x3 of an odd image"]
-    model = to_onnx(quantized(conv, size), options=OnnxOptions(runtime=runtime)).SerializeToString()
+    model = to_onnx(quantized(conv, size), options=OnnxOptions.of({"runtime": runtime})).SerializeToString()
     inputs = (torch.randn(8, conv.in_channels, size, size),)
     assert float(error_in_steps(openvino(model)(inputs), executable(model)(inputs)).max()) <= 2.0
 
