@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from fxquant.backends.exact import Requantization, Tracer
 from fxquant.core.errors import LoweringError, MissingDependencyError, OptionError
-from fxquant.core.facts import SUFFIX, Options, Target, read_target
+from fxquant.core.facts import SUFFIX, Options, Target, literals, options_of, read_target
 
 Executable = Callable[[tuple[Tensor, ...]], Tensor]
 """Takes the graph's inputs, returns the first tensor of its output as float32."""
@@ -90,6 +90,12 @@ class Export:
     file: str
     write: Callable[..., int]
     options: type[Options] | None = None
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """What `fxquant export --runtime` may be for this file; empty where its options have no `runtime`."""
+        known = options_of(self.options or Options)
+        return literals(known["runtime"].kind) if "runtime" in known else ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"model\.[\w.]+", self.file) or self.file == "model.pt2":

@@ -12,7 +12,7 @@ from typing import Any
 
 from fxquant.backends import Backend, backend, backends
 from fxquant.core.errors import FileFormatError, MissingDependencyError, OptionError
-from fxquant.core.facts import Options, Target, literals, options_of
+from fxquant.core.facts import Target
 from fxquant.core.storage import (
     OUTPUT,
     check_writable,
@@ -146,8 +146,7 @@ def layouts() -> dict[str, Backend]:
     found = dict[str, Backend]()
     for name, runtime in backends().items():
         if runtime.export is not None:
-            known = options_of(runtime.export.options or Options).get("runtime")
-            found |= dict.fromkeys(literals(known.kind) if known else (name,), runtime)
+            found |= dict.fromkeys(runtime.export.layouts or (name,), runtime)
     return found
 
 

@@ -11,7 +11,7 @@ from fxquant.backends import Backend, backend, backends, runtimes
 from fxquant.bench import ROUNDS
 from fxquant.cli.flags import add_flags, given
 from fxquant.cli.inputs import ImageOptions
-from fxquant.core.facts import Options, Settings, Target, options_of
+from fxquant.core.facts import Options, Settings, Target
 from fxquant.flow import KNOWN_NAMES
 from fxquant.outputs import layouts
 from fxquant.parity import default_runtimes
@@ -115,13 +115,8 @@ def _reconstruct(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, ImageOptions)
     add("--rounding", metavar="NAME+NAME", help=f"{', '.join(ROUNDERS)}, or several joined by +; default pdquant")
     add_flags(parser, Settings, only=("rounding_options",))
-    add(
-        "--feedback",
-        type=int,
-        default=0,
-        metavar="N",
-        help="times the plan is solved again with the measured cost of rounded units",
-    )
+    text = "times the plan is solved again with the measured cost of rounded units"
+    add("--feedback", type=int, default=0, metavar="N", help=text)
     add("--output", type=Path, metavar="DIR", help="where results go; without it they replace DIR's")
 
 
@@ -215,6 +210,6 @@ def export_options(args: argparse.Namespace, target: Target) -> tuple[Backend, d
         name: value for kind in _file_options() for name, value in given(kind, args).items() if name != "runtime"
     }
     assert chosen.export is not None
-    if args.runtime and "runtime" in options_of(chosen.export.options or Options):
+    if args.runtime and chosen.export.layouts:
         options["runtime"] = args.runtime
     return chosen, options
