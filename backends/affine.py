@@ -23,7 +23,7 @@ class ByteGrid:
 
     Args:
         scale: step in real units, above 0.
-        zero_point: the integer that stands for 0.0.
+        zero_point: the integer of the real value 0.0.
         low: smallest integer, 0 or more.
         high: largest integer, 255 or less.
 

@@ -41,7 +41,7 @@ class Trace:
 
 
 Tracer = Callable[[tuple[Tensor, ...]], Trace]
-"""Runs a graph somewhere and tells what was on its edges."""
+"""Runs a graph in some runtime and returns what was on its edges."""
 
 
 def edge_labels(module: GraphModule) -> dict[str, str]:

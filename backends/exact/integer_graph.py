@@ -1,8 +1,8 @@
 """The exact reference: the explicit integer graph, accumulated without error and requantized as one runtime does it.
 
-Two computations that round by different formulas part at the first tie, and every integer that flips flips others
-behind it; a network of 50 layers ends as far from itself as quantization noise. So the reference of a runtime takes
-over the runtime's formula (`fxquant.backends.exact.requantize`) and nothing else: then all integers are the same.
+Two computations that round by different formulas differ at the first tie, and every integer that differs changes others
+behind it; after 50 layers the two are as far apart as quantization noise. So the reference of a runtime uses the
+runtime's formulas (`fxquant.backends.exact.requantize`), and exact arithmetic otherwise: then all integers are equal.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class ExactLayer(nn.Module):
 
 
 class ExactJoin(nn.Module):
-    """A sum, product or mean of uint8 tensors, each on a grid of its own.
+    """A sum, product or mean of uint8 tensors, each on its own grid.
 
     Args:
         levels: the runtime's formula.
@@ -188,6 +188,7 @@ def _grid(exact: GraphModule, node: Node) -> ByteGrid:
 
 def _behind_clips(source: Node, grid: ByteGrid) -> tuple[Node | None, ByteGrid]:
     """Return the op that a quantizer writes for, None where others read it too, and the grid behind the clips."""
+    # The output grid takes over the clips, as in the kernels: rounding is monotonic, so clipping integers is the same.
     clips: list[tuple[float, float]] = []
     while len(source.users) == 1:
         rule = rule_of(source)

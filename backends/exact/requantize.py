@@ -96,6 +96,7 @@ def image_mean(formula: Callable[[Tensor, int, ByteGrid, ByteGrid], Tensor]) -> 
         keep = bool(arguments(node).get("keepdim", True))
 
         def levels(q: Tensor) -> Tensor:
+            # int32 as in the kernels: float32 would round sums of large images.
             total = (q.to(torch.int32) - grids[0].zero_point).sum((-2, -1), keepdim=keep).float()
             return formula(total, q.shape[-1] * q.shape[-2], grids[0], out)
 
@@ -108,6 +109,7 @@ def window_mean(formula: Callable[[Tensor, ByteGrid, Pool, ByteGrid], Tensor]) -
     """Return the formula of a mean over windows: uint8, its grid, the pooling, and the output grid."""
 
     def of(node: Node, grids: Sequence[ByteGrid], out: ByteGrid) -> Callable[..., Tensor]:
+        # The op itself pools: it knows window, padding and what counts as inside.
         target, rest = node.target, node.args[1:]
         assert callable(target)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fxquant.backends.affine import ROUNDER, UINT8_MAX, ByteGrid, dequantize_u8, quantize_u8
 from fxquant.backends.int8.attention import fuse_attention
-from fxquant.backends.int8.backend import NAME, FxInt8Backend, kernel_report, told_forms
+from fxquant.backends.int8.backend import NAME, FxInt8Backend, kernel_report, traced_forms
 from fxquant.backends.int8.conv import IntegerConv, traced_form
 from fxquant.backends.int8.custom_ops import conv2d_op
 from fxquant.backends.int8.dynamic_linear import DynamicLinear, lower_dynamic
@@ -67,6 +67,6 @@ __all__ = [
     "kernel_report",
     "lower_dynamic",
     "quantize_u8",
-    "told_forms",
     "traced_form",
+    "traced_forms",
 ]

@@ -1,6 +1,6 @@
 """Attention written out as two products and a softmax, given back to PyTorch's fused kernel.
 
-Capturing takes attention apart so that every product has edges of its own to quantize. Where the plan leaves them in
+Capturing takes attention apart so that the edges of every product can be quantized. Where the plan leaves them in
 float, one fused call reads keys and values once and never writes the attention matrix to memory.
 """
 
@@ -21,7 +21,7 @@ LAST_TWO = ({-2, -1}, {2, 3})
 
 
 def fuse_attention(module: GraphModule) -> int:
-    """Replace `softmax(a q k') v` by one fused call in place wherever nobody else reads what lies between.
+    """Replace `softmax(a q k') v` by one fused call in place wherever nothing else reads what lies between.
 
     Returns:
         the number of attentions fused.
@@ -66,7 +66,7 @@ def _is_softmax(node: object) -> TypeGuard[Node]:
 
 
 def _scaled(node: object) -> tuple[Node | None, float]:
-    """Return a value before a constant factor that nobody else reads, and the factor."""
+    """Return a value before a constant factor that nothing else reads, and the factor."""
     if not isinstance(node, Node):
         return None, 1.0
     if node.target is aten.mul.Tensor and len(node.users) == 1:

@@ -121,14 +121,14 @@ def kernel_report(lowered: GraphModule) -> dict[str, str]:
     return report
 
 
-def told_forms(lowered: GraphModule) -> dict[str, str]:
-    """Return how a compiler is told each convolution of a lowered graph, by name; see `IntegerConv.told`."""
+def traced_forms(lowered: GraphModule) -> dict[str, str]:
+    """Return convolution of a lowered graph -> the form in which a compiler traces it; see `IntegerConv.traced_as`."""
     calls = {n.name: lowered.get_submodule(str(n.target)) for n in lowered.graph.nodes if n.op == "call_module"}
-    return {name: module.told for name, module in calls.items() if isinstance(module, IntegerConv)}
+    return {name: module.traced_as for name, module in calls.items() if isinstance(module, IntegerConv)}
 
 
 def reuse_memory(lowered: GraphModule) -> None:
-    """Let a convolution add into its second operand's memory wherever nobody reads that operand afterwards."""
+    """Let a convolution add into its second operand's memory wherever nothing reads that operand afterwards."""
     order = {node: index for index, node in enumerate(lowered.graph.nodes)}
     for node in order:
         module = lowered.get_submodule(str(node.target)) if node.op == "call_module" else None

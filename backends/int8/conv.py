@@ -20,14 +20,14 @@ CALL = 1e-4
 """Seconds that one oneDNN call costs beyond its arithmetic, and code written by a compiler does not (measured)."""
 
 PASS_PER_ELEMENT = 4.5e-10
-"""Seconds per output element that rescaling int32 sums in a pass of its own takes longer than in place (measured)."""
+"""Seconds per output element that rescaling int32 sums in a separate pass takes longer than in place (measured)."""
 
 PASS_PER_TAP = 0.8e-10
 """Seconds per output element and filter tap that a depthwise filter takes longer in fused float code (measured)."""
 
 
 def traced_form(weight: Tensor, geometry: ConvGeometry, outputs: int) -> str:
-    """Return how a compiler is told a convolution: "call", "rows" or "shifted".
+    """Return the form in which a compiler traces a convolution: "call", "rows" or "shifted".
 
     A call of oneDNN has a fixed price; a filter of one pixel is a matrix product over rows of pixels, and a depthwise
     filter is a sum of shifted images, both of which a compiler fuses with the rounding behind them.
@@ -55,7 +55,7 @@ class IntegerConv(nn.Module):
         geometry: of the 2-d convolution; one axis counts as the width.
         grids: of what it reads and writes; with an addend, `forward` takes a second operand.
         before: zeros to add at left, right, top, bottom, beyond what `geometry` pads on both sides alike.
-        form: how a compiler is told, see `traced_form`.
+        form: in which a compiler traces it, see `traced_form`.
         shape: of an input, which weights are packed for beforehand; without, a compiler calls a slower op.
         exact: take the float64 route whatever the CPU can do.
     """
@@ -88,7 +88,7 @@ class IntegerConv(nn.Module):
         self.geometry, self.grids, self.before = geometry, grids, before
         self.exact = exact or not kernels.conv_kernel_is_exact()
         self.form = "call" if self.exact or not kernels.matmul_kernel_is_exact() else form
-        #: whether the second operand is read by nobody after this, so that the sum may take its place in memory
+        #: whether the second operand is not read after this, so that the sum may take its place in memory
         self.may_overwrite = False
         self._call = OnFirstUse[ConvCall]()
         if self.form != "call":
@@ -117,8 +117,8 @@ class IntegerConv(nn.Module):
         return self.grids.out
 
     @property
-    def told(self) -> str:
-        """How a compiler is told: the form, or "sum behind" where it adds the second operand itself."""
+    def traced_as(self) -> str:
+        """The form in which a compiler traces it, or "sum behind" where it adds the second operand itself."""
         summed = self.grids.addend is not None and self._packed.weight is not None
         return "sum behind" if summed else self.form
 
@@ -156,7 +156,7 @@ class IntegerConv(nn.Module):
             if packed is None:
                 given = (self.weight, self.scales, self.bias, self.geometry, self.grids, other, self.exact)
                 return conv2d_op(x, *given)
-            # A sum costs less in the loop behind than in an op of ours, which a compiler calls through Python.
+            # A sum costs less in the loop behind than in a custom op, which a compiler calls through Python.
             grids = self.grids if other is None else ConvGrids(self.grids.source, None)
             call = kernels.onednn_conv(packed, self.scales, self.zeros, self.bias, self.geometry, grids)
             real = call(x, None)

@@ -15,7 +15,7 @@ _SHIFT = 128
 
 
 class DynamicLinear(nn.Module):
-    """A linear layer: float in and out, each row of the input on a symmetric 8-bit grid of its own.
+    """A linear layer: float in and out, each row of the input on its own symmetric 8-bit grid.
 
     `y = (q - 128) W' s_x s_w + b` with `s_x = max |x| / 127` of the row, so an image's answer does not depend on those
     beside it.

@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from fxquant.backends.base import Backend, Runtime
 from fxquant.backends.exact import BATCH, Requantization, Tracer, layer_name
-from fxquant.backends.int8.backend import NAME, FxInt8Backend, kernel_report, told_forms
+from fxquant.backends.int8.backend import NAME, FxInt8Backend, kernel_report, traced_forms
 from fxquant.backends.int8.lowered_trace import lowered_tracer
 from fxquant.backends.int8.rules import compiled_formulas, eager_formulas
 
@@ -41,7 +41,7 @@ def _formulas(module: GraphModule) -> Requantization:
 
 
 def _formulas_compiled(module: GraphModule) -> Requantization:
-    return compiled_formulas(told_forms(_EAGERLY.lower(module, BATCH)))
+    return compiled_formulas(traced_forms(_EAGERLY.lower(module, BATCH)))
 
 
 def fx_int8() -> Backend:

@@ -355,7 +355,7 @@ def as_float(sums: Tensor) -> Tensor:
 def onednn_add(a: Tensor, b: Tensor, left: ByteGrid, right: ByteGrid, out: ByteGrid) -> Tensor:
     """Return the sum of two uint8 tensors on a third grid in one pass over memory.
 
-    oneDNN has no integer sum of its own, but a 1x1 depthwise convolution with weight 1 adds one to what is there.
+    oneDNN has no integer sum, but a 1x1 depthwise convolution with weight 1 adds one to what is there.
 
     Args:
         a: uint8 `(N, C, H, W)`.

@@ -35,7 +35,7 @@ def _makers(node: Node) -> list[str]:
 
 
 def lowered_tracer(module: GraphModule, lowered: GraphModule, inductor: bool = False) -> Tracer:
-    """Return what runs a lowered graph and tells its edges.
+    """Return what runs a lowered graph and reports the integers on its edges.
 
     The edges are returned as further outputs of one graph, so that the same form runs eagerly and compiled.
 

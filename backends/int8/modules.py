@@ -40,7 +40,7 @@ class Dequantize(nn.Module):
 
 
 class IntegerAdd(nn.Module):
-    """The sum of two uint8 tensors on grids of their own, on a third grid.
+    """The sum of two uint8 tensors, each on its own grid, on a third grid.
 
     Args:
         left: grid of the first operand.
@@ -75,7 +75,7 @@ class IntegerAdd(nn.Module):
 
 
 class IntegerMul(nn.Module):
-    """The product of two uint8 tensors on grids of their own, on a third grid."""
+    """The product of two uint8 tensors, each on its own grid, on a third grid."""
 
     def __init__(self, left: ByteGrid, right: ByteGrid, out: ByteGrid) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class IntegerPad(nn.Module):
 
     Args:
         pads: integers to add before and behind each axis, the last axis first; below zero they crop.
-        value: the integer that stands for zero.
+        value: the integer of the real value 0.
     """
 
     def __init__(self, pads: tuple[int, ...], value: int) -> None:

@@ -1,4 +1,4 @@
-"""Which integer module stands for which ATen op, and what an op must look like for that."""
+"""The lowering table of fx_int8: which integer module computes each kind of op, and in which forms of the op."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 
 def scales_joined(node: Node, weight: Tensor) -> Callable[[tuple[int, ...]], bool]:
-    """Return what tells of the input's shape whether a convolution's kernel multiplies its two scales first."""
+    """Return a function of the input's shape: whether a convolution's kernel multiplies its two scales first."""
     geometry, (left, right, top, bottom) = conv_geometry(node, weight)
     out, each, *kernel = weight.shape
 
@@ -56,6 +56,7 @@ def integer_weight(module: GraphModule, node: Node) -> tuple[Tensor, Tensor] | s
     weight = constant(module, source.args[0])
     if weight is None:
         return "its weight is computed by the graph, not a parameter"
+    # Kernels sum x * w without correcting for the weight's zero-point, and rescale once per output channel.
     if bool(fake.zero_point.any()) or not fake.spec.signed or fake.spec.channel_axis not in (None, 0):
         return "integer kernels take weights on signed grids around zero with one scale per output channel"
     channels = weight.shape[0]
@@ -153,6 +154,7 @@ def _linear(call: OpCall) -> Maker | str:
     found = _parameters(call)
     if isinstance(found, str):
         return found
+    # Only the packed kernel computes an activation; without one the cheaper of the two runs.
     packed = _prefers_packed(call.node, found[0], call.batch)
     return lambda end: IntegerLinear(
         *found, call.grids[0], LinearEnd(end.out, end.activation), packed or end.activation != "none", call.exact
@@ -165,6 +167,7 @@ def _conv(call: OpCall) -> Maker | str:
         return found
     weight, node = found[0], call.node
     geometry, before = conv_geometry(node, weight)
+    # Kernels know two axes: a 1-d convolution is one over images of height 1.
     images = weight.unsqueeze(2) if weight.dim() == 3 else weight
     form = traced_form(images, geometry, call.batch * prod(shape_of(node)[1:]))
     shape = _image_shape(node, before, call.batch)
@@ -318,7 +321,7 @@ def compiled_formulas(forms: Mapping[str, str]) -> Requantization:
     """Return how the same rounds as Inductor compiles it.
 
     Args:
-        forms: name of a convolution -> how the compiler is told it, see `IntegerConv.told`.
+        forms: name of a convolution -> the form in which it is traced, see `IntegerConv.traced_as`.
     """
     rows = {
         kind: replace(row, layer=row.compiled_layer or row.layer, join=row.compiled_join or row.join)

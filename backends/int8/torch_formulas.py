@@ -145,4 +145,4 @@ FORMS: dict[str, LayerFormula] = {
     "shifted": inductor_layer,
     "sum behind": _inductor_sum_behind,
 }
-"""How a compiled convolution is told (`IntegerConv.told`) -> its formula."""
+"""Form of a compiled convolution (`IntegerConv.traced_as`) -> its formula."""

@@ -20,7 +20,7 @@ from benchmarks.data import data_folder
 from benchmarks.zoo import NETWORKS
 from fxquant import flow
 from fxquant.api import capture, prepare
-from fxquant.backends.int8 import FxInt8Backend, told_forms
+from fxquant.backends.int8 import FxInt8Backend, traced_forms
 from fxquant.backends.onnx import to_onnx
 from fxquant.cli import main
 from fxquant.core.errors import FileFormatError, OptionError, ParityError
@@ -165,7 +165,7 @@ def test_the_compiled_graph_computes_the_same_integers_in_every_form() -> None:
     program = prepare(capture(built("inverted"), images), FX_INT8)
     program = flow.calibrate(program, images)
     module = simulate(program, widest_plan(program)).module
-    forms = told_forms(FxInt8Backend().lower(module, 32))
+    forms = traced_forms(FxInt8Backend().lower(module, 32))
     assert {"rows", "shifted", "call", "sum behind"} <= set(forms.values())
     exact, _ = compare(module, images, ("compiled",)).pairs
     assert exact.first is None, exact
