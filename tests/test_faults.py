@@ -74,7 +74,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, object], 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(
-    ("strike", "code", "told"),
+    ("strike", "code", "message"),
     [
         (
             ctrl_c,
@@ -87,7 +87,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, object], 
 def test_stopped_at_a_write_and_gone_on_with_the_answer_is_the_same(
     strike: Callable[[], object],
     code: int,
-    told: str,
+    message: str,
     share: float,
     whole: tuple[dict[str, object], int],
     tmp_path: Path,
@@ -101,7 +101,7 @@ def test_stopped_at_a_write_and_gone_on_with_the_answer_is_the_same(
         assert fault.count == fault.at
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
-    assert re.match(told, said[0])
+    assert re.match(message, said[0])
     assert UNFINISHED not in said[0]
     assert not (folder / "result.json").exists()
     assert not list(folder.rglob(f"{UNFINISHED}*"))
@@ -126,7 +126,7 @@ def test_a_workdir_that_cannot_be_written_is_found_before_the_work(tmp_path: Pat
     ):
         code = main(arguments)
         said = capsys.readouterr().err
-        # A model that fails, or a result that is none, would have been told of had the work begun.
+        # Had the work begun, the failing model or the missing result would have been reported.
         assert (code, "cannot write" in said) == (1, True) if arguments[0] == "quantize" else code == 2
     with pytest.raises(fxquant.FxquantError, match="cannot write"):
         fxquant.quantize(small(), iter([ctrl_c]), None, workdir=place)
@@ -134,11 +134,11 @@ def test_a_workdir_that_cannot_be_written_is_found_before_the_work(tmp_path: Pat
 
 def test_scores_of_another_version_name_both(tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "scores").mkdir()
-    for version, told in ((1, "an older fxquant wrote it"), (99, "a newer fxquant wrote it")):
+    for version, message in ((1, "an older fxquant wrote it"), (99, "a newer fxquant wrote it")):
         write_json(tmp_path / "scores" / "identity.json", "scores", version, {})
         assert main(command(tmp_path, "--resume")) == 2
         said = capsys.readouterr().err
-        assert f"format version {version}, this fxquant reads 2; {told}" in said
+        assert f"format version {version}, this fxquant reads 2; {message}" in said
         assert "use another workdir, or remove" in said
 
 
@@ -148,10 +148,10 @@ def test_without_cbc_the_summary_and_the_report_say_so(monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", "/nowhere")
     result = fxquant.resolve(known, fxquant.Budget(average_bits=5.0), progress=False)
     assert result.allocation.choices == known.allocation.choices
-    told = "CBC failed (PuLP finds no CBC program; reinstall pulp, whose wheel brings one)"
-    assert told in " ".join(result.summary().split())
+    message = "CBC failed (PuLP finds no CBC program; reinstall pulp, whose wheel brings one)"
+    assert message in " ".join(result.summary().split())
     result.save(tmp_path)
-    assert told in " ".join(fxquant.load(tmp_path).summary().split())
+    assert message in " ".join(fxquant.load(tmp_path).summary().split())
     assert "CBC" not in known.summary()
 
 

@@ -45,7 +45,7 @@ def test_debug_before_or_after_the_command() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ((), "command"),
         (("quantize",), "see fxquant quantize --help"),
@@ -53,6 +53,6 @@ def test_debug_before_or_after_the_command() -> None:
         (("bench", "x", "--rounds", "many"), "many"),
     ],
 )
-def test_refused(arguments: tuple[str, ...], told: str) -> None:
-    with pytest.raises(OptionError, match=told):
+def test_refused(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         parsed(*arguments)

@@ -20,12 +20,14 @@ def test_it_says_what_it_is_about_to_do_and_goes_on(tmp_path: Path, capsys: Capt
     out, work = tmp_path / "out", tmp_path / "work"
     arguments = ["analyze", *MODEL, "--output", str(out), "--workdir", str(work), "--estimators", "pairs, gram"]
     assert main(arguments) == 0
-    summary, told = capsys.readouterr()
+    summary, printed = capsys.readouterr()
     assert "layers quantized" in summary
-    start = told.index("9 candidates, 9 perturbations to measure on 18 images with pairs, gram; batch size 18; memory:")
-    assert start < told.index("score single choices: 1 cells, 0 already finished")
-    assert told.index("score pairs of choices: 6 cells, 0 already finished") < told.index("choices: 6 of 6 in ")
-    assert re.search(r"memory: \d+\.\d MB of kept activations \(twice for pairs\), \d+\.\d MB while running", told)
+    start = printed.index(
+        "9 candidates, 9 perturbations to measure on 18 images with pairs, gram; batch size 18; memory:"
+    )
+    assert start < printed.index("score single choices: 1 cells, 0 already finished")
+    assert printed.index("score pairs of choices: 6 cells, 0 already finished") < printed.index("choices: 6 of 6 in ")
+    assert re.search(r"memory: \d+\.\d MB of kept activations \(twice for pairs\), \d+\.\d MB while running", printed)
     assert list(fxquant.load(out).program[Surrogates].matrices) == ["pairs", "gram"]
     assert not (out / "scores").exists()
     assert len(list((work / "scores").glob("*.npz"))) == 7
@@ -45,9 +47,9 @@ def test_stale_scores_are_refused_by_what_changed(
     arguments = ["analyze", *MODEL, "--output", str(tmp_path), "--effort", "fast", "--quiet", "--resume"]
     assert main(arguments) == 0
     assert main([*arguments, *more]) == 2
-    told = capsys.readouterr().err
-    assert re.search(rf"were made with another [a-z, ]*\b{field}\b", told)
-    assert "model" not in told.split("another ")[1].split(";")[0]
+    printed = capsys.readouterr().err
+    assert re.search(rf"were made with another [a-z, ]*\b{field}\b", printed)
+    assert "model" not in printed.split("another ")[1].split(";")[0]
 
 
 def test_one_analysis_gives_a_plan_for_each_budget(tmp_path: Path, capsys: Captured) -> None:

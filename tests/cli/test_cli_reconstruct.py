@@ -44,7 +44,7 @@ def test_elsewhere_leaves_the_saved_one_as_it_was(saved: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--rounding", "gptk"], "unknown rounding 'gptk' (did you mean 'gptq'?)"),
         (["--rounding", "adaround", "--rounding-option", "iteration=5"], "did you mean 'iterations'?"),
@@ -52,8 +52,8 @@ def test_elsewhere_leaves_the_saved_one_as_it_was(saved: Path, tmp_path: Path) -
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(
-    saved: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    saved: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _ = capsys.readouterr()
     assert main(["reconstruct", str(saved), "--calibration", IMAGES, *arguments, "--quiet"]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -50,9 +50,9 @@ def files(place: Path) -> list[str]:
 def failure(arguments: list[str], code: int, capsys: Captured) -> str:
     """Run a command that must fail and return its one line on stderr, behind those of the stages it came through."""
     assert main(arguments) == code
-    told = capsys.readouterr()
-    assert told.out == ""
-    *stages, last = told.err.splitlines()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    *stages, last = printed.err.splitlines()
     assert last.startswith("fxquant: error: ")
     assert all(re.search(r": \d+ of \d+ in |cells, |candidates, ", line) for line in stages), stages
     return last
@@ -62,11 +62,11 @@ def test_quantize_writes_everything_and_prints_the_summary(tmp_path: Path, capsy
     out = tmp_path / "new" / "out"
     arguments = ["quantize", *scoring(out), *BUDGET, "--target", "onnxruntime", "--pin", "st*=W8A8"]
     assert main(arguments) == 0
-    told = capsys.readouterr()
-    assert "3 of 3 layers quantized" in told.out
-    assert str(out / "model.onnx") in told.out
+    printed = capsys.readouterr()
+    assert "3 of 3 layers quantized" in printed.out
+    assert str(out / "model.onnx") in printed.out
     # No terminal watches: a line for each stage.
-    assert re.search(r"^calibrate: \d+ of \d+ in [\d.]+ s$", told.err, re.MULTILINE)
+    assert re.search(r"^calibrate: \d+ of \d+ in [\d.]+ s$", printed.err, re.MULTILINE)
     assert {"plan.json", "model.onnx", "report.html", "report.json", "result.json", "scores"} <= set(files(out))
     result = fxquant.load(out)
     assert result.allocation.choices["stem"] == Choice(8, 8)
@@ -137,9 +137,9 @@ def test_a_plan_edited_in_place_loses_the_solvers_claims(folder: Path) -> None:
 
 def test_bench_and_report_keep_what_was_measured(folder: Path, tmp_path: Path, capsys: Captured) -> None:
     assert main(["bench", str(folder), "--rounds", "2", "--threads", "1"]) == 0
-    told = capsys.readouterr().out
-    assert "float" in told
-    assert "mixed" in told
+    printed = capsys.readouterr().out
+    assert "float" in printed
+    assert "mixed" in printed
     other = tmp_path / "page"
     assert main(["report", str(folder), "--output", str(other)]) == 0
     assert files(other) == ["report.html", "report.json"]
@@ -169,7 +169,7 @@ def test_corrupt_files_are_bad_input(folder: Path, capsys: Captured) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "loader", "told"),
+    ("model", "loader", "message"),
     [
         ("branching", "images", "does not export"),
         ("not_finite", "images", "'body.weight' holds 216 values that are NaN"),
@@ -189,15 +189,15 @@ def test_corrupt_files_are_bad_input(folder: Path, capsys: Captured) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
-    model: str, loader: str, told: str, tmp_path: Path, capsys: Captured
+    model: str, loader: str, message: str, tmp_path: Path, capsys: Captured
 ) -> None:
     arguments = ["quantize", *scoring(tmp_path / "a" / "out", model, loader), *BUDGET]
-    assert told in failure(arguments, 2, capsys)
+    assert message in failure(arguments, 2, capsys)
     assert files(tmp_path) == []
 
 
 @pytest.mark.parametrize(
-    ("more", "code", "told"),
+    ("more", "code", "message"),
     [
         (["--budget", "average_bits=1"], 3, "reachable: 2 to 8"),
         (["--budget", "bits=1"], 2, "'bits=1' is not understood"),
@@ -212,9 +212,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         ([*BUDGET, "--mean", "0,0"], 2, "1 or 3 channels"),
     ],
 )
-def test_bad_options_leave_nothing(more: list[str], code: int, told: str, tmp_path: Path, capsys: Captured) -> None:
+def test_bad_options_leave_nothing(more: list[str], code: int, message: str, tmp_path: Path, capsys: Captured) -> None:
     arguments = ["quantize", *scoring(tmp_path / "out"), *more]
-    assert told in failure(arguments, code, capsys)
+    assert message in failure(arguments, code, capsys)
     assert files(tmp_path) == []
 
 
@@ -228,14 +228,14 @@ def test_help_names_every_command(capsys: Captured) -> None:
     with pytest.raises(SystemExit) as done:
         main(["--help"])
     assert done.value.code == 0
-    told = capsys.readouterr().out
-    assert all(command in told for command in cli.COMMANDS)
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in cli.COMMANDS)
 
 
 def test_unwritable_output_is_found_before_the_work(tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "file").write_text("")
-    told = failure(["quantize", *scoring(tmp_path / "file" / "out", model="failing"), *BUDGET], 1, capsys)
-    assert "cannot write" in told
+    message = failure(["quantize", *scoring(tmp_path / "file" / "out", model="failing"), *BUDGET], 1, capsys)
+    assert "cannot write" in message
     assert files(tmp_path) == ["file"]
 
 
@@ -271,8 +271,8 @@ def test_interrupt_and_unexpected_failure(tmp_path: Path, capsys: Captured, monk
     for name in ("a.npz", ".unfinished-b.npz", "identity.json"):
         (tmp_path / "scores" / name).touch()
     assert main(["analyze", *scoring(tmp_path)]) == 130
-    told = f"fxquant: stopped; 1 finished parts are kept in {tmp_path}: --resume goes on from there\n"
-    assert capsys.readouterr().err == told
+    message = f"fxquant: stopped; 1 finished parts are kept in {tmp_path}: --resume goes on from there\n"
+    assert capsys.readouterr().err == message
     (tmp_path / "rounding" / "deep").mkdir(parents=True)
     (tmp_path / "rounding" / "deep" / "unit.npz").touch()
     assert main(["reconstruct", str(tmp_path), "--calibration", "tests.small:images"]) == 130

@@ -76,13 +76,13 @@ def test_arrays_that_are_none(tmp_path: Path) -> None:
     np.savez(tmp_path / "archive.npz", x=np.zeros(3))
     (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
-    for name, told in {
+    for name, message in {
         "labels.npz": "no arrays but labels",
         "objects.npy": "objects.npy is not a readable npy",
         "archive.npy": "call it .npz",
         "cut.npz": "cut.npz",
     }.items():
-        with pytest.raises(FxquantError, match=told):
+        with pytest.raises(FxquantError, match=message):
             load_calibration(str(tmp_path / name), SIZE, 8)
 
 

@@ -29,14 +29,14 @@ def test_our_own_file_on_the_terminal(tmp_path: Path, capsys: Captured) -> None:
     path = tmp_path / "own.onnx"
     result.to_onnx(path)
     assert main(["inspect", str(path)]) == 0
-    told, errors = capsys.readouterr()
+    printed, errors = capsys.readouterr()
     assert errors == ""
-    assert "3 of 3 layers with weights in integers: 1 by QGemm, 2 by QLinearConv" in told
-    assert "plan of 3 layers: " in told
-    assert "input x: FLOAT batch x 1 x 8 x 8" in told
-    assert "producer: fxquant" in told
-    assert "in float" not in told
-    assert max(map(len, told.splitlines()[1:])) <= 100
+    assert "3 of 3 layers with weights in integers: 1 by QGemm, 2 by QLinearConv" in printed
+    assert "plan of 3 layers: " in printed
+    assert "input x: FLOAT batch x 1 x 8 x 8" in printed
+    assert "producer: fxquant" in printed
+    assert "in float" not in printed
+    assert max(map(len, printed.splitlines()[1:])) <= 100
 
 
 def test_json_holds_everything(tmp_path: Path, capsys: Captured) -> None:
@@ -55,9 +55,9 @@ def test_json_holds_everything(tmp_path: Path, capsys: Captured) -> None:
 def test_layers_in_float_come_with_the_reason(tmp_path: Path, capsys: Captured) -> None:
     path = write(quantized_net(input_quantized=False), tmp_path)
     assert main(["inspect", str(path), "--no-runtime"]) == 0
-    told = capsys.readouterr().out
-    assert "0 of 1 layers with weights in integers" in told
-    assert "  Conv 1 (Conv): its input is not quantized" in told
+    printed = capsys.readouterr().out
+    assert "0 of 1 layers with weights in integers" in printed
+    assert "  Conv 1 (Conv): its input is not quantized" in printed
     assert main(["inspect", str(write(quantized_net(), tmp_path)), "--no-runtime"]) == 0
     assert (
         "0 of 1 layers with weights in integers\n1 quantized in the file; ONNX Runtime was not"
@@ -79,10 +79,10 @@ def test_names_cannot_rewrite_the_terminal(tmp_path: Path, capsys: Captured) -> 
     made.opset_import.add(domain=HOSTILE, version=1)
     path = write(made, tmp_path)
     assert main(["inspect", str(path)]) == 0
-    told = capsys.readouterr().out
-    assert clean(told)
-    assert "plan of 1 layers: 1 x W4A8" in told
-    assert max(map(len, told.splitlines())) <= 400
+    printed = capsys.readouterr().out
+    assert clean(printed)
+    assert "plan of 1 layers: 1 x W4A8" in printed
+    assert max(map(len, printed.splitlines())) <= 400
     assert main(["inspect", str(path), "--json"]) == 0
     raw = capsys.readouterr().out
     assert clean(raw)
@@ -105,16 +105,16 @@ def test_a_damaged_plan_is_noted(plan: str, tmp_path: Path) -> None:
 def test_long_lists_are_cut(tmp_path: Path) -> None:
     names = [f"v{k}" for k in range(SHOWN + 6)]
     nodes = [onnx.helper.make_node("Conv", [a, "w"], [b]) for a, b in zip(["x", *names], [*names, "y"], strict=True)]
-    told = as_text(inspect(write(model(nodes, [stored("w", [[[[1.0]]]])]), tmp_path), runtime=False))
-    assert f"in float ({SHOWN + 7}):" in told
-    assert "... and 7 more; --json has all" in told
-    assert len(told.splitlines()) < SHOWN + 20
+    printed = as_text(inspect(write(model(nodes, [stored("w", [[[[1.0]]]])]), tmp_path), runtime=False))
+    assert f"in float ({SHOWN + 7}):" in printed
+    assert "... and 7 more; --json has all" in printed
+    assert len(printed.splitlines()) < SHOWN + 20
 
 
 def test_nothing_but_activations(tmp_path: Path) -> None:
-    told = as_text(inspect(write(model([onnx.helper.make_node("Relu", ["x"], ["y"])], []), tmp_path)))
-    assert "no operator with a weight" in told
-    assert "stored as" not in told
+    printed = as_text(inspect(write(model([onnx.helper.make_node("Relu", ["x"], ["y"])], []), tmp_path)))
+    assert "no operator with a weight" in printed
+    assert "stored as" not in printed
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage", quantized_net().SerializeToString()[:90]])
@@ -122,7 +122,7 @@ def test_what_is_no_model_is_one_line(data: bytes, tmp_path: Path, capsys: Captu
     path = tmp_path / "net.onnx"
     path.write_bytes(data)
     assert main(["inspect", str(path)]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith(f"fxquant: error: {path} ")
-    assert told.err.count("\n") == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"fxquant: error: {path} ")
+    assert printed.err.count("\n") == 1
