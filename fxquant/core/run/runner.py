@@ -105,6 +105,7 @@ class Runner:
         def fetch(node: Node) -> Any:
             return values[node] if node in values else fallback[node]
 
+        # Where everything is kept, as in most replays of a sweep of pairs, the last readers need not be found.
         last = {} if keep is None else last_read(order)
         for node in order:
             values[node] = self.value_of(node, fetch, functions)

@@ -48,7 +48,9 @@ class Prefix:
         self.module = module
         self._runner = Runner(module)
         self._position = self._runner.position
-        self._last_reader = {n: max(map(self._position.__getitem__, n.users), default=-1) for n in self._runner.nodes}
+        # A value that no node reads is kept: `value` may ask for it.
+        never = len(self._position)
+        self._last_reader = {n: max((self._position[user] for user in n.users), default=never) for n in self._position}
         self._next = 0
         self._settled: dict[str, Callable[[Tensor], Tensor]] = {}
         #: values that no image reaches, one for all batches
@@ -99,12 +101,9 @@ class Prefix:
         runner = self._runner
         ahead = [node for node in runner.nodes[self._next : stop] if node.op not in ("placeholder", "output")]
         self._next = max(self._next, stop)
-        if not ahead:
-            return
 
         def keep(node: Node) -> bool:
-            # The last node is what `value` asks for, even if no node reads it.
-            return node is ahead[-1] or self._last_reader[node] >= stop
+            return self._last_reader[node] >= stop
 
         with torch.no_grad():
             runner.run([node for node in ahead if node not in runner.varying], self._constants, None, self._settled)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxquant.core.errors import CalibrationError, OptionError
+from fxquant.core.errors import CalibrationError
 from fxquant.core.run import DENSE_LIMIT, OBSERVERS, MinMaxObserver, MovingAverageObserver, PercentileObserver
 
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -114,8 +114,3 @@ def test_percentile_cuts_the_tails_only() -> None:
     seen = plain.histogram()
     assert seen.minimum <= 3.0 <= seen.maximum + 1e-9
     assert np.isclose(seen.maximum, 3.0)
-
-
-def test_unknown_observer() -> None:
-    with pytest.raises(OptionError, match=r"unknown observer 'minmx' \(did you mean 'minmax'\?\)"):
-        OBSERVERS["minmx"]

@@ -51,17 +51,6 @@ def test_responses_are_directional_derivatives(name: str, widths: tuple[int, ...
     assert (found - expected).abs().max() < 0.2 * scale
 
 
-def test_a_node_without_quantizer_keeps_its_own_gradient() -> None:
-    """The value that a layer reads is also read by the residual add: only the layer's share may count."""
-    images = CalibrationSet(inputs("residual", 4))
-    each = scorer(simulated("residual"), images)
-    tape = Tape(each, Batch(0, images))
-    gradients = tape.gradients(torch.ones_like(tape.answer))
-    names = {node.name for node in each.program.module.graph.nodes}
-    assert set(gradients) <= names
-    assert all(torch.isfinite(g).all() for g in gradients.values())
-
-
 def test_around_a_plan_the_standing_weights_do_not_move() -> None:
     program, images = simulated("plain"), CalibrationSet(inputs("plain", 4))
     plan = BitAllocation({site.name: Choice(4, 8) for site in program[Sites].sites})

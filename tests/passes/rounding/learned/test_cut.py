@@ -7,20 +7,13 @@ from fxquant.passes.rounding.learned import Cut, answer_of, feature_of, find_uni
 from tests.programs import calibrated, uniform
 
 
-def test_answer_and_feature_of_a_residual_network() -> None:
-    program = calibrated("residual")
-    simulated = InsertFakeQuant(round_biases=False)(program.with_facts(BitAllocation(uniform(program, 4))))
-    module, sites = simulated.module, program[Sites].sites
-    assert answer_of(module) == "linear"
-    assert feature_of(module, sites) == "quantize_mean"
-    assert feature_of(module, sites[:1]) is None
-
-
 def test_a_suffix_returns_what_is_asked_for_and_the_last_unit_has_none() -> None:
     program = calibrated("residual")
     simulated = InsertFakeQuant(round_biases=False)(program.with_facts(BitAllocation(uniform(program, 4))))
-    module = simulated.module
-    units = find_units(module, program[Sites].sites)
+    module, sites = simulated.module, program[Sites].sites
+    assert (answer_of(module), feature_of(module, sites)) == ("linear", "quantize_mean")
+    assert feature_of(module, sites[:1]) is None
+    units = find_units(module, sites)
     first, last = (Cut(module, units, index, ("linear", "quantize_mean")) for index in (0, len(units) - 1))
     assert first.suffix is not None
     assert set(first.suffix.outputs) == {"linear", "quantize_mean"}
