@@ -58,3 +58,13 @@ def test_the_effort_fills_in_what_is_not_given() -> None:
     best = EFFORTS["best"]
     assert (settled.estimators, settled.refine_moves) == (best.estimators, best.refine_moves)
     assert (settled.rounds, settled.rounding) == (7, "nearest")
+
+
+def test_settings_that_an_earlier_result_holds_are_read() -> None:
+    searched = {"bits": [4, 8], "pins": {"fc": "W8A8"}, "forbid": {"conv": ["W2A8", "float"]}, "keep_float": ["head"]}
+    measured = {"estimators": ["gram"], "refine_moves": 16, "rounds": 1, "rounding": "gptq", "loss": None}
+    saved = searched | measured
+    read = Settings.of(saved)
+    assert read.forbid == {"conv": (Choice(2, 8), Choice(32, 32))}
+    assert read.settled() == read
+    assert saved.items() <= read.to_json().items()
