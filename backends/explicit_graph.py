@@ -75,7 +75,7 @@ def _lower_weight(
         # The quantizer's own output decides, so that learned rounding is kept to the last bit.
         rounded = quantizer(tensor_at(module, path).detach())
         scale = quantizer.scale.detach().clone()
-    # A reader whose bias needs coarser weights gets some of its own: to another reader they may be all there is.
+    # A layer whose bias needs coarser weights gets a copy; a shared weight would lose precision for other layers.
     made: list[tuple[Tensor, Node]] = []
     for user in list(node.users):
         wide = torch.maximum(scale, _needed_scale(module, user, scale, quantizers))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 EDGE = "edge"
-"""Key of a node's meta under which the name of the simulated quantizer stands whose integers it makes."""
+"""Key of a node's meta: name of the simulated quantizer whose integers the node makes."""
 
 INT32_LIMIT = 2**30
 """Largest quantized bias: half the range of int32, the other half is left to the products."""
@@ -36,7 +36,7 @@ def dequantize_channels(q: Tensor, scale: Tensor, axis: int, bits: int) -> Tenso
         q: int8 weights, or an int32 bias.
         scale: shape `(q.shape[axis],)`.
         axis: axis that counts channels.
-        bits: width of the grid the integers lie on; arithmetic ignores it, storage may use it.
+        bits: width of the grid of the integers; arithmetic ignores it, storage may use it.
     """
     del bits
     shape = [1] * q.dim()

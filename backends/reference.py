@@ -42,7 +42,7 @@ def _compile(module: GraphModule, inputs: tuple[Tensor, ...], threads: int | Non
 
 
 def reference() -> Backend:
-    """Return what computes every op of the op table that has a grid of its own, but products of two activations."""
+    """Return what computes every op of the op table that has its own grid, except products of two activations."""
     rows = _rows("runtimes compute products of two activations at float speed")
     return _in_float(target_of("reference", rows, WIDTHS, WIDTHS, STORAGE_BITS))
 

@@ -45,13 +45,12 @@ def check_packages(target: str | Path | Target) -> None:
 
 @contextmanager
 def output_folder(folder: Path, resume: bool = False, writer: bool = True) -> Iterator[Path]:
-    """Make a folder and try to write to it; folders made here that are still empty go away if the block fails.
+    """Make a folder and check that it can be written; if the block fails, empty folders made here are removed.
 
     Args:
         folder: where results will be written.
-        resume: take a folder that already holds a result or scores.
-        writer: hold the folder against other runs, and clear away what killed ones left; False for those that only
-            help the one that does.
+        resume: accept a folder that already holds a result or scores.
+        writer: lock the folder and remove what killed runs left; False for processes that only share the scoring.
 
     Raises:
         OptionError: the folder holds an earlier result and `resume` is False.
@@ -70,12 +69,12 @@ def output_folder(folder: Path, resume: bool = False, writer: bool = True) -> It
             if earlier and not resume:
                 raise OptionError(
                     f"{folder} holds {' and '.join(earlier)} of an earlier run; "
-                    "give --resume to go on with its scores and replace its results, or another folder"
+                    "give --resume to continue from its scores and replace its results, or another folder"
                 )
             yield folder
     except BaseException:
         for place in missing:
-            # Another process may be quicker, or put something in.
+            # Another process may have removed it, or written to it.
             with suppress(OSError):
                 place.rmdir()
         raise
@@ -92,11 +91,11 @@ def write_outputs(result: Result, folder: Path, extras: Mapping[str, Any] | None
         extras: measurements for the report.
 
     Returns:
-        The files a person will look for.
+        The main files.
 
     Raises:
         OutputError: the folder cannot be written.
-        LoweringError: an op has no ONNX form.
+        LoweringError: an op has no form in the file.
         MissingDependencyError: a package for the outputs is missing.
     """
     measured, runtime = dict(extras or {}), backend(result.program[Target])

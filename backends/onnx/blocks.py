@@ -73,7 +73,7 @@ def block_weights(weight: Tensor, block: int, bits: int) -> tuple[Tensor, Tensor
 def to_blocks(module: GraphModule, patterns: Sequence[str], block: int) -> tuple[GraphModule, tuple[str, ...]]:
     """Return a simulated graph with the named linear layers on blocks, and their names.
 
-    Their float weights are rounded anew: blocks are finer than channels, so the squared error of a layer's weights
+    Their float weights are rounded again: blocks are finer than channels, so the squared error of a layer's weights
     does not grow. Their inputs stay float, unless an integer kernel makes them.
 
     Args:

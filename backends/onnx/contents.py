@@ -1,4 +1,4 @@
-"""What an ONNX file holds, whoever made it: operators, stored types, and what ONNX Runtime would run in integers."""
+"""What any ONNX file holds: operators, stored types, and what ONNX Runtime would run in integers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INTEGER |= {"MatMulNBits": 1, "DynamicQuantizeMatMul": 1, "MatMulIntegerToFloat"
 FLOAT = {"LSTM": 1, "GRU": 1, "RNN": 1, "Attention": 1, "FusedConv": 1, "FusedGemm": 1, "FusedMatMul": 1}
 """Operator with a weight that has no integer form here -> the input that holds it."""
 CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
-EXTERNAL = "weights lie in external files"
+EXTERNAL = "weights are in external files"
 
 
 @dataclass(frozen=True)
@@ -251,15 +251,15 @@ def _layer(node: onnx.NodeProto, origins: Origins, names: Mapping[str, str]) -> 
     if place is None:
         return None
     weight, read = origins.of(node.input[place]), origins.of(node.input[1 - place if len(slots) == 2 else 0])
-    name, told = names.get(node.name, node.name) or node.op_type, weight.quantized or weight.stored or "?"
+    name, stored = names.get(node.name, node.name) or node.op_type, weight.quantized or weight.stored or "?"
     if node.op_type in INTEGER:
-        return Layer(name, node.op_type, told, "UINT8", node.op_type, None)
+        return Layer(name, node.op_type, stored, "UINT8", node.op_type, None)
     if node.op_type in FLOAT:
-        return Layer(name, node.op_type, told, read.quantized, "float", f"{node.op_type} has no integer form here")
+        return Layer(name, node.op_type, stored, read.quantized, "float", f"{node.op_type} has no integer form here")
     reason = _why_float(node, weight, read, origins)
     if node.name not in names:
         reason = reason or "it is inside a branch or a function, where ONNX Runtime's kernels are not looked at"
-    return Layer(name, node.op_type, told, read.quantized, None, reason)
+    return Layer(name, node.op_type, stored, read.quantized, None, reason)
 
 
 def _why_float(node: onnx.NodeProto, weight: Origin, read: Origin, origins: Origins) -> str | None:

@@ -85,7 +85,7 @@ def _model(
 ) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """Return the model, and the layers on blocks."""
     blocks, weight_only = to_blocks(module, options.weight_only, options.block_size)
-    # OpenVINO computes a layer in float where a reshape stands between it and a residual sum.
+    # OpenVINO computes a layer in float where a reshape separates it from a residual sum.
     for_openvino = options.runtime == "openvino"
     qdq = fuse_integers(to_qdq(blocks), matrices=not for_openvino)
     if for_openvino:
@@ -166,9 +166,9 @@ def _value_info(node: Node, name: str) -> onnx.ValueInfoProto:
     try:
         kind = helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=node.meta["val"].dtype).numpy().dtype)
     except TypeError as error:
-        told = str(node.meta["val"].dtype).removeprefix("torch.")
+        dtype = str(node.meta["val"].dtype).removeprefix("torch.")
         raise LoweringError(
-            f"input or output {name!r} of the model is {told}, which ONNX Runtime takes from nobody here; "
+            f"input or output {name!r} of the model is {dtype}, which the ONNX Runtime backend does not support; "
             "let the model take and return float32"
         ) from error
     return helper.make_tensor_value_info(name, kind, shape)

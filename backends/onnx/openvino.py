@@ -24,7 +24,7 @@ def readable_storage(storage_bits: Mapping[int, int]) -> dict[int, int]:
 
 
 def add_biases(module: GraphModule) -> GraphModule:
-    """Add the bias of each integer convolution in a node of its own, in place, and return the module.
+    """Add the bias of each integer convolution in a separate node, in place, and return the module.
 
     OpenVINO 2026.4 loses a bias given to Conv itself where the quantized output goes to a float operator (DeiT's patch
     embedding: answers wrong by 10 of a range of 14). Written as an addition it is kept, at the same speed.

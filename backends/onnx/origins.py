@@ -36,7 +36,7 @@ STEPS = 16
 
 @dataclass(frozen=True)
 class Origin:
-    """What stands in front of one input of a node.
+    """Where the value of one input of a node comes from.
 
     Args:
         stored: element type of the initializer, None where the value is computed.
@@ -141,6 +141,6 @@ class Origins:
 
 
 def type_name(code: int) -> str:
-    """Return `INT4` for the number that stands for it in a file, `type 99` for one that nobody knows."""
+    """Return the name of an ONNX type number, for example `INT4`; `type 99` for an unknown one."""
     known: Iterable[tuple[str, int]] = TensorProto.DataType.items()
     return next((name for name, value in known if value == code), f"type {code}")

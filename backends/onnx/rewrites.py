@@ -46,7 +46,7 @@ def padded_conv(
 
 
 def pad_integers(q: Tensor, pad: list[int], zero_point: Tensor) -> Tensor:
-    """Return a quantized tensor padded with the integer that stands for zero; `pad` as in torch.nn.functional.pad."""
+    """Return a quantized tensor padded with its zero-point; `pad` as in torch.nn.functional.pad."""
     return functional.pad(q.to(torch.int32), pad, value=int(zero_point)).to(q.dtype)
 
 
@@ -249,7 +249,7 @@ def _same_grid_nodes(quantizer: Node, dequantizer: Node) -> bool:
 def _bar(node: Node) -> None:
     """Put a barrier between a float layer and the quantizer behind it.
 
-    ONNX Runtime quantizes a float layer that stands between DequantizeLinear and QuantizeLinear to int8 with one scale
+    ONNX Runtime quantizes a float layer between DequantizeLinear and QuantizeLinear to int8 with one scale
     per tensor, unasked; a layer that is kept in float must stay so.
     """
     weight = node.args[1]

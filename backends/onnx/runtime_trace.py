@@ -1,7 +1,7 @@
 """What ONNX Runtime computes on every quantized edge.
 
-Further outputs of a QDQ model would stop the fusions that they ask about. So the runtime optimizes first: its graph,
-with operators fused and integers between them, is written out, gets the edges as outputs, and runs unoptimized. The
+Further outputs of a QDQ model would prevent the fusions to be observed. So the runtime optimizes first: its graph, with
+operators fused and integers between them, is written out, gets the edges as outputs, and runs unoptimized. The
 last level of optimization is left out, for it only changes the layout and drops the names; that this changes no answer
 is checked on every run.
 """
@@ -27,7 +27,7 @@ ROUNDING = 1e-5
 
 
 def onnx_tracer(model: bytes, names: Mapping[str, str], threads: int | None = None) -> Tracer:
-    """Return what runs a QDQ model and tells its edges; edges whose value the optimizer dropped are left out.
+    """Return what runs a QDQ model and reports its edges, without those whose value the optimizer dropped.
 
     Args:
         model: the file.
@@ -45,10 +45,10 @@ def onnx_tracer(model: bytes, names: Mapping[str, str], threads: int | None = No
     def run(inputs: tuple[Tensor, ...]) -> Trace:
         arrays = {n: t.detach().cpu().contiguous().numpy() for n, t in zip(entries, inputs, strict=True)}
         answers = [np.asarray(answer) for answer in session.run(results, arrays)]
-        told = watched.run([*results, *edges.values()], arrays)
-        # Names that tell nothing about the run at hand are worse than none.
-        same = all(_alike(one, other) for one, other in zip(answers, told, strict=False))
-        integers = told[len(results) :]
+        watched_answers = watched.run([*results, *edges.values()], arrays)
+        # If the answers differ, the names in the fused graph do not describe this run.
+        same = all(_alike(one, other) for one, other in zip(answers, watched_answers, strict=False))
+        integers = watched_answers[len(results) :]
         found = dict(zip(edges, map(torch.from_numpy, integers), strict=True)) if same else {}
         for name, size in blocks.items():
             if name in found:

@@ -159,7 +159,7 @@ def _select(lowering: Lowering, node: Node) -> str | None:
 )
 def _reshape(lowering: Lowering, node: Node) -> str | None:
     shape = static_shape(node)
-    # One unknown size is what -1 stands for; an empty tensor would make it ambiguous.
+    # -1 means one unknown size; an empty tensor would make it ambiguous.
     if shape.count(-1) > 1 or 0 in shape:
         return None
     return lowering.write(node, "Reshape", [lowering.value(node.args[0]), lowering.integers(shape)])

@@ -1,6 +1,6 @@
 """Writes ops through PyTorch's own ONNX exporter, so that every op it knows is covered.
 
-The exporter needs seconds to start, so all nodes that need it are exported in one call, each as a piece of its own.
+The exporter needs seconds to start, so all nodes that need it are exported in one call, each as a separate piece.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Piece:
     Args:
         nodes: in order.
         constants: what they read besides the inputs.
-        inputs: name of an input -> FX node whose value it stands for.
+        inputs: name of an input -> FX node whose value it is.
         outputs: names of the results, one per tensor the node returns.
 
     Raises:

@@ -160,7 +160,7 @@ def _axes(conv: Node, quantizer: Node, weight: Node) -> tuple[Axis, Axis] | None
 
 
 def _replace_weight(module: GraphModule, stored: Node, axes: tuple[Axis, Axis]) -> None:
-    """Lay the integers out anew under their old name, by which the file calls the layer."""
+    """Replace the integers by their blocked layout under the old name, by which the file calls the layer."""
     path = str(stored.target)
     laid_out = block_weight(tensor_at(module, path), *axes)
     *parents, leaf = path.split(".")

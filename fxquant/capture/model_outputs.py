@@ -12,7 +12,7 @@ from torch import Tensor
 from fxquant.core.errors import CaptureError
 
 ANSWER = "logits"
-"""Entry of a dictionary that is the answer, whatever stands before it."""
+"""Entry of a dictionary that is the answer, wherever it is in the dictionary."""
 
 
 def plain_answer(output: Any) -> Any:

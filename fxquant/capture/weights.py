@@ -27,9 +27,9 @@ def check_storage(model: nn.Module) -> None:
     """
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     for name, tensor in {**parameters, **buffers}.items():
-        for has_fault, told in FAULTS:
+        for has_fault, fault in FAULTS:
             if has_fault(tensor):
-                raise CaptureError(f"weight {name!r} {told}")
+                raise CaptureError(f"weight {name!r} {fault}")
     for name, tensor in parameters.items():
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             kind = str(tensor.dtype).removeprefix("torch.")

@@ -71,7 +71,7 @@ def as_text(document: dict[str, Any]) -> str:
 def _head(document: dict[str, Any]) -> str:
     opsets = ", ".join(f"{domain} {version}" for domain, version in document["opsets"].items())
     lines = [
-        f"{document['path']}: {bytes_text(document['bytes'])}, opset {opsets or 'not said'}, "
+        f"{document['path']}: {bytes_text(document['bytes'])}, opset {opsets or 'unknown'}, "
         f"IR {document['ir_version']}, producer: {document['producer'] or 'unknown'}"
     ]
     for word, values in (("input", document["inputs"]), ("output", document["outputs"])):
@@ -122,7 +122,7 @@ def _layers(document: dict[str, Any]) -> str:
     counts = ", ".join(f"{count} by {kernel}" for kernel, count in sorted(kernels.items()))
     lines = [f"{kernels.total()} of {len(layers)} layers with weights in integers" + (f": {counts}" if counts else "")]
     if unknown:
-        lines.append(f"{unknown} quantized in the file; ONNX Runtime was not asked what it runs for them")
+        lines.append(f"{unknown} quantized in the file; ONNX Runtime was not asked for their kernels")
     if float_layers:
         lines.append(f"in float ({len(float_layers)}):")
         lines += [f"  {_cut(row['name'], 40)} ({row['operator']}): {row['reason']}" for row in float_layers[:SHOWN]]

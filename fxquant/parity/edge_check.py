@@ -241,11 +241,11 @@ def compare(
         rounded = run_traced(simulated, part.inputs)
         answers["simulated"].add(rounded.output)
         for run in runs:
-            told, made = run.tracer(part.inputs), run_traced(run.exact.graph, part.inputs)
-            answers[run.name].add(told.output)
-            answers[run.exact.answer].add(made.output)
-            run.exact.add(part.inputs, made, told)
-            run.simulated.add(part.inputs, rounded, told)
+            traced, expected = run.tracer(part.inputs), run_traced(run.exact.graph, part.inputs)
+            answers[run.name].add(traced.output)
+            answers[run.exact.answer].add(expected.output)
+            run.exact.add(part.inputs, expected, traced)
+            run.simulated.add(part.inputs, rounded, traced)
     pairs = tuple(compared.pair(answers, labels) for run in runs for compared in (run.exact, run.simulated))
     accuracy = {}
     if images.labels is not None and answers["simulated"].parts[0].dim() == 2:

@@ -25,7 +25,7 @@ def quantized(path: Path, budget: fxquant.Budget, rounding: str = "nearest") -> 
 
 
 def test_limits_are_those_of_the_file(tmp_path: Path) -> None:
-    """Latency is told, not measured: 4-bit convolutions are cheap, 8-bit layers cost a millisecond each."""
+    """Latency comes from the file: 4-bit convolutions are cheap, 8-bit layers cost a millisecond each."""
     path = written(tmp_path)
     result = quantized(path, fxquant.Budget(latency_ms=1.5))
     table = result.program[CostTables]["latency"]

@@ -112,10 +112,10 @@ def test_names_of_inputs(model: nn.Module, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"), [("net.pt", "a str"), ({"w": torch.zeros(1)}, "a dict"), (None, "a NoneType")]
+    ("wrong", "found"), [("net.pt", "a str"), ({"w": torch.zeros(1)}, "a dict"), (None, "a NoneType")]
 )
-def test_names_of_what_is_no_model(wrong: Any, told: str) -> None:
-    with pytest.raises(CaptureError, match=f"model is {told}; give a torch.nn.Module"):
+def test_names_of_what_is_no_model(wrong: Any, found: str) -> None:
+    with pytest.raises(CaptureError, match=f"model is {found}; give a torch.nn.Module"):
         input_names(wrong)
 
 

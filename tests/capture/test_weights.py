@@ -31,7 +31,7 @@ def lazy() -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda: put("0.weight", lambda t: t.to("meta")), r"^weight '0\.weight' has no values"),
         (lambda: put("1.running_var", lambda t: t.to("meta")), r"^weight '1\.running_var' has no values"),
@@ -47,8 +47,8 @@ def lazy() -> nn.Module:
         (lazy, r"'0\.weight' has no shape yet"),
     ],
 )
-def test_weights_that_cannot_be_worked_with(make: Callable[[], nn.Module], told: str) -> None:
-    with pytest.raises(CaptureError, match=told):
+def test_weights_that_cannot_be_worked_with(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
         check_storage(make())
 
 

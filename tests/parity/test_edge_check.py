@@ -79,10 +79,10 @@ def test_a_wrong_scale_is_found_and_its_layer_named(position: int) -> None:
     exact, simulation = found.pairs
     assert not found.within
     last = exact.broken == "output"
-    for told in (exact, simulation):
-        assert told.broken is not None
-        assert told.broken.startswith(f"{layer} (") or (last and told.broken == "output")
-        assert told.layer_step > 1
+    for seen in (exact, simulation):
+        assert seen.broken is not None
+        assert seen.broken.startswith(f"{layer} (") or (last and seen.broken == "output")
+        assert seen.layer_step > 1
     assert last == (layer == layers(model)[-1])
     with pytest.raises(
         ParityError, match=f"does not compute what the plan says: {re.escape(str(exact.broken))} differs"
@@ -224,18 +224,18 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "exact" in capsys.readouterr().out
     assert main(["check", str(folder), "--data", "tests.small:images", "--json", "--against", "fx_int8"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 24
-    told = json.loads((folder / "report.json").read_text())["measured"]
-    assert told["check"]["images"] == 24
-    assert [pair["runtime"] for pair in told["check"]["pairs"]] == ["fx_int8", "fx_int8"]
-    assert told["kernels"], "what was known before stays"
+    seen = json.loads((folder / "report.json").read_text())["measured"]
+    assert seen["check"]["images"] == 24
+    assert [pair["runtime"] for pair in seen["check"]["pairs"]] == ["fx_int8", "fx_int8"]
+    assert seen["kernels"], "what was known before stays"
     assert "Parity of computations" in (folder / "report.html").read_text()
     path = folder / "model.onnx"
     model = path.read_bytes()
     path.write_bytes(with_a_fault(model, layers(model)[1]))
     assert main(["check", str(folder), "--quiet"]) == 4
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert layers(model)[1] in told.err
+    seen = capsys.readouterr()
+    assert seen.out == ""
+    assert layers(model)[1] in seen.err
     assert not json.loads((folder / "report.json").read_text())["measured"]["check"]["within"]
     assert main(["check", str(folder), "--onnx", str(folder / "none.onnx")]) == 2
     assert main(["check", str(folder), "--data", "nothing"]) == 2
@@ -280,10 +280,10 @@ def test_runtimes_compute_what_their_exact_references_do(name: str, bits: int, a
     module, shown = real(name, bits, against[0])
     found = compare(module, shown, against, threads=1)
     assert found.within, found.summary()
-    for told in found.pairs:
-        if told.reference == "exact" and name != "deit_tiny":
+    for seen in found.pairs:
+        if seen.reference == "exact" and name != "deit_tiny":
             # Every integer is the same; logits that are float differ by their own rounding.
-            assert told.first is None, found.summary()
-            assert told.layer_step < 1e-3, found.summary()
-            assert told.max_step < 1e-3, found.summary()
-            assert told.agreement == 1.0, found.summary()
+            assert seen.first is None, found.summary()
+            assert seen.layer_step < 1e-3, found.summary()
+            assert seen.max_step < 1e-3, found.summary()
+            assert seen.agreement == 1.0, found.summary()

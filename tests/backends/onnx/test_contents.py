@@ -155,7 +155,7 @@ def test_an_operator_that_nobody_knows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message"),
     [
         (b"", "is empty"),
         (b"\x00" * 64, "not an intact"),
@@ -163,10 +163,10 @@ def test_an_operator_that_nobody_knows(tmp_path: Path) -> None:
         (b"\x08\x0a", "holds no graph"),
     ],
 )
-def test_what_is_no_model(data: bytes, told: str, tmp_path: Path) -> None:
+def test_what_is_no_model(data: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(data)
-    with pytest.raises(FileFormatError, match=told):
+    with pytest.raises(FileFormatError, match=message):
         inspect_onnx(path)
 
 
@@ -199,7 +199,7 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
         except FileFormatError as error:
             refused.append(str(error))
     assert 30 < len(refused) < 300
-    assert not any("\n" in told for told in refused)
+    assert not any("\n" in message for message in refused)
 
 
 def test_a_circle_ends() -> None:
