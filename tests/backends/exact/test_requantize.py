@@ -184,8 +184,15 @@ def next_to_ties(seed: int) -> list[ByteGrid]:
     return [ByteGrid(s, g.zero_point, 0, 255) for s, g in zip(scales, (left, right, out), strict=True)]
 
 
+def products_on_ties(seed: int) -> list[ByteGrid]:
+    """Return grids of two operands, and one of a result on which many products lie halfway, with an odd zero-point."""
+    left, right, out = grids(seed, 3)
+    step = np.float32(left.scale) * np.float32(right.scale) * 2 * (1 + seed % 5)
+    return [left, right, ByteGrid(float(step), out.zero_point | 1, 0, 255)]
+
+
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("of", [lambda seed: grids(seed, 3), next_to_ties])
+@pytest.mark.parametrize("of", [lambda seed: grids(seed, 3), next_to_ties, products_on_ties])
 def test_sums_and_products_of_every_pair(of: Callable[[int], list[ByteGrid]], seed: int) -> None:
     a, b = pairs()
     left, right, out = of(seed)
