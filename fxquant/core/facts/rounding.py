@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxquant.core.errors import FileFormatError, OptionError
 from fxquant.core.facts.weight_grids import WeightGrids
-from fxquant.core.ir import Choice, Grid, Program, QuantSpec
+from fxquant.core.ir import FLOAT_BITS, MAX_BITS, Choice, Grid, Program, QuantSpec, activation_spec
 from fxquant.core.storage import checked_document, parse_json, read_arrays, write_arrays
 
 FORMAT_VERSION = 1
@@ -173,7 +173,7 @@ class Rounding:
                 members.get("weights", {}),
                 _grids(header["specs"], members.get("grid_scale", {}), members.get("grid_zero", {})),
                 members.get("biases", {}),
-                _grids(header["activation_specs"], members.get("scale", {}), members.get("zero", {})),
+                _grids(_activation_specs(header, members), members.get("scale", {}), members.get("zero", {})),
                 members.get("parameters", {}),
                 tuple(_record(unit) for unit in header["units"]),
                 tuple(str(note) for note in header["notes"]),
@@ -184,6 +184,15 @@ class Rounding:
 
 def _grids(specs: dict[str, Any], scales: dict[str, Tensor], zero_points: dict[str, Tensor]) -> dict[str, Grid]:
     return {name: Grid(QuantSpec(**spec), scales[name], zero_points[name]) for name, spec in specs.items()}
+
+
+def _activation_specs(header: dict[str, Any], members: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    """Return group -> spec; files of earlier code hold none, and are read if the plan has the largest width only."""
+    widths = {Choice.parse(label).activation_bits for label in header["choices"].values()} - {FLOAT_BITS}
+    if "activation_specs" not in header and widths == {MAX_BITS}:
+        return dict.fromkeys(members.get("scale", {}), asdict(activation_spec(MAX_BITS)))
+    specs: dict[str, Any] = header["activation_specs"]
+    return specs
 
 
 def _record(document: dict[str, Any]) -> UnitRecord:

@@ -90,6 +90,21 @@ def test_tensors_that_are_not_finite_and_no_plan_are_refused() -> None:
         Rounding({}, "nearest")
 
 
+@pytest.mark.parametrize(("bits", "read"), [(8, True), (4, False)])
+def test_a_file_without_activation_specs_is_read_where_they_follow_from_the_plan(
+    tmp_path: Path, bits: int, read: bool
+) -> None:
+    path = tmp_path / "rounding.npz"
+    replace(example(), choices={"a": Choice(4, 8), "b": Choice(2, bits)}).save(path)
+    arrays = read_arrays(path)
+    write_arrays(path, {**arrays, "header": np.array(str(arrays["header"]).replace('"activation_specs"', '"other"'))})
+    if read:
+        assert Rounding.load(path).activations["group"].spec == activation_spec(8)
+        return
+    with pytest.raises(FileFormatError, match="quantize again"):
+        Rounding.load(path)
+
+
 def test_weights_rounded_before_the_plan_do_not_lie_on_another_grid() -> None:
     own, other = example().grids["a"], example().grids["a"]
     early, late = torch.zeros(2, 2), torch.ones(2, 2)
