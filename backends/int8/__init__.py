@@ -9,16 +9,9 @@ from fxquant.backends.int8.conv import IntegerConv, traced_form
 from fxquant.backends.int8.custom_ops import conv2d_op
 from fxquant.backends.int8.dynamic_linear import DynamicLinear, lower_dynamic
 from fxquant.backends.int8.first_use import OnFirstUse
+from fxquant.backends.int8.geometry import ConvGeometry, ConvGrids
 from fxquant.backends.int8.inductor import compiled
-from fxquant.backends.int8.kernels import (
-    EXACT_KERNEL,
-    ONE_PASS_FROM,
-    ConvGeometry,
-    ConvGrids,
-    LinearEnd,
-    conv_joins_scales,
-    conv_kernel_is_exact,
-)
+from fxquant.backends.int8.kernels import EXACT_KERNEL, ONE_PASS_FROM, LinearEnd, conv_kernel_is_exact
 from fxquant.backends.int8.linear import ACTIVATIONS, IntegerLinear
 from fxquant.backends.int8.modules import (
     Dequantize,
@@ -30,6 +23,7 @@ from fxquant.backends.int8.modules import (
     Quantize,
 )
 from fxquant.backends.int8.rules import INTEGER_OPS, Ending, IntegerOp, OpCall
+from fxquant.backends.int8.scale_order import conv_joins_scales
 
 __all__ = [
     "ACTIVATIONS",

@@ -14,7 +14,8 @@ from fxquant.backends.affine import ByteGrid, dequantize_u8, quantize_u8, round_
 from fxquant.backends.int8 import kernels
 from fxquant.backends.int8.custom_ops import conv2d_op, pad_op
 from fxquant.backends.int8.first_use import OnFirstUse
-from fxquant.backends.int8.kernels import ConvCall, ConvGeometry, ConvGrids
+from fxquant.backends.int8.geometry import ConvGeometry, ConvGrids
+from fxquant.backends.int8.kernels import ConvCall
 
 CALL = 1e-4
 """Seconds that one oneDNN call costs beyond its arithmetic, and code written by a compiler does not (measured)."""

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxquant.backends.affine import UINT8_MAX, ByteGrid
-from fxquant.backends.int8.kernels import ConvCall, ConvGeometry, ConvGrids, conv_kernel_is_exact, pad_u8, prepared_conv
+from fxquant.backends.int8.geometry import ConvGeometry, ConvGrids
+from fxquant.backends.int8.kernels import ConvCall, conv_kernel_is_exact, pad_u8, prepared_conv
 
 torch.library.define(
     "fxquant::conv2d_u8",

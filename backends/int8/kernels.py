@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from math import inf, isinf
+from math import isinf
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxquant.backends.affine import UINT8_MAX, ByteGrid, dequantize_u8, quantize_u8
+from fxquant.backends.int8.geometry import ConvGeometry, ConvGrids
 from fxquant.core.errors import LoweringError
 
 EXACT_KERNEL = "float64 on integers"
@@ -24,68 +25,6 @@ EXACT_KERNEL = "float64 on integers"
 
 ONE_PASS_FROM = 30_000
 """Elements from which a oneDNN call beats five passes of ATen ops over the same memory (measured, one thread)."""
-
-
-@dataclass(frozen=True)
-class ConvGeometry:
-    """Stride, padding and dilation (height, width), and groups, of a 2-d convolution."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-
-    @property
-    def sizes(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-        """Stride, padding and dilation, in the order of ATen's arguments."""
-        return self.stride, self.padding, self.dilation
-
-    def extents(self, weight: Tensor) -> tuple[int, int]:
-        """Return the pixels from the first tap of a weight `(O, C, h, w)` to its last, in height and width."""
-        (height, width), (rows, columns) = weight.shape[2:], self.dilation
-        return (height - 1) * rows + 1, (width - 1) * columns + 1
-
-    def least_image(self, weight: Tensor) -> tuple[float, float]:
-        """Return the height and width from which on oneDNN 3.12 computes a convolution right.
-
-        Where all taps of a window lie in the padding it reads outside of the image: if the padding is as wide as the
-        filter, or the image falls between two taps. Where a stride leaves one column it writes wrong numbers.
-        """
-        extents = self.extents(weight)
-        least = [
-            inf if p >= extent else float(d) if p else 0.0
-            for p, d, extent in zip(self.padding, self.dilation, extents, strict=True)
-        ]
-        stride = self.stride[1]
-        two_columns = extents[1] + stride - 2 * self.padding[1] if stride > 1 else 0
-        return least[0], max(least[1], two_columns)
-
-    def reads(self, weight: Tensor, image: Sequence[int]) -> bool:
-        """Whether oneDNN computes the convolution of an image `(N, C, H, W)` right; see `least_image`."""
-        height, width = self.least_image(weight)
-        return image[2] >= height and image[3] >= width
-
-
-@dataclass(frozen=True)
-class ConvGrids:
-    """What a convolution of integers reads and writes.
-
-    Args:
-        source: grid of the input.
-        out: grid of the output, None for float32.
-        addend: grid of a second operand that is added before the only rounding, None for none.
-
-    Raises:
-        LoweringError: an addend without an output grid.
-    """
-
-    source: ByteGrid
-    out: ByteGrid | None
-    addend: ByteGrid | None = None
-
-    def __post_init__(self) -> None:
-        if self.addend is not None and self.out is None:
-            raise LoweringError("a convolution that adds an operand writes integers; give it an output grid")
 
 
 @cache
@@ -102,31 +41,6 @@ def conv_kernel_is_exact() -> bool:
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     return bool((found == -128.0 * UINT8_MAX * 64 * 9).all())
-
-
-@cache
-def conv_joins_scales(shape: tuple[int, ...], weight_shape: tuple[int, ...], geometry: ConvGeometry) -> bool:
-    """Whether oneDNN computes `sums * (x_scale * scales)` for these shapes, and not `sums * x_scale * scales`.
-
-    The two differ in the last bit of float32. Kernels for AMX and AVX2 join the scales, those for AVX512 do not, and
-    which of them oneDNN takes depends on shapes in ways that it does not document: so both are tried on random values.
-    """
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randint(0, UINT8_MAX + 1, shape, dtype=torch.uint8, generator=draw)
-    x = x.contiguous(memory_format=torch.channels_last)
-    weight = torch.randint(-127, 128, weight_shape, dtype=torch.int8, generator=draw)
-    scales = torch.rand(weight_shape[0], generator=draw) + 0.5
-    step = 0.1234567
-
-    def real(x_scale: float, factors: Tensor) -> Tensor:
-        grids = ConvGrids(ByteGrid(x_scale, 3, 0, UINT8_MAX), None)
-        # A weight of its own for each call: packed weights are kept by weight, and scales may be packed along.
-        return prepared_conv(weight.clone(), factors, None, geometry, grids, shape)(x, None)
-
-    # With scales of 1 the answer is the integer sums, exact below 2^24.
-    sums, found, channels = real(1.0, torch.ones_like(scales)), real(step, scales), scales.view(-1, 1, 1)
-    in_turn, joined = sums * step * channels, sums * (step * channels)
-    return int((found != joined).sum()) < int((found != in_turn).sum())
 
 
 @cache

@@ -14,9 +14,11 @@ from fxquant.backends.affine import ByteGrid
 from fxquant.backends.exact import JoinFormula, LayerFormula, Requantization, image_mean, pairwise, window_mean
 from fxquant.backends.int8 import torch_formulas as formulas
 from fxquant.backends.int8.conv import CALL, PASS_PER_ELEMENT, IntegerConv, traced_form
-from fxquant.backends.int8.kernels import ConvGeometry, ConvGrids, LinearEnd, conv_joins_scales
+from fxquant.backends.int8.geometry import ConvGeometry, ConvGrids
+from fxquant.backends.int8.kernels import LinearEnd
 from fxquant.backends.int8.linear import IntegerLinear
 from fxquant.backends.int8.modules import IntegerAdd, IntegerAveragePool, IntegerMaxPool, IntegerMul, IntegerPad
+from fxquant.backends.int8.scale_order import conv_joins_scales
 from fxquant.backends.kernel_rows import KernelRow, formulas_of
 from fxquant.core.ir import OPS, FakeQuantize, arguments, constant, rule_of, shape_of
 
