@@ -4,7 +4,6 @@
 if not __name__.startswith("fxquant."):
     raise ImportError("import fxquant.backends, not backends: the top-level folder is only where the package lives")
 
-from fxquant.backends.affine import UINT8_MAX, ByteGrid
 from fxquant.backends.base import (
     BACKENDS,
     Backend,
@@ -21,26 +20,3 @@ from fxquant.backends.base import (
 from fxquant.backends.explicit_graph import to_qdq
 from fxquant.backends.kernel_rows import KernelRow, target_of
 from fxquant.backends.qdq_ops import INT32_LIMIT, dequantize, dequantize_channels, quantize
-
-__all__ = [
-    "BACKENDS",
-    "INT32_LIMIT",
-    "UINT8_MAX",
-    "Backend",
-    "ByteGrid",
-    "Executable",
-    "Export",
-    "KernelRow",
-    "Packages",
-    "Runtime",
-    "backend",
-    "backends",
-    "dequantize",
-    "dequantize_channels",
-    "is_known_by_name",
-    "lower",
-    "quantize",
-    "runtimes",
-    "target_of",
-    "to_qdq",
-]

@@ -21,35 +21,3 @@ from fxquant.passes.scale_weights import ScaleWeights
 from fxquant.passes.simulation import simulate, site_passes, widest_plan
 from fxquant.passes.tie_edges import TieEdges, UnionFind
 from fxquant.passes.verify_and_refine import Meter, VerifyAndRefine, is_better, measured_loss
-
-__all__ = [
-    "CHOSEN_RATIOS",
-    "AllocateBits",
-    "Calibrate",
-    "Canonicalize",
-    "CollectRanges",
-    "EstimateCost",
-    "FindEdges",
-    "FindSites",
-    "FoldBatchnorm",
-    "FoldConstants",
-    "InsertFakeQuant",
-    "InsertObservers",
-    "MeasureLatency",
-    "MeasureSensitivity",
-    "Meter",
-    "Pass",
-    "ScaleWeights",
-    "TieEdges",
-    "UnionFind",
-    "VerifyAndRefine",
-    "chosen_plans",
-    "group_bits",
-    "is_better",
-    "measured_loss",
-    "mixed_plans",
-    "simulate",
-    "site_passes",
-    "uniform_plans",
-    "widest_plan",
-]

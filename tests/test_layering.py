@@ -37,6 +37,8 @@ the other."""
 ATEN = {"fxquant/core/ir/ops.py", "passes/canonicalize.py", "passes/fold_batchnorm.py", "fxquant/capture/trace.py"}
 """Files that may name ATen overloads, besides the lowering tables of the backends."""
 
+FACE_IMPORT = re.compile(r"from (fxquant[\w.]*) import (\([^)]*\)|[^\n(]*)")
+
 FORBIDDEN_NAMES = ("utils.py", "helpers.py", "common.py", "misc.py")
 SAME_NAME_ALLOWED = {"__init__", "__main__", "base", "backend", "registry"}
 
@@ -93,6 +95,12 @@ def _is_package(module: str) -> bool:
 
 def _package(module: str) -> str:
     return module if _is_package(module) else module.rpartition(".")[0]
+
+
+def imported(text: str) -> Iterator[tuple[str, str]]:
+    """Yield (module, name) of every `from fxquant... import name`, anywhere in a text."""
+    for place, names in FACE_IMPORT.findall(text):
+        yield from ((place, name) for name in re.findall(r"\w+", names))
 
 
 def wrong_imports(path: str, text: str) -> list[str]:
@@ -173,6 +181,26 @@ def test_tests_use_the_faces_of_packages() -> None:
                 inner = module in modules() and not _is_package(module) and room_of(module) != module
                 wrong += [f"{path.name}: {node.module}"] if inner else []
     assert not wrong
+
+
+def test_faces_hold_what_is_used_outside_and_no_more() -> None:
+    places = (ROOT / top for top in ("fxquant", "passes", "backends", "tests", "benchmarks", "examples", "docs"))
+    files = {file: file.read_text() for place in places for file in place.rglob("*.[pm][yd]")}
+    used = {f"{place}.{name}" for text in files.values() for place, name in imported(text)}
+    # A face that is imported as a whole is used through its attributes.
+    attributes = {name for text in files.values() for name in re.findall(r"\.(\w+)", text)}
+    unused = []
+    for path, text in sources().items():
+        package = "fxquant." + module_of(path)
+        if path.endswith("__init__.py") and path != "fxquant/__init__.py":
+            # A module is imported as such for what it registers.
+            unused += [
+                f"{package}.{name}"
+                for place, name in imported(text)
+                if f"{package}.{name}" not in used and name not in attributes
+                if f"{place}.{name}".removeprefix("fxquant.") not in modules()
+            ]
+    assert not unused
 
 
 def test_every_room_has_tests() -> None:

@@ -5,5 +5,3 @@ from __future__ import annotations
 from fxquant.capture.model_outputs import plain_answer
 from fxquant.capture.trace import DECOMPOSITIONS, capture, input_names
 from fxquant.capture.weights import check_finite, check_storage
-
-__all__ = ["DECOMPOSITIONS", "capture", "check_finite", "check_storage", "input_names", "plain_answer"]

@@ -8,21 +8,3 @@ from fxquant.cli.flags import add_flags, given
 from fxquant.cli.inputs import ImageOptions, load_calibration, load_model, read_image
 from fxquant.cli.inspect_onnx import SHOWN, as_text, inspect
 from fxquant.cli.interrupts import stopped_in_order
-
-__all__ = [
-    "COMMANDS",
-    "HELP",
-    "INTERRUPTED",
-    "SHOWN",
-    "ImageOptions",
-    "add_flags",
-    "as_text",
-    "build_parser",
-    "given",
-    "inspect",
-    "load_calibration",
-    "load_model",
-    "main",
-    "read_image",
-    "stopped_in_order",
-]

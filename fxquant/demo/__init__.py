@@ -7,19 +7,6 @@ data = digits_data()          # train, calibration and held-out digits; needs sc
 from __future__ import annotations
 
 from fxquant.demo.digits import TRAIN_IMAGES, DigitsData, digits_data, digits_split
-from fxquant.demo.network import DigitsNet, digits_network
+from fxquant.demo.network import digits_network
 from fxquant.demo.run import run_demo
 from fxquant.demo.train import augmented, held_out_accuracy, trained
-
-__all__ = [
-    "TRAIN_IMAGES",
-    "DigitsData",
-    "DigitsNet",
-    "augmented",
-    "digits_data",
-    "digits_network",
-    "digits_split",
-    "held_out_accuracy",
-    "run_demo",
-    "trained",
-]

@@ -17,27 +17,3 @@ from fxquant.flow.pipeline import (
 )
 from fxquant.flow.round_weights import ROUNDED, algorithms, realised, round_plan, round_with_feedback
 from fxquant.flow.score import loss_name, measure_sensitivity, score_identity
-
-__all__ = [
-    "KNOWN_NAMES",
-    "ROUNDED",
-    "Pipeline",
-    "algorithms",
-    "calibrate",
-    "check_budget",
-    "check_labels",
-    "check_names",
-    "choose",
-    "find_sites",
-    "impose",
-    "loss_name",
-    "measure_latency",
-    "measure_sensitivity",
-    "prepare",
-    "realised",
-    "round_plan",
-    "round_with_feedback",
-    "run",
-    "scaling",
-    "score_identity",
-]

@@ -3,5 +3,3 @@
 from __future__ import annotations
 
 from fxquant.parity.edge_check import AGREEMENT, Pair, Parity, as_json, check, compare, default_runtimes
-
-__all__ = ["AGREEMENT", "Pair", "Parity", "as_json", "check", "compare", "default_runtimes"]

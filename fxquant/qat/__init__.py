@@ -4,15 +4,3 @@ from __future__ import annotations
 
 from fxquant.qat.loop import distill_step, parameter_groups, reestimate
 from fxquant.qat.training_graph import METHOD, TrainedValues, gather, put_tensor, trainable, with_values
-
-__all__ = [
-    "METHOD",
-    "TrainedValues",
-    "distill_step",
-    "gather",
-    "parameter_groups",
-    "put_tensor",
-    "reestimate",
-    "trainable",
-    "with_values",
-]

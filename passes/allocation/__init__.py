@@ -25,38 +25,6 @@ from fxquant.passes.allocation.presolve import reduce
 from fxquant.passes.allocation.registry import SOLVERS
 from fxquant.passes.allocation.relaxation import cold, relax
 from fxquant.passes.allocation.rescore import Step, trust_region
-from fxquant.passes.allocation.solution import BoolArray, Clock, FloatArray, Problem, Solution, Solver
+from fxquant.passes.allocation.solution import BoolArray, Clock, FloatArray, Problem, Solution
 from fxquant.passes.allocation.subproblem import Subproblem
 from fxquant.passes.allocation.without_cbc import solve_by_branching
-
-__all__ = [
-    "SOLVERS",
-    "BoolArray",
-    "Clock",
-    "FloatArray",
-    "Lift",
-    "LocalSearch",
-    "Problem",
-    "Solution",
-    "Solver",
-    "Step",
-    "Subproblem",
-    "add_choices",
-    "border_cost",
-    "border_terms",
-    "borders_of",
-    "certify",
-    "cold",
-    "fill",
-    "modelled_plan",
-    "neighbours",
-    "one_hot",
-    "reduce",
-    "relax",
-    "solve_by_branching",
-    "solve_exhaustive",
-    "solve_iqp",
-    "solve_linearised",
-    "swaps",
-    "trust_region",
-]

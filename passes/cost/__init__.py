@@ -6,26 +6,6 @@ from fxquant.passes.cost import activation, average_bits, bops, size
 from fxquant.passes.cost.activation import stored_bytes, worst_rows
 from fxquant.passes.cost.given_latency import latency_from_rows
 from fxquant.passes.cost.latency_table import LatencyModel, Observation, fit_latency, nonnegative_least_squares
-from fxquant.passes.cost.registry import COSTS, CostModel
+from fxquant.passes.cost.registry import COSTS
 from fxquant.passes.cost.site_links import SiteLink, site_links
 from fxquant.passes.cost.size import FLOAT_BYTES, site_bytes
-
-__all__ = [
-    "COSTS",
-    "FLOAT_BYTES",
-    "CostModel",
-    "LatencyModel",
-    "Observation",
-    "SiteLink",
-    "activation",
-    "average_bits",
-    "bops",
-    "fit_latency",
-    "latency_from_rows",
-    "nonnegative_least_squares",
-    "site_bytes",
-    "site_links",
-    "size",
-    "stored_bytes",
-    "worst_rows",
-]

@@ -6,18 +6,4 @@ from fxquant.passes.rounding import nearest
 from fxquant.passes.rounding.acceptance import accepted, rejection
 from fxquant.passes.rounding.closed_form import bias_correction, equalize, gpfq, gptq
 from fxquant.passes.rounding.learned import PROFILES
-from fxquant.passes.rounding.registry import ROUNDERS, Rounder, RoundingTask
-
-__all__ = [
-    "PROFILES",
-    "ROUNDERS",
-    "Rounder",
-    "RoundingTask",
-    "accepted",
-    "bias_correction",
-    "equalize",
-    "gpfq",
-    "gptq",
-    "nearest",
-    "rejection",
-]
+from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask

@@ -115,7 +115,9 @@ def test_every_pass_leaves_its_input_alone_and_can_run_twice() -> None:
 
 
 @pytest.mark.parametrize(
-    "step", [Canonicalize(), FoldConstants(), FoldBatchnorm(), FindEdges(TARGET), TieEdges()], ids=repr
+    "step",
+    [Canonicalize(), FoldConstants(), FoldBatchnorm(), FindEdges(TARGET), TieEdges()],
+    ids=lambda s: type(s).__name__,
 )
 def test_the_second_time_there_is_nothing_left_to_rewrite(step: Pass) -> None:
     program = flow.run(captured("residual"), *ORDER[:6])

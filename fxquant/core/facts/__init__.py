@@ -19,70 +19,13 @@ from fxquant.core.facts.limits import (
     usage,
 )
 from fxquant.core.facts.norm_statistics import NormStatistics, Statistics
-from fxquant.core.facts.option_fields import BY_EFFORT, Option, Options, literals, options_of, rules
+from fxquant.core.facts.option_fields import Option, Options, literals, options_of, rules
 from fxquant.core.facts.patterns import Types, found, matching, module_types, site_types
 from fxquant.core.facts.plan import BitAllocation, Finalists
 from fxquant.core.facts.ranges import BINS, Histogram, Ranges, clip_error, merged, mse_range
 from fxquant.core.facts.rounding import Rounding, UnitRecord
 from fxquant.core.facts.sensitivity_matrix import SensitivityMatrix, Surrogates
-from fxquant.core.facts.settings import CHEAP, EFFORTS, Effort, EffortName, ScoringRounding, Settings
+from fxquant.core.facts.settings import CHEAP, EFFORTS, EffortName, ScoringRounding, Settings
 from fxquant.core.facts.target import LatencyRow, Target
 from fxquant.core.facts.target_file import SUFFIX, read_target, target_to_json, write_target
 from fxquant.core.facts.weight_grids import WeightGrids
-
-__all__ = [
-    "BINS",
-    "BY_EFFORT",
-    "CHEAP",
-    "EFFORTS",
-    "LIMIT_TABLES",
-    "SUFFIX",
-    "BitAllocation",
-    "Budget",
-    "CostTable",
-    "CostTables",
-    "Effort",
-    "EffortName",
-    "FakeQuantNodes",
-    "Finalists",
-    "Histogram",
-    "LatencyRow",
-    "Noise",
-    "NormStatistics",
-    "Option",
-    "Options",
-    "Ranges",
-    "Rounding",
-    "ScoringRounding",
-    "SensitivityMatrix",
-    "Settings",
-    "Statistics",
-    "Surrogates",
-    "Target",
-    "Types",
-    "UnitRecord",
-    "WeightGrids",
-    "agrees",
-    "clip_error",
-    "fits",
-    "found",
-    "infeasible_message",
-    "limit_products",
-    "limit_rows",
-    "literals",
-    "matched",
-    "matching",
-    "merged",
-    "module_types",
-    "mse_range",
-    "options_of",
-    "reachable",
-    "read_target",
-    "rules",
-    "site_types",
-    "target_to_json",
-    "tie_rows",
-    "unit_of",
-    "usage",
-    "write_target",
-]

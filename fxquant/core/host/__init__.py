@@ -9,33 +9,3 @@ from fxquant.core.host.progress import SILENT, Reporter, seconds_text
 from fxquant.core.host.shards import ALONE, Shards
 from fxquant.core.host.timing import Speed, Timing, sample_interleaved, time_interleaved, time_runs, warn_if_busy
 from fxquant.core.host.timing_cache import TimingCache, cache_folder
-
-__all__ = [
-    "ALONE",
-    "ROWS",
-    "SILENT",
-    "STYLE",
-    "Reporter",
-    "Shards",
-    "Speed",
-    "Timing",
-    "TimingCache",
-    "cache_folder",
-    "card",
-    "cpu_model",
-    "give_back",
-    "int8_instructions",
-    "is_shortage",
-    "line",
-    "machine",
-    "memory_named",
-    "printable",
-    "sample_interleaved",
-    "seconds_text",
-    "table",
-    "text",
-    "tiles",
-    "time_interleaved",
-    "time_runs",
-    "warn_if_busy",
-]

@@ -25,31 +25,3 @@ from fxquant.passes.rounding.closed_form.layerwise import (
 from fxquant.passes.rounding.closed_form.prefix import FEWEST, Prefix, fitting
 from fxquant.passes.rounding.closed_form.rescale import RATIOS, with_best_scales
 from fxquant.passes.rounding.closed_form.verdict import first_site, judged
-
-__all__ = [
-    "FEWEST",
-    "METHODS",
-    "RATIOS",
-    "GramAccumulator",
-    "Moments",
-    "Prefix",
-    "RoundWeights",
-    "RowRounder",
-    "ScaleChain",
-    "channel_axis",
-    "channel_means",
-    "first_site",
-    "fitting",
-    "geometry_of",
-    "gpfq_rows",
-    "gptq_rows",
-    "judged",
-    "moments_of",
-    "on_grid",
-    "patches",
-    "round_layerwise",
-    "scale_chains",
-    "squared_error",
-    "to_rows",
-    "with_best_scales",
-]
