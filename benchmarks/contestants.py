@@ -1,4 +1,4 @@
-"""One contestant of `benchmarks.peers` in a process of its own: one network, one runtime, one batch, some threads.
+"""One contestant of `benchmarks.peers` in its own process: one network, one runtime, one batch, some threads.
 
 `python -m benchmarks.contestants NAME NETWORK BATCH THREADS FOLDER` gets ready, says so in one line of JSON, and then
 answers each line that holds a number of calls with the wall and processor milliseconds of one call. A process each

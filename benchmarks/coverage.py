@@ -3,7 +3,7 @@
 `python -m benchmarks.coverage [NAME ...] [--limit SECONDS] [--memory GB] [--again | --kept]`: every name is `zoo:NAME`,
 `timm:NAME` or `torchvision:NAME`; without names those of `benchmarks/coverage_models.txt`. Each runs in a process of
 its own (`benchmarks.coverage_model`) with a limit on time and memory, and is kept when it is done: the same command
-goes on where it was stopped, `--again` measures anew. Without names the JSON and the table of `docs/zoo.md` are
+continues where it was stopped, `--again` measures again. Without names the JSON and the table of `docs/zoo.md` are
 written; `--kept` writes them of what is there. timm must be installed in the Python that runs this.
 """
 
@@ -63,7 +63,7 @@ def _place(name: str) -> Path:
 
 
 def measured(name: str, limit: float, memory: float) -> Row:
-    """Return the row of one model, run in a process of its own.
+    """Return the row of one model, run in its own process.
 
     Args:
         name: the model.
@@ -123,9 +123,9 @@ def _ran(row: Row, runtime: str) -> str:
 def _in_float(row: Row) -> str:
     """Return why work stayed in float, products of two activations, which do everywhere, by their number only."""
     products = row.get("products in float", 0)
-    told = [f"{products} products"] if products else []
-    told += [f"{count} x {why}" for why, count in row.get("in float", {}).items() if "product of two" not in why]
-    return "; ".join([*told, *([row["failed"]] if "failed" in row else [])]) or "nothing"
+    found = [f"{products} products"] if products else []
+    found += [f"{count} x {why}" for why, count in row.get("in float", {}).items() if "product of two" not in why]
+    return "; ".join([*found, *([row["failed"]] if "failed" in row else [])]) or "nothing"
 
 
 def table_lines(rows: Sequence[Row]) -> list[str]:
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", help="models; all of the list where none is named")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for each model")
     parser.add_argument("--memory", type=float, default=8.0, help="GB for each model")
-    parser.add_argument("--again", action="store_true", help="measure anew what is kept")
+    parser.add_argument("--again", action="store_true", help="measure again what is kept")
     parser.add_argument("--kept", action="store_true", help="measure nothing: write what has been kept so far")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """One model of `benchmarks.coverage`: built, captured, quantized uniformly to W8A8, run in both runtimes.
 
 Models are `zoo:NAME` of the data folder, and `timm:NAME[@OPTION=NUMBER,...]` or `torchvision:NAME` with random weights.
-Whatever fails is told by its stage.
+A failure names its stage.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TEST_IMAGES = 8
 FREE_SIZE = 128
 """Pixels for networks that take images of any size."""
 SMALLEST_SCALE = 0.1
-"""Layer scales below this are drawn anew: with the tiny ones that training starts from, blocks add nothing."""
+"""Layer scales below this are drawn again: with the tiny ones that training starts from, blocks add nothing."""
 
 Row = dict[str, Any]
 
@@ -199,7 +199,7 @@ def pictures(size: int) -> Tensor:
 def livelier(model: nn.Module, size: int) -> nn.Module:
     """Return a model in eval mode whose random weights let something through, as a trained one's would.
 
-    Batch norms learn their statistics from images; scales and gains that start at (nearly) nothing are drawn anew.
+    Batch norms learn their statistics from images; scales and gains that start at (nearly) nothing are drawn again.
     """
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():

@@ -156,7 +156,7 @@ def _child(stage: Stage, arguments: list[str], marks: int, log: Path, rank: int,
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(stage.processes), "MASTER_ADDR": "127.0.0.1"}
         os.environ |= {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(stage.processes)}
 
-    def told(original: Callable[..., Any]) -> Callable[..., Any]:
+    def marked(original: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             os.write(marks, b"<")
             try:
@@ -166,7 +166,7 @@ def _child(stage: Stage, arguments: list[str], marks: int, log: Path, rank: int,
 
         return run
 
-    _patch(stage.function, told)
+    _patch(stage.function, marked)
     for place in ("fxquant.passes.measure_latency.time_runs", "fxquant.flow.allocate.time_runs"):
         _patch(place, lambda original: lambda *a, **k: _steady(original(*a, **k)))
     code = 99
@@ -183,27 +183,27 @@ class Running:
 
     numbers: list[int]
     marks: int
-    told: bytes = b""
+    marks: bytes = b""
 
     def wait_for(self, mark: bytes, seconds: float) -> bool:
         """Whether the mark came within this time; not if the processes ended first."""
         ends = time.monotonic() + seconds
-        while mark not in self.told:
+        while mark not in self.marks:
             ready, _, _ = select.select([self.marks], [], [], max(0.0, ends - time.monotonic()))
             if not ready:
                 return False
             more = os.read(self.marks, 64)
             if not more:
                 return False
-            self.told += more
+            self.marks += more
         return True
 
     def end(self) -> list[int]:
         """Return the exit codes, negative for signals; what hangs is killed and counts as 98.
 
-        Where one of several processes dies the others are told to stop, and killed in the end, as torchrun does.
+        Where one of several processes dies the others are asked to stop, and killed in the end, as torchrun does.
         """
-        ends, codes, told = time.monotonic() + PATIENCE, dict[int, int](), False
+        ends, codes, asked = time.monotonic() + PATIENCE, dict[int, int](), False
         while len(codes) < len(self.numbers):
             for number in set(self.numbers) - set(codes):
                 done, status = os.waitpid(number, os.WNOHANG)
@@ -212,9 +212,9 @@ class Running:
                 elif time.monotonic() > ends:
                     os.kill(number, signal.SIGKILL)
                     os.waitpid(number, 0)
-                    codes[number] = -signal.SIGKILL if told else 98
-            if not told and any(codes.values()):
-                ends, told = time.monotonic() + LAST_WORDS, True
+                    codes[number] = -signal.SIGKILL if asked else 98
+            if not asked and any(codes.values()):
+                ends, asked = time.monotonic() + LAST_WORDS, True
                 for number in set(self.numbers) - set(codes):
                     os.kill(number, signal.SIGTERM)
             time.sleep(0.005)
@@ -324,16 +324,16 @@ def trial(
             shutil.copytree(bases[stage.base], folder)
         for again in range(min(CHAIN, kills - done)):
             share = chance.random()
-            told = stopped(stage, folder, kind, share * seconds, again > 0, chance)
-            done += told == "in stage"
-            late += told == "late"
-            if told == "late":
+            outcome = stopped(stage, folder, kind, share * seconds, again > 0, chance)
+            done += outcome == "in stage"
+            late += outcome == "late"
+            if outcome == "late":
                 # The undisturbed run was the slower one: the machine is shared.
                 seconds *= 0.9
-            elif told == "in stage":
+            elif outcome == "in stage":
                 moments.append(round(share, 3))
             else:
-                wrong.append(told)
+                wrong.append(outcome)
         codes = start(stage, folder, again=True).end()
         ends += 1
         if any(codes):

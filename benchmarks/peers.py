@@ -2,7 +2,7 @@
 
 `python -m benchmarks.peers [--networks resnet18,...] [--batches 1,8] [--threads 1,2] [--rounds 30] [--only part,...]`
 needs openvino, nncf and torchao beside fxquant's own packages; a contestant whose package is missing is left out and
-named in the JSON. Each contestant runs in a process of its own (`benchmarks.contestants`); one after the other they are
+named in the JSON. Each contestant runs in its own process (`benchmarks.contestants`); one after the other they are
 asked for a few calls, round after round. Rows are kept in `build/peers` as they come, so that a run can go on.
 """
 
@@ -130,7 +130,7 @@ def ratios(rounds: Mapping[str, Sequence[float]], clock: str = "") -> Row:
 
     Args:
         rounds: contestant -> its milliseconds, round by round; of several that a column asks for the fastest counts.
-        clock: what columns end in; on one thread processor time is compared besides wall time.
+        clock: what columns end in; on one thread processor time is compared as well as wall time.
     """
     found: Row = {}
     for column, starts in RATIOS.items():

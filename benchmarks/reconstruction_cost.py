@@ -118,7 +118,7 @@ class Plain:
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.steps, total) if self.steps else None
 
     def hand_over(self, tuner: Tuner) -> None:
-        """Put the parameters as they stand into the engine's modules."""
+        """Copy the current parameters into the engine's modules."""
         with torch.no_grad():
             for name, module in self.made.items():
                 ours = tuner.pieces.learned[name]

@@ -5,9 +5,9 @@ calibration subsets and kept in `build/sensitivity_quality/<network>-<subset>.js
 two can share the work; then all cases that are there make the table (mean and spread over the subsets). KL to the
 float network and accuracy are of the simulated graph on labelled images that nothing was tuned on, one rounding for
 all (nearest, scales of least squared error). `paper` is CLADO as published: pairs of cross-entropy, projected to be
-positive semidefinite; calibration images carry no labels here, so the float network's own answers stand in. `engine`
+positive semidefinite; calibration images carry no labels here, so the float network's own answers are used. `engine`
 measures the plans of `ENGINE` and the uniform ones on held-out calibration images, improves the best by swaps and
-scores it anew around itself. In subset `noise` a fifth of the calibration images is noise.
+scores it again around itself. In subset `noise` a fifth of the calibration images is noise.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Case:
         estimators: what is scored.
         paper: whether cross-entropy pairs are scored too.
         pairs_on: subsets on which all pairs are run.
-        rounds: times the engine scores a plan anew around itself.
+        rounds: times the engine scores a plan again around itself.
     """
 
     bits: tuple[int, ...]

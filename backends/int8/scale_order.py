@@ -28,7 +28,7 @@ def conv_joins_scales(shape: tuple[int, ...], weight_shape: tuple[int, ...], geo
 
     def real(x_scale: float, factors: Tensor) -> Tensor:
         grids = ConvGrids(ByteGrid(x_scale, 3, 0, UINT8_MAX), None)
-        # A weight of its own for each call: packed weights are kept by weight, and scales may be packed along.
+        # A new weight for each call: packed weights are kept by weight, and scales may be packed along.
         return prepared_conv(weight.clone(), factors, None, geometry, grids, shape)(x, None)
 
     # With scales of 1 the answer is the integer sums, exact below 2^24.

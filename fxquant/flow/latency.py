@@ -12,7 +12,7 @@ from fxquant.core.run import CalibrationSet
 from fxquant.passes import MeasureLatency
 
 PACKAGES = ("torch", "fxquant")
-"""Packages whose versions decide what a layer takes, besides those of the backend."""
+"""Packages whose versions decide what a layer takes, in addition to those of the backend."""
 
 
 def measure_latency(

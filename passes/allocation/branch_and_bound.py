@@ -203,7 +203,7 @@ class BranchAndBound:
     def _branch(self, node: Node) -> None:
         """Open one child per choice of the group with the largest score |sum_{i in group, j} Z_ij cov_ij|.
 
-        cov = Y - x x' is what the relaxed square holds beyond the square of its own fractional plan, and -Z the
+        cov = Y - x x' is what the relaxed square holds beyond the square of the fractional plan, and -Z the
         convex part of the objective: their product is the part of the gap that this group accounts for.
         Against the least decided group it took a third to two thirds of the nodes on ResNet-56.
         """
