@@ -179,23 +179,23 @@ def _child(stage: Stage, arguments: list[str], marks: int, log: Path, rank: int,
 
 @dataclass
 class Running:
-    """Processes of one run, and what they tell of the stage."""
+    """Processes of one run, and what they report of the stage."""
 
     numbers: list[int]
     marks: int
-    marks: bytes = b""
+    seen: bytes = b""
 
     def wait_for(self, mark: bytes, seconds: float) -> bool:
         """Whether the mark came within this time; not if the processes ended first."""
         ends = time.monotonic() + seconds
-        while mark not in self.marks:
+        while mark not in self.seen:
             ready, _, _ = select.select([self.marks], [], [], max(0.0, ends - time.monotonic()))
             if not ready:
                 return False
             more = os.read(self.marks, 64)
             if not more:
                 return False
-            self.marks += more
+            self.seen += more
         return True
 
     def end(self) -> list[int]:
