@@ -32,10 +32,7 @@ QUANTIZED = sorted(set(MODELS) - {"weightless"})
 
 
 def calibrated(
-    program: Program,
-    inputs: tuple[Tensor, ...],
-    keep_float: tuple[str, ...] = (),
-    widths: tuple[int, ...] = WIDTHS,
+    program: Program, inputs: tuple[Tensor, ...], keep_float: tuple[str, ...] = (), widths: tuple[int, ...] = WIDTHS
 ) -> Program:
     """Return a program for ONNX Runtime with all facts a plan of these widths needs."""
     program = TieEdges()(FindEdges(TARGET, dict.fromkeys(keep_float, "asked"))(program))

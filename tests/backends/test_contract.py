@@ -146,20 +146,19 @@ def test_a_proxy_runs_a_target_but_lends_neither_its_file_nor_its_kernels() -> N
         backend(Target("npu", {}, frozenset(), (8,), (8,), {8: 8}))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(data_folder() is None, reason="set FXQUANT_DATA to run the real networks")
 def test_resnet20_predicts_the_same_classes_in_every_runtime() -> None:
     network = NETWORKS["resnet20"]
-    images, labels = network.evaluation()
+    images, _ = network.evaluation(400)
     cases = network.calibration(32)
     canonical = FoldBatchnorm()(Canonicalize()(capture(network.factory(), (cases[:2],))))
     program = calibrated(canonical, (cases,), widths=(4, 8))
-    for widths in ((8,), (8, 4)):
-        module = plan_of(program, widths)
-        expected = model_outputs(module, (images,))
-        for runtime in BACKENDS:
-            run = backend(runtime).compile(module, (cases[:2],))
-            answer = torch.cat([run((images[k : k + 64],)) for k in range(0, len(images), 64)])
-            agreement = (answer.argmax(dim=1) == expected.argmax(dim=1)).double().mean()
-            assert float(agreement) > 0.995, (runtime, widths)
-            assert float(error_in_steps(answer, expected).mean()) < 0.2, (runtime, widths)
-    assert len(labels) == len(images) == 1017
+    module = plan_of(program, (8, 4))
+    expected = model_outputs(module, (images,))
+    for runtime in BACKENDS:
+        run = backend(runtime).compile(module, (cases[:2],))
+        answer = torch.cat([run((images[k : k + 64],)) for k in range(0, len(images), 64)])
+        agreement = (answer.argmax(dim=1) == expected.argmax(dim=1)).double().mean()
+        assert float(agreement) > 0.995, runtime
+        assert float(error_in_steps(answer, expected).mean()) < 0.2, runtime

@@ -258,12 +258,6 @@ def test_a_saved_result_runs_and_another_models_is_refused(tmp_path: Path) -> No
         compiled(other, result=known)(images(5))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_inductor_takes_the_integer_graph() -> None:
-    made = torch.compile(small(), backend=compile_graph, options=OPTIONS)(images(3))
-    torch.testing.assert_close(made, first_tensor(expected(small()).lowered(images(3))), atol=1e-4, rtol=0)
-
-
 def test_where_inductor_fails_the_graph_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: Any) -> Tensor:
         raise RuntimeError("no compiler\nanywhere")
@@ -278,7 +272,9 @@ def test_where_inductor_fails_the_graph_runs_eagerly(monkeypatch: pytest.MonkeyP
     run(images(2))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("error:.*runs eagerly instead")
 def test_what_the_readme_shows_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "fxquant" not in torch._dynamo.list_backends(exclude_tags=()):
         torch._dynamo.register_backend(name="fxquant")(compile_graph)
@@ -288,11 +284,10 @@ def test_what_the_readme_shows_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     known = expected(small())
     monkeypatch.chdir(tmp_path)
     known.save("folder")
-    known.allocation.to_json("plan.json")
     space = {"torch": torch, "model": small(), "calibration": images(), "images": images(3)}
     exec(shown, space)
     assert torch.is_tensor(space["logits"])
-    torch.testing.assert_close(space["logits"], first_tensor(known.lowered(images(3))), atol=0.2, rtol=0)
+    torch.testing.assert_close(space["logits"], first_tensor(known.lowered(images(3))), atol=1e-4, rtol=0)
 
 
 def test_the_entry_point_is_there() -> None:

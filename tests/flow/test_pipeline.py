@@ -95,10 +95,7 @@ def test_facts_that_are_given_need_not_be_written() -> None:
 
 def test_every_pass_leaves_its_input_alone_and_can_run_twice() -> None:
     program = captured("residual")
-    tail = (
-        MeasureSensitivity(IMAGES, ("gram", "diagonal")),
-        AllocateBits(Budget(average_bits=4)),
-    )
+    tail = (MeasureSensitivity(IMAGES, ("gram", "diagonal")), AllocateBits(Budget(average_bits=4)))
     plan = widest_plan(scored("residual"))
     for step in (*ORDER, InsertFakeQuant(), *tail):
         program = program.with_facts(plan) if isinstance(step, InsertFakeQuant) else program

@@ -150,15 +150,7 @@ def test_a_result_is_checked_with_its_own_images_and_with_others(tmp_path: Path)
         check(result, model=tmp_path / "none.onnx")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_compiled_graph_computes_the_same_integers() -> None:
-    found = compare(small_result("onnxruntime").simulated, CalibrationSet((images(8),)), ("compiled",))
-    exact, _ = found.pairs
-    assert found.within, found.summary()
-    assert (exact.runtime, exact.first) == ("compiled", None)
-    assert exact.edges > 2
-
-
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_compiled_graph_computes_the_same_integers_in_every_form() -> None:
     images = CalibrationSet(MODELS["inverted"].inputs(16))
@@ -167,8 +159,10 @@ def test_the_compiled_graph_computes_the_same_integers_in_every_form() -> None:
     module = simulate(program, widest_plan(program)).module
     forms = traced_forms(FxInt8Backend().lower(module, 32))
     assert {"rows", "shifted", "call", "sum behind"} <= set(forms.values())
-    exact, _ = compare(module, images, ("compiled",)).pairs
-    assert exact.first is None, exact
+    found = compare(module, images, ("compiled",))
+    exact, _ = found.pairs
+    assert found.within, found.summary()
+    assert (exact.runtime, exact.first) == ("compiled", None), exact
     assert exact.edges > 4
 
 
@@ -246,7 +240,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def calibrated(name: str, target: str) -> Program:
     """Return a real network, calibrated for uniform plans."""
     network = NETWORKS[name]
-    calibration = CalibrationSet((network.calibration(8),))
+    calibration = CalibrationSet((network.calibration(8 if name == "resnet20" else 2),))
     program = prepare(capture(network.factory(), calibration), Settings(bits=(4, 8), target=target))
     return flow.calibrate(program, calibration)
 
@@ -259,19 +253,15 @@ def real(name: str, bits: int, target: str) -> tuple[GraphModule, CalibrationSet
     return simulate(program, plan).module, CalibrationSet((shown,), labels)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(data_folder() is None, reason="set FXQUANT_DATA to run the real networks")
 @pytest.mark.parametrize(
     ("name", "bits", "against"),
     [
-        ("resnet20", 8, EAGER),
         ("resnet20", 4, EAGER),
         ("resnet20", 8, ("fx_int8",)),
         ("mobilenet_v2", 8, EAGER),
-        ("mobilenet_v2", 4, EAGER),
-        ("squeezenet", 8, EAGER),
         ("squeezenet", 4, EAGER),
-        ("deit_tiny", 8, EAGER),
-        ("resnet8", 8, EAGER),
         ("dscnn", 8, EAGER),
     ],
 )
@@ -281,7 +271,7 @@ def test_runtimes_compute_what_their_exact_references_do(name: str, bits: int, a
     found = compare(module, shown, against, threads=1)
     assert found.within, found.summary()
     for seen in found.pairs:
-        if seen.reference == "exact" and name != "deit_tiny":
+        if seen.reference == "exact":
             # Every integer is the same; logits that are float differ by their own rounding.
             assert seen.first is None, found.summary()
             assert seen.layer_step < 1e-3, found.summary()

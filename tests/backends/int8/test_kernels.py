@@ -193,12 +193,7 @@ def test_signed_grid_is_shifted_into_uint8() -> None:
     torch.testing.assert_close(dequantize_u8(quantize_u8(x, grid), grid), FakeQuantize(Grid(spec, scale, zero))(x))
 
 
-@given(
-    scale=st.floats(0.01, 1.0),
-    zero_point=st.integers(0, 255),
-    low=st.floats(-20, 5),
-    span=st.floats(0.1, 20),
-)
+@given(scale=st.floats(0.01, 1.0), zero_point=st.integers(0, 255), low=st.floats(-20, 5), span=st.floats(0.1, 20))
 def test_a_clip_is_a_shorter_grid(scale: float, zero_point: int, low: float, span: float) -> None:
     grid = ByteGrid(scale, zero_point, 0, 255)
     x = torch.linspace(-30, 30, 301)
