@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -365,6 +365,19 @@ MODELS: dict[str, Case] = {
     "weightless": Case(WeightlessNet, _images(3, 4, 4)),
 }
 """Name -> a network that exports."""
+
+
+class Composed(nn.Module):
+    """A network of named layers and parameters, with a function of itself and its inputs as forward pass."""
+
+    def __init__(self, answer: Callable[..., Any], **layers: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.answer = answer
+
+    def forward(self, x: Tensor, *more: Tensor) -> Any:
+        return self.answer(self, x, *more)
 
 
 def built(name: str) -> nn.Module:

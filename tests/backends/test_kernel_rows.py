@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fxquant.backends import BACKENDS, KernelRow, backend, target_of
+from fxquant.backends import KernelRow, backend, target_of
 from fxquant.backends.int8 import INTEGER_OPS
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import Target
@@ -41,11 +41,6 @@ def test_a_row_for_no_op_is_refused() -> None:
         made({"frobnicate": KernelRow("none")})
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_a_target_is_called_like_its_backend(name: str) -> None:
-    assert backend(name).target.name == name
-
-
 def test_rows_added_later_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "div" not in backend("reference").target.joins
     monkeypatch.setitem(OPS, torch.ops.aten.div.Tensor, OpRule("div", ScaleRule.OWN, (0, 1)))
@@ -53,19 +48,3 @@ def test_rows_added_later_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "div" not in backend("fx_int8").target.joins
     monkeypatch.setitem(INTEGER_OPS, "div", replace(INTEGER_OPS["add"], kernel="division"))
     assert "div" in backend("fx_int8").target.joins
-
-
-@pytest.mark.parametrize(
-    ("name", "joins"),
-    [
-        ("reference", {"add", "mul", "avg_pool", "global_pool"}),
-        ("fx_int8", {"add", "mul", "avg_pool", "global_pool"}),
-        ("onnxruntime", {"add", "mul", "avg_pool", "global_pool"}),
-    ],
-)
-def test_what_backends_run_on_integers(name: str, joins: set[str]) -> None:
-    target = backend(name).target
-    assert target.joins == joins
-    assert set(target.kernels) == {"conv", "linear"}
-    assert set(target.refuse_joins) >= {"matmul"}
-    assert backend("simulation").target.products == {"matmul"}

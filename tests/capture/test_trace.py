@@ -16,7 +16,7 @@ from fxquant.capture import DECOMPOSITIONS, capture, input_names
 from fxquant.core.errors import CaptureError
 from fxquant.core.ir import sample_elements, sample_shape, show
 from fxquant.core.run import first_tensor
-from tests.models import MODELS, Classifier, ResidualNet, TwoInputNet, ValueDependentNet, VariadicNet, built
+from tests.models import MODELS, Classifier, Composed, ResidualNet, TwoInputNet, ValueDependentNet, VariadicNet, built
 from tests.programs import captured
 
 aten = torch.ops.aten
@@ -124,7 +124,7 @@ def test_control_flow_on_values_names_the_users_line() -> None:
         capture(ValueDependentNet(), (torch.randn(2, 3),))
     place = re.search(r"models\.py:(\d+)", str(caught.value))
     assert place is not None
-    lines = (Path(__file__).parent / "models.py").read_text().splitlines()
+    lines = (Path(__file__).parents[1] / "models.py").read_text().splitlines()
     assert lines[int(place.group(1)) - 1].strip() == "if x.sum() > 0:"
 
 
@@ -142,15 +142,6 @@ def test_inputs_the_model_cannot_take(inputs: tuple[Tensor, ...], message: str) 
         capture(ResidualNet(), inputs)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(bad: float) -> None:
-    model = nn.Linear(3, 2)
-    with torch.no_grad():
-        model.weight[0, 1] = bad
-    with pytest.raises(CaptureError, match="weight 'weight' holds 1 values that are NaN or infinite"):
-        capture(model, (torch.randn(2, 3),))
-
-
 def test_statistics_that_are_nan_and_masks_that_are_infinite() -> None:
     norm = nn.BatchNorm1d(3)
     assert norm.running_var is not None
@@ -158,17 +149,9 @@ def test_statistics_that_are_nan_and_masks_that_are_infinite() -> None:
     with pytest.raises(CaptureError, match="buffer 'running_var' holds 1 NaN"):
         capture(norm, (torch.randn(2, 3),))
 
-    class Masked(nn.Module):
-        mask: Tensor
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("mask", torch.tensor([0.0, float("-inf"), 0.0]))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.softmax(x + self.mask, dim=1)
-
-    assert bool(torch.isfinite(capture(Masked(), (torch.randn(2, 3),)).module(torch.randn(2, 3))).all())
+    masked = Composed(lambda m, x: torch.softmax(x + m.mask, dim=1))
+    masked.register_buffer("mask", torch.tensor([0.0, float("-inf"), 0.0]))
+    assert bool(torch.isfinite(capture(masked, (torch.randn(2, 3),)).module(torch.randn(2, 3))).all())
 
 
 @pytest.mark.parametrize("model", [torch.relu, "resnet18", None])
@@ -254,49 +237,23 @@ def test_a_model_of_one_image_size_is_refused(model: nn.Module, shape: tuple[int
         capture(model, (torch.randn(shape),), dynamic_image=True)
 
 
-class CountsByLen(nn.Module):
-    """Writes the number of images into a shape as `len(x)`, which plain tracing turns into a number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token = nn.Parameter(torch.ones(1, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.token.expand(len(x), -1), x], dim=1)
-
-
-class OneBatchOnly(nn.Module):
-    """Has a tensor for each of two images."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.each = nn.Parameter(torch.ones(2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.each
-
-
 def test_a_batch_counted_by_len_stays_free() -> None:
-    x = torch.randn(5, 3)
-    torch.testing.assert_close(capture(CountsByLen(), (x[:2],)).module(x), CountsByLen()(x))
+    """Plain tracing turns `len(x)` into a number."""
+    x, token = torch.randn(5, 3), nn.Parameter(torch.ones(1, 3))
+    model = Composed(lambda m, x: torch.cat([m.token.expand(len(x), -1), x], dim=1), token=token)
+    torch.testing.assert_close(capture(model, (x[:2],)).module(x), model(x))
 
 
 def test_a_model_for_one_number_of_images_is_refused_with_what_to_write() -> None:
+    model = Composed(lambda m, x: x + m.each, each=nn.Parameter(torch.ones(2, 3)))
     with pytest.raises(CaptureError, match=r"takes 2 images at a time and no other number.*x.shape\[0\] or -1"):
-        capture(OneBatchOnly(), (torch.randn(2, 3),))
-    assert capture(OneBatchOnly(), (torch.randn(2, 3),), dynamic_batch=False).module is not None
+        capture(model, (torch.randn(2, 3),))
+    assert capture(model, (torch.randn(2, 3),), dynamic_batch=False).module is not None
 
 
-class Wrapped(nn.Module):
-    """Returns what no graph can return, on one batch size only unless the bytecode is read."""
-
-    def __init__(self, answer: Callable[[Tensor], object]) -> None:
-        super().__init__()
-        self.head = nn.Linear(12, 2)
-        self.answer = answer
-
-    def forward(self, x: Tensor) -> object:
-        return self.answer(self.head(x.reshape(len(x), 12)))
+def wrapped(answer: Callable[[Tensor], object]) -> nn.Module:
+    """Return a model whose answer no graph can return, on one batch size only unless the bytecode is read."""
+    return Composed(lambda m, x: answer(m.head(x.reshape(len(x), 12))), head=nn.Linear(12, 2))
 
 
 def test_a_dataclass_becomes_a_dictionary_with_the_logits_first() -> None:
@@ -310,10 +267,10 @@ def test_a_dataclass_becomes_a_dictionary_with_the_logits_first() -> None:
 
 
 def test_a_free_batch_and_a_dictionary() -> None:
-    program = capture(Wrapped(lambda y: {"features": y * 2, "logits": y}), (torch.randn(2, 3, 4),))
+    program = capture(wrapped(lambda y: {"features": y * 2, "logits": y}), (torch.randn(2, 3, 4),))
     assert list(program.module(torch.randn(5, 3, 4))) == ["logits", "features"]
 
 
 def test_an_output_that_no_graph_can_return() -> None:
     with pytest.raises(CaptureError, match=r"^the model returns a SimpleNamespace, whose tensors"):
-        capture(Wrapped(lambda y: SimpleNamespace(logits=y)), (torch.randn(2, 3, 4),))
+        capture(wrapped(lambda y: SimpleNamespace(logits=y)), (torch.randn(2, 3, 4),))

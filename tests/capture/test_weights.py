@@ -64,8 +64,3 @@ def test_weights_that_can() -> None:
 def test_values_that_are_not_finite(value: float) -> None:
     with pytest.raises(CaptureError, match=r"weight '2\.bias' holds 2 values that are NaN or infinite"):
         check_finite(put("2.bias", lambda t: torch.full_like(t, value)))
-
-
-def test_a_buffer_of_nan() -> None:
-    with pytest.raises(CaptureError, match=r"buffer '1\.running_mean' holds 4 NaN values"):
-        check_finite(put("1.running_mean", lambda t: t * torch.nan))

@@ -19,7 +19,7 @@ from fxquant.core.run import CalibrationSet, first_tensor
 from fxquant.dynamo import backend as compiling
 from fxquant.dynamo import compile_graph
 from fxquant.result import Result
-from tests.models import MODELS, built
+from tests.models import MODELS, Composed, built
 from tests.small import images, small
 
 BUDGET = {"average_bits": 4}
@@ -55,19 +55,16 @@ def test_the_answer_is_that_of_quantize(name: str, batch: int, dynamic: bool | N
     assert not made.requires_grad
 
 
-class Swapped(nn.Module):
-    """Reads its second input first, and returns two answers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 4), nn.Linear(6, 4)
-
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        late = self.b(y)
-        return self.a(x), late
-
-
 def test_inputs_are_told_apart_by_name_and_all_outputs_come_back(tmp_path: Path) -> None:
+    class Swapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            late = self.b(y)
+            return self.a(x), late
+
     torch.manual_seed(1)
     model, x, y = Swapped().eval(), torch.randn(12, 6), 5 * torch.randn(12, 6)
     known = expected(model, [(x, y)])
@@ -207,19 +204,13 @@ def test_without_what_can_be_quantized_the_graph_stays_in_float(
     assert torch.equal(made, model(images(2)))
 
 
-class Merged(nn.Module):
-    """Multiplies the batch into another size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(16, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.head(x.reshape(x.shape[0] * 4, 16))).reshape(x.shape[0], 12)
-
-
 def test_a_batch_that_cannot_be_taken_out_says_so_and_a_dynamic_one_helps() -> None:
-    model = Merged().eval()
+    """The batch is multiplied into another size."""
+
+    def answer(m: Any, x: Tensor) -> Tensor:
+        return torch.relu(m.head(x.reshape(x.shape[0] * 4, 16))).reshape(x.shape[0], 12)
+
+    model = Composed(answer, head=nn.Linear(16, 3)).eval()
     with pytest.warns(UserWarning, match=r"stays in float: the graph is made for 3 images .* give .* dynamic=True"):
         made = compiled(model, **OPTIONS)(images(3))
     assert torch.equal(made, model(images(3)))

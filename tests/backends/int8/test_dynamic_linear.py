@@ -8,7 +8,7 @@ from fxquant.backends.int8 import DynamicLinear, lower_dynamic
 from fxquant.backends.int8 import kernels as int8_kernels
 from fxquant.capture import capture
 from fxquant.core.run import first_tensor
-from tests.models import MODELS
+from tests.models import MODELS, Composed
 from tests.programs import captured
 
 
@@ -58,15 +58,7 @@ def test_every_linear_layer_of_a_graph_is_replaced(name: str) -> None:
 
 
 def test_a_layer_whose_weight_is_computed_stays() -> None:
-    class Computed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(3, 4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.nn.functional.linear(x, self.weight * 2.0)
-
-    program = capture(Computed(), (torch.randn(2, 4),))
-    made, layers = lower_dynamic(program.module)
+    model = Composed(lambda m, x: nn.functional.linear(x, m.weight * 2.0), weight=nn.Parameter(torch.randn(3, 4)))
+    made, layers = lower_dynamic(capture(model, (torch.randn(2, 4),)).module)
     assert layers == []
     assert "aten.linear" in str(made.graph)

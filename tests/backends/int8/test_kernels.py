@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxquant.backends.int8 import (
-    ACTIVATIONS,
     ROUNDER,
     ByteGrid,
     ConvGeometry,
@@ -139,22 +138,6 @@ def test_a_second_operand_is_added_before_the_only_rounding(
 def test_an_addend_needs_a_grid_to_round_to() -> None:
     with pytest.raises(LoweringError, match="give it an output grid"):
         ConvGrids(FULL, None, FULL)
-
-
-@pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh"])
-@pytest.mark.parametrize("out", [None, ByteGrid(0.03, 11, 0, 255), ByteGrid(0.05, 3, 0, 63)])
-def test_packed_linear_with_what_follows_it(activation: str, out: ByteGrid | None) -> None:
-    if not kernels.conv_kernel_is_exact():
-        pytest.skip("this CPU has no exact integer kernels in oneDNN")
-    x, weight, scales, bias = _uint8(7, 20), _int8(9, 20), torch.linspace(1e-4, 1e-3, 9), torch.linspace(-1, 1, 9)
-    grid = ByteGrid(0.05, 77, 0, 255)
-    real = (x.double() - 77) @ weight.double().t() * 0.05 * scales.double() + bias.double()
-    real = ACTIVATIONS[activation](real)
-    made = kernels.prepared_linear(weight, scales, bias, grid, LinearEnd(out, activation), x.shape)(x)
-    if out is None:
-        torch.testing.assert_close(made.double(), real, rtol=1e-5, atol=1e-5)
-    else:
-        _assert_rounded(made, real, out)
 
 
 def test_no_kernel_ends_in_any_activation() -> None:

@@ -4,6 +4,7 @@ import importlib
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,7 +22,7 @@ from fxquant.core.ir import FakeQuantize, Grid, activation_spec, fork
 from fxquant.core.run import model_outputs
 from fxquant.passes import Canonicalize, FoldBatchnorm
 from tests.backends.lowered import QUANTIZED, calibrated, error_in_steps, example, plan_of, simulated
-from tests.models import MODELS
+from tests.models import MODELS, Composed
 from tests.programs import captured, folded
 
 needs_data = pytest.mark.skipif(data_folder() is None, reason="set FXQUANT_DATA to run the real networks")
@@ -64,23 +65,16 @@ def test_every_convolution_and_linear_layer_runs_on_integers(name: str) -> None:
 
 
 def test_a_residual_network_has_no_float_between_its_integer_ops() -> None:
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem = nn.Conv2d(3, 8, 3, padding=1)
-            self.down = nn.Conv2d(8, 8, 3, stride=2)
-            self.skip = nn.Conv2d(8, 8, 1)
-            self.head = nn.Linear(8, 4)
+    def answer(m: Any, x: Tensor) -> Any:
+        x = torch.relu(m.stem(x))
+        # Padding on one side only, as networks from TensorFlow have it.
+        y = nn.functional.relu6(m.down(nn.functional.pad(x, (0, 1, 0, 1))))
+        z = torch.relu(y + m.skip(nn.functional.max_pool2d(x, 2)))
+        return m.head(z.mean((2, 3)))
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = torch.relu(self.stem(x))
-            # Padding on one side only, as networks from TensorFlow have it.
-            y = nn.functional.relu6(self.down(nn.functional.pad(x, (0, 1, 0, 1))))
-            z = torch.relu(y + self.skip(nn.functional.max_pool2d(x, 2)))
-            answer: Tensor = self.head(z.mean((2, 3)))
-            return answer
-
-    module = _quantized(Plain(), torch.randn(8, 3, 8, 8))
+    stem, down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2)
+    model = Composed(answer, stem=stem, down=down, skip=nn.Conv2d(8, 8, 1), head=nn.Linear(8, 4))
+    module = _quantized(model, torch.randn(8, 3, 8, 8))
     report = kernel_report(written(module))
     assert report.integer_share == 1.0
     assert report.float_products == 0
@@ -127,19 +121,12 @@ def test_packing_is_what_onnx_reads_back(bits: int, count: int) -> None:
 
 
 def test_a_layer_kept_in_float_stays_in_float() -> None:
-    class Three(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            answer: Tensor = self.c(torch.relu(self.b(torch.relu(self.a(x)))))
-            return answer
-
     torch.manual_seed(0)
-    model, images = Three(), torch.randn(8, 4, 8, 8)
+    a, b, c = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+    model = Composed(lambda m, x: m.c(torch.relu(m.b(torch.relu(m.a(x))))), a=a, b=b, c=c)
+    images = torch.randn(8, 4, 8, 8)
     # One wild channel shows a per-tensor int8 weight at once.
-    model.b.weight.data[0] *= 300.0
+    b.weight.data[0] *= 300.0
     module = _quantized(model, images, keep_float=("b",))
     report = kernel_report(written(module))
     assert report.kernels == {"a": "QLinearConv", "b": "float", "c": "QLinearConv"}
@@ -148,18 +135,14 @@ def test_a_layer_kept_in_float_stays_in_float() -> None:
 
 
 def test_ops_of_no_table_are_written_by_torchs_exporter() -> None:
-    class Odd(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
+    def answer(m: Any, x: Tensor) -> Tensor:
+        x = torch.cumsum(torch.erf(m.conv(x)), dim=1)
+        values, indices = torch.topk(x.flatten(1), 3)
+        rows = torch.arange(x.shape[0], dtype=torch.float32).unsqueeze(1)
+        return torch.where(values > 0.1, values, rows) + indices.float() * 0.001
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = torch.cumsum(torch.erf(self.conv(x)), dim=1)
-            values, indices = torch.topk(x.flatten(1), 3)
-            rows = torch.arange(x.shape[0], dtype=torch.float32).unsqueeze(1)
-            return torch.where(values > 0.1, values, rows) + indices.float() * 0.001
-
-    module = Canonicalize()(capture(Odd().eval(), (torch.randn(2, 3, 6, 6),))).module
+    model = Composed(answer, conv=nn.Conv2d(3, 4, 3))
+    module = Canonicalize()(capture(model.eval(), (torch.randn(2, 3, 6, 6),))).module
     run = executable(written(module))
     for count in (1, 4):
         x = torch.randn(count, 3, 6, 6)
@@ -187,17 +170,13 @@ def test_an_answer_of_a_type_without_numpy_form(tmp_path: Path) -> None:
 
 
 def test_an_op_without_onnx_form_is_named_with_its_line(tmp_path: Path) -> None:
-    class Uses(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(3, 3)
-
+    class Uses(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            answer: Tensor = unknown(self.fc(x))
+            answer: Tensor = unknown(super().forward(x))
             return answer
 
-    module = capture(Uses(), (torch.randn(2, 3),)).module
-    with pytest.raises(LoweringError, match=r"fxquant_tests.unknown.*unknown\(self.fc\(x\)\)"):
+    module = capture(Uses(3, 3), (torch.randn(2, 3),)).module
+    with pytest.raises(LoweringError, match=r"fxquant_tests.unknown.*unknown\(super\(\).forward\(x\)\)"):
         export_onnx(module, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 

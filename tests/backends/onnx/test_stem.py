@@ -25,6 +25,7 @@ from fxquant.capture import capture
 from fxquant.core.errors import LoweringError
 from fxquant.passes import Canonicalize
 from tests.backends.lowered import calibrated, plan_of
+from tests.models import Composed
 
 GEOMETRIES = [(k, b, e, s) for k, b, e, s in itertools.product(range(1, 8), range(4), range(4), (8, 9, 14, 15))]
 
@@ -117,16 +118,10 @@ def test_other_convolutions_stay_as_they_are(name: str) -> None:
 
 
 def test_a_quantizer_that_others_read_stays_where_it_is() -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(3, 4, 3, stride=2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.relu(self.a(x)) + torch.relu(self.b(x))
-
+    a, b = nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(3, 4, 3, stride=2)
+    model = Composed(lambda m, x: torch.relu(m.a(x)) + torch.relu(m.b(x)), a=a, b=b)
     images = torch.randn(8, 3, 16, 16)
-    module = plan_of(calibrated(Canonicalize()(capture(Shared(), (images[:2],))), (images,)), (8,))
+    module = plan_of(calibrated(Canonicalize()(capture(model, (images[:2],))), (images,)), (8,))
     model = to_onnx(module)
     assert "SpaceToDepth" not in {node.op_type for node in model.graph.node}
 
