@@ -11,17 +11,7 @@ from torch.fx import GraphModule
 from fxquant import flow
 from fxquant.capture import capture
 from fxquant.core.facts import FakeQuantNodes, Ranges, Settings, WeightGrids
-from fxquant.core.ir import (
-    Candidate,
-    EdgeGroups,
-    FakeQuantize,
-    Program,
-    Sites,
-    finish,
-    fork,
-    resolve,
-    set_module,
-)
+from fxquant.core.ir import Candidate, EdgeGroups, FakeQuantize, Program, finish, fork, resolve, set_module
 from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
 from fxquant.core.storage import ScoreStore
 from fxquant.passes import simulate, widest_plan
@@ -159,8 +149,3 @@ def full_forward_losses(name: str, images: CalibrationSet, loss: str, *candidate
     """Return the loss per image of substitutions by whole forward passes."""
     reference, answer = full_forward(name, len(images)), full_forward(name, len(images), *candidates)
     return LOSSES[loss](reference, answer, images.labels)
-
-
-def columns(program: Program) -> tuple[Candidate, ...]:
-    """Return the candidates of a program."""
-    return program[Sites].candidates

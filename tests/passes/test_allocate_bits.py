@@ -7,13 +7,7 @@ import numpy as np
 import pytest
 
 from fxquant.core.errors import OptionError
-from fxquant.core.facts import (
-    BitAllocation,
-    Budget,
-    Finalists,
-    SensitivityMatrix,
-    Surrogates,
-)
+from fxquant.core.facts import BitAllocation, Budget, Finalists, SensitivityMatrix, Surrogates
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.passes import AllocateBits, EstimateCost, FindSites, uniform_plans
 from fxquant.passes.allocation import SOLVERS, Solution

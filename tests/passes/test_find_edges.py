@@ -22,62 +22,38 @@ def edges_of(name: str, target: Target = TARGET, keep_float: dict[str, str] | No
 
 
 def shown(edges: QuantizedEdges) -> str:
-    return "\n".join(f"{e.producer} -> {e.consumer}" for e in edges.edges)
+    return ", ".join(f"{e.producer} -> {e.consumer}" for e in edges.edges)
 
 
 GOLDEN = {
     # relu_1 feeds silu (float) and a convolution: both its uses are quantized, for the kernel writes integers only.
-    "residual": """
-        x -> conv2d
-        relu -> conv2d_1
-        relu -> add_25
-        conv2d_1 -> add_25
-        relu_1 -> silu
-        relu_1 -> conv2d_2
-        conv2d_2 -> add_46
-        mean -> linear""",
+    "residual": (
+        "x -> conv2d, relu -> conv2d_1, relu -> add_25, conv2d_1 -> add_25, relu_1 -> silu, "
+        "relu_1 -> conv2d_2, conv2d_2 -> add_46, mean -> linear"
+    ),
     # Branches and what keeps their grid: relu is absorbed by the left convolution, batch norm runs in float.
-    "concat": """
-        x -> conv2d
-        x -> conv2d_1
-        relu -> cat
-        conv2d_1 -> cat
-        cat -> max_pool2d
-        getitem -> conv2d_2
-        conv2d_2 -> mean
-        max_pool2d -> conv2d_3
-        conv2d_3 -> output""",
+    "concat": (
+        "x -> conv2d, x -> conv2d_1, relu -> cat, conv2d_1 -> cat, cat -> max_pool2d, getitem -> conv2d_2, "
+        "conv2d_2 -> mean, max_pool2d -> conv2d_3, conv2d_3 -> output"
+    ),
     # One value in both slots of an add is one edge; a quantized value is also an answer.
-    "two_inputs": """
-        image -> conv2d
-        mask -> conv2d_1
-        conv2d -> add_5
-        conv2d -> output
-        add_5 -> add_16
-        conv2d_1 -> add_16
-        add_16 -> conv2d_2
-        conv2d_2 -> mean""",
+    "two_inputs": (
+        "image -> conv2d, mask -> conv2d_1, conv2d -> add_5, conv2d -> output, add_5 -> add_16, "
+        "conv2d_1 -> add_16, add_16 -> conv2d_2, conv2d_2 -> mean"
+    ),
     # Zero padding keeps the grid, padding with ones does not.
-    "padded": """
-        x -> pad
-        pad -> conv2d
-        conv2d -> conv2d_1
-        relu -> max_pool2d
-        max_pool2d -> conv2d_2
-        conv2d_2 -> pad_1
-        pad_1 -> conv2d_3
-        conv2d_3 -> view""",
-    "tokens": """
-        mean -> linear
-        relu -> linear_1""",
+    "padded": (
+        "x -> pad, pad -> conv2d, conv2d -> conv2d_1, relu -> max_pool2d, max_pool2d -> conv2d_2, "
+        "conv2d_2 -> pad_1, pad_1 -> conv2d_3, conv2d_3 -> view"
+    ),
+    "tokens": "mean -> linear, relu -> linear_1",
     "weightless": "",
 }
 
 
 @pytest.mark.parametrize("name", list(GOLDEN))
 def test_golden_edges(name: str) -> None:
-    expected = "\n".join(line.strip() for line in GOLDEN[name].strip().splitlines())
-    assert shown(edges_of(name)) == expected
+    assert shown(edges_of(name)) == GOLDEN[name]
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -123,12 +99,9 @@ def test_joins_are_refused_where_they_would_buy_borders() -> None:
     assert edges_of("attention").float_reasons["add_173"] == why
     # Kernels that write floats quantize no inputs of the add.
     assert edges_of("residual", FLOAT_OUTPUT).float_reasons["add_25"] == why
-    assert shown(edges_of("residual", FLOAT_OUTPUT)).splitlines() == [
-        "x -> conv2d",
-        "relu -> conv2d_1",
-        "relu_1 -> conv2d_2",
-        "mean -> linear",
-    ]
+    assert shown(edges_of("residual", FLOAT_OUTPUT)) == (
+        "x -> conv2d, relu -> conv2d_1, relu_1 -> conv2d_2, mean -> linear"
+    )
 
 
 def test_refusals_are_told_apart() -> None:
@@ -187,14 +160,9 @@ def test_a_site_kept_in_float_takes_its_edges_along() -> None:
     assert "conv2d_1" not in found.integer_nodes
     assert "conv2d_1" not in {edge.producer for edge in found.edges}
     # The first convolution's kernel still writes integers for all its readers; the add lost an operand.
-    assert shown(found).splitlines() == [
-        "x -> conv2d",
-        "relu -> conv2d_1",
-        "relu -> add_25",
-        "relu_1 -> conv2d_2",
-        "conv2d_2 -> add_46",
-        "mean -> linear",
-    ]
+    assert shown(found) == (
+        "x -> conv2d, relu -> conv2d_1, relu -> add_25, relu_1 -> conv2d_2, conv2d_2 -> add_46, mean -> linear"
+    )
     shared = edges_of("shared", keep_float={"conv": "shared"})
     assert {"conv2d", "conv2d_1"} <= set(shared.float_reasons)
 

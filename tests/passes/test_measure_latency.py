@@ -12,13 +12,7 @@ from fxquant.core.errors import OptionError
 from fxquant.core.facts import CostTable, CostTables
 from fxquant.core.host import Timing, TimingCache
 from fxquant.core.ir import FLOAT, Choice, Sites
-from fxquant.passes import (
-    CHOSEN_RATIOS,
-    MeasureLatency,
-    chosen_plans,
-    measure_latency,
-    mixed_plans,
-)
+from fxquant.passes import CHOSEN_RATIOS, MeasureLatency, chosen_plans, measure_latency, mixed_plans
 from fxquant.passes.cost import LatencyModel, SiteLink
 from tests.programs import check_pass
 from tests.scoring import calibrated, inputs

@@ -44,7 +44,7 @@ def assert_sound(instance: Instance, found: Solution, optimum: Solution) -> None
         assert found.gap == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(random_instances())
 def test_iqp_equals_exhaustive(instance: Instance) -> None:
     optimum = SOLVERS["exhaustive"](*instance.arguments)

@@ -23,8 +23,6 @@ from tests.models import MODELS
 from tests.programs import TARGET, folded, tied, uniform
 
 activation = COSTS["activation"]
-
-
 PACKING = replace(TARGET, name="packing", activation_storage_bits={4: 4})
 
 
@@ -107,8 +105,7 @@ def peak_of_real_tensors(name: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["residual", "separable", "shared", "padded", "concat", "two_inputs", "sequence", "tokens", "name_clash"],
+    "name", ["residual", "separable", "shared", "padded", "concat", "two_inputs", "sequence", "tokens", "name_clash"]
 )
 def test_the_float_peak_is_that_of_real_tensors(name: str) -> None:
     assert activation(sited(name), TARGET).float_cost == peak_of_real_tensors(name)

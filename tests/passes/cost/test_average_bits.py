@@ -4,7 +4,7 @@ import pytest
 
 from fxquant.core.ir import FLOAT, Choice, Sites
 from fxquant.passes.cost import COSTS
-from tests.programs import TARGET, calibrated, uniform
+from tests.programs import TARGET, calibrated
 from tests.scoring import calibrated as for_reference
 
 average_bits = COSTS["average_bits"]
@@ -16,13 +16,6 @@ def test_stem_and_classifier_count() -> None:
     plan = {"conv1": Choice(8, 8), "conv2": Choice(2, 8), "conv3": Choice(4, 8), "fc": Choice(8, 8)}
     by_hand = (216 * 8 + 576 * 2 + 64 * 4 + 40 * 8) / (216 + 576 + 64 + 40)
     assert table.of(plan) == pytest.approx(by_hand, rel=1e-12)
-
-
-@pytest.mark.parametrize("name", ["residual", "shared", "tokens"])
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_a_uniform_plan_has_its_own_average(name: str, bits: int) -> None:
-    program = calibrated(name)
-    assert average_bits(program, TARGET).of(uniform(program, bits)) == pytest.approx(bits, rel=1e-12)
 
 
 def test_float_counts_32() -> None:

@@ -8,8 +8,6 @@ from tests.programs import TARGET, calibrated
 from tests.scoring import calibrated as for_reference
 
 bops = COSTS["bops"]
-
-
 MACS = {"conv1": 8 * 27 * 64, "conv2": 8 * 72 * 64, "conv3": 8 * 8 * 64, "fc": 8 * 5}
 
 

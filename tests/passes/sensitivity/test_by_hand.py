@@ -81,7 +81,7 @@ def test_over_many_samples(
     precision: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hawq, "PROBES", 1000)
+    monkeypatch.setattr(hawq, "PROBES", 700)
     each = split_scorer(images, loss, LABELS if images == 6 else None)
     each.batch = min(images, 1024)
     found, hessian = ESTIMATORS[estimator](each), answer_hessian(each)

@@ -15,7 +15,7 @@ from fxquant.core.ir import Choice, Sites
 from fxquant.core.run import UNITS, CalibrationSet, GraphReplay
 from fxquant.core.storage import ScoreStore
 from fxquant.passes.sensitivity import ESTIMATORS, Estimator, Scorer
-from tests.scoring import columns, full_forward_losses, inputs, scorer, simulated
+from tests.scoring import full_forward_losses, inputs, scorer, simulated
 
 PAGE = Path(__file__).parents[3] / "docs" / "add-an-estimator.md"
 EXAMPLE = "power"
@@ -51,7 +51,7 @@ def same(one: SensitivityMatrix, other: SensitivityMatrix) -> bool:
 def test_the_matrix_is_what_its_type_says(estimator: Estimator, name: str, loss: str) -> None:
     program = simulated(name)
     found = estimator(scorer(program, images(name), loss))
-    assert found.candidates == columns(program)
+    assert found.candidates == program[Sites].candidates
     assert found.estimator == estimator.name
     assert found.evaluations > 0 or not estimator.images
     assert np.isfinite(found.values).all()
@@ -129,7 +129,7 @@ def test_cross_entropy_with_labels(estimator: Estimator) -> None:
 def test_several_activation_widths(estimator: Estimator) -> None:
     program = simulated("plain", (2, 8), (2, 8))
     found = estimator(scorer(program, images("plain")))
-    assert found.candidates == columns(program)
+    assert found.candidates == program[Sites].candidates
 
     def predicted(weight_bits: int, activation_bits: int) -> float:
         return found.predict(dict.fromkeys(found.sites, Choice(weight_bits, activation_bits)))

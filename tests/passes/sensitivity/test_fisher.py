@@ -67,14 +67,6 @@ def test_pairs_approach_the_measured_ones_as_perturbations_shrink() -> None:
     np.testing.assert_allclose(modelled, exact, rtol=0.15, atol=0.1 * np.abs(exact).max())
 
 
-def test_positive_semidefinite() -> None:
-    found = fisher(scorer(simulated("plain", (2, 4, 8), (4, 8)), CalibrationSet(inputs("plain", 6))))
-    eigenvalues = np.linalg.eigvalsh(found.values)
-    sites = np.array([c.site for c in found.candidates])
-    assert found.values[sites[:, None] != sites[None, :]].any()
-    assert eigenvalues[-1] > 0
-
-
 def test_around_a_plan_the_slope_counts() -> None:
     """Giving bits back must lower the modelled loss, which only the first-order term can say."""
     program, images = simulated("plain"), CalibrationSet(inputs("plain", 6))

@@ -15,8 +15,6 @@ gram = ESTIMATORS["gram"]
 hybrid = ESTIMATORS["hybrid"]
 monotone = ESTIMATORS["monotone"]
 pairs = ESTIMATORS["pairs"]
-
-
 Array = NDArray[np.float64]
 IMAGES = CalibrationSet(inputs("plain", 6))
 

@@ -17,8 +17,6 @@ from tests.scoring import full_forward_losses, inputs, plain_net, scorer, simula
 
 gram = ESTIMATORS["gram"]
 pairs = ESTIMATORS["pairs"]
-
-
 IMAGES = CalibrationSet(inputs("plain", 6))
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from fxquant import flow
 from fxquant.capture import capture
 from fxquant.core.facts import Settings
-from fxquant.core.ir import Choice
+from fxquant.core.ir import Choice, Program
 from fxquant.core.run import CalibrationSet
 from fxquant.passes import simulate, widest_plan
 from fxquant.passes.sensitivity import ESTIMATORS, Batch, Scorer, attribution, formats, measure_singles, walk
@@ -16,8 +18,6 @@ from tests.scoring import full_forward, inputs, scorer, simulated
 
 diagonal = ESTIMATORS["diagonal"]
 path = ESTIMATORS["path"]
-
-
 IMAGES = CalibrationSet(inputs("plain", 6))
 
 
@@ -33,11 +33,16 @@ class ApartNet(nn.Module):
         return torch.cat([self.a(x[:, :8]), self.b(x[:, 8:])], dim=1)
 
 
-def apart(**pins: Choice) -> Scorer:
+@cache
+def captured_apart() -> Program:
     torch.manual_seed(7)
+    return capture(ApartNet().eval(), inputs("split", 2))
+
+
+def apart(**pins: Choice) -> Scorer:
     images = CalibrationSet(inputs("split", 6))
     settings = Settings(bits=(2, 4, 8), pins=pins, target="reference", estimators=("gram",))
-    program = flow.prepare(capture(ApartNet().eval(), inputs("split", 2)), settings)
+    program = flow.prepare(captured_apart(), settings)
     program = flow.calibrate(program, images)
     return scorer(simulate(program, widest_plan(program), round_biases=False), images, "mse")
 

@@ -11,8 +11,6 @@ from fxquant.passes.sensitivity import ESTIMATORS, Column, RoundedWeight, mean_s
 from tests.scoring import inputs, scorer, simulated
 
 weight_mse = ESTIMATORS["weight_mse"]
-
-
 IMAGES = CalibrationSet(inputs("split", 6))
 IMAGES_OF_PLAIN = CalibrationSet(inputs("plain", 6))
 

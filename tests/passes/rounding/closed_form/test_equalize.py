@@ -19,8 +19,6 @@ from tests.passes.rounding.closed_form.test_chains import ChainNet
 from tests.passes.rounding.tasks import after, task_of, task_on
 
 equalize = ROUNDERS["equalize"]
-
-
 PAIRS = [("stem", "depthwise"), ("depthwise", "grouped"), ("grouped", "first"), ("first", "second")]
 
 

@@ -14,15 +14,7 @@ from fxquant.core.ir import Grid
 from fxquant.core.run import model_outputs
 from fxquant.passes import simulate
 from fxquant.passes.rounding import ROUNDERS, RoundingTask
-from fxquant.passes.rounding.closed_form import (
-    METHODS,
-    Moments,
-    gpfq_rows,
-    gptq_rows,
-    on_grid,
-    squared_error,
-    to_rows,
-)
+from fxquant.passes.rounding.closed_form import METHODS, Moments, gpfq_rows, gptq_rows, on_grid, squared_error, to_rows
 from tests.passes.rounding.tasks import correlated, task_of
 
 either = pytest.mark.parametrize("method", sorted(METHODS))

@@ -88,12 +88,7 @@ GOLDEN: dict[str, list[tuple[str, ...]]] = {
     "residual": [("conv1",), ("conv2",), ("conv3",), ("fc",)],
     "plain": [("conv1",), ("conv2", "conv3"), ("fc",)],
     # The two halves of a transformer block.
-    "attention": [
-        ("patch",),
-        ("attention.in_proj_weight", "attention.out_proj"),
-        ("wide", "narrow"),
-        ("head",),
-    ],
+    "attention": [("patch",), ("attention.in_proj_weight", "attention.out_proj"), ("wide", "narrow"), ("head",)],
     "separable": [("stem",), ("depthwise",), ("pointwise",), ("head",)],
     "padded": [("grouped",), ("same",), ("even",), ("last",)],
     # A shared weight is in each unit that reads it.
