@@ -95,8 +95,9 @@ def test_killed_at_any_moment_a_sweep_loses_at_most_the_cell_under_way(
     for _ in range(KILLS):
         before = len(measured(folder))
         kept = cells(folder)
-        sweeper.start(folder, answer, chance.randint(1, 8), chance.uniform(1e-6, 0.01))
-        assert sweeper.end() == signal.SIGPROF
+        sweeper.start(folder, answer, chance.randint(1, 6), chance.uniform(1e-6, 0.01))
+        # On a fast machine the last of the kills may come after the last cell.
+        assert sweeper.end() == signal.SIGPROF or len(cells(folder)) == CELLS
         # All that was measured is there, but for one cell that may not have been written yet.
         assert kept <= cells(folder)
         assert len(cells(folder)) >= len(kept) + len(measured(folder)) - before - 1
