@@ -76,11 +76,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, object], 
 @pytest.mark.parametrize(
     ("strike", "code", "message"),
     [
-        (
-            ctrl_c,
-            INTERRUPTED,
-            r"fxquant: stopped; (nothing was finished yet$|\d+ finished parts are kept in )",
-        ),
+        (ctrl_c, INTERRUPTED, r"fxquant: stopped; (nothing was finished yet$|\d+ finished parts are kept in )"),
         (disk_full, 1, r"fxquant: error: cannot write \S+: No space left on device after 0 bytes, \d+ bytes are free"),
     ],
 )

@@ -32,9 +32,7 @@ FOUND = {
         (
             conv(0, 2),
             Step(
-                "max_pool",
-                (1,),
-                {"kernel": [2, 2], "stride": [2, 2], "padding": [1, 1], "ceil": True, "dilation": 2},
+                "max_pool", (1,), {"kernel": [2, 2], "stride": [2, 2], "padding": [1, 1], "ceil": True, "dilation": 2}
             ),
             conv(2, 2),
         ),

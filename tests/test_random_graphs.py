@@ -39,7 +39,7 @@ logging.getLogger("torch.__trace").propagate = False
 NIGHTLY = int(os.environ.get("FXQUANT_NIGHTLY", "0"))
 GRAPHS = NIGHTLY or 4
 LONGEST = 20
-BUDGETS = 24
+BUDGETS = 12
 
 
 @settings(

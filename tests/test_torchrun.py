@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import fxquant
@@ -52,6 +53,7 @@ def worker(parent: int, rank: int) -> int:
     raise AssertionError(f"{parent} has no worker {rank}")
 
 
+@pytest.mark.slow
 def test_a_worker_dies_and_the_next_run_goes_on(tmp_path: Path) -> None:
     x = images()
     exported = torch.export.export(small(), (x[:2],), dynamic_shapes=({0: torch.export.Dim.AUTO},))
@@ -76,7 +78,7 @@ def test_a_worker_dies_and_the_next_run_goes_on(tmp_path: Path) -> None:
     finished = {path.name: path.stat().st_mtime_ns for path in scores.glob("[!.]*.npz")}
     assert len(finished) >= 3
 
-    resumed = torchrun(*command, "--resume")
+    resumed = torchrun(*arguments(tmp_path, "two", "tests.small:images"), "--resume")
     told = resumed.communicate(timeout=120)[0]
     assert resumed.returncode == 0, told
     assert told.count("candidates") == 1, "one process speaks"

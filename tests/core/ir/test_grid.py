@@ -12,13 +12,7 @@ from torch import Tensor
 
 import fxquant
 from fxquant.core.errors import OptionError
-from fxquant.core.ir import (
-    SMALLEST_SCALE,
-    FakeQuantize,
-    Grid,
-    QuantSpec,
-    activation_spec,
-)
+from fxquant.core.ir import SMALLEST_SCALE, FakeQuantize, Grid, QuantSpec, activation_spec
 
 SPECS = st.one_of(
     st.builds(QuantSpec, st.integers(2, 8), st.just(True), st.just(True)),
