@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+node = helper.make_node
+ONES = np.ones((2, 2, 1, 1), dtype=np.int64)
 IMAGE = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 2, 4, 4])
 RESULT = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2, 4, 4])
 
@@ -28,11 +30,11 @@ def model(nodes: list[onnx.NodeProto], initializers: list[TensorProto], opset: i
 
 def float_net() -> onnx.ModelProto:
     """Return two convolutions of one name and a product of two activations."""
-    weight = stored("w", np.ones((2, 2, 1, 1)))
+    weight = stored("w", ONES)
     nodes = [
-        helper.make_node("Conv", ["x", "w"], ["a"], name="same"),
-        helper.make_node("Conv", ["a", "w"], ["b"], name="same"),
-        helper.make_node("MatMul", ["a", "b"], ["y"]),
+        node("Conv", ["x", "w"], ["a"], name="same"),
+        node("Conv", ["a", "w"], ["b"], name="same"),
+        node("MatMul", ["a", "b"], ["y"]),
     ]
     return model(nodes, [weight])
 
@@ -48,24 +50,24 @@ def quantized_net(
     """Return one convolution between quantizers, unnamed, with a clip behind it."""
     nodes, read, weight = [], "x", "w"
     if input_quantized:
-        nodes += [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"])]
-        nodes += [helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xf"])]
+        nodes += [node("QuantizeLinear", ["x", "s", "z"], ["xq"])]
+        nodes += [node("DequantizeLinear", ["xq", "s", "z"], ["xf"])]
         read = "xf"
     zero = [stored("wz", 0, weight_type)]
     if cast:
-        nodes += [helper.make_node("Cast", ["w"], ["wc"], to=TensorProto.INT8)]
+        nodes += [node("Cast", ["w"], ["wc"], to=TensorProto.INT8)]
         weight, zero = "wc", [stored("wz", 0, TensorProto.INT8)]
-    nodes += [helper.make_node("DequantizeLinear", [weight, "s", "wz"], ["wf"])]
-    nodes += [helper.make_node(operator, [read, "wf"], ["c"]), helper.make_node("Relu", ["c"], ["r"])]
+    nodes += [node("DequantizeLinear", [weight, "s", "wz"], ["wf"])]
+    nodes += [node(operator, [read, "wf"], ["c"]), node("Relu", ["c"], ["r"])]
     if output_quantized:
-        nodes += [helper.make_node("QuantizeLinear", ["r", "s", "z"], ["rq"])]
-        nodes += [helper.make_node("DequantizeLinear", ["rq", "s", "z"], ["y"])]
+        nodes += [node("QuantizeLinear", ["r", "s", "z"], ["rq"])]
+        nodes += [node("DequantizeLinear", ["rq", "s", "z"], ["y"])]
     else:
-        nodes += [helper.make_node("Identity", ["r"], ["y"])]
+        nodes += [node("Identity", ["r"], ["y"])]
     initializers = [
         stored("s", 0.5),
         stored("z", zero_point, TensorProto.UINT8),
-        stored("w", np.ones((2, 2, 1, 1), dtype=np.int64), weight_type),
+        stored("w", ONES, weight_type),
     ]
     return model(nodes, [*initializers, *zero])
 
@@ -73,11 +75,11 @@ def quantized_net(
 def integer_net() -> onnx.ModelProto:
     """Return a convolution in the operator format: integers in the operator itself."""
     nodes = [
-        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
-        helper.make_node("QLinearConv", ["xq", "s", "z", "w", "s", "wz", "s", "z"], ["yq"], name="conv"),
-        helper.make_node("DequantizeLinear", ["yq", "s", "z"], ["y"]),
+        node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+        node("QLinearConv", ["xq", "s", "z", "w", "s", "wz", "s", "z"], ["yq"], name="conv"),
+        node("DequantizeLinear", ["yq", "s", "z"], ["y"]),
     ]
-    weights = stored("w", np.ones((2, 2, 1, 1), dtype=np.int64), TensorProto.INT8)
+    weights = stored("w", ONES, TensorProto.INT8)
     return model(
         nodes, [stored("s", 0.5), stored("z", 3, TensorProto.UINT8), stored("wz", 0, TensorProto.INT8), weights]
     )
@@ -87,15 +89,15 @@ def branching_net() -> onnx.ModelProto:
     """Return a convolution inside both branches of an If, with a weight of the outer graph."""
     inside = [
         helper.make_graph(
-            [helper.make_node("Conv", ["x", "w"], [f"{name}_out"], name=name)],
+            [node("Conv", ["x", "w"], [f"{name}_out"], name=name)],
             name,
             [],
             [helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, None)],
         )
         for name in ("yes", "no")
     ]
-    node = helper.make_node("If", ["c"], ["y"], then_branch=inside[0], else_branch=inside[1])
-    return model([node], [stored("w", np.ones((2, 2, 1, 1))), stored("c", True, TensorProto.BOOL)])
+    branch = node("If", ["c"], ["y"], then_branch=inside[0], else_branch=inside[1])
+    return model([branch], [stored("w", ONES), stored("c", True, TensorProto.BOOL)])
 
 
 def external_net(folder: Path) -> Path:

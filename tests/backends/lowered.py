@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.backends import backend
-from fxquant.core.facts import BitAllocation
+from fxquant.core.facts import BitAllocation, Target
 from fxquant.core.ir import Choice, FakeQuantize, Program, Sites
 from fxquant.core.run import CalibrationSet
 from fxquant.passes import (
@@ -32,19 +32,24 @@ QUANTIZED = sorted(set(MODELS) - {"weightless"})
 
 
 def calibrated(
-    program: Program, inputs: tuple[Tensor, ...], keep_float: tuple[str, ...] = (), widths: tuple[int, ...] = WIDTHS
+    program: Program,
+    inputs: tuple[Tensor, ...],
+    keep_float: tuple[str, ...] = (),
+    widths: tuple[int, ...] = WIDTHS,
+    target: Target = TARGET,
+    activation_bits: int = 8,
 ) -> Program:
-    """Return a program for ONNX Runtime with all facts a plan of these widths needs."""
-    program = TieEdges()(FindEdges(TARGET, dict.fromkeys(keep_float, "asked"))(program))
-    program = FindSites(TARGET, bits=widths, activation_bits=(8,))(program)
+    """Return a program for a target with all facts a plan of these widths needs."""
+    program = TieEdges()(FindEdges(target, dict.fromkeys(keep_float, "asked"))(program))
+    program = FindSites(target, bits=widths, activation_bits=(activation_bits,))(program)
     observed = Calibrate(CalibrationSet(inputs))(InsertObservers("minmax")(program))
     return ScaleWeights()(CollectRanges()(observed))
 
 
-def plan_of(program: Program, widths: tuple[int, ...]) -> GraphModule:
+def plan_of(program: Program, widths: tuple[int, ...], activation_bits: int = 8) -> GraphModule:
     """Return the simulated graph, its sites taking the widths in turn."""
-    choices = {s.name: Choice(widths[i % len(widths)], 8) for i, s in enumerate(program[Sites].sites)}
-    return InsertFakeQuant()(program.with_facts(BitAllocation(choices))).module
+    choices = {s.name: Choice(widths[i % len(widths)], activation_bits) for i, s in enumerate(program[Sites].sites)}
+    return InsertFakeQuant(activation_bits)(program.with_facts(BitAllocation(choices))).module
 
 
 @cache

@@ -174,13 +174,6 @@ def test_attention_is_taken_apart() -> None:
     assert text.count("softmax.int(") == 1
 
 
-def qkv(heads: int = 4, groups: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((2, heads, 5, 8), (2, groups, 6, 8), (2, groups, 6, 8))
-    one, two, three = (torch.randn(shape, generator=generator) for shape in shapes)
-    return one, two, three
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -189,18 +182,14 @@ def qkv(heads: int = 4, groups: int = 4) -> tuple[Tensor, Tensor, Tensor]:
         {"is_causal": True},
         {"attn_mask": torch.randn(5, 6)},
         {"attn_mask": torch.ones(5, 6, dtype=torch.bool).tril(1)},
+        {"enable_gqa": True},
     ],
 )
 def test_decomposed_attention_is_attention(options: dict[str, Any]) -> None:
-    ours = DECOMPOSITIONS[aten.scaled_dot_product_attention.default](*qkv(), **options)
-    theirs = F.scaled_dot_product_attention(*qkv(), **options)
-    assert torch.allclose(ours, theirs, atol=1e-5)
-
-
-def test_grouped_attention_repeats_its_keys() -> None:
-    query, key, value = qkv(4, 2)
-    ours = DECOMPOSITIONS[aten.scaled_dot_product_attention.default](query, key, value, enable_gqa=True)
-    theirs = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    groups = 2 if "enable_gqa" in options else 4
+    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, groups, 6, 8), torch.randn(2, groups, 6, 8)
+    ours = DECOMPOSITIONS[aten.scaled_dot_product_attention.default](query, key, value, **options)
+    theirs = F.scaled_dot_product_attention(query, key, value, **options)
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 

@@ -68,10 +68,6 @@ ORDER: tuple[Pass, ...] = (
 )
 
 
-def test_the_order_of_the_default_pipeline_is_accepted() -> None:
-    Pipeline(ORDER)
-
-
 @pytest.mark.parametrize(
     ("passes", "message"),
     [

@@ -31,7 +31,7 @@ from fxquant.outputs import write_outputs
 from fxquant.parity import AGREEMENT, Pair, Parity, as_json, check, compare
 from fxquant.passes import simulate, widest_plan
 from tests.backends.lowered import QUANTIZED, example, simulated
-from tests.models import MODELS, built
+from tests.models import MODELS, Composed, built
 from tests.small import images, small_result
 
 FX_INT8 = Settings(bits=(8,), target="fx_int8")
@@ -90,24 +90,19 @@ def test_a_wrong_scale_is_found_and_its_layer_named(position: int) -> None:
         found.require()
 
 
-class TwoAnswers(nn.Module):
-    """One layer called twice, a second answer by a layer of its own, and a third that never varies."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 1, 3, padding=1)
-        self.head, self.other = nn.Linear(64, 3), nn.Linear(64, 4)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = torch.relu(self.conv(torch.relu(self.conv(x)))).flatten(1)
-        return self.head(x), self.other(x), torch.softmax(self.head(x)[:, :1], dim=1) + 0.7
-
-
 @cache
 def two_answers() -> GraphModule:
+    """Return a graph of a layer called twice, a second answer by another layer, and a third that never varies."""
+
+    def answer(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = torch.relu(m.conv(torch.relu(m.conv(x)))).flatten(1)
+        return m.head(x), m.other(x), torch.softmax(m.head(x)[:, :1], dim=1) + 0.7
+
     torch.manual_seed(0)
+    conv, head, other = nn.Conv2d(1, 1, 3, padding=1), nn.Linear(64, 3), nn.Linear(64, 4)
+    model = Composed(answer, conv=conv, head=head, other=other)
     shown = CalibrationSet((images(),))
-    program = flow.calibrate(prepare(capture(TwoAnswers(), shown), Settings(bits=(8,))), shown)
+    program = flow.calibrate(prepare(capture(model, shown), Settings(bits=(8,))), shown)
     return simulate(program, widest_plan(program)).module
 
 

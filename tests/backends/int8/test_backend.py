@@ -6,48 +6,30 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from fxquant.backends import backend
 from fxquant.backends.int8 import (
     EXACT_KERNEL,
-    ByteGrid,
     Dequantize,
     FxInt8Backend,
-    IntegerAdd,
-    IntegerAveragePool,
     IntegerConv,
-    IntegerLinear,
-    IntegerMul,
     IntegerPad,
     Quantize,
     kernel_report,
 )
 from fxquant.core.errors import LoweringError
-from fxquant.core.facts import BitAllocation
 from fxquant.core.ir import (
-    Choice,
     FakeQuantize,
     Grid,
-    Program,
     QuantSpec,
     ScaleRule,
-    Sites,
-    activation_inputs,
     rule_of,
     show,
 )
 from fxquant.core.run import CalibrationSet, first_tensor, model_outputs
-from fxquant.passes import (
-    Calibrate,
-    CollectRanges,
-    FindEdges,
-    FindSites,
-    InsertFakeQuant,
-    InsertObservers,
-    ScaleWeights,
-    TieEdges,
-)
+from fxquant.parity import compare
+from tests.backends.lowered import calibrated, plan_of
 from tests.models import MODELS
 from tests.programs import folded
 
@@ -55,85 +37,24 @@ TARGET = backend("fx_int8").target
 WITH_SITES = [name for name in MODELS if name != "weightless"]
 
 
-def _simulate(program: Program, images: CalibrationSet, bits: tuple[int, ...], activation_bits: int) -> GraphModule:
-    program = FindSites(TARGET, tuple(sorted(set(bits))), (activation_bits,))(TieEdges()(FindEdges(TARGET)(program)))
-    program = ScaleWeights()(CollectRanges()(Calibrate(images)(InsertObservers("minmax")(program))))
-    sites = program[Sites].sites
-    plan = {site.name: Choice(bits[i % len(bits)], activation_bits) for i, site in enumerate(sites)}
-    return InsertFakeQuant(activation_bits)(program.with_facts(BitAllocation(plan))).module
-
-
 @cache
 def _simulated(name: str, bits: tuple[int, ...] = (8, 4, 2, 3), activation_bits: int = 8) -> GraphModule:
-    return _simulate(folded(name), CalibrationSet(MODELS[name].inputs(8)), bits, activation_bits)
-
-
-class _Recorder(Interpreter):
-    """Keeps the value of every node."""
-
-    def __init__(self, module: GraphModule) -> None:
-        super().__init__(module)
-        self.values: dict[str, Any] = {}
-
-    def run_node(self, n: Node) -> Any:
-        self.values[n.name] = value = super().run_node(n)
-        return value
-
-
-def _steps_off(simulated: GraphModule, lowered: GraphModule, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Feed each integer layer the integers of the simulation; return how many steps its answer is off, per element."""
-    recorder = _Recorder(simulated)
-    with torch.no_grad():
-        recorder.run(*inputs)
-    sources = {node.name: node for node in simulated.graph.nodes}
-    found = {}
-    for node in lowered.graph.nodes:
-        module = lowered.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(module, IntegerAdd | IntegerMul | IntegerConv | IntegerLinear | IntegerAveragePool):
-            continue
-        source = sources[node.name]
-        above = list(activation_inputs(source))
-        if isinstance(module, IntegerAdd | IntegerMul):
-            grids = [module.left, module.right]
-        elif isinstance(module, IntegerConv):
-            grids = [module.grids.source]
-            if module.grids.addend is not None:
-                grids.append(module.grids.addend)
-                above += [operand for operand in activation_inputs(next(iter(source.users))) if operand is not source]
-        else:
-            grids = [module.grid]
-        values = [recorder.values[value.name] for value in above]
-        made = module(*(_integers(value, grid) for value, grid in zip(values, grids, strict=False)))
-        if module.out is None:
-            real = recorder.values[node.name]
-            step = real.abs().max() / 127 + 1e-6
-            found[node.name] = (made - real).abs() / step * 100
-            continue
-        while True:
-            source = next(iter(source.users))
-            if source.op == "call_module":
-                break
-        fake = simulated.get_submodule(str(source.target))
-        assert isinstance(fake, FakeQuantize)
-        expected = _integers(recorder.values[source.name], ByteGrid.of(fake.grid))
-        found[node.name] = (made.double() - expected.double()).abs()
-    return found
-
-
-def _integers(value: Tensor, grid: ByteGrid) -> Tensor:
-    return (torch.round(value / grid.scale) + grid.zero_point).to(torch.uint8)
+    widths, inputs = tuple(sorted(set(bits))), MODELS[name].inputs(8)
+    ready = calibrated(folded(name), inputs, widths=widths, target=TARGET, activation_bits=activation_bits)
+    return plan_of(ready, bits, activation_bits)
 
 
 @pytest.mark.parametrize("activation_bits", [8, 4])
 @pytest.mark.parametrize("name", WITH_SITES)
 def test_each_layer_is_within_one_step_of_the_simulation(name: str, activation_bits: int) -> None:
-    simulated = _simulated(name, activation_bits=activation_bits)
-    off = _steps_off(simulated, FxInt8Backend().lower(simulated), MODELS[name].inputs(5))
-    assert off
-    for layer, steps in off.items():
-        assert steps.max() <= 1, layer
-        # One step is for ties that float32 rounds the other way, not the rule.
-        assert (steps > 0.5).double().mean() <= 0.01, layer
+    images = CalibrationSet(MODELS[name].inputs(5))
+    found = compare(_simulated(name, activation_bits=activation_bits), images, ("fx_int8",))
+    assert found.within, found.summary()
+    exact, simulation = found.pairs
+    assert exact.edges == simulation.edges > 0
+    # One step is for ties that float32 rounds the other way; the exact reference rounds as the kernels do.
+    assert exact.layer_step < 1e-3, found.summary()
+    assert simulation.layer_step <= 1.001, found.summary()
 
 
 @pytest.mark.parametrize("name", WITH_SITES)

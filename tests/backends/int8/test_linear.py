@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxquant.backends.int8 import ACTIVATIONS, EXACT_KERNEL, ByteGrid, IntegerLinear, LinearEnd
+from fxquant.backends.int8 import ACTIVATIONS, EXACT_KERNEL, ByteGrid, IntegerLinear, LinearEnd, OnFirstUse
 
 SOURCE = ByteGrid(0.05, 77, 0, 255)
 
@@ -55,3 +55,14 @@ def test_report_and_copies() -> None:
     x = _input()
     expected = layer(x)
     assert torch.equal(copy.deepcopy(layer)(x), expected)
+
+
+def test_what_is_kept_for_a_tensor_belongs_to_it_alone_and_is_not_copied() -> None:
+    weight = torch.ones(2)
+    kept = OnFirstUse[str]()
+    assert kept.of(weight) is None
+    assert kept.keep(weight, "packed") == "packed"
+    assert kept.of(weight) == "packed"
+    assert kept.of(weight.clone()) is None
+    assert copy.deepcopy(kept).of(weight) is None
+    assert copy.copy(kept).of(weight) is None

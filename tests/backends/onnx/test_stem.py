@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,7 +12,9 @@ from torch.fx import GraphModule
 
 from fxquant.backends import to_qdq
 from fxquant.backends.onnx import (
+    LARGEST_FILE,
     Axis,
+    OnnxOptions,
     block_weight,
     executable,
     fold_stems,
@@ -22,7 +25,7 @@ from fxquant.backends.onnx import (
     to_onnx,
 )
 from fxquant.capture import capture
-from fxquant.core.errors import LoweringError
+from fxquant.core.errors import LoweringError, OptionError
 from fxquant.passes import Canonicalize
 from tests.backends.lowered import calibrated, plan_of
 from tests.models import Composed
@@ -133,3 +136,24 @@ def test_weights_of_the_given_graph_stay_untouched() -> None:
     first, second = to_onnx(module).SerializeToString(), to_onnx(module).SerializeToString()
     assert first == second
     assert np.array_equal(before.detach().numpy(), module(images).detach().numpy())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"runtime": "tensorrt"}, "onnxruntime, openvino"),
+        ({"weight_only": (1,)}, "a list of texts"),
+        ({"block_size": 48}, "32"),
+        ({"largest_file": 0}, "of at least 1 and at most"),
+        ({"largest_file": LARGEST_FILE + 1}, "of at least 1 and at most"),
+    ],
+)
+def test_values_that_are_not_allowed_are_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        OnnxOptions(**given)
+
+
+@pytest.mark.parametrize(("runtime", "blocks"), [("onnxruntime", True), ("openvino", False)])
+def test_only_onnx_runtime_gets_stems_over_blocks(runtime: str, blocks: bool) -> None:
+    model = to_onnx(quantized(*STEMS["3x3"]), options=OnnxOptions.of({"runtime": runtime}))
+    assert ("SpaceToDepth" in {node.op_type for node in model.graph.node}) == blocks
