@@ -36,5 +36,5 @@ def test_a_linear_layer_whose_clip_is_read_in_float_runs_on_integers(clip: nn.Mo
     file = to_onnx(simulated).SerializeToString()
     assert kernel_report(file).kernels == {"first": "QGemm", "second": "QGemm"}
     expected = model_outputs(simulated, images.inputs)
-    answer = executable(file, threads=1)(images.inputs)
-    assert torch.allclose(answer, expected, atol=float(expected.max() - expected.min()) / 100)
+    found = executable(file, threads=1)(images.inputs)
+    assert torch.allclose(found, expected, atol=float(expected.max() - expected.min()) / 100)
