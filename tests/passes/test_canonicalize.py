@@ -13,7 +13,7 @@ from fxquant.capture import capture
 from fxquant.core.facts import Settings
 from fxquant.core.ir import Program, Sites, resolve, show
 from fxquant.passes import Canonicalize
-from tests.models import MODELS
+from tests.models import MODELS, Composed
 from tests.programs import captured, check_pass
 
 aten = torch.ops.aten
@@ -118,23 +118,17 @@ def test_padding_by_name_becomes_numbers_where_both_sides_pad_alike() -> None:
     assert resolve(graph, "conv1d").args[4] == [2]
 
 
-class Projected(nn.Module):
+def projected(net: Any, x: torch.Tensor) -> torch.Tensor:
     """Products with a parameter, as vision-language models end in, and products that are none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Parameter(torch.randn(4, 3))
-        self.batched = nn.Parameter(torch.randn(2, 3, 3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.mm(x, self.proj) + x @ self.proj
-        y = (y.unsqueeze(1).unsqueeze(1) @ self.batched).sum(dim=(1, 2))
-        answer: torch.Tensor = (self.proj @ (y.t() @ y)).sum(dim=0) + y
-        return answer
+    y = torch.mm(x, net.proj) + x @ net.proj
+    y = (y.unsqueeze(1).unsqueeze(1) @ net.batched).sum(dim=(1, 2))
+    answer: torch.Tensor = (net.proj @ (y.t() @ y)).sum(dim=0) + y
+    return answer
 
 
 def test_products_with_a_parameter_are_linear_layers() -> None:
-    program = capture(Projected(), (torch.randn(2, 4),))
+    proj, batched = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(2, 3, 3))
+    program = capture(Composed(projected, proj=proj, batched=batched), (torch.randn(2, 4),))
     done = check_pass(Canonicalize(), program)
     text = show(done.module)
     assert text.count("linear.default(x, t_default") == 2
@@ -142,15 +136,8 @@ def test_products_with_a_parameter_are_linear_layers() -> None:
     assert "mm.default(x" not in text
     x = torch.randn(5, 4)
     assert torch.allclose(done.module(x), program.module(x), rtol=1e-4, atol=1e-5)
-    found = flow.find_sites(capture(Once(), (torch.randn(2, 4),)), Settings(bits=(8,)))
+    found = flow.find_sites(
+        capture(Composed(lambda net, x: x @ net.proj, proj=proj), (torch.randn(2, 4),)), Settings(bits=(8,))
+    )
     assert [site.name for site in found[Sites].sites] == ["proj"]
     assert tuple(found.module.get_parameter("proj").shape) == (3, 4)
-
-
-class Once(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Parameter(torch.randn(4, 3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.proj

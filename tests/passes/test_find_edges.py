@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from fxquant.capture import capture
 from fxquant.core.facts import Target
 from fxquant.core.ir import Program, QuantizedEdges
 from fxquant.passes import Canonicalize, FindEdges
-from tests.models import MODELS
+from tests.models import MODELS, Composed
 from tests.programs import TARGET, check_pass, folded
 
 FLOAT_OUTPUT = replace(TARGET, output_quantized=frozenset())
@@ -119,35 +120,26 @@ def test_refusals_are_told_apart() -> None:
 
 
 def test_a_layer_whose_input_is_a_constant_stays_in_float() -> None:
-    class Positions(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Parameter(torch.randn(4, 3))
-            self.embed = nn.Linear(3, 5)
-            self.head = nn.Linear(5, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            answer: torch.Tensor = self.head(x + self.embed(self.table))
-            return answer
-
-    program = FindEdges(TARGET)(Canonicalize()(capture(Positions(), (torch.randn(2, 4, 5),))))
+    positions = Composed(
+        lambda net, x: net.head(x + net.embed(net.table)),
+        table=nn.Parameter(torch.randn(4, 3)),
+        embed=nn.Linear(3, 5),
+        head=nn.Linear(5, 2),
+    )
+    program = FindEdges(TARGET)(Canonicalize()(capture(positions, (torch.randn(2, 4, 5),))))
     found = program[QuantizedEdges]
     assert found.float_reasons["linear"] == "its input is a constant, so it could be computed beforehand"
     assert "linear_1" in found.integer_nodes
 
 
 def test_layers_of_another_float_type_keep_it() -> None:
-    class Mixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = nn.Linear(5, 5)
-            self.register_buffer("narrow", torch.randn(5, 5).bfloat16())
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.linear(net.first(x).bfloat16(), net.narrow)
+        return (x + x).float()
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = nn.functional.linear(self.first(x).bfloat16(), self.get_buffer("narrow"))
-            return (x + x).float()
-
-    found = FindEdges(TARGET)(Canonicalize()(capture(Mixed(), (torch.randn(2, 5),))))[QuantizedEdges]
+    mixed = Composed(forward, first=nn.Linear(5, 5))
+    mixed.register_buffer("narrow", torch.randn(5, 5).bfloat16())
+    found = FindEdges(TARGET)(Canonicalize()(capture(mixed, (torch.randn(2, 5),))))[QuantizedEdges]
     assert "linear" in found.integer_nodes
     why = "it computes in bfloat16, and quantizers are for float32"
     others = [name for name, told in found.float_reasons.items() if told == why]

@@ -11,7 +11,7 @@ from fxquant.capture import capture
 from fxquant.core.errors import OptionError
 from fxquant.core.ir import FLOAT, Choice, Site, Sites
 from fxquant.passes import Canonicalize, FindEdges, FindSites, TieEdges
-from tests.models import MODELS
+from tests.models import MODELS, Composed
 from tests.programs import TARGET, check_pass, folded, tied
 
 W2, W4, W8 = Choice(2, 8), Choice(4, 8), Choice(8, 8)
@@ -152,20 +152,13 @@ def test_refusals_are_those_that_do_work() -> None:
 
 
 def test_layers_that_only_run_in_float_are_counted() -> None:
-    class Mixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem = nn.Linear(3, 4)
-            self.recurrent = nn.LSTM(4, 4, batch_first=True)
-            self.pair = nn.Bilinear(4, 4, 2)
-            self.mix = nn.Parameter(torch.randn(2, 2))
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        y = net.recurrent(net.stem(x))[0].mean(dim=1)
+        return torch.einsum("bi,io->bo", net.pair(y, y), net.mix)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.recurrent(self.stem(x))[0].mean(dim=1)
-            answer: torch.Tensor = torch.einsum("bi,io->bo", self.pair(y, y), self.mix)
-            return answer
-
-    program = Canonicalize()(capture(Mixed().eval(), (torch.randn(2, 5, 3),)))
+    layers = {"stem": nn.Linear(3, 4), "recurrent": nn.LSTM(4, 4, batch_first=True), "pair": nn.Bilinear(4, 4, 2)}
+    mixed = Composed(forward, **layers, mix=nn.Parameter(torch.randn(2, 2))).eval()
+    program = Canonicalize()(capture(mixed, (torch.randn(2, 5, 3),)))
     sites = FindSites(TARGET, (8,), (8,))(TieEdges()(FindEdges(TARGET)(program)))[Sites]
     assert [site.name for site in sites.sites] == ["stem"]
     told = list(sites.refusals.values())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from fxquant.capture import capture
 from fxquant.core.errors import CaptureError
 from fxquant.core.ir import Program, show
 from fxquant.passes import Canonicalize, FoldBatchnorm
-from tests.models import MODELS
+from tests.models import MODELS, Composed
 from tests.programs import captured, check_pass
 
 
@@ -72,18 +73,13 @@ def test_a_bias_that_serves_another_op_is_left_alone() -> None:
 
 
 def test_a_value_with_a_second_reader_is_not_folded_away() -> None:
-    class Peek(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = torch.nn.Linear(3, 4)
-            self.norm = torch.nn.BatchNorm1d(4)
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = net.linear(x)
+        answer: torch.Tensor = net.norm(y) + y
+        return answer
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.linear(x)
-            answer: torch.Tensor = self.norm(y) + y
-            return answer
-
-    program = capture(Peek(), (torch.randn(2, 3),))
+    model = Composed(forward, linear=nn.Linear(3, 4), norm=nn.BatchNorm1d(4)).eval()
+    program = capture(model, (torch.randn(2, 3),))
     assert FoldBatchnorm()(program).log[-1].rewrites == 0
 
 

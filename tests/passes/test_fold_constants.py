@@ -10,7 +10,7 @@ from fxquant.capture import capture
 from fxquant.core.facts import Settings
 from fxquant.core.ir import Program, Sites, show
 from fxquant.passes import Canonicalize, FoldConstants
-from tests.models import MODELS
+from tests.models import MODELS, Composed
 from tests.programs import captured, check_pass
 
 
@@ -92,33 +92,10 @@ def test_tables_are_looked_up_once_and_views_stay_parameters() -> None:
     assert show(again.module) == text
 
 
-class SharedWeight(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.linear(x, self.weight)
-        return F.linear(x, self.weight * 0.5)
-
-
-class Noisy(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.rand(4)
-
-
-class Wide(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.row = nn.Parameter(torch.randn(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.row.exp().expand(100_000, 4) * x.mean()).sum(dim=0)
-
-
 def test_a_parameter_that_others_read_keeps_its_value() -> None:
     torch.manual_seed(0)
-    model, x = SharedWeight(), torch.randn(3, 4)
+    weight, x = nn.Parameter(torch.randn(4, 4)), torch.randn(3, 4)
+    model = Composed(lambda net, x: F.linear(F.linear(x, net.weight), net.weight * 0.5), weight=weight)
     before, done = folded(model, x)
     assert torch.equal(done.module.get_parameter("weight"), before.module.get_parameter("weight"))
     names = list(done.module.state_dict())
@@ -128,13 +105,15 @@ def test_a_parameter_that_others_read_keeps_its_value() -> None:
 
 
 def test_random_values_are_drawn_each_time() -> None:
-    _, done = folded(Noisy(), torch.randn(3, 4))
+    _, done = folded(Composed(lambda _, x: x + torch.rand(4)), torch.randn(3, 4))
     assert done.log[-1].rewrites == 0
     assert not torch.equal(done.module(torch.zeros(3, 4)), done.module(torch.zeros(3, 4)))
 
 
 def test_a_value_much_larger_than_its_sources_is_not_kept() -> None:
-    before, done = folded(Wide(), torch.randn(3, 4))
+    row = nn.Parameter(torch.randn(4))
+    wide = Composed(lambda net, x: (net.row.exp().expand(100_000, 4) * x.mean()).sum(dim=0), row=row)
+    before, done = folded(wide, torch.randn(3, 4))
     # What comes before the expansion is small and is computed.
     assert done.log[-1].rewrites == 1
     assert "exp.default" not in show(done.module)

@@ -37,9 +37,17 @@ BROKEN = {
     "chooses everything": "write('Optimal', 1)",
     "states another objective": "write('Optimal - objective value -99999999.00000000', 0)",
     "calls it infeasible": "write('Infeasible - objective value 0.00000000', 0)",
+    "calls it unbounded": "write('Unbounded - objective value 1', 0)",
     "says what nobody knows": "write('Fine', 0)",
 }
 """What is wrong -> what the program does, once it has read its arguments."""
+
+MESSAGES = {
+    "exits with an error": "no solution file",
+    "hangs": "did not end 0.2 s after its limit of ",
+    "calls it unbounded": "expected",
+    "says what nobody knows": "expected",
+}
 
 
 def install(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch, mode: int = 0o755) -> None:
@@ -78,6 +86,7 @@ def test_whatever_cbc_does_the_plan_is_the_best_one(
     assert len(found.notes) == 1
     assert found.notes[0].startswith("CBC failed (")
     assert found.notes[0].endswith("); fell back to branch and bound")
+    assert MESSAGES.get(wrong, "") in found.notes[0]
 
 
 def test_not_executable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 from math import ceil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from fxquant.core.facts import agrees
 from fxquant.core.ir import FLOAT, Choice, EdgeGroups, Program, Sites
 from fxquant.passes import FindEdges, FindSites, TieEdges
 from fxquant.passes.cost import COSTS, stored_bytes, worst_rows
-from tests.models import MODELS
+from tests.models import MODELS, Composed
 from tests.programs import TARGET, folded, tied, uniform
 
 activation = COSTS["activation"]
@@ -161,21 +162,14 @@ def test_every_plan_against_a_walk_through_the_graph(name: str) -> None:
     assert count > 1
 
 
-class Fork(nn.Module):
-    """One wide value that two layers read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wide, self.left, self.right = nn.Conv2d(1, 16, 1), nn.Conv2d(16, 1, 1), nn.Conv2d(16, 1, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(self.wide(x))
-        product: torch.Tensor = self.left(x) * self.right(x)
+def test_a_value_that_two_sites_read_is_held_once() -> None:
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(net.wide(x))
+        product: torch.Tensor = net.left(x) * net.right(x)
         return product
 
-
-def test_a_value_that_two_sites_read_is_held_once() -> None:
-    captured = capture(Fork().eval(), (torch.randn(2, 1, 6, 6),))
+    fork = Composed(forward, wide=nn.Conv2d(1, 16, 1), left=nn.Conv2d(16, 1, 1), right=nn.Conv2d(16, 1, 1))
+    captured = capture(fork.eval(), (torch.randn(2, 1, 6, 6),))
     program = FindSites(TARGET, (8,), (4, 8))(TieEdges()(FindEdges(TARGET)(captured)))
     table, narrow = activation(program, PACKING), uniform(program, 8, 4)
     # The wide value, the answer of one layer at 8 bits, and that of the other.

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from fxquant.core.facts import Settings
 from fxquant.core.ir import Sites
 from fxquant.flow import find_sites
 from fxquant.passes.cost import SiteLink, site_links
+from tests.models import Composed
 
 
 class Stream(nn.Module):
@@ -55,22 +58,15 @@ def test_what_is_no_hand_over(one: str, other: str, elements: int) -> None:
         SiteLink(one, other, elements)
 
 
-class Fire(nn.Module):
-    """Two branches behind a max pool, put together again."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.left, self.right = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 1)
-        self.last = nn.Conv2d(4, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.nn.functional.max_pool2d(torch.relu(self.stem(x)), 2)
-        answer: Tensor = self.last(torch.cat([self.left(x), self.right(x)], 1))
+def test_pools_and_concatenations() -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = torch.nn.functional.max_pool2d(torch.relu(net.stem(x)), 2)
+        answer: Tensor = net.last(torch.cat([net.left(x), net.right(x)], 1))
         return answer
 
-
-def test_pools_and_concatenations() -> None:
-    program = find_sites(capture(Fire().eval(), (torch.rand(1, 3, 6, 6),)), Settings(bits=(8, 32)))
+    branches = {"left": nn.Conv2d(4, 2, 1), "right": nn.Conv2d(4, 2, 1)}
+    fire = Composed(forward, stem=nn.Conv2d(3, 4, 3, padding=1), **branches, last=nn.Conv2d(4, 2, 1))
+    program = find_sites(capture(fire.eval(), (torch.rand(1, 3, 6, 6),)), Settings(bits=(8, 32)))
     found = {(p.one, p.other): p for p in site_links(program.module.graph, program[Sites].sites)}
     # The quantizer stands before the pool: 144 values are written, 36 arrive.
     assert (found["stem", "left"].elements, found["stem", "left"].pooled) == (36, 108)

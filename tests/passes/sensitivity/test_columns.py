@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxquant import flow
 from fxquant.capture import capture
@@ -12,6 +12,7 @@ from fxquant.core.ir import Choice, EdgeGroups, Sites, resolve
 from fxquant.core.run import CalibrationSet
 from fxquant.passes import simulate, widest_plan
 from fxquant.passes.sensitivity import Replacements, columns_of
+from tests.models import Composed
 from tests.scoring import inputs, scorer, simulated
 
 
@@ -82,24 +83,14 @@ def test_what_lies_on_the_grid_already_is_not_rounded_again(name: str, count: in
     assert shorter == count
 
 
-class DenseNet(nn.Module):
-    """A value and what a layer makes of it are concatenated: one group, with arithmetic between its members."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Conv2d(3, 3, 3, padding=1)
-        self.last = nn.Conv2d(6, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.last(torch.cat([x, self.inner(x)], dim=1))
-        return y.mean(dim=(2, 3))
-
-
 def test_what_an_op_computes_from_a_rounded_value_is_rounded() -> None:
+    """A value and what a layer makes of it are concatenated: one group, with arithmetic between its members."""
     torch.manual_seed(2)
+    layers = {"inner": nn.Conv2d(3, 3, 3, padding=1), "last": nn.Conv2d(6, 4, 1)}
+    dense = Composed(lambda net, x: net.last(torch.cat([x, net.inner(x)], dim=1)).mean(dim=(2, 3)), **layers)
     images = (torch.randn(4, 3, 5, 5),)
     settings = Settings(bits=(8,), activation_bits=(4, 8), target="reference", estimators=("gram",))
-    program = flow.prepare(capture(DenseNet().eval(), images), settings)
+    program = flow.prepare(capture(dense.eval(), images), settings)
     program = flow.calibrate(program, CalibrationSet(images))
     program = simulate(program, widest_plan(program), round_biases=False)
     ((group, members),) = (g for g in program[FakeQuantNodes].activations.items() if len(g[1]) > 1)

@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxquant import flow
 from fxquant.capture import capture
@@ -14,6 +14,7 @@ from fxquant.core.ir import Choice, Program
 from fxquant.core.run import CalibrationSet
 from fxquant.passes import simulate, widest_plan
 from fxquant.passes.sensitivity import ESTIMATORS, Batch, Scorer, attribution, formats, measure_singles, walk
+from tests.models import Composed
 from tests.scoring import full_forward, inputs, scorer, simulated
 
 diagonal = ESTIMATORS["diagonal"]
@@ -21,22 +22,13 @@ path = ESTIMATORS["path"]
 IMAGES = CalibrationSet(inputs("plain", 6))
 
 
-class ApartNet(nn.Module):
-    """Two layers that write different halves of the output: squared errors add up exactly."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(8, 5)
-        self.b = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.a(x[:, :8]), self.b(x[:, 8:])], dim=1)
-
-
 @cache
 def captured_apart() -> Program:
+    """Return two layers that write different halves of the output: squared errors add up exactly."""
     torch.manual_seed(7)
-    return capture(ApartNet().eval(), inputs("split", 2))
+    layers = {"a": nn.Linear(8, 5), "b": nn.Linear(8, 5)}
+    net = Composed(lambda net, x: torch.cat([net.a(x[:, :8]), net.b(x[:, 8:])], dim=1), **layers)
+    return capture(net.eval(), inputs("split", 2))
 
 
 def apart(**pins: Choice) -> Scorer:
