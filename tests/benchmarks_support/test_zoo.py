@@ -22,18 +22,9 @@ needs_data = pytest.mark.skipif(
     data.data_folder() is None, reason="no data folder: set FXQUANT_DATA to run the real networks"
 )
 
-OUTPUTS = {
-    "resnet20": (10,),
-    "resnet32": (10,),
-    "resnet8": (10,),
-    "mobilenet_v1": (1000,),
-    "mobilenet_v2": (1000,),
-    "deit_tiny": (1000,),
-    "squeezenet": (1000,),
-    "resnet18": (1000,),
-    "dscnn": (12,),
-    "imdn": (3, 224, 224),
-}
+OUTPUTS: dict[str, tuple[int, ...]] = dict.fromkeys(("resnet20", "resnet32", "resnet8"), (10,))
+OUTPUTS |= dict.fromkeys(("mobilenet_v1", "mobilenet_v2", "deit_tiny", "squeezenet", "resnet18"), (1000,))
+OUTPUTS |= {"dscnn": (12,), "imdn": (3, 224, 224)}
 
 
 def test_every_network_has_a_stated_output() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,17 @@ MODEL, IMAGES = "tests.small:small", "tests.small:images"
 TUNED = ["--rounding", "gptq+adaround", "--rounding-option", "iterations=5", "--rounding-option", "batch=4"]
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    folder = tmp_path / "saved"
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "saved"
     arguments = ["--model", MODEL, "--calibration", IMAGES, "--output", str(folder), "--target", "reference"]
     assert main(["quantize", *arguments, "--budget", "average_bits=3", "--effort", "fast", "--quiet"]) == 0
     return folder
+
+
+@pytest.fixture
+def saved(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "saved"))
 
 
 def test_a_result_is_rounded_in_place_and_goes_on_from_its_units(saved: Path) -> None:

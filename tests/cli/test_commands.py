@@ -14,7 +14,6 @@ from fxquant.cli import commands as cli
 from fxquant.cli import main
 from fxquant.core.ir import Choice
 from fxquant.outputs import write_outputs
-from fxquant.report import render
 from tests.small import small, small_result
 
 Captured = pytest.CaptureFixture[str]
@@ -99,6 +98,14 @@ def test_allocate_out_of_reach_leaves_the_result_as_it_was(folder: Path, capsys:
     assert {name: (folder / name).read_bytes() for name in files(folder)} == before
 
 
+def edited(folder: Path, path: Path, **choices: str) -> str:
+    """Write the plan of a result with other choices."""
+    document = json.loads((folder / "plan.json").read_text())
+    document["choices"] |= choices
+    path.write_text(json.dumps(document))
+    return str(path)
+
+
 def test_export_takes_the_choices_of_a_file(folder: Path, tmp_path: Path, capsys: Captured) -> None:
     path = tmp_path / "apart.onnx"
     assert main(["export", str(folder), "--output", str(path), "--external-data", "--runtime", "openvino"]) == 0
@@ -111,23 +118,17 @@ def test_export_takes_the_choices_of_a_file(folder: Path, tmp_path: Path, capsys
 
 
 def test_export_with_an_edited_plan(folder: Path, tmp_path: Path, capsys: Captured) -> None:
-    document = json.loads((folder / "plan.json").read_text())
-    document["choices"] = dict.fromkeys(document["choices"], "W2A8")
-    plan = tmp_path / "edited.json"
-    plan.write_text(json.dumps(document))
+    plan = edited(folder, tmp_path / "edited.json", stem="W2A8", body="W2A8", head="W2A8")
     path = tmp_path / "deep" / "edited.onnx"
-    assert main(["export", str(folder), "--plan", str(plan), "--output", str(path)]) == 0
+    assert main(["export", str(folder), "--plan", plan, "--output", str(path)]) == 0
     assert "3 of 3 layers on integer kernels" in capsys.readouterr().out
     assert path.stat().st_size > 0
-    document["choices"]["stem"] = "W3A8"
-    plan.write_text(json.dumps(document))
-    assert "'stem' W3A8, which was not measured" in failure(["export", str(folder), "--plan", str(plan)], 2, capsys)
+    plan = edited(folder, tmp_path / "edited.json", stem="W3A8")
+    assert "'stem' W3A8, which was not measured" in failure(["export", str(folder), "--plan", plan], 2, capsys)
 
 
 def test_a_plan_edited_in_place_loses_the_solvers_claims(folder: Path) -> None:
-    document = json.loads((folder / "plan.json").read_text())
-    document["choices"]["stem"] = "W2A8"
-    (folder / "plan.json").write_text(json.dumps(document))
+    edited(folder, folder / "plan.json", stem="W2A8")
     assert main(["report", str(folder), "--quiet"]) == 0
     report = json.loads((folder / "report.json").read_text())
     assert report["outcome"]["status"] == "manual"
@@ -245,11 +246,11 @@ def test_failure_at_the_end_keeps_scores_but_no_half_result(
     def full(*_: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fxquant.report.html.render", full)
     arguments = ["quantize", *scoring(tmp_path), *BUDGET]
-    assert "No space left" in failure(arguments, 1, capsys)
+    with monkeypatch.context() as patch:
+        patch.setattr("fxquant.report.html.render", full)
+        assert "No space left" in failure(arguments, 1, capsys)
     assert {name.split("/")[0] for name in files(tmp_path)} == {"scores"}
-    monkeypatch.setattr("fxquant.report.html.render", render)
     assert main([*arguments, "--resume", "--quiet"]) == 0
 
 
