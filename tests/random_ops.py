@@ -168,13 +168,11 @@ def _average_pool(options: Options, shapes: Sequence[Shape]) -> nn.Module:
     return nn.AvgPool2d(o["kernel"], o["stride"], o["padding"], o["ceil"], o["counts"], o["divisor"])
 
 
-def _adaptive_options(chance: Random, shapes: Sequence[Shape]) -> Options:
-    del shapes
+def _adaptive_options(chance: Random, _: Sequence[Shape]) -> Options:
     return {"size": one_of(chance, 1, 2, [1, 2], 3), "kind": one_of(chance, "average", "average", "max")}
 
 
-def _adaptive_pool(options: Options, shapes: Sequence[Shape]) -> nn.Module:
-    del shapes
+def _adaptive_pool(options: Options, _: Sequence[Shape]) -> nn.Module:
     size = options["size"] if isinstance(options["size"], int) else tuple(options["size"])
     return nn.AdaptiveAvgPool2d(size) if options["kind"] == "average" else nn.AdaptiveMaxPool2d(size)
 
@@ -187,8 +185,7 @@ def _mean_options(chance: Random, shapes: Sequence[Shape]) -> Options:
     return {"axes": axes, "keep": keep, "way": one_of(chance, "mean", "mean", "mean", "amax", "sum")}
 
 
-def _mean(options: Options, shapes: Sequence[Shape]) -> nn.Module:
-    del shapes
+def _mean(options: Options, _: Sequence[Shape]) -> nn.Module:
     function: Any = {"mean": torch.mean, "amax": torch.amax, "sum": torch.sum}[options["way"]]
     return Call(lambda x: function(x, dim=options["axes"], keepdim=options["keep"]))
 
@@ -202,18 +199,15 @@ def _pad_options(chance: Random, shapes: Sequence[Shape]) -> Options:
     return {"widths": widths, "mode": mode, "value": one_of(chance, 0.0, 0.0, 0.0, 1.5) if mode == "constant" else None}
 
 
-def _pad(options: Options, shapes: Sequence[Shape]) -> nn.Module:
-    del shapes
+def _pad(options: Options, _: Sequence[Shape]) -> nn.Module:
     return Call(lambda x: F.pad(x, options["widths"], options["mode"], options["value"]))
 
 
-def _binary_options(chance: Random, shapes: Sequence[Shape]) -> Options:
-    del shapes
+def _binary_options(chance: Random, _: Sequence[Shape]) -> Options:
     return {"way": one_of(chance, "add", "add", "add", "mul", "sub", "alpha", "iadd", "max")}
 
 
-def _binary(options: Options, shapes: Sequence[Shape]) -> nn.Module:
-    del shapes
+def _binary(options: Options, _: Sequence[Shape]) -> nn.Module:
     ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "add": lambda a, b: a + b,
         "mul": lambda a, b: a * b,
@@ -225,13 +219,11 @@ def _binary(options: Options, shapes: Sequence[Shape]) -> nn.Module:
     return Call(ways[options["way"]])
 
 
-def _scalar_options(chance: Random, shapes: Sequence[Shape]) -> Options:
-    del shapes
+def _scalar_options(chance: Random, _: Sequence[Shape]) -> Options:
     return {"way": one_of(chance, "add", "mul", "rsub", "div", "pow", "neg"), "value": one_of(chance, 2, 0.5, -1.5, 3)}
 
 
-def _scalar(options: Options, shapes: Sequence[Shape]) -> nn.Module:
-    del shapes
+def _scalar(options: Options, _: Sequence[Shape]) -> nn.Module:
     value = options["value"]
     ways: dict[str, Callable[[Tensor], Tensor]] = {
         "add": lambda x: x + value,
@@ -249,8 +241,7 @@ def _axis_options(chance: Random, shapes: Sequence[Shape]) -> Options:
     return {"axis": axis if chance.randrange(2) == 0 else axis - len(shapes[0])}
 
 
-def _cat(options: Options, shapes: Sequence[Shape]) -> nn.Module:
-    del shapes
+def _cat(options: Options, _: Sequence[Shape]) -> nn.Module:
     return Call(lambda *parts: torch.cat(parts, dim=options["axis"]))
 
 
@@ -293,8 +284,7 @@ def _shape_options(chance: Random, shapes: Sequence[Shape]) -> Options:
     return {"way": one_of(chance, *ways)}
 
 
-def _shape(options: Options, shapes: Sequence[Shape]) -> nn.Module:
-    del shapes
+def _shape(options: Options, _: Sequence[Shape]) -> nn.Module:
     ways: dict[str, Callable[[Tensor], Tensor]] = {
         "flatten": lambda x: torch.flatten(x, 1),
         "unsqueeze": lambda x: x.unsqueeze(1) if x.dim() < 4 else x.squeeze(2),
@@ -310,23 +300,19 @@ def _shape(options: Options, shapes: Sequence[Shape]) -> nn.Module:
     return Call(ways[options["way"]])
 
 
-def _interpolate_options(chance: Random, shapes: Sequence[Shape]) -> Options:
-    del shapes
+def _interpolate_options(chance: Random, _: Sequence[Shape]) -> Options:
     return {"mode": one_of(chance, "nearest", "bilinear"), "factor": one_of(chance, 2, 1.5), "shuffle": False}
 
 
-def _interpolate(options: Options, shapes: Sequence[Shape]) -> nn.Module:
-    del shapes
+def _interpolate(options: Options, _: Sequence[Shape]) -> nn.Module:
     return nn.Upsample(scale_factor=options["factor"], mode=options["mode"])
 
 
-def _activation_options(chance: Random, shapes: Sequence[Shape]) -> Options:
-    del shapes
+def _activation_options(chance: Random, _: Sequence[Shape]) -> Options:
     return {"name": one_of(chance, *ACTIVATIONS)}
 
 
-def _pointwise(options: Options, shapes: Sequence[Shape]) -> nn.Module:
-    del shapes
+def _pointwise(options: Options, _: Sequence[Shape]) -> nn.Module:
     return Call(ACTIVATIONS[options["name"]])
 
 
@@ -357,15 +343,9 @@ CATALOGUE: dict[str, Op] = {
     "shape": Op(_shape_options, _shape, weight=5),
     "channels_last": plain(lambda x: x.contiguous(memory_format=torch.channels_last), ranks=(4,), weight=1),
     "layer_norm": Op(
-        _layer_norm_options,
-        lambda o, shapes: nn.LayerNorm(shapes[0][-o["axes"] :], elementwise_affine=o["affine"]),
+        _layer_norm_options, lambda o, shapes: nn.LayerNorm(shapes[0][-o["axes"] :], elementwise_affine=o["affine"])
     ),
-    "group_norm": Op(
-        _group_options,
-        lambda o, shapes: nn.GroupNorm(o["groups"], shapes[0][1]),
-        ranks=(3, 4),
-        weight=1,
-    ),
+    "group_norm": Op(_group_options, lambda o, shapes: nn.GroupNorm(o["groups"], shapes[0][1]), ranks=(3, 4), weight=1),
     "softmax": Op(_axis_options, lambda o, _: Call(lambda x: torch.softmax(x, dim=o["axis"])), weight=1),
     "attention": Op(_attention_options, lambda o, shapes: Attention(shapes[0][2], o["heads"], o["way"]), ranks=(3,)),
     "tokens_first": Op(_none, lambda _, shapes: TokensFirst(shapes[0][2]), ranks=(3,), weight=1),

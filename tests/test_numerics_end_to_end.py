@@ -113,15 +113,8 @@ def wide() -> SmallNet:
 
 
 def quantized(model: nn.Module, data: object) -> Result:
-    return fxquant.quantize(
-        model,
-        data,
-        None,
-        bits=(4, 8),
-        effort="fast",
-        progress=False,
-        options={"estimators": ("weight_mse",), "threads": 1},
-    )
+    cheap = {"estimators": ("weight_mse",), "threads": 1}
+    return fxquant.quantize(model, data, None, bits=(4, 8), effort="fast", progress=False, options=cheap)
 
 
 Case = tuple[Callable[[], nn.Module], Callable[[], object]]
@@ -139,10 +132,7 @@ RIGHT: dict[str, Case] = {
     "an outlier of a million": (network, lambda: torch.cat([images(), images(1) * 1e6])),
     "channels of 1e-8 to 1e7": (lambda: network(body_weight=spread), images),
     "constant channel": (lambda: network(body_weight=channel(0.0), body_bias=channel(7.25)), images),
-    "everything is zero": (
-        lambda: network(**dict.fromkeys(("stem_weight", "body_weight", "head_weight"), to(0.0))),
-        images,
-    ),
+    "everything is zero": (lambda: network(stem_weight=to(0.0), body_weight=to(0.0), head_weight=to(0.0)), images),
     "dead activations": (lambda: network(stem_bias=to(-1e3)), images),
     "bias beyond int32": (lambda: network(body_bias=to(1e9)), images),
     "bias of a channel beyond int32": (lambda: network(body_weight=channel(1e-8), body_bias=channel(100.0)), images),
@@ -205,6 +195,15 @@ def test_a_channel_without_weights_is_its_bias_exactly() -> None:
     assert torch.equal(answer, answer[:1].expand_as(answer))
 
 
+def overflow(one: str, other: str, value: float) -> Callable[[], nn.Module]:
+    return lambda: network(**{one: to(value), other: to(value)})
+
+
+def sparse() -> nn.Module:
+    return with_head(lambda: torch.randn(3, 6).to_sparse())
+
+
+ANSWER = "answer of the model is not finite"
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[], object], type[FxquantError], str]] = {
     "NaN image": (network, lambda: with_value(torch.nan), CalibrationError, "first in image 24; remove or repair it"),
     "infinite image": (network, lambda: with_value(torch.inf), CalibrationError, "first in image 24"),
@@ -215,24 +214,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[], object], type[Fxq
     "infinite mean": (lambda: network(norm_running_mean=to(-torch.inf)), images, CaptureError, "statistics are broken"),
     "negative variance": (lambda: network(norm_running_var=to(-1.0)), images, CaptureError, "statistics are broken"),
     "overflow inside": (
-        lambda: network(stem_weight=to(1e30), body_weight=to(1e30)),
+        overflow("stem_weight", "body_weight", 1e30),
         images,
         CalibrationError,
-        "value 'relu_1' is not finite",
+        "'relu_1' is not finite",
     ),
     "NaN inside": (lambda: Around(torch.log), images, CalibrationError, "value 'log' is not finite"),
-    "overflow of the answer": (
-        lambda: network(head_weight=to(3e38), head_bias=to(3e38)),
-        images,
-        CalibrationError,
-        "answer of the model is not finite",
-    ),
-    "NaN answer": (
-        lambda: Around(torch.clone, torch.log),
-        images,
-        CalibrationError,
-        "answer of the model is not finite",
-    ),
+    "overflow of the answer": (overflow("head_weight", "head_bias", 3e38), images, CalibrationError, ANSWER),
+    "NaN answer": (lambda: Around(torch.clone, torch.log), images, CalibrationError, ANSWER),
     "half model": (lambda: network().half(), lambda: images().half(), CaptureError, "is float16.*model.float()"),
     "bfloat16 model": (lambda: network().bfloat16(), images, CaptureError, "is bfloat16.*model.float()"),
     "double model": (lambda: network().double(), lambda: images().double(), CaptureError, "is float64"),
@@ -246,12 +235,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Callable[[], object], type[Fxq
     "meta images": (network, lambda: images().to("meta"), CalibrationError, "has no values"),
     "meta model": (lambda: network().to("meta"), images, CaptureError, "has no values"),
     "sparse images": (network, lambda: images().to_sparse(), CalibrationError, "stored sparsely"),
-    "sparse weight": (
-        lambda: with_head(lambda: torch.randn(3, 6).to_sparse()),
-        images,
-        CaptureError,
-        "'head.weight' is stored sparsely",
-    ),
+    "sparse weight": (sparse, images, CaptureError, "'head.weight' is stored sparsely"),
 }
 
 
