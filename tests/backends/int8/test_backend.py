@@ -105,6 +105,12 @@ def test_nothing_is_dequantized_only_to_be_quantized_again(name: str) -> None:
             assert not isinstance(kinds.get(above), Dequantize), node
 
 
+def test_a_convolution_does_not_write_over_its_own_input() -> None:
+    lowered = FxInt8Backend().lower(_simulated("inverted"))
+    own = [n for n in lowered.graph.nodes if n.op == "call_module" and len(n.args) == 2 and n.args[0] is n.args[1]]
+    assert [lowered.get_submodule(node.target).may_overwrite for node in own] == [False]
+
+
 def test_report_names_the_kernel_or_the_reason() -> None:
     report = kernel_report(FxInt8Backend().lower(_simulated("attention")))
     assert report["conv2d"] == "onednn.qconv2d_pointwise"
