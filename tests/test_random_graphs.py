@@ -42,6 +42,7 @@ LONGEST = 20
 BUDGETS = 12
 
 
+@pytest.mark.slow
 @settings(
     max_examples=GRAPHS,
     derandomize=not NIGHTLY,
