@@ -32,7 +32,7 @@ from fxquant.passes.sensitivity.pair_choice import choose_pairs, slope, suffix_c
 from fxquant.passes.sensitivity.pairs import PairRuns, positive_part
 from fxquant.passes.sensitivity.path import attribution
 from fxquant.passes.sensitivity.registry import ESTIMATORS, Estimate, Estimator, estimator
-from fxquant.passes.sensitivity.scorer import Batch, Scorer, standard_error
+from fxquant.passes.sensitivity.scorer import Batch, Scorer
 from fxquant.passes.sensitivity.shrunk import shrunk_pairs
 from fxquant.passes.sensitivity.singles import measure_singles
 from fxquant.passes.sensitivity.walk import formats, walk

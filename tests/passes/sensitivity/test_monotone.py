@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxquant.passes.sensitivity import falling, monotone_pairs, repair
+from fxquant.passes.sensitivity import falling, monotone_pairs, repair, shrunk_pairs
 from tests.passes.sensitivity.runs import made_up
 
 GROUPS = [np.array([0, 1]), np.array([2, 3, 4]), np.array([5, 6])]
@@ -80,3 +80,20 @@ def test_what_the_context_has_stays_at_zero() -> None:
     exact.alone[0] = 0.0
     found = monotone_pairs(exact)
     assert found.values[0, 0] == found.values[1, 1] == 0.0
+
+
+def test_interactions_lose_two_standard_errors_and_keep_their_sign() -> None:
+    exact = made_up(4)
+    found = shrunk_pairs(exact)
+    between = exact.measured
+    before, after, error = exact.values[between], found.values[between], exact.stderr[between]
+    np.testing.assert_allclose(after, np.sign(before) * np.maximum(np.abs(before) - 2 * error, 0), atol=1e-12)
+    assert (after == 0).any()
+    assert (after != 0).any()
+    assert np.array_equal(np.diag(found.values), np.diag(exact.values))
+    assert found.notes["kept_share"] == pytest.approx(np.abs(after).sum() / np.abs(before).sum())
+
+
+def test_one_image_leaves_the_pairs_as_they_are() -> None:
+    one = made_up(1)
+    assert np.array_equal(shrunk_pairs(one).values, one.values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from fxquant.core.ir import Program, nodes_by_name
 from fxquant.core.run import GraphReplay, Span, cut_span, varying_nodes
 from fxquant.passes import Canonicalize, FoldBatchnorm
 from fxquant.passes.rounding.learned import corrected_inputs, has_statistics, mismatch
-from tests.models import MODELS
+from tests.models import MODELS, Composed
 from tests.programs import captured, folded
 
 STEPS = 25
@@ -95,27 +96,21 @@ def test_channels_whose_factor_is_zero_say_nothing() -> None:
     assert float((made - images()["x"]).abs().max()) < 0.05
 
 
-class PoolsFirst(nn.Module):
-    """A normalisation of values with one position, behind a linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.bn = nn.BatchNorm2d(4)
-        self.one = nn.Conv2d(4, 4, 1)
-        self.bn_one = nn.BatchNorm2d(4)
-        self.fc = nn.Linear(4, 5)
-        self.bn_fc = nn.BatchNorm1d(5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.bn(self.conv(x))).mean(dim=(2, 3), keepdim=True)
-        answer: Tensor = self.bn_fc(self.fc(torch.relu(self.bn_one(self.one(x))).flatten(1)))
+def test_values_of_one_position_have_no_deviation() -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = torch.relu(net.bn(net.conv(x))).mean(dim=(2, 3), keepdim=True)
+        answer: Tensor = net.bn_fc(net.fc(torch.relu(net.bn_one(net.one(x))).flatten(1)))
         return answer
 
-
-def test_values_of_one_position_have_no_deviation() -> None:
     torch.manual_seed(0)
-    program = FoldBatchnorm()(Canonicalize()(capture(PoolsFirst().eval(), (torch.randn(2, 3, 6, 6),))))
+    layers = {
+        "conv": nn.Conv2d(3, 4, 3),
+        "bn": nn.BatchNorm2d(4),
+        "one": nn.Conv2d(4, 4, 1),
+        "bn_one": nn.BatchNorm2d(4),
+    }
+    net = Composed(forward, **layers, fc=nn.Linear(4, 5), bn_fc=nn.BatchNorm1d(5))
+    program = FoldBatchnorm()(Canonicalize()(capture(net.eval(), (torch.randn(2, 3, 6, 6),))))
     known = program[NormStatistics].folded
     assert len(known) == 3
     graph = nodes_by_name(program.module.graph)
