@@ -21,8 +21,7 @@ def _rows(refuse_products: str = "") -> dict[str, KernelRow]:
     """Return a row for every kind of op that computes: float arithmetic on grid values needs no kernel."""
     return {
         rule.kind: KernelRow(
-            "float arithmetic on grid values",
-            refuse_products if rule.macs is not None and rule.weight is None else "",
+            "float arithmetic on grid values", refuse_products if rule.macs is not None and rule.weight is None else ""
         )
         for rule in OPS.values()
         if rule.scale is ScaleRule.OWN

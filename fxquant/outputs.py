@@ -13,16 +13,7 @@ from typing import Any
 from fxquant.backends import Backend, backend, backends
 from fxquant.core.errors import FileFormatError, MissingDependencyError, OptionError
 from fxquant.core.facts import Target
-from fxquant.core.storage import (
-    OUTPUT,
-    check_writable,
-    finish,
-    only_writer,
-    read_json,
-    staged,
-    sweep,
-    write_json,
-)
+from fxquant.core.storage import OUTPUT, check_writable, finish, only_writer, read_json, staged, sweep, write_json
 from fxquant.report import FORMAT_VERSION, write_page
 from fxquant.result import Result
 

@@ -22,13 +22,7 @@ from fxquant.backends.int8.conv import IntegerConv
 from fxquant.backends.int8.inductor import compiled
 from fxquant.backends.int8.linear import IntegerLinear
 from fxquant.backends.int8.modules import Dequantize, IntegerAdd, Quantize
-from fxquant.backends.int8.rules import (
-    INTEGER_OPS,
-    Ending,
-    IntegerOp,
-    Maker,
-    OpCall,
-)
+from fxquant.backends.int8.rules import INTEGER_OPS, Ending, IntegerOp, Maker, OpCall
 from fxquant.backends.kernel_rows import target_of
 from fxquant.core.errors import LoweringError
 from fxquant.core.facts import Target

@@ -284,16 +284,10 @@ INTEGER_OPS: dict[str, IntegerOp] = {
         compiled_layer=formulas.inductor_layer,
     ),
     "add": IntegerOp(
-        "aten.add",
-        make=_add,
-        join=pairwise(formulas.torch_add),
-        compiled_join=pairwise(formulas.inductor_add),
+        "aten.add", make=_add, join=pairwise(formulas.torch_add), compiled_join=pairwise(formulas.inductor_add)
     ),
     "mul": IntegerOp(
-        "aten.mul",
-        make=_mul,
-        join=pairwise(formulas.torch_mul),
-        compiled_join=pairwise(formulas.inductor_mul),
+        "aten.mul", make=_mul, join=pairwise(formulas.torch_mul), compiled_join=pairwise(formulas.inductor_mul)
     ),
     "avg_pool": IntegerOp(
         "aten.avg_pool2d",

@@ -140,9 +140,5 @@ def inductor_average(q: Tensor, grid: ByteGrid, pool: Pool, out: ByteGrid) -> Te
     return _loop(pool(centred(q, grid)), grid.scale / out.scale, out)
 
 
-FORMS: dict[str, LayerFormula] = {
-    "rows": inductor_layer,
-    "shifted": inductor_layer,
-    "sum behind": _inductor_sum_behind,
-}
+FORMS: dict[str, LayerFormula] = {"rows": inductor_layer, "shifted": inductor_layer, "sum behind": _inductor_sum_behind}
 """Form of a compiled convolution (`IntegerConv.traced_as`) -> its formula."""

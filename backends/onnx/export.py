@@ -195,10 +195,7 @@ def _output(lowering: Lowering, node: Node, index: int) -> onnx.ValueInfoProto:
 
 
 def export_onnx(
-    module: GraphModule,
-    path: Path,
-    metadata: Mapping[str, str] | None = None,
-    options: OnnxOptions | None = None,
+    module: GraphModule, path: Path, metadata: Mapping[str, str] | None = None, options: OnnxOptions | None = None
 ) -> ExportReport:
     """Write a simulated or float graph as ONNX; nothing is left behind on failure.
 

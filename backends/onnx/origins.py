@@ -66,10 +66,7 @@ class Origins:
     """
 
     def __init__(
-        self,
-        nodes: Iterable[onnx.NodeProto],
-        initializers: Iterable[TensorProto] = (),
-        outer: Origins | None = None,
+        self, nodes: Iterable[onnx.NodeProto], initializers: Iterable[TensorProto] = (), outer: Origins | None = None
     ) -> None:
         self._outer = outer
         self._made: dict[str, onnx.NodeProto] = {}

@@ -25,13 +25,7 @@ BARRED = (*CONVS, aten.conv1d.padding, aten.conv2d.padding, aten.linear.default,
 
 
 def padded_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    pads: list[int],
-    dilation: list[int],
-    groups: int,
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], pads: list[int], dilation: list[int], groups: int
 ) -> Tensor:
     """Return a 1-d or 2-d convolution whose sides may be padded unequally.
 

@@ -29,13 +29,7 @@ from fxquant.core.ir import Program, Sites
 from fxquant.core.run import CalibrationSet
 from fxquant.flow.latency import measure_latency
 from fxquant.flow.score import loss_name, score
-from fxquant.passes import (
-    AllocateBits,
-    Meter,
-    VerifyAndRefine,
-    is_better,
-    simulate,
-)
+from fxquant.passes import AllocateBits, Meter, VerifyAndRefine, is_better, simulate
 from fxquant.passes.allocation import trust_region
 
 LATENCY_ROUNDS = 4
@@ -98,11 +92,7 @@ def _solve(
         return program
     loss = loss_name(program, held_out)
     step = VerifyAndRefine(
-        held_out,
-        loss,
-        reporter,
-        settings.refine_moves,
-        requantization_cost=settings.requantization_cost,
+        held_out, loss, reporter, settings.refine_moves, requantization_cost=settings.requantization_cost
     )
     solved = step(program)
     if scoring is None or not settings.rounds:

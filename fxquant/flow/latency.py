@@ -33,11 +33,6 @@ def measure_latency(
         belongs |= machine((*PACKAGES, *runtime.packages.modules))
         cache = TimingCache(cache_folder(), belongs)
     step = MeasureLatency(
-        images.slice(0, 1).inputs,
-        compile_graph,
-        settings.threads,
-        cache,
-        reporter,
-        seed=settings.seed,
+        images.slice(0, 1).inputs, compile_graph, settings.threads, cache, reporter, seed=settings.seed
     )
     return step(program)

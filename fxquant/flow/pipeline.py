@@ -7,14 +7,7 @@ from dataclasses import dataclass, replace
 
 from fxquant.backends import BACKENDS, backend
 from fxquant.core.errors import OptionError, PipelineError
-from fxquant.core.facts import (
-    EFFORTS,
-    Settings,
-    Target,
-    found,
-    matching,
-    site_types,
-)
+from fxquant.core.facts import EFFORTS, Settings, Target, found, matching, site_types
 from fxquant.core.host import SILENT, Reporter
 from fxquant.core.ir import PlanEdges, Program, Sites
 from fxquant.core.registry import Registry, unknown

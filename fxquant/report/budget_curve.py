@@ -88,11 +88,7 @@ def _solved(program: Program, limit: str, value: float, seconds: float) -> BitAl
     # The ends are reached exactly; rounding must not put them out of reach.
     budget = Budget.of(_tabled_limits(program) | {limit: value * (1 + 1e-9)})
     step = AllocateBits(
-        budget,
-        settings.solver,
-        min(settings.time_limit, seconds),
-        settings.seed,
-        settings.requantization_cost,
+        budget, settings.solver, min(settings.time_limit, seconds), settings.seed, settings.requantization_cost
     )
     try:
         return step.run(program.with_facts(Surrogates({matrix.estimator: matrix})))[0][BitAllocation]

@@ -73,12 +73,7 @@ class Memory:
 
 
 def sweep(
-    title: str,
-    work: Work,
-    store: ScoreStore,
-    shards: Shards,
-    reporter: Reporter,
-    device: torch.device,
+    title: str, work: Work, store: ScoreStore, shards: Shards, reporter: Reporter, device: torch.device
 ) -> dict[str, Arrays]:
     """Return all cells by key, each measured by one process and sent to the others.
 

@@ -13,11 +13,7 @@ SAMPLED = 48
 
 
 def choose_pairs(
-    predicted: NDArray[np.float64],
-    between: NDArray[np.bool_],
-    cost: NDArray[np.float64],
-    budget: float,
-    seed: int,
+    predicted: NDArray[np.float64], between: NDArray[np.bool_], cost: NDArray[np.float64], budget: float, seed: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return the pairs measured at random, and those measured for their size, as symmetric masks.
 

@@ -46,14 +46,7 @@ def measure_singles(scorer: Scorer) -> Singles:
     total = losses.shape[1]
     mean, square = found.total("gram_sum") / total, found.total("gram_square") / total
     stderr = np.sqrt(np.maximum(square - mean**2, 0.0) / (total - 1)) if total > 1 else np.full(mean.shape, np.nan)
-    return Singles(
-        losses,
-        mean,
-        stderr,
-        found.joined("shift_power"),
-        found.joined("answer_power"),
-        found.evaluations,
-    )
+    return Singles(losses, mean, stderr, found.joined("shift_power"), found.joined("answer_power"), found.evaluations)
 
 
 def _cell(scorer: Scorer, batch: Batch) -> Cell:

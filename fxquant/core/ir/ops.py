@@ -250,10 +250,7 @@ def clip_bounds(node: Node) -> tuple[float, float]:
     assert clips is not None
     given = arguments(node)
     low, high = (given[bound] if isinstance(bound, str) else bound for bound in clips)
-    return (
-        float(low) if isinstance(low, int | float) else -inf,
-        float(high) if isinstance(high, int | float) else inf,
-    )
+    return (float(low) if isinstance(low, int | float) else -inf, float(high) if isinstance(high, int | float) else inf)
 
 
 def activation_inputs(node: Node) -> tuple[Node, ...]:

@@ -11,18 +11,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import Ranges, Settings, Target, WeightGrids
-from fxquant.core.ir import (
-    Grid,
-    Program,
-    Sites,
-    erase_dead,
-    finish,
-    fork,
-    resolve,
-    rule_of,
-    set_parameter,
-    tensor_at,
-)
+from fxquant.core.ir import Grid, Program, Sites, erase_dead, finish, fork, resolve, rule_of, set_parameter, tensor_at
 from fxquant.core.run import OBSERVERS, CalibrationSet, GraphReplay
 from fxquant.passes.rounding.acceptance import record_of
 from fxquant.passes.rounding.closed_form.chains import ScaleChain, scale_chains

@@ -61,11 +61,7 @@ def corrected_inputs(
 
 
 def _correct(
-    span: Span,
-    originals: dict[str, Tensor],
-    statistics: Mapping[str, Statistics],
-    steps: int,
-    weight: float,
+    span: Span, originals: dict[str, Tensor], statistics: Mapping[str, Statistics], steps: int, weight: float
 ) -> dict[str, Tensor]:
     # Integers, such as token ids, are not corrected.
     floats = [name for name, value in originals.items() if value.is_floating_point()]

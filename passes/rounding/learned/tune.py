@@ -11,12 +11,7 @@ from torch import Tensor, nn
 
 from fxquant.core.run import Span
 from fxquant.passes.rounding.learned.options import Reconstruction
-from fxquant.passes.rounding.learned.quantizers import (
-    LearnedActivation,
-    SoftRounding,
-    StraightThrough,
-    random_mask,
-)
+from fxquant.passes.rounding.learned.quantizers import LearnedActivation, SoftRounding, StraightThrough, random_mask
 
 MIX = 0.5
 """Probability that an element of a mixed input is the quantized one (QDrop, arXiv 2203.05740)."""
