@@ -249,10 +249,10 @@ class Result:
             OutputError: the folder cannot be written.
         """
         folder, program = Path(folder), self.program
-        settings = program[Settings]
+        target = program[Target].name if is_known_by_name(program[Target]) else TARGET_FILE
         kept = self.held_out if self.held_out is not None and self.held_out.bytes <= HELD_OUT_LIMIT else None
         document = {
-            "settings": _settings_to_json(settings, program[Target]),
+            "settings": program[Settings].to_json() | {"target": target},
             "costs": {name: table.to_json() for name, table in self.costs.tables.items()},
             "estimators": list(program[Surrogates].matrices),
             "finalists": {name: plan.to_json() for name, plan in self.finalists.items()},
@@ -301,7 +301,9 @@ class Result:
         _ = finish(folder)
         document = read_json(folder / "result.json", "result", FORMAT_VERSION)
         try:
-            settings = _settings_from_json(document["settings"], folder)
+            described = str(document["settings"]["target"]).endswith(SUFFIX)
+            target = read_target(folder / TARGET_FILE) if described else None
+            settings = Settings.of(document["settings"], target=target)
             program = flow.find_sites(capture(load_exported(folder / "model.pt2"), ()), settings)
             if text_digest(str(program.module.graph)) != document["graph"]:
                 raise FileFormatError(
@@ -368,12 +370,3 @@ def _with_rounding(program: Program, path: Path) -> Program:
         return with_values(program, rounding.parameters).with_facts(rounding)
     except (OptionError, PipelineError) as error:
         raise FileFormatError(f"{path} belongs to another model ({error}); restore it or quantize again") from error
-
-
-def _settings_to_json(settings: Settings, target: Target) -> dict[str, Any]:
-    return settings.to_json() | {"target": target.name if is_known_by_name(target) else TARGET_FILE}
-
-
-def _settings_from_json(document: dict[str, Any], folder: Path) -> Settings:
-    described = str(document["target"]).endswith(SUFFIX)
-    return Settings.of(document, target=read_target(folder / TARGET_FILE) if described else None)

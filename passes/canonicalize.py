@@ -28,16 +28,12 @@ def _always(node: Node) -> bool:
     return True
 
 
-def _inactive_dropout(node: Node) -> bool:
-    return len(node.args) > 2 and node.args[2] is False
-
-
 IDENTITIES: dict[object, Callable[[Node], bool]] = {
     aten.clone.default: _always,
     aten.alias.default: _always,
     aten.detach.default: _always,
     aten.lift_fresh_copy.default: _always,
-    aten.dropout.default: _inactive_dropout,
+    aten.dropout.default: lambda node: len(node.args) > 2 and node.args[2] is False,
     aten.slice.Tensor: _whole_slice,
 }
 """Op -> whether a node of it returns its first input unchanged."""

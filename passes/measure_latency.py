@@ -95,10 +95,11 @@ class MeasureLatency(Pass):
         every = frozenset(site.name for site in sites)
         places = site_links(module.graph, sites)
         plans = [every, frozenset[str](), *mixed_plans(mixed, self.plans if mixed else 0, self.seed, places)]
+        shapes = [tuple(tensor.shape) for tensor in self.inputs]
         graphs = text_digest(f"{module.graph} {integer.graph}")
 
         def observed(plans: Sequence[frozenset[str]]) -> list[Timing]:
-            key = f"networks {graphs} {self._shapes} {[sorted(plan) for plan in plans]}"
+            key = f"networks {graphs} {shapes} {[sorted(plan) for plan in plans]}"
             return self._timed(key, len(plans), partial(self._time_wholes, program, plans))
 
         wholes = observed(plans)
@@ -113,10 +114,6 @@ class MeasureLatency(Pass):
         noise = Noise.of([*wholes, *(t for pair in known.values() for t in pair)], sum(misses) / len(misses))
         table = replace(model.table(candidates), noise=noise)
         return program.with_facts(CostTables({**program[CostTables].tables, "latency": table})), 0
-
-    @property
-    def _shapes(self) -> list[tuple[int, ...]]:
-        return [tuple(tensor.shape) for tensor in self.inputs]
 
     def _timed(self, key: str, count: int, measure: Callable[[], list[Timing]]) -> list[Timing]:
         found = self.cache.get(key, count)

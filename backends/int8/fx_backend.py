@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from torch.fx import GraphModule
@@ -25,14 +26,9 @@ def _kernels(module: GraphModule, file: Path | None) -> dict[str, str]:
     return found
 
 
-def _trace(module: GraphModule, model: bytes | None, threads: int | None) -> Tracer:
+def _trace(module: GraphModule, model: bytes | None, threads: int | None, inductor: bool = False) -> Tracer:
     del model, threads
-    return lowered_tracer(module, _EAGERLY.lower(module, BATCH))
-
-
-def _trace_compiled(module: GraphModule, model: bytes | None, threads: int | None) -> Tracer:
-    del model, threads
-    return lowered_tracer(module, _EAGERLY.lower(module, BATCH), inductor=True)
+    return lowered_tracer(module, _EAGERLY.lower(module, BATCH), inductor=inductor)
 
 
 def _formulas(module: GraphModule) -> Requantization:
@@ -51,5 +47,8 @@ def fx_int8() -> Backend:
         compile=_EAGERLY.compile,
         lower=_EAGERLY.lower,
         kernels=_kernels,
-        runtimes={NAME: Runtime(_trace, _formulas), "compiled": Runtime(_trace_compiled, _formulas_compiled)},
+        runtimes={
+            NAME: Runtime(_trace, _formulas),
+            "compiled": Runtime(partial(_trace, inductor=True), _formulas_compiled),
+        },
     )

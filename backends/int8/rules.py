@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 
 import torch
@@ -112,10 +113,6 @@ class OpCall:
     batch: int = 1
 
 
-def _no_activation(node: Node) -> None:
-    del node
-
-
 @dataclass(frozen=True)
 class IntegerOp(KernelRow):
     """A row of the lowering table.
@@ -128,7 +125,7 @@ class IntegerOp(KernelRow):
     """
 
     make: Callable[[OpCall], Maker | str] | None = None
-    activation: Callable[[Node], str | None] = _no_activation
+    activation: Callable[[Node], str | None] = lambda _: None
     compiled_layer: LayerFormula | None = None
     compiled_join: JoinFormula | None = None
 
@@ -287,19 +284,22 @@ INTEGER_OPS: dict[str, IntegerOp] = {
         "aten.add", make=_add, join=pairwise(formulas.torch_add), compiled_join=pairwise(formulas.inductor_add)
     ),
     "mul": IntegerOp(
-        "aten.mul", make=_mul, join=pairwise(formulas.torch_mul), compiled_join=pairwise(formulas.inductor_mul)
+        "aten.mul",
+        make=_mul,
+        join=pairwise(partial(formulas.multiply, formulas.eager)),
+        compiled_join=pairwise(partial(formulas.multiply, formulas.inductor)),
     ),
     "avg_pool": IntegerOp(
         "aten.avg_pool2d",
         make=_pool,
-        join=window_mean(formulas.torch_average),
-        compiled_join=window_mean(formulas.inductor_average),
+        join=window_mean(partial(formulas.average, formulas.eager)),
+        compiled_join=window_mean(partial(formulas.average, formulas.inductor)),
     ),
     "global_pool": IntegerOp(
         "aten.sum",
         make=_global_pool,
-        join=image_mean(formulas.torch_mean),
-        compiled_join=image_mean(formulas.inductor_mean),
+        join=image_mean(partial(formulas.mean, formulas.eager)),
+        compiled_join=image_mean(partial(formulas.mean, formulas.inductor)),
     ),
     "max_pool": IntegerOp("aten.maximum", make=_max_pool),
     "pad": IntegerOp("fxquant.pad_u8", make=_pad),
@@ -310,7 +310,7 @@ INTEGER_OPS: dict[str, IntegerOp] = {
 
 def eager_formulas() -> Requantization:
     """Return how PyTorch's kernels round."""
-    return replace(formulas_of(INTEGER_OPS, formulas.torch_quantize), joined=scales_joined)
+    return replace(formulas_of(INTEGER_OPS, partial(formulas.quantize, formulas.eager)), joined=scales_joined)
 
 
 def compiled_formulas(forms: Mapping[str, str]) -> Requantization:
@@ -325,4 +325,4 @@ def compiled_formulas(forms: Mapping[str, str]) -> Requantization:
     }
     # Inductor fuses some convolutions with what is around them, and these round another way.
     named = {name: formulas.FORMS[form] for name, form in forms.items() if form in formulas.FORMS}
-    return replace(formulas_of(rows, formulas.inductor_quantize), joined=scales_joined, named=named)
+    return replace(formulas_of(rows, partial(formulas.quantize, formulas.inductor)), joined=scales_joined, named=named)

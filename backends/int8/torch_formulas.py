@@ -7,6 +7,8 @@ loop without fused products, each operation rounded to float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,14 +16,12 @@ from fxquant.backends.affine import ByteGrid
 from fxquant.backends.exact import LayerFormula, Operands, Pool, Sums, centred, f32, fma
 from fxquant.backends.int8.kernels import ONE_PASS_FROM
 
+Rescale = Callable[[Tensor, float, ByteGrid], Tensor]
 
-def _pass(x: Tensor, factor: float, out: ByteGrid) -> Tensor:
+
+def eager(x: Tensor, factor: float, out: ByteGrid) -> Tensor:
+    """Return the levels of `factor x`, of the exact product."""
     return torch.round(x.double() * f32(factor).double()).float() + out.zero_point
-
-
-def torch_quantize(x: Tensor, grid: ByteGrid) -> Tensor:
-    """Return a float32 tensor on a grid."""
-    return _pass(x, 1.0 / grid.scale, grid)
 
 
 def _onednn_levels(real: Tensor, out: ByteGrid) -> Tensor:
@@ -69,35 +69,15 @@ def torch_add(operands: Operands, out: ByteGrid) -> Tensor:
         return _onednn_sum(centred(a, left) * f32(left.scale), b, right, out)
     ratio = right.scale / left.scale
     shifted = a.float() - f32(left.zero_point + right.zero_point * ratio)
-    return _pass(fma(b.float(), f32(ratio), shifted), left.scale / out.scale, out)
-
-
-def torch_mul(operands: Operands, out: ByteGrid) -> Tensor:
-    """Return the levels of a product."""
-    a, left, b, right = operands
-    return _pass(centred(a, left) * centred(b, right), left.scale * right.scale / out.scale, out)
-
-
-def torch_mean(total: Tensor, pixels: int, grid: ByteGrid, out: ByteGrid) -> Tensor:
-    """Return the levels of a mean over images."""
-    return _pass(total, grid.scale / out.scale / pixels, out)
-
-
-def torch_average(q: Tensor, grid: ByteGrid, pool: Pool, out: ByteGrid) -> Tensor:
-    """Return the levels of a mean over windows."""
-    return _pass(pool(centred(q, grid)), grid.scale / out.scale, out)
+    return eager(fma(b.float(), f32(ratio), shifted), left.scale / out.scale, out)
 
 
 # The same through Inductor.
 
 
-def _loop(x: Tensor, factor: float, out: ByteGrid) -> Tensor:
+def inductor(x: Tensor, factor: float, out: ByteGrid) -> Tensor:
+    """Return the levels of `factor x`, the product rounded to float32."""
     return torch.round(x * f32(factor)) + out.zero_point
-
-
-def inductor_quantize(x: Tensor, grid: ByteGrid) -> Tensor:
-    """Return a float32 tensor on a grid."""
-    return _loop(x, 1.0 / grid.scale, grid)
 
 
 def inductor_layer(found: Sums, q: Tensor | None, grid: ByteGrid | None, out: ByteGrid | None) -> Tensor:
@@ -113,7 +93,7 @@ def _inductor_sum_behind(found: Sums, q: Tensor | None, grid: ByteGrid | None, o
     real = _onednn_real(found)
     if q is None or grid is None or out is None:
         return real if out is None else _onednn_levels(real, out)
-    return _loop(real + centred(q, grid) * f32(grid.scale), 1.0 / out.scale, out)
+    return inductor(real + centred(q, grid) * f32(grid.scale), 1.0 / out.scale, out)
 
 
 def inductor_add(operands: Operands, out: ByteGrid) -> Tensor:
@@ -121,23 +101,31 @@ def inductor_add(operands: Operands, out: ByteGrid) -> Tensor:
     a, left, b, right = operands
     ratio = right.scale / left.scale
     total = a.float() + b.float() * f32(ratio) - f32(left.zero_point + right.zero_point * ratio)
-    return _loop(total, left.scale / out.scale, out)
+    return inductor(total, left.scale / out.scale, out)
 
 
-def inductor_mul(operands: Operands, out: ByteGrid) -> Tensor:
+# One pass over its operands each, with `eager` or `inductor` to rescale.
+
+
+def quantize(rescale: Rescale, x: Tensor, grid: ByteGrid) -> Tensor:
+    """Return a float32 tensor on a grid."""
+    return rescale(x, 1.0 / grid.scale, grid)
+
+
+def multiply(rescale: Rescale, operands: Operands, out: ByteGrid) -> Tensor:
     """Return the levels of a product."""
     a, left, b, right = operands
-    return _loop(centred(a, left) * centred(b, right), left.scale * right.scale / out.scale, out)
+    return rescale(centred(a, left) * centred(b, right), left.scale * right.scale / out.scale, out)
 
 
-def inductor_mean(total: Tensor, pixels: int, grid: ByteGrid, out: ByteGrid) -> Tensor:
+def mean(rescale: Rescale, total: Tensor, pixels: int, grid: ByteGrid, out: ByteGrid) -> Tensor:
     """Return the levels of a mean over images."""
-    return _loop(total, grid.scale / out.scale / pixels, out)
+    return rescale(total, grid.scale / out.scale / pixels, out)
 
 
-def inductor_average(q: Tensor, grid: ByteGrid, pool: Pool, out: ByteGrid) -> Tensor:
+def average(rescale: Rescale, q: Tensor, grid: ByteGrid, pool: Pool, out: ByteGrid) -> Tensor:
     """Return the levels of a mean over windows."""
-    return _loop(pool(centred(q, grid)), grid.scale / out.scale, out)
+    return rescale(pool(centred(q, grid)), grid.scale / out.scale, out)
 
 
 FORMS: dict[str, LayerFormula] = {"rows": inductor_layer, "shifted": inductor_layer, "sum behind": _inductor_sum_behind}

@@ -54,7 +54,10 @@ def write_onnx(
 
 def _compile(module: GraphModule, inputs: tuple[Tensor, ...], threads: int | None = None) -> Executable:
     del inputs
-    return _executable(_model(module), threads)
+    model = _model(module)
+    from fxquant.backends.onnx.session import executable
+
+    return executable(model, threads)
 
 
 def _model(module: GraphModule) -> bytes:
@@ -63,12 +66,6 @@ def _model(module: GraphModule) -> bytes:
 
     data: bytes = to_onnx(module).SerializeToString()
     return data
-
-
-def _executable(model: bytes, threads: int | None) -> Executable:
-    from fxquant.backends.onnx.session import executable
-
-    return executable(model, threads)
 
 
 def _lower(module: GraphModule) -> GraphModule:

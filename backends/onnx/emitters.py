@@ -154,7 +154,7 @@ def _linear(lowering: Lowering, node: Node) -> str | None:
     name = lowering.layer_name(node)
     if len(dims(x)) == 2:
         return lowering.write(node, "Gemm", [lowering.value(x), lowering.value(weight), *bias], name=name, transB=1)
-    # A transposed weight in the graph would stand between its DequantizeLinear and the product and stop the fusion.
+    # A transposed weight in the graph would be between its DequantizeLinear and the product and stop the fusion.
     product = lowering.write(node, "MatMul", [lowering.value(x), lowering.transposed(weight)], name=name)
     return lowering.write(node, "Add", [product, *bias]) if bias else product
 

@@ -30,7 +30,7 @@ class Piece:
 
     Args:
         nodes: in order.
-        constants: what they read besides the inputs.
+        constants: what they read in addition to the inputs.
         inputs: name of an input -> FX node whose value it is.
         outputs: names of the results, one per tensor the node returns.
 

@@ -46,10 +46,6 @@ def _plain(value: Any) -> Any:
     if is_dataclass(value) and type(value) not in torch.utils._pytree.SUPPORTED_NODES:
         value = {field.name: getattr(value, field.name) for field in fields(value)}
     if type(value) in (dict, OrderedDict):
-        order = sorted(value, key=lambda name: not _is_answer(name, value[name]))
+        order = sorted(value, key=lambda name: not (name == ANSWER and isinstance(value[name], Tensor)))
         return type(value)((name, _plain(value[name])) for name in order)
     return type(value)(map(_plain, value)) if type(value) in (tuple, list) else value
-
-
-def _is_answer(name: object, value: object) -> bool:
-    return name == ANSWER and isinstance(value, Tensor)

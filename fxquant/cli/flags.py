@@ -43,7 +43,7 @@ def add_flags(
             details["action"] = argparse.BooleanOptionalAction if option.default else "store_true"
         else:
             details |= {"metavar": form, "type": partial(_value, option, form)}
-            if _is_repeated(form):
+            if form == "PATTERN" or "=" in form:
                 details["action"] = "append"
         parser.add_argument(f"--{option.flag}", **details)
 
@@ -85,10 +85,6 @@ def _form(kind: Any, has_names: bool) -> str:
             return "N|HxW"
         return "N,N" if inside[0] is not str else "NAME,NAME" if has_names else "PATTERN"
     return "N" if kind in (int, float) else "NAME"
-
-
-def _is_repeated(form: str) -> bool:
-    return form == "PATTERN" or "=" in form
 
 
 def _plain_kind(kind: Any) -> Any:

@@ -100,16 +100,12 @@ def _operators(document: dict[str, Any]) -> str:
     rows = [
         (
             operator,
-            ", ".join(f"{precision} {count}" for precision, count in sorted(counts.items())),
+            _cut(", ".join(f"{precision} {count}" for precision, count in sorted(counts.items())), 60),
             str(sum(counts.values())),
         )
         for operator, counts in document["operators"].items()
     ]
-    return table_text(("operator", "by precision", "nodes"), [_short_row(row) for row in rows], left=2) if rows else ""
-
-
-def _short_row(row: tuple[str, str, str]) -> tuple[str, str, str]:
-    return row[0], _cut(row[1], 60), row[2]
+    return table_text(("operator", "by precision", "nodes"), rows, left=2) if rows else ""
 
 
 def _layers(document: dict[str, Any]) -> str:

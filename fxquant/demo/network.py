@@ -18,7 +18,6 @@ from fxquant.core.storage import read_tensors
 WEIGHTS = Path(__file__).with_name("digits_net.safetensors")
 
 CLASSES = 10
-INPUT_SHAPE = (1, 32, 32)
 
 
 class ResidualBlock(nn.Module):

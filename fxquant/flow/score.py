@@ -42,15 +42,10 @@ def measure_sensitivity(
     """Score every candidate, alone and in pairs, with the estimators and in the context of the settings.
 
     Args:
-        program: calibrated.
-        images: the images to score on.
-        folder: keeps finished scores, from which a killed run resumes; None keeps none.
-        reporter: shows progress.
-        shards: this process among those that share the work; all of them return the same.
+        program, images, folder, reporter, shards: as for `score`.
 
     Raises:
-        FileFormatError: the folder holds scores of something else; the message names what.
-        WorkerError: another process that shares the work was lost, or was given something else.
+        FileFormatError, WorkerError: as for `score`.
     """
     settings = program[Settings]
     context = widest_plan(program) if settings.context == "widest" else None

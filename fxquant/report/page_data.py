@@ -103,8 +103,9 @@ def overview(
     if unknown:
         raise OptionError(f"report extras {unknown} are unknown; known: {', '.join(EXTRAS)}")
     layers = layer_rows(program, measured.get("kernels"))
+    settings = program[Settings].to_json() | {"target": program[Target].name}
     return {
-        "asked": _asked(program),
+        "asked": {"budget": dict(program[BitAllocation].limits), "settings": settings, "inputs": _inputs(program)},
         "outcome": _outcome(program, held_out_images),
         "coverage": coverage(program),
         "plans": _plans(program),
@@ -125,11 +126,6 @@ def _latency(costs: CostTables, choices: Mapping[str, Choice]) -> dict[str, Any]
         return None
     noise = None if table.noise is None else asdict(table.noise)
     return {"predicted_ms": table.of(choices), "float_ms": table.float_cost, "noise": noise}
-
-
-def _asked(program: Program) -> dict[str, Any]:
-    settings = program[Settings].to_json() | {"target": program[Target].name}
-    return {"budget": dict(program[BitAllocation].limits), "settings": settings, "inputs": _inputs(program)}
 
 
 def _inputs(program: Program) -> list[dict[str, Any]]:

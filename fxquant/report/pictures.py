@@ -9,7 +9,6 @@ from fxquant.core.ir import FLOAT_BITS
 from fxquant.report.text import bytes_text, count_text, loss_text, percent_text
 
 BAR_HEIGHT = 150
-FLOAT_HEIGHT = BAR_HEIGHT
 LARGEST_INTEGER = 8
 FULL_MATRIX = 96
 """Candidates up to which the whole matrix is drawn; above, one row a layer at its chosen precision."""
@@ -95,12 +94,13 @@ def heat_map(sensitivity: Mapping[str, Any], layers: list[dict[str, Any]]) -> di
         for column, j in enumerate(shown)
         if values[i][j] != 0.0
     ]
+    owners = [names[k][0] for k in shown]
     return {
         "cells": cells,
         "side": cell * len(shown),
         "cell": cell,
-        "borders": _borders([names[k][0] for k in shown], cell) if len(shown) <= FULL_MATRIX else [],
-        "labels": _labels([names[k][0] for k in shown], cell),
+        "borders": [first * cell for _, first, _ in _groups(owners)][1:] if len(shown) <= FULL_MATRIX else [],
+        "labels": _labels(owners, cell),
         "largest": loss_text(largest),
         "unit": sensitivity["unit"],
         "note": note.strip(),
@@ -126,10 +126,6 @@ def _groups(names: list[str]) -> list[tuple[str, int, int]]:
         else:
             groups.append((name, position, 1))
     return groups
-
-
-def _borders(names: list[str], cell: float) -> list[float]:
-    return [first * cell for _, first, _ in _groups(names)][1:]
 
 
 def _labels(names: list[str], cell: float) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -146,7 +147,7 @@ class BranchAndBound:
         lift: Lift | None = None
         quiet = 0
         for _ in range(effort.blocks):
-            if node.sub.plan_count <= TRY_ALL:
+            if math.prod(node.sub.sizes.tolist()) <= TRY_ALL:
                 self._try_all(node.sub)
                 return None
             if not self.clock.left:

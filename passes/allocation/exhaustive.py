@@ -37,13 +37,9 @@ def solve_exhaustive(
     """Minimise x' values x over one-hot x with costs x <= limits by trying every plan.
 
     Args:
-        values: (n, n) symmetric, any unit.
-        groups: one index array per one-hot group.
-        costs: (k, n), one row per limit.
-        limits: (k,).
+        values, groups, costs, limits, products: as for `solve_iqp`.
         time_limit: wall-clock seconds; when they end, the best plan so far without a bound.
         seed: unused, kept for the common signature.
-        products: row -> (n, n), at least 0; the row then reads costs x + x' products x <= limit.
 
     Raises:
         OptionError: unusable arrays, or the time ended before any feasible plan was met.

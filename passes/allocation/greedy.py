@@ -32,13 +32,7 @@ def solve_greedy(
     terms it is -inf.
 
     Args:
-        values: (n, n) symmetric, any unit.
-        groups: one index array per one-hot group.
-        costs: (k, n), one row per limit.
-        limits: (k,).
-        time_limit: wall-clock seconds.
-        seed: of the random starts.
-        products: row -> (n, n), at least 0; the row then reads costs x + x' products x <= limit.
+        values, groups, costs, limits, time_limit, seed, products: as for `solve_iqp`.
 
     Raises:
         OptionError: unusable arrays.

@@ -38,12 +38,8 @@ def solve_linear(
 
     Args:
         values: (n, n) diagonal matrix, any unit.
-        groups: one index array per one-hot group.
-        costs: (k, n), one row per limit.
-        limits: (k,).
-        time_limit: wall-clock seconds.
+        groups, costs, limits, time_limit, products: as for `solve_iqp`.
         seed: of the fallback's search; CBC itself needs none.
-        products: row -> (n, n), at least 0; the row then reads costs x + x' products x <= limit.
 
     Raises:
         OptionError: unusable arrays, or pair terms between groups, which this solver would ignore.

@@ -57,7 +57,8 @@ class LocalSearch:
     def start(self) -> None:
         """Descend from the Lagrangian plans of the diagonal and of the row sums, and from random plans."""
         values = self.problem.values
-        for scores in (np.diag(values), np.diag(values) + values.sum(axis=1) / self._mean_group()):
+        mean_group = len(values) / len(self.problem.groups)
+        for scores in (np.diag(values), np.diag(values) + values.sum(axis=1) / mean_group):
             for plan in lagrangian_plans(self.problem, scores):
                 if self.best is None or self._left:
                     self.improve(plan)
@@ -131,9 +132,6 @@ class LocalSearch:
         if objective < self.best_objective:
             self.best, self.best_objective = repaired, objective
         return repaired, objective
-
-    def _mean_group(self) -> float:
-        return len(self.problem.values) / len(self.problem.groups)
 
     def _objective(self, plan: IndexArray) -> float:
         return float(self.problem.values[np.ix_(plan, plan)].sum())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -70,11 +69,6 @@ class Subproblem:
         if not len(self.starts):
             return np.zeros((len(self.costs), 0))
         return np.asarray(np.minimum.reduceat(self.costs, self.starts, axis=1))
-
-    @property
-    def plan_count(self) -> int:
-        """Number of one-hot plans, limits aside."""
-        return math.prod(self.sizes.tolist())
 
     def fits(self) -> BoolArray:
         """Which choices keep the limits with all other groups at their cheapest, (m,)."""

@@ -65,11 +65,6 @@ class Speed:
     high: float
 
 
-def time_interleaved(runs: Sequence[Callable[[], object]], rounds: int = ROUNDS) -> list[float]:
-    """Return the median milliseconds of each callable over interleaved rounds, after a warm-up of each."""
-    return [statistics.median(values) for values in sample_interleaved(runs, rounds)]
-
-
 def sample_interleaved(runs: Sequence[Callable[[], object]], rounds: int = ROUNDS) -> list[list[float]]:
     """Return the milliseconds of each callable in each of the interleaved rounds, after a warm-up of each."""
     return [[wall for wall, _ in samples] for samples in _samples(runs, rounds)]
@@ -80,9 +75,9 @@ def time_runs(runs: Sequence[Callable[[], object]], threads: int | None = None, 
 
     Another process slows all callables of a round down alike, so a sample is modelled as `level of the round x time
     of the callable`, both as medians of what the other leaves over (Tukey's median polish of the logarithms, 1977).
-    The times are then set to the level of a quick round. In one run on a busy
-    machine, two halves of the rounds of twelve networks differed by 2 % this way (standard deviation, at most 5 %),
-    plain medians by 10 to 12 % (at most 25 %).
+    The times are then set to the level of a quick round. In one run on a busy machine, two halves of the rounds of
+    twelve networks differed by 2 % this way (standard deviation, at most 5 %), plain medians by 10 to 12 % (at most
+    25 %).
 
     Args:
         runs: what is timed.

@@ -25,7 +25,7 @@ class ScaleRule(Enum):
     """How the grid of an op's output relates to the grids of its inputs."""
 
     OWN = "own"
-    """The output has a grid of its own (arithmetic)."""
+    """The output has a separate grid (arithmetic)."""
     KEEP = "keep"
     """The output holds input values or zeros only, so it lies on the input's grid (reshape, max pool, zero pad)."""
     SHARE = "share"
@@ -93,11 +93,7 @@ def _conv_macs(node: Node) -> int:
     return prod(shape_of(node)) * prod(shape_of(node.args[1])[1:])
 
 
-def _linear_macs(node: Node) -> int:
-    return prod(shape_of(node)) * shape_of(node.args[1])[-1]
-
-
-def _matmul_macs(node: Node) -> int:
+def _product_macs(node: Node) -> int:
     return prod(shape_of(node)) * shape_of(node.args[0])[-1]
 
 
@@ -140,7 +136,7 @@ def _needs_clip_at_zero(node: Node) -> str | None:
 
 
 _CONV = OpRule("conv", ScaleRule.OWN, (0,), weight=1, bias=2, macs=_conv_macs)
-_MATMUL = OpRule("matmul", ScaleRule.OWN, (0, 1), macs=_matmul_macs, unscalable="multiplies by another value")
+_MATMUL = OpRule("matmul", ScaleRule.OWN, (0, 1), macs=_product_macs, unscalable="multiplies by another value")
 _AVG_POOL = OpRule("avg_pool", ScaleRule.OWN, homogeneous=True)
 _GLOBAL_POOL = OpRule("global_pool", ScaleRule.OWN, homogeneous=True)
 _MAX_POOL = OpRule("max_pool", ScaleRule.KEEP)
@@ -163,7 +159,7 @@ OPS: dict[object, OpRule] = {
     aten.conv1d.padding: _CONV,
     aten.conv2d.default: _CONV,
     aten.conv2d.padding: _CONV,
-    aten.linear.default: OpRule("linear", ScaleRule.OWN, (0,), weight=1, bias=2, macs=_linear_macs),
+    aten.linear.default: OpRule("linear", ScaleRule.OWN, (0,), weight=1, bias=2, macs=_product_macs),
     aten.matmul.default: _MATMUL,
     aten.bmm.default: _MATMUL,
     aten.add.Tensor: OpRule(

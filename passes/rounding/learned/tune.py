@@ -151,7 +151,8 @@ class Tuner:
         for module in self.pieces.learned.values():
             module.train()
         for iteration in track(range(options.iterations)):
-            errors = self.errors(self._batch(), iteration)
+            batch = torch.randint(self.material.images, (options.batch,), generator=self._batches)
+            errors = self.errors(batch, iteration)
             loss = self.total(errors)
             penalty = self._penalty(iteration)
             optimizer.zero_grad(set_to_none=True)
@@ -223,9 +224,6 @@ class Tuner:
             else value
             for name, value in ((name, quantized[name]) for name in names)
         }
-
-    def _batch(self) -> Tensor:
-        return torch.randint(self.material.images, (self.options.batch,), generator=self._batches)
 
     def _penalty(self, iteration: int) -> Tensor | None:
         """Return the weighted regulariser, None during the warm-up or where nothing is rounded."""
