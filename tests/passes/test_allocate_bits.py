@@ -130,3 +130,10 @@ def test_a_plan_with_nothing_left_over_stays_alone() -> None:
     assert [n for n in AllocateBits(Budget(average_bits=8))(program)[Finalists].plans if "filled" in n] == []
     unwilling = with_pair_terms(scored(), [1.0, 2.0, 3.0], 0.0)
     assert [n for n in AllocateBits(Budget(average_bits=8))(unwilling)[Finalists].plans if "filled" in n] == []
+
+
+@pytest.mark.parametrize("radius", [1, 2])
+def test_near_a_plan_as_many_sites_change_as_the_radius_allows(radius: int) -> None:
+    start = BitAllocation({site.name: Choice(2, 8) for site in scored()[Sites].sites})
+    near = AllocateBits(Budget(average_bits=8.0), near=(start, radius))(scored())[Finalists].plans["pairs"]
+    assert sum(near.choices[name] != choice for name, choice in start.choices.items()) == radius

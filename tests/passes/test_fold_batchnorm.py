@@ -107,3 +107,13 @@ def test_a_variance_without_end_leaves_the_shift() -> None:
     program, x = normalised(), torch.randn(2, 3, 4, 4)
     program.module.state_dict()["1.running_var"].fill_(torch.inf)
     assert torch.equal(FoldBatchnorm()(program).module(x), program.module(x))
+
+
+def test_epsilon_counts_where_the_variance_is_small() -> None:
+    norm = nn.BatchNorm2d(4, eps=0.5)
+    assert norm.running_var is not None
+    norm.running_var.fill_(0.01)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU()).eval(), torch.randn(2, 3, 8, 8)
+    done = FoldBatchnorm()(Canonicalize()(capture(model, (x,))))
+    assert norms(done) == 0
+    assert torch.allclose(done.module(x), model(x), atol=1e-5)

@@ -95,3 +95,13 @@ def test_products_go_with_the_row_of_their_limit() -> None:
         keeps = bool(costs[row] @ x + x @ matrix @ x <= bounds[row] + 1e-12)
         assert keeps == fits(plan, {"latency_ms": 6.0}, tables)
     assert not limit_products({"size_mb": 8.0}, tables, SITES)
+
+
+def test_readers_on_both_sides_of_one_in_float_agree() -> None:
+    sites = Sites((site("a", "x", A4, A8), site("b", "x", A4, A8, FLOAT), site("c", "x", A4, A8)), {})
+    costs, bounds = tie_rows(sites)
+    for choices in product(*(each.choices for each in sites.sites)):
+        plan = dict(zip("abc", choices, strict=True))
+        picked = np.array([plan[c.site] == c.choice for c in sites.candidates])
+        one_width = len({choice.activation_bits for choice in choices if not choice.is_float}) == 1
+        assert bool((costs[:, picked].sum(axis=1) <= bounds + 1e-9).all()) == one_width == agrees(sites.sites, plan)

@@ -116,3 +116,13 @@ def test_the_lifted_plan_lies_in_the_range_of_the_basis(instance: Instance) -> N
     assert lift.basis @ (lift.basis.T @ lifted) == pytest.approx(lifted, abs=1e-9)
     assert lifted @ lifted <= lift.trace + 1e-9
     assert lifted @ lift.objective @ lifted * lift.scale == pytest.approx(optimum.objective, rel=1e-9, abs=1e-12)
+
+
+def test_products_with_a_fixed_choice_count_in_both_halves_of_the_matrix() -> None:
+    pairs = np.zeros((4, 4))
+    pairs[1, 2] = pairs[2, 1] = 3.0
+    groups = [np.array([0, 1]), np.array([2, 3])]
+    problem = Problem.checked(np.eye(4), groups, np.zeros((1, 4)), [10.0], {0: pairs})
+    smaller = Subproblem.whole(problem).restrict(np.array([False, True, True, True]))
+    assert smaller is not None
+    assert smaller[0].costs.tolist() == [[problem.row_sums(np.array([1, 2]))[0], 0.0]] == [[6.0, 0.0]]

@@ -92,3 +92,13 @@ def test_never_worse_than_the_start(target: list[int], rounds: int, radius: int,
     best, steps = trust_region(start, lambda p: p, solve, lambda p: measured(tuple(target), p), better, rounds, radius)
     assert measured(tuple(target), best).mean() <= measured(tuple(target), start).mean()
     assert len(steps) <= 3 * rounds
+
+
+def test_later_steps_are_compared_with_the_plan_in_hand() -> None:
+    # The third plan is better than the start and worse than the second.
+    losses = {0: 1.0, 1: 0.2, 2: 0.5}
+    best, steps = trust_region(
+        (0,), lambda p: p, lambda _, p, __: (p[0] + 1,), lambda p: torch.full((IMAGES,), losses[p[0]]), better, 2, 1
+    )
+    assert best == (1,)
+    assert [step.accepted for step in steps] == [True, False, False]

@@ -143,6 +143,11 @@ class TestLearnedActivation:
         assert torch.allclose(to_factor.double(), expected_factor, rtol=1e-4)
         assert float(to_x.eq(0).float().mean()) > 0.01, "no element lies outside the grid"
 
+    def test_the_share_of_elements_that_pass_is_the_drop(self) -> None:
+        x = torch.rand(64, 64, generator=seeded(8)) * 0.9 + 0.05
+        module = LearnedActivation(self.quantizer(0), True, 0.25, seeded(9)).train()
+        assert float((module(x) == x).float().mean()) == pytest.approx(0.25, abs=0.05)
+
     def test_dropped_elements_pass_as_they_are_while_it_trains(self) -> None:
         module = LearnedActivation(self.quantizer(), True, 0.5, seeded(8)).train()
         x, mask = self.x(), random_mask(self.x(), 0.5, seeded(8))
