@@ -11,7 +11,7 @@ from fxquant.backends.onnx.runtime_kernels import RUNTIME_KERNELS, runtime_formu
 
 if TYPE_CHECKING:
     from fxquant.backends.onnx.blocks import block_linear, block_weights, to_blocks
-    from fxquant.backends.onnx.builder import Array, pack
+    from fxquant.backends.onnx.builder import Array, GraphBuilder, pack
     from fxquant.backends.onnx.contents import Inspection, Stored, inspect_onnx
     from fxquant.backends.onnx.export import ExportReport, export_onnx, to_onnx
     from fxquant.backends.onnx.model_file import ALIGNMENT, SMALLEST
@@ -48,6 +48,7 @@ __all__ = [
     "Array",
     "Axis",
     "ExportReport",
+    "GraphBuilder",
     "Inspection",
     "KernelReport",
     "OnnxOptions",

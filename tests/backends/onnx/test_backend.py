@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.data import data_folder
 from benchmarks.zoo import NETWORKS
 from fxquant.backends import backend
-from fxquant.backends.onnx import executable, export_onnx, kernel_report, pack, to_onnx
+from fxquant.backends.onnx import GraphBuilder, executable, export_onnx, kernel_report, pack, to_onnx
 from fxquant.capture import capture
 from fxquant.core.errors import FileFormatError, LoweringError, MissingDependencyError, OptionError, OutputError
 from fxquant.core.ir import FakeQuantize, Grid, activation_spec, fork
@@ -270,3 +270,9 @@ def test_a_real_network_runs_on_integers_alone() -> None:
         assert float(error.mean()) < 0.5
         assert float(error.max()) < 4.0
     assert len(model) <= 0.16 * float_bytes
+
+
+def test_equal_content_of_two_widths_is_stored_twice() -> None:
+    graph, values = GraphBuilder(21), np.zeros((2, 4), np.int8)
+    assert len({graph.constant(values, "weight", bits) for bits in (8, 4, 8)}) == 2
+    assert [tensor.data_type for tensor in graph.initializers] == [onnx.TensorProto.INT8, onnx.TensorProto.INT4]

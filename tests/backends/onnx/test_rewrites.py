@@ -38,3 +38,19 @@ def test_a_linear_layer_whose_clip_is_read_in_float_runs_on_integers(clip: nn.Mo
     expected = model_outputs(simulated, images.inputs)
     found = executable(file, threads=1)(images.inputs)
     assert torch.allclose(found, expected, atol=float(expected.max() - expected.min()) / 100)
+
+
+def test_zeros_around_an_image_are_folded_into_the_convolution_side_by_side() -> None:
+    torch.manual_seed(0)
+    model = Composed(lambda m, x: m.conv(nn.functional.pad(x, (0, 3, 1, 0))), conv=nn.Conv2d(3, 8, 3, padding=(1, 0)))
+    images = CalibrationSet((torch.rand(8, 3, 9, 9),))
+    program = flow.calibrate(flow.prepare(capture(model, images.inputs), Settings(bits=(8,))), images)
+    simulated = simulate(program, BitAllocation({"conv": Choice(8, 8)})).module
+    file = to_onnx(simulated)
+    assert [node.op_type for node in file.graph.node].count("Pad") == 0
+    found, expected = (
+        executable(file.SerializeToString(), threads=1)(images.inputs),
+        model_outputs(simulated, images.inputs),
+    )
+    assert found.shape == expected.shape
+    assert torch.allclose(found, expected, atol=float(expected.max() - expected.min()) / 100)
