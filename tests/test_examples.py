@@ -30,6 +30,7 @@ def example(name: str) -> Callable[..., Any]:
     return main
 
 
+@pytest.mark.slow
 def test_own_cnn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = example("own_cnn")(tmp_path)
     assert result.allocation.used["size_ratio"] <= 0.25
@@ -37,6 +38,7 @@ def test_own_cnn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "answers are the float model's" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_vision_transformer(tmp_path: Path) -> None:
     result = example("vision_transformer")(tmp_path)
     assert result.allocation.quality["disagreement"] <= 0.1

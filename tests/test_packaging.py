@@ -84,6 +84,7 @@ print(result.summary())
 """
 
 
+@pytest.mark.slow
 def test_a_wheel_installs_and_works_away_from_the_checkout(tmp_path: Path) -> None:
     """Built from a copy, so that what an earlier build left beside the sources does not get in."""
     source, site = tmp_path / "source", tmp_path / "site"

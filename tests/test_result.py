@@ -93,6 +93,7 @@ def test_every_file_has_the_mode_of_any_new_file(saved: Path, tmp_path: Path) ->
     assert set(modes.values()) == {stat.S_IMODE(plain.stat().st_mode)}, modes
 
 
+@pytest.mark.slow
 def test_another_budget_from_the_saved_scores(saved: Path) -> None:
     budget = Budget(average_bits=6, size_ratio=0.5, bops_ratio=0.04)
     fresh, read = (fxquant.resolve(source, budget) for source in (quantized(), saved))

@@ -78,6 +78,7 @@ def test_quantize_writes_everything_and_prints_the_summary(tmp_path: Path, capsy
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_analyze_then_allocate(tmp_path: Path, capsys: Captured) -> None:
     out, other = tmp_path / "out", tmp_path / "other"
     assert main(["analyze", *scoring(out), "--quiet"]) == 0
@@ -136,6 +137,7 @@ def test_a_plan_edited_in_place_loses_the_solvers_claims(folder: Path) -> None:
     assert report["measured"] == {}
 
 
+@pytest.mark.slow
 def test_bench_and_report_keep_what_was_measured(folder: Path, tmp_path: Path, capsys: Captured) -> None:
     assert main(["bench", str(folder), "--rounds", "2", "--threads", "1"]) == 0
     printed = capsys.readouterr().out

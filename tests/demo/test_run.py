@@ -28,6 +28,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "ROUNDS", 3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short")
 def test_demo_compares_four_models_and_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
@@ -50,6 +51,7 @@ def test_demo_compares_four_models_and_writes_everything(tmp_path: Path, capsys:
     assert fxquant.load(out).allocation.used["average_bits"] <= 4.0
 
 
+@pytest.mark.slow
 def test_demo_out_of_reach_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--output", str(tmp_path / "out"), "--budget", "size_mb=0.001"]) == 3
     assert "reachable" in capsys.readouterr().err

@@ -290,6 +290,7 @@ def test_the_entry_point_is_there() -> None:
     assert getattr(importlib.import_module(module), attribute) is compile_graph
 
 
+@pytest.mark.slow
 def test_two_models_of_one_class_have_calibration_sets_of_their_own() -> None:
     answers = []
     for calibration in (CalibrationSet((images(8),)), CalibrationSet((images(8) + 1,))):

@@ -182,6 +182,7 @@ def test_one_value_per_channel_is_refused() -> None:
         reestimate(GraphModule(root, graph), torch.randn(1, 3))
 
 
+@pytest.mark.slow
 def test_the_example_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = runpy.run_path(str(ROOT / "examples" / "finetune.py"))["finetune"](tmp_path, steps=3, images=64)
     printed = capsys.readouterr().out

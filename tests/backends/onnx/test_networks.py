@@ -39,6 +39,7 @@ def model(name: str) -> onnx.ModelProto:
     return to_onnx(plan_of(calibrated(program, (images,), widths=(4, 8)), (8, 4)))
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("name", STATIC)
 def test_every_layer_runs_on_integers_and_no_conversion_is_stray(name: str) -> None:
