@@ -91,13 +91,13 @@ def simulated(program: Program, plan: BitAllocation) -> GraphModule:
 def is_what_the_reference_computes(module: GraphModule, recipe: Recipe) -> None:
     """Require the explicit integer graph to make the simulation's integers, to a step, from the same integers."""
     shown = images(recipe, 5, seed=1)
-    told = run_traced(module, shown)
-    held = run_traced(to_qdq(module), shown, told.edges)
-    assert set(held.edges) == set(told.edges)
-    for name, integers in told.edges.items():
+    traced = run_traced(module, shown)
+    held = run_traced(to_qdq(module), shown, traced.edges)
+    assert set(held.edges) == set(traced.edges)
+    for name, integers in traced.edges.items():
         apart = (held.edges[name].int() - integers.int()).abs()
         assert not apart.numel() or int(apart.max()) <= 1, f"edge {name} is {int(apart.max())} steps off"
-    for one, other in zip((held.output, *held.others), (told.output, *told.others), strict=True):
+    for one, other in zip((held.output, *held.others), (traced.output, *traced.others), strict=True):
         alike(one, other, 1e-3)
 
 
@@ -176,10 +176,10 @@ def keeps_the_budget_or_refuses(program: Program, budget: Budget, solver: str = 
     assert set(plan.choices) == {site.name for site in sites}
 
 
-def _is_out_of_reach(program: Program, limits: Mapping[str, float], told: str) -> None:
+def _is_out_of_reach(program: Program, limits: Mapping[str, float], message: str) -> None:
     sites = program[Sites].sites
-    assert all(f"{name}=" in told for name in limits)
-    assert told.count("reachable: ") == len(limits)
+    assert all(f"{name}=" in message for name in limits)
+    assert message.count("reachable: ") == len(limits)
     if np.prod([float(len(site.choices)) for site in sites]) > BY_HAND:
         return
     names = [site.name for site in sites]

@@ -109,7 +109,7 @@ def scored(name: str, bits: tuple[int, ...] = (2, 4, 8), activation_bits: tuple[
 
 
 def scorer(program: Program, images: CalibrationSet, loss: str = "kl", store: ScoreStore | None = None) -> Scorer:
-    """Return a scorer that keeps nothing unless told to, with two batches where there are enough images."""
+    """Return a scorer that keeps nothing unless shown to, with two batches where there are enough images."""
     made = Scorer(program, images, loss, store or ScoreStore(None, {}))
     made.batch = min(made.batch, 4)
     return made

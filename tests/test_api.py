@@ -373,7 +373,7 @@ def test_a_run_stopped_between_batches_goes_on(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(KeyboardInterrupt):
         quantize(effort="best", seed=2, workdir=tmp_path)
     monkeypatch.setattr(Reporter, "track", track)
-    # The progress of a cell is told once it is on disk.
+    # The progress of a cell is shown once it is on disk.
     assert len(list(tmp_path.rglob("*pairs-*.npz"))) == 5
     assert same(best()[0], quantize(effort="best", seed=2, workdir=tmp_path))
 

@@ -245,8 +245,8 @@ def with_value(value: float) -> Tensor:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_right_is_one_error(name: str) -> None:
-    model, data, kind, told = REFUSED[name]
-    with pytest.raises(kind, match=told):
+    model, data, kind, shown = REFUSED[name]
+    with pytest.raises(kind, match=shown):
         quantized(model(), data())
 
 

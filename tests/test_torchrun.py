@@ -69,20 +69,20 @@ def test_a_worker_dies_and_the_next_run_goes_on(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(worker(running.pid, 1), signal.SIGKILL)
-    told = running.communicate(timeout=60)[0]
+    printed = running.communicate(timeout=60)[0]
     assert running.returncode != 0
-    assert "Signal 9 (SIGKILL)" in told
+    assert "Signal 9 (SIGKILL)" in printed
     # The other process hears of it from the group or from torchrun, whichever is quicker.
-    assert re.search(r"finished (scores|parts) are kept", told), told
+    assert re.search(r"finished (scores|parts) are kept", printed), printed
     assert not (tmp_path / "two" / "result.json").exists()
     finished = {path.name: path.stat().st_mtime_ns for path in scores.glob("[!.]*.npz")}
     assert len(finished) >= 3
 
     resumed = torchrun(*arguments(tmp_path, "two", "tests.small:images"), "--resume")
-    told = resumed.communicate(timeout=120)[0]
-    assert resumed.returncode == 0, told
-    assert told.count("candidates") == 1, "one process speaks"
-    assert f"{len(finished) - 1} already finished" in told
+    printed = resumed.communicate(timeout=120)[0]
+    assert resumed.returncode == 0, printed
+    assert printed.count("candidates") == 1, "one process speaks"
+    assert f"{len(finished) - 1} already finished" in printed
     assert {name: (scores / name).stat().st_mtime_ns for name in finished} == finished
 
     assert main([*arguments(tmp_path, "one", str(tmp_path / "images.npz")), "--quiet"]) == 0

@@ -33,10 +33,10 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_compares_four_models_and_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["demo", "--output", str(out)]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     rows = {row["name"]: row for row in json.loads((out / "report.json").read_text())["measured"]["comparison"]}
     assert list(rows) == ["float", "uniform W8A8", "uniform W4A8", "mixed"]
-    assert all(name in told for name in rows)
+    assert all(name in printed for name in rows)
     assert rows["mixed"]["bytes"] == (out / "model.onnx").stat().st_size
     assert (
         rows["mixed"]["bytes"]

@@ -94,9 +94,9 @@ def test_answers_are_judged_as_the_plan_is_handed_back() -> None:
 
 def test_each_step_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     choose(scored("plain"), Budget(loss=2.0), HELD_OUT, Reporter(True))
-    told = capsys.readouterr().err
-    assert "size_ratio within" in told
-    assert "on 16 held-out images, kept" in told
+    printed = capsys.readouterr().err
+    assert "size_ratio within" in printed
+    assert "on 16 held-out images, kept" in printed
 
 
 def test_from_the_front_door_to_the_summary() -> None:

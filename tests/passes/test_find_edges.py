@@ -142,7 +142,7 @@ def test_layers_of_another_float_type_keep_it() -> None:
     found = FindEdges(TARGET)(Canonicalize()(capture(mixed, (torch.randn(2, 5),))))[QuantizedEdges]
     assert "linear" in found.integer_nodes
     why = "it computes in bfloat16, and quantizers are for float32"
-    others = [name for name, told in found.float_reasons.items() if told == why]
+    others = [name for name, reason in found.float_reasons.items() if reason == why]
     assert [name.partition("_")[0] for name in others] == ["linear", "add"]
 
 

@@ -161,6 +161,6 @@ def test_layers_that_only_run_in_float_are_counted() -> None:
     program = Canonicalize()(capture(mixed, (torch.randn(2, 5, 3),)))
     sites = FindSites(TARGET, (8,), (8,))(TieEdges()(FindEdges(TARGET)(program)))[Sites]
     assert [site.name for site in sites.sites] == ["stem"]
-    told = list(sites.refusals.values())
-    assert len(told) == 3
-    assert ["recurrent" in told[0], "bilinear" in told[1], "einsum" in told[2]] == [True] * 3
+    reasons = list(sites.refusals.values())
+    assert len(reasons) == 3
+    assert ["recurrent" in reasons[0], "bilinear" in reasons[1], "einsum" in reasons[2]] == [True] * 3

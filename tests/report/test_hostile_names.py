@@ -65,8 +65,8 @@ def test_notebook_and_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "<script" not in html
     assert html.isprintable()
     assert Page(html).open == []
-    told = summary(result.program)
-    assert all(letter.isprintable() or letter == "\n" for letter in told)
+    shown = summary(result.program)
+    assert all(letter.isprintable() or letter == "\n" for letter in shown)
     # Markup of rich is not obeyed: it stays to be read.
-    assert "[red]" in told
+    assert "[red]" in shown
     assert one_line(result.program) == printable(one_line(result.program))

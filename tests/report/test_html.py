@@ -77,7 +77,7 @@ def test_page_answers_the_questions() -> None:
         {"comparison": COMPARISON, "kernels": {"stem": "QLinearConv"}, "parity": {"LSB": 1}}
     )
     text = " ".join(Page(render(data)).text)
-    for told in (
+    for shown in (
         "3 of 3",
         "average_bits",
         "uniform W4A8",
@@ -88,7 +88,7 @@ def test_page_answers_the_questions() -> None:
         "torch",
         '"seed": 0',
     ):
-        assert told in text
+        assert shown in text
     titles = [tag for tag, _ in Page(render(data)).tags if tag == "title"]
     assert len(titles) > 3 + 9
 
@@ -146,8 +146,8 @@ def test_headline_prefers_what_was_measured() -> None:
     assert measured["Accuracy"]["note"] == "float 99.0 %"
     assert measured["Time for one image"] == {"label": "Time for one image", "value": "1 ms", "note": "float 2 ms"}
     noisy = [COMPARISON[0], {**COMPARISON[1], "high": 3.0}]
-    told = {tile["label"]: tile for tile in tiles(small_result().report_data({"comparison": noisy}))}
-    assert told["Time for one image"]["note"].startswith("too noisy to compare: 0.9–3 ms")
+    shown = {tile["label"]: tile for tile in tiles(small_result().report_data({"comparison": noisy}))}
+    assert shown["Time for one image"]["note"].startswith("too noisy to compare: 0.9–3 ms")
 
 
 def test_bars_stand_for_bits() -> None:

@@ -29,23 +29,23 @@ def matrix_of(name: str) -> SensitivityMatrix:
 
 def test_a_prompt_shows_one_line() -> None:
     result = small_result()
-    told = repr(result)
-    assert told == one_line(result.program)
+    shown = repr(result)
+    assert shown == one_line(result.program)
     assert re.fullmatch(
         r"Result\(3 of 3 layers quantized, [\d.]+ k?B \([\d.]+ of float\), [\d.]+ bits a weight, "
         r"held-out loss [\d.e-]+ KL nats, \w+\)",
-        told,
+        shown,
     )
     assert repr(small_result(budget=None)).endswith(", manual)")
-    assert "2 of 3" not in told
+    assert "2 of 3" not in shown
     assert "of 4 layers quantized" in repr(small_result(network="product"))
 
 
 def test_a_plan_and_scores_show_one_line() -> None:
     result = small_result()
-    told = repr(result.allocation)
-    assert told.startswith("BitAllocation(3 layers: ")
-    assert result.allocation.summary() in told
+    shown = repr(result.allocation)
+    assert shown.startswith("BitAllocation(3 layers: ")
+    assert result.allocation.summary() in shown
     assert "nan" in repr(plan_of("a"))
     assert repr(matrix_of("gram")) == ("SensitivityMatrix(gram: 3 candidates of 2 layers, KL nats, 7 passes)")
 
@@ -54,8 +54,8 @@ def test_a_notebook_shows_tiles_and_layers() -> None:
     result = small_result()
     made = result._repr_html_()
     assert made == page(result.program, held_out_images=6)
-    for told in ("Layers quantized", "3 of 3", "Average weight bits", *result.allocation.choices):
-        assert told in made
+    for shown in ("Layers quantized", "3 of 3", "Average weight bits", *result.allocation.choices):
+        assert shown in made
     cells = re.findall(r"<tr><td>(\w+)</td><td>\w+</td><td>(\w+)</td>", made)
     assert dict(cells) == {name: choice.label for name, choice in result.allocation.choices.items()}
     assert not re.search(r"https?://|url\(|@import|src=|<script", made)

@@ -102,13 +102,13 @@ def test_manual_plan_stands_in_the_list() -> None:
 def test_float_layers_are_counted_with_their_reasons() -> None:
     result = small_result(network="product")
     plan = replace(result.allocation, choices={**result.allocation.choices, "stem": FLOAT})
-    told = coverage(result.with_plan(plan).program)
-    assert (told["quantized"], told["layers"], told["in_float"]) == (2, 4, 2)
-    assert {"reason": "the plan keeps it in float", "layers": ["stem"]} in told["reasons"]
-    assert told["sentence"].startswith("2 of 4 layers quantized, 2 in float because: ")
-    assert told["sentence"] in " ".join(result.with_plan(plan).summary().split())
+    shown = coverage(result.with_plan(plan).program)
+    assert (shown["quantized"], shown["layers"], shown["in_float"]) == (2, 4, 2)
+    assert {"reason": "the plan keeps it in float", "layers": ["stem"]} in shown["reasons"]
+    assert shown["sentence"].startswith("2 of 4 layers quantized, 2 in float because: ")
+    assert shown["sentence"] in " ".join(result.with_plan(plan).summary().split())
     for why in result.program[Sites].refusals.values():
-        assert why in told["sentence"]
+        assert why in shown["sentence"]
 
 
 def test_float_layers_cost_their_float_bytes() -> None:

@@ -68,8 +68,8 @@ def test_noise_of_edges_is_that_of_the_calibration_images() -> None:
 
 def test_noise_of_weights_is_that_of_their_grid() -> None:
     result = small_result()
-    told = weight_noise(result.program, result.simulated_program)
-    assert list(told) == [site.name for site in result.program[Sites].sites]
+    shown = weight_noise(result.program, result.simulated_program)
+    assert list(shown) == [site.name for site in result.program[Sites].sites]
     for site in result.program[Sites].sites:
         weight = result.program.module.get_parameter(site.weight).detach()
         bits = result.allocation.choices[site.name].weight_bits
@@ -78,10 +78,10 @@ def test_noise_of_weights_is_that_of_their_grid() -> None:
         # The grid of least squared error is no noisier than the one that holds the largest weight.
         step = (by_channel.abs().amax(1, keepdim=True) / top).clamp_min(1e-12)
         plain = torch.round(by_channel / step) * step
-        assert told[site.name] is not None
-        assert float(told[site.name] or 0) >= decibels(by_channel, plain) - 0.5
+        assert shown[site.name] is not None
+        assert float(shown[site.name] or 0) >= decibels(by_channel, plain) - 0.5
         quantizer = result.simulated.get_submodule(f"quantize_{site.name}_weight")
-        assert told[site.name] == pytest.approx(decibels(weight, quantizer(weight)), abs=1e-3)
+        assert shown[site.name] == pytest.approx(decibels(weight, quantizer(weight)), abs=1e-3)
 
 
 def test_a_layer_in_float_has_no_weight_noise_and_its_edges_no_grid() -> None:

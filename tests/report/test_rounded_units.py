@@ -20,15 +20,15 @@ def rounded() -> Result:
 
 
 def test_nearest_says_so() -> None:
-    told = rounding(small_result().program)
-    assert told["sentence"] == "Weights rounded by nearest"
-    assert not told["units"]
+    shown = rounding(small_result().program)
+    assert shown["sentence"] == "Weights rounded by nearest"
+    assert not shown["units"]
 
 
 def test_units_kept_and_left_are_counted_and_explained() -> None:
-    told = rounding(rounded().program)
-    assert told["sentence"].startswith("Weights rounded by pdquant, 1 of 2 units kept; 1 stayed as they were")
-    assert told["units"][0] == {
+    shown = rounding(rounded().program)
+    assert shown["sentence"].startswith("Weights rounded by pdquant, 1 of 2 units kept; 1 stayed as they were")
+    assert shown["units"][0] == {
         "name": "stem",
         "sites": ["stem"],
         "method": "pdquant",
@@ -38,16 +38,16 @@ def test_units_kept_and_left_are_counted_and_explained() -> None:
         "reason": "",
         "seconds": 1.5,
     }
-    assert told["units"][1]["after"] is None
+    assert shown["units"][1]["after"] is None
 
 
 def test_an_algorithm_judged_as_a_whole_has_no_units_to_count() -> None:
     result = small_result()
     record = UnitRecord("stem", "gptq", 0.5, 0.25, True)
     made = Rounding(result.allocation.choices, "gptq", units=(record,))
-    told = rounding(result.program.with_facts(made))
-    assert told["sentence"] == "Weights rounded by gptq"
-    assert told["units"][0]["name"] == "whole network"
+    shown = rounding(result.program.with_facts(made))
+    assert shown["sentence"] == "Weights rounded by gptq"
+    assert shown["units"][0]["name"] == "whole network"
 
 
 def test_the_terminal_and_the_page_show_it() -> None:

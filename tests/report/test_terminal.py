@@ -98,12 +98,12 @@ def test_a_processor_without_int8_products_is_warned_of(monkeypatch: pytest.Monk
 
 
 def test_the_most_sensitive_layers_come_as_an_option() -> None:
-    told = most_sensitive(small_result().program)
-    assert told is not None
-    assert told["option"].startswith("--keep-float ")
-    assert told["option"] in " ".join(summary(small_result().program).split())
+    shown = most_sensitive(small_result().program)
+    assert shown is not None
+    assert shown["option"].startswith("--keep-float ")
+    assert shown["option"] in " ".join(summary(small_result().program).split())
     matrix = small_result().sensitivity
     widest = {c.site: max(float(matrix.values[k, k]), 0.0) for k, c in enumerate(matrix.candidates)}
-    assert sum(widest[name] for name in told["layers"]) == pytest.approx(told["share"] * sum(widest.values()))
-    assert told["share"] >= 0.5
-    assert sum(widest[name] for name in told["layers"][:-1]) < 0.5 * sum(widest.values())
+    assert sum(widest[name] for name in shown["layers"]) == pytest.approx(shown["share"] * sum(widest.values()))
+    assert shown["share"] >= 0.5
+    assert sum(widest[name] for name in shown["layers"][:-1]) < 0.5 * sum(widest.values())

@@ -27,8 +27,8 @@ def by_python() -> None:
 
 @pytest.mark.parametrize("ask", [by_numpy, by_torch, by_python])
 def test_every_kind_of_shortage_names_stage_and_advice(ask: Callable[[], None]) -> None:
-    told = r"score needs more memory than there is \(.+\); give less"
-    with pytest.raises(MemoryLimitError, match=told), memory_named("score", "give less"):
+    pattern = r"score needs more memory than there is \(.+\); give less"
+    with pytest.raises(MemoryLimitError, match=pattern), memory_named("score", "give less"):
         ask()
 
 

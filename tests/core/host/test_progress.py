@@ -50,9 +50,9 @@ def test_no_terminal_gets_one_line_per_stage(
     assert list(reporter.track(clock.working(120, 0.1), "scored single choices", 120)) == list(range(120))
     reporter.say("one [x] cell")
     assert list(reporter.track([], "nothing to do", 0)) == []
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err == "scored single choices: 120 of 120 in 12 s\none [x] cell\n"
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "scored single choices: 120 of 120 in 12 s\none [x] cell\n"
 
 
 def test_a_long_stage_says_every_half_minute_how_long_it_will_take(

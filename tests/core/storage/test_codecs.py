@@ -137,7 +137,7 @@ def test_digests_see_names_types_shapes_and_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ('{"kind": "plan", "version": 1, "a": {"b": 1, "b": 2}}', "key 'b' is there twice"),
         ('{"kind": "plan", "version": 1, "a": NaN}', "NaN is no JSON number"),
@@ -147,9 +147,9 @@ def test_digests_see_names_types_shapes_and_bytes() -> None:
         ('{"kind": "plan", "version": 1, "a": ' + "[" * 10**5, "nested too deeply"),
     ],
 )
-def test_json_is_strict(text: str, told: str, tmp_path: Path) -> None:
+def test_json_is_strict(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(FileFormatError, match=told):
+    with pytest.raises(FileFormatError, match=message):
         read_json(tmp_path / "a.json", "plan", 1)
 
 

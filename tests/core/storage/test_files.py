@@ -12,7 +12,7 @@ from fxquant.core.storage import UNFINISHED, atomic_path, check_writable, unwrit
 
 
 @pytest.mark.parametrize(
-    ("number", "told"),
+    ("number", "message"),
     [
         (errno.ENOSPC, r"No space left on device after 70 bytes, \d+ bytes are free there; free some space"),
         (errno.EDQUOT, r"Disk quota exceeded after 70 bytes, \d+ bytes are free there; your quota is used up"),
@@ -21,9 +21,9 @@ from fxquant.core.storage import UNFINISHED, atomic_path, check_writable, unwrit
         (errno.EACCES, r"Permission denied; choose a writable folder"),
     ],
 )
-def test_the_error_says_how_far_it_came_and_what_to_do(tmp_path: Path, number: int, told: str) -> None:
+def test_the_error_says_how_far_it_came_and_what_to_do(tmp_path: Path, number: int, message: str) -> None:
     path = tmp_path / "not" / "there" / "a.npz"
-    with pytest.raises(OutputError, match=f"cannot write {path}: {told}"):
+    with pytest.raises(OutputError, match=f"cannot write {path}: {message}"):
         raise unwritable(path, OSError(number, os.strerror(number)), 70)
 
 
