@@ -105,6 +105,7 @@ class _EdgeSearch:
         weight = node.args[rule.weight]
         if not isinstance(weight, Node) or not is_constant(weight):
             self.reasons[node.name] = "its weight is computed by the graph, not a parameter"
+        # Order of the reasons: what the graph is comes before what the target lacks, and that before the user's wish.
         elif is_constant(node.args[0]):
             self.reasons[node.name] = "its input is a constant, so it could be computed beforehand"
         elif _computed_bias(node, rule):
@@ -151,6 +152,7 @@ class _EdgeSearch:
             return why
         if rule.scale is ScaleRule.FLOAT:
             return f"{rule.kind} is computed in float"
+        # Ops that pass a grid through or absorb it never get a quantizer, so there is nothing to refuse.
         if rule.scale is not ScaleRule.OWN:
             return None
         if rule.kind not in self.target.joins:
@@ -194,6 +196,7 @@ class _EdgeSearch:
             rule = rule_of(user)
             if user in self.joins or user in self.products or (user in self.weighted and value is user.args[0]):
                 return True
+            # A reshape or a pool keeps the grid: what matters is who reads behind it.
             if rule is not None and rule.scale in PASS_THROUGH and self._wanted(user):
                 return True
         return False
@@ -207,6 +210,7 @@ class _EdgeSearch:
 
     def _tail(self, node: Node) -> Node:
         """Return the node whose value the kernel writes: the absorbed clip, or the op itself."""
+        # Only a clip that is the sole reader can be part of the kernel: others need the value before it.
         users = list(node.users)
         rule = rule_of(users[0]) if len(users) == 1 else None
         return users[0] if rule is not None and rule.scale is ScaleRule.ABSORB else node

@@ -57,9 +57,11 @@ class LocalSearch:
     def start(self) -> None:
         """Descend from the Lagrangian plans of the diagonal and of the row sums, and from random plans."""
         values = self.problem.values
+        # The second scores charge each choice with its mean pair terms, over choices that the others might take.
         mean_group = len(values) / len(self.problem.groups)
         for scores in (np.diag(values), np.diag(values) + values.sum(axis=1) / mean_group):
             for plan in lagrangian_plans(self.problem, scores):
+                # One plan at least, even after the time: without any there is no answer.
                 if self.best is None or self._left:
                     self.improve(plan)
         for _ in range(4):
@@ -81,11 +83,13 @@ class LocalSearch:
                 for group in self._random.choice(len(plan), size, replace=False):
                     plan[group] = self._random.choice(self.problem.groups[group])
             plan, objective = self.improve(plan)
+            # Equal plans are accepted, so that the search drifts over plateaus instead of staying at one end.
             if objective <= current_objective:
                 quiet = 0 if objective < current_objective else quiet + 1
                 current, current_objective = plan, objective
             else:
                 quiet += 1
+            # Three exchanges are dear: only a new best plan is worth them.
             if self.best_objective < before and self.best is not None:
                 self.deepen()
                 current, current_objective, restarts = self.best, self.best_objective, 0
@@ -97,6 +101,7 @@ class LocalSearch:
             improved = False
             base = self.best
             assert base is not None
+            # One exchange is forced and the best pair is sought on top of it: that covers all triples.
             for index in self._random.permutation(len(self.problem.values)):
                 group = self.problem.group_of[index]
                 if base[group] == index:
@@ -157,12 +162,15 @@ class LocalSearch:
         # Moving to the current index changes nothing, so pairs with it cover the single exchanges.
         from_current = values[current]
         change = single[:, None] + single[None, :]
+        # e_ij of the class docstring for all pairs at once.
         change += 2 * (values - from_current - from_current.T + from_current[:, current])
         free = self._room - self.problem.row_sums(plan)
         for number, (row, room) in enumerate(zip(cost, free, strict=True)):
             change[row[:, None] + row[None, :] + self._together(number, current) > room] = np.inf
+        # Off the diagonal two choices of one group exclude each other; the diagonal holds the single exchanges.
         change[self._same & ~np.eye(len(values), dtype=bool)] = np.inf
         np.fill_diagonal(change, np.where((cost <= free[:, None]).all(axis=0), single, np.inf))
+        # The frozen group has already moved; moving it back would undo what is being tried.
         if frozen is not None:
             members = self.problem.groups[frozen]
             others = np.setdiff1d(members, plan[[frozen]])
@@ -170,6 +178,7 @@ class LocalSearch:
             change[:, others] = np.inf
         first, second = np.unravel_index(int(change.argmin()), change.shape)
         start = target if frozen is None else self._objective(plan)
+        # A gain within rounding errors would let two plans be exchanged for ever.
         slack = 1e-12 * max(abs(target), abs(start))
         if not start + change[first, second] < target - slack:
             return None
@@ -205,6 +214,7 @@ class LocalSearch:
                 index = int(price.argmin())
                 plan[self.problem.group_of[index]] = index
                 continue
+            # No single exchange helps, as with ties: two groups have to move together.
             both = np.zeros_like(values)
             for number, (row, over, unit) in enumerate(zip(cost, excess, self._unit, strict=True)):
                 added = row[:, None] + row[None, :] + self._together(number, current)

@@ -65,6 +65,7 @@ class Span:
     def __call__(self, values: Values) -> dict[str, Tensor]:
         """Return output name -> value for these input values."""
         tensors = [values[name] for name in self.inputs]
+        # Sizes of the traced graph are products with the batch: they grow with the images at hand.
         images = len(tensors[0]) if tensors else 1
         answers = self.module(*tensors, *(size * images for size in self.sizes.values()))
         return dict(zip(self.outputs, answers, strict=True))
@@ -121,8 +122,10 @@ def cut_span(
     inside, wanted = set(names), tuple(outputs)
     varying = dependents(module.graph.nodes, placeholders(module.graph))
     chosen = {node.name: node for node in module.graph.nodes if node.name in inside}
+    # A dictionary keeps the order of first reading, which fixes the order of the inputs from run to run.
     read = dict.fromkeys(source for node in chosen.values() for source in node.all_input_nodes)
     outside = [node for node in read if node in varying and node.name not in inside]
+    # Sizes do not depend on the values of images: they are separate arguments, scaled with the batch.
     tensors, sizes = [n for n in outside if not is_size(n)], [n for n in outside if is_size(n)]
     copy = _Copy(module, {node: node.name for node in (*tensors, *sizes)}, quantized)
     for node in chosen.values():
@@ -130,6 +133,7 @@ def cut_span(
     copy.graph.output(tuple(copy.of(chosen[name]) for name in wanted))
     made = GraphModule(module, copy.graph)
     for name, replacement in (replacements or {}).items():
+        # A fake-quant node that no output depends on was not copied.
         if name in copy.quantizers:
             set_module(made, copy.quantizers[name], replacement)
     _freeze(made)
@@ -147,6 +151,7 @@ def cut_out(module: GraphModule, node: Node) -> tuple[GraphModule, tuple[int, ..
     """
     source = node.args[0]
     assert isinstance(source, Node)
+    # The quantizer of the input belongs to the op: it is part of what a runtime executes for it.
     outside = source.all_input_nodes[0] if source.op == "call_module" else source
     copy = _Copy(module, {outside: "x"}, True)
     copy.graph.output(copy.of(_end(node)))
@@ -177,6 +182,7 @@ class _Copy:
         if node in self._copies:
             return self._copies[node]
         quantizer = is_quantizer(self._module, node)
+        # Without quantizers, a fake-quant node is what it reads.
         if quantizer and not self._quantized:
             self._copies[node] = self.of(node.all_input_nodes[0])
             return self._copies[node]
@@ -191,6 +197,7 @@ class _Copy:
 def _end(node: Node) -> Node:
     """Return the last of an op, the clip that it absorbs and the quantizer of its output."""
     users = consumers(node)
+    # A value with several readers is read before the clip as well, so the kernel cannot absorb it.
     if len(users) != 1:
         return node
     if users[0].op == "call_module":
@@ -213,6 +220,7 @@ def _freeze(module: GraphModule) -> None:
         *parents, leaf = str(node.target).split(".")
         holder = module.get_submodule(".".join(parents))
         if isinstance(getattr(holder, leaf), nn.Parameter):
+            # Detached, it shares the parameter's memory: a span costs no copy of the weights.
             value = tensor_at(module, str(node.target)).detach()
             delattr(holder, leaf)
             holder.register_buffer(leaf, value)
