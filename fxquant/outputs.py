@@ -153,7 +153,7 @@ def write_reports(result: Result, folder: Path, extras: Mapping[str, Any] | None
     write_json(folder / "report.json", "report", FORMAT_VERSION, data)
 
 
-def told_in_report(result: Result, folder: Path, found: Mapping[str, Any]) -> bool:
+def add_to_report(result: Result, folder: Path, found: Mapping[str, Any]) -> bool:
     """Write the folder's report again with what was measured since, and return whether that was done.
 
     A folder without a report is left alone.

@@ -69,7 +69,7 @@ def uniform(program: Program, weight_bits: int, activation_bits: int = 8) -> dic
 
 
 def check_pass(step: Pass, program: Program) -> Program:
-    """Run a pass and return its program, having checked that the one handed in is what it was, bit for bit."""
+    """Run a pass and return its program, having checked that its input is what it was, bit for bit."""
     text, state = show(program.module), {k: v.clone() for k, v in program.module.state_dict().items()}
     code, facts = str(program.module.graph), dict(program.facts)
     done = step(program)

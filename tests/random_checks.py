@@ -66,7 +66,7 @@ def prepared(recipe: Recipe, target: str) -> Program:
     named = set(program[QuantizedEdges].integer_nodes) | set(program[Sites].refusals)
     for node in program.module.graph.nodes:
         rule = rule_of(node)
-        assert rule is None or rule.macs is None or node.name in named, f"nobody says why {node.name} is in float"
+        assert rule is None or rule.macs is None or node.name in named, f"no reason why {node.name} is in float"
     return flow.calibrate(program, calibration)
 
 
@@ -158,7 +158,7 @@ def cost_by_hand(program: Program, choices: Mapping[str, Choice]) -> dict[str, f
 
 
 def keeps_the_budget_or_refuses(program: Program, budget: Budget, solver: str = "iqp") -> None:
-    """Require a plan within the limits by costs worked out anew, or an error that names what can be reached.
+    """Require a plan within the limits by costs worked out again, or an error that names what can be reached.
 
     An error is held against every plan there is, where there are not too many.
     """

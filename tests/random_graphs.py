@@ -163,7 +163,7 @@ def draw_recipe(chance: Random, most: int = 8) -> Recipe:
                 if step is not None and _take(step, steps, parts, values):
                     break
     read = {source for step in steps for source in step.sources}
-    # What nobody reads must be returned, or it would not be computed.
+    # What nothing reads must be returned, or it would not be computed.
     outputs = [k for k in range(len(inputs), len(values)) if k not in read] or [len(values) - 1]
     outputs += [chance.randrange(len(values)) for _ in range(2) if chance.randrange(6) == 5]
     turn = chance.randrange(len(outputs))

@@ -1,7 +1,7 @@
 """A process that sweeps a small network in child processes that die on demand: `python -m tests.sweeper`.
 
 Each line read is `folder answer cell delay`; a child scores into the folder and saves its matrix as `answer`. It dies
-`delay` seconds of its own processor time after it begins to write that many cells; never if `cell` is 0. Its status is
+`delay` seconds of its processor time after it begins to write that many cells; never if `cell` is 0. Its status is
 printed when it has ended. Forking saves the seconds that imports and export take.
 """
 

@@ -1,4 +1,4 @@
-"""Every example runs as it stands, in a folder of its own; `finetune` is held by tests/qat/test_loop.py."""
+"""Every example runs unchanged, in its own folder; `finetune` is held by tests/qat/test_loop.py."""
 
 from __future__ import annotations
 

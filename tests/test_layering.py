@@ -35,7 +35,7 @@ FLOORS = (
 the other."""
 
 ATEN = {"fxquant/core/ir/ops.py", "passes/canonicalize.py", "passes/fold_batchnorm.py", "fxquant/capture/trace.py"}
-"""Files that may name ATen overloads, besides the lowering tables of the backends."""
+"""Files that may name ATen overloads, in addition to the lowering tables of the backends."""
 
 FACE_IMPORT = re.compile(r"from (fxquant[\w.]*) import (\([^)]*\)|[^\n(]*)")
 

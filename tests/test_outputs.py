@@ -9,7 +9,7 @@ import pytest
 
 import fxquant
 from fxquant.core.errors import MissingDependencyError, OptionError, OutputError
-from fxquant.outputs import check_packages, known_extras, output_folder, told_in_report, write_outputs, write_reports
+from fxquant.outputs import add_to_report, check_packages, known_extras, output_folder, write_outputs, write_reports
 from tests.small import small_result
 
 
@@ -75,10 +75,10 @@ def test_extras_are_known_again_for_the_same_plan_only(tmp_path: Path) -> None:
 
 def test_a_report_tells_of_what_was_measured_since(tmp_path: Path) -> None:
     result = small_result()
-    assert not told_in_report(result, tmp_path, {"bytes_on_disk": 9})
+    assert not add_to_report(result, tmp_path, {"bytes_on_disk": 9})
     assert list(tmp_path.iterdir()) == []
     write_reports(result, tmp_path, {"bytes_on_disk": 7, "data": "digits"})
-    assert told_in_report(result, tmp_path, {"bytes_on_disk": 9, "parity": {"steps": math.inf}})
+    assert add_to_report(result, tmp_path, {"bytes_on_disk": 9, "parity": {"steps": math.inf}})
     assert known_extras(result, tmp_path) == {"bytes_on_disk": 9, "data": "digits", "parity": {"steps": None}}
     assert "<dd>9 B</dd>" in (tmp_path / "report.html").read_text(encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Modules that are more than a network, handed in as they are; what they look like is in `tests.models`."""
+"""Modules that are more than a network, used as they are; what they look like is in `tests.models`."""
 
 from __future__ import annotations
 

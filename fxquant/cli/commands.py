@@ -31,11 +31,11 @@ from fxquant.core.storage import check_writable
 from fxquant.outputs import (
     ROUNDING,
     SCORES,
+    add_to_report,
     check_packages,
     export,
     known_extras,
     output_folder,
-    told_in_report,
     write_outputs,
     write_reports,
 )
@@ -231,7 +231,7 @@ def _check(args: argparse.Namespace) -> None:
     # The report is about the folder's own model, not about another file.
     if args.onnx is None:
         try:
-            told_in_report(result, args.folder, {"check": parity.to_json()})
+            add_to_report(result, args.folder, {"check": parity.to_json()})
         except FxquantError as error:
             # The findings are printed even if the report cannot hold them.
             print(printable(f"fxquant: the report was not updated: {error}"), file=sys.stderr)

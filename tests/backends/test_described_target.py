@@ -86,7 +86,7 @@ def test_scores_belong_to_what_the_file_says(tmp_path: Path) -> None:
     assert scored(written(tmp_path, joins=["add", "mul"])) != first
 
 
-def test_mistakes_in_names_are_told(tmp_path: Path) -> None:
+def test_mistakes_in_names_are_reported(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"runs_on='gpu' is unknown; known: reference"):
         backend(str(written(tmp_path, runs_on="gpu")))
     with pytest.raises(FileFormatError, match=r"[Nn]o such file"):

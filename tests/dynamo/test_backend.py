@@ -55,7 +55,7 @@ def test_the_answer_is_that_of_quantize(name: str, batch: int, dynamic: bool | N
     assert not made.requires_grad
 
 
-def test_inputs_are_told_apart_by_name_and_all_outputs_come_back(tmp_path: Path) -> None:
+def test_inputs_are_distinguished_by_name_and_all_outputs_come_back(tmp_path: Path) -> None:
     class Swapped(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -25,7 +25,7 @@ def fresh() -> Iterator[None]:
 def graphs_of(
     model: Callable[..., Any], inputs: Sequence[object], dynamic: bool | None = None
 ) -> list[tuple[DynamoGraph, tuple[Any, ...]]]:
-    """Return what torch.compile hands over for a model, each graph with the arguments of its first call."""
+    """Return what torch.compile passes for a model, each graph with the arguments of its first call."""
     found: list[tuple[DynamoGraph, tuple[Any, ...]]] = []
 
     def backend(graph: GraphModule, examples: Sequence[object]) -> Callable[..., Any]:
@@ -133,7 +133,7 @@ def test_a_graph_for_one_batch_only_says_so(model: Callable[[Tensor], Tensor]) -
         free_batch(source.bind(arguments), source.inputs(arguments), (torch.arange(24.0).reshape(6, 4),))
 
 
-def test_the_front_graph_is_told_from_those_behind_a_break() -> None:
+def test_the_front_graph_is_distinguished_from_those_behind_a_break() -> None:
     class Inner(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             x = x + 1

@@ -150,7 +150,7 @@ def test_a_better_plan_near_the_one_in_hand_is_found() -> None:
     assert done.measured_loss is not None
 
 
-def test_what_requantization_costs_counts_around_the_plan_and_is_not_told_as_loss(
+def test_what_requantization_costs_counts_around_the_plan_and_is_not_reported_as_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     program, images = around(1), CalibrationSet(inputs("residual", 9))

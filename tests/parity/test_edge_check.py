@@ -161,7 +161,7 @@ def test_the_compiled_graph_computes_the_same_integers_in_every_form() -> None:
     assert exact.edges > 4
 
 
-def test_what_was_found_is_told_as_table_and_as_json() -> None:
+def test_what_was_found_is_written_as_table_and_as_json() -> None:
     found = check(small_result("onnxruntime"), limit=4)
     document = json.loads(as_json(found))
     assert document["kind"] == "parity"
@@ -173,7 +173,7 @@ def test_what_was_found_is_told_as_table_and_as_json() -> None:
     assert sum("exact" in line for line in lines) == 2
 
 
-def test_limits_that_are_not_kept_are_told() -> None:
+def test_limits_that_are_not_kept_are_reported() -> None:
     drifted = Parity(200, 5, (pair(agreement=0.9, within=False, first="a (conv)"),), {})
     with pytest.raises(ParityError, match=r"10\.0% of 200 images, 0\.5% is allowed; they diverge first at a \(conv\)"):
         drifted.require()

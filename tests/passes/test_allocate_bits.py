@@ -65,7 +65,7 @@ def test_dear_borders_make_activations_uniform(solver: str) -> None:
     assert dear.border_cost == 0.0
     assert dear.objective == pytest.approx(matrix.predict(dear.choices))
     assert dear.objective > free.objective
-    # A price in between: the cost is told apart from the loss, and together they are the least of all plans.
+    # A price in between: the cost is kept apart from the loss, and together they are the least of all plans.
     price = (dear.objective - free.objective) / 8
     between = AllocateBits(budget, solver, requantization_cost=price)(program)[BitAllocation]
     total = between.objective + between.border_cost

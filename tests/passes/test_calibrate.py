@@ -74,7 +74,7 @@ def test_large_values_go_in_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == [1, 3, 5]
 
 
-def test_too_little_memory_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     program = InsertObservers("minmax")(tied("residual"))
 
     def short(*_: object) -> None:

@@ -96,7 +96,7 @@ def test_joins_are_refused_where_they_would_buy_borders() -> None:
     found = edges_of("residual")
     assert found.float_reasons["add_46"] == why, "silu in front is in float"
     assert edges_of("add_of_floats").float_reasons["add_10"] == why, "both operands are in float"
-    assert edges_of("concat").float_reasons["mean"] == why, "nobody behind computes on integers"
+    assert edges_of("concat").float_reasons["mean"] == why, "nothing behind computes on integers"
     assert edges_of("attention").float_reasons["add_173"] == why
     # Kernels that write floats quantize no inputs of the add.
     assert edges_of("residual", FLOAT_OUTPUT).float_reasons["add_25"] == why
@@ -105,7 +105,7 @@ def test_joins_are_refused_where_they_would_buy_borders() -> None:
     )
 
 
-def test_refusals_are_told_apart() -> None:
+def test_refusals_are_distinguished() -> None:
     reasons = edges_of("functional").float_reasons
     assert reasons["conv2d"] == "its bias is computed by the graph, not a parameter"
     assert reasons["conv2d_1"] == "its weight is computed by the graph, not a parameter"

@@ -95,7 +95,7 @@ def normalised() -> Program:
 
 
 @pytest.mark.parametrize(("path", "value"), [("running_mean", torch.inf), ("running_var", -1.0), ("weight", 3e38)])
-def test_broken_statistics_are_told_by_the_layer_in_front(path: str, value: float) -> None:
+def test_broken_statistics_name_the_layer_in_front(path: str, value: float) -> None:
     program = normalised()
     program.module.state_dict()["0.weight"].fill_(2.0)
     program.module.state_dict()[f"1.{path}"].fill_(value)

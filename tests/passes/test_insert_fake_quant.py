@@ -80,7 +80,7 @@ def test_bits_of_groups() -> None:
     conv, linear = sites.sites
     bits = group_bits(groups, sites, {conv.name: Choice(4, 4), linear.name: Choice(8, 8)}, 8)
     assert (bits["x"], bits["relu"], bits["amax"], bits["sigmoid"]) == (4, 4, 8, 8)
-    assert bits["conv2d"] == 8, "nobody reads it, the default holds"
+    assert bits["conv2d"] == 8, "nothing reads it, the default holds"
 
 
 def test_sites_that_read_one_value_must_agree() -> None:

@@ -77,7 +77,7 @@ def test_comparison_drops_times_of_another_run() -> None:
     assert "accuracy" not in table
 
 
-def test_predicted_milliseconds_are_told_with_their_noise() -> None:
+def test_predicted_milliseconds_are_shown_with_their_noise() -> None:
     result = small_result()
     candidates = result.costs["size"].candidates
     table = CostTable(

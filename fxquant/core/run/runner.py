@@ -44,7 +44,7 @@ def varying_nodes(graph: Graph) -> list[Node]:
 
 
 def last_read(order: Sequence[Node]) -> dict[Node, list[Node]]:
-    """Return node -> the values that no later node of the order reads, out of its own and those it reads itself."""
+    """Return node -> the values that no later node of the order reads, among its value and those it reads."""
     read: set[Node] = set()
     last: dict[Node, list[Node]] = {}
     for node in reversed(order):

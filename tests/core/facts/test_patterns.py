@@ -55,7 +55,7 @@ def test_globs_expressions_and_types(pattern: str, names: list[str]) -> None:
         ("re:(", r"^pattern 're:\(' is not a regular expression: missing \)"),
     ],
 )
-def test_what_matches_nothing_is_told_with_what_is_near(pattern: str, message: str) -> None:
+def test_what_matches_nothing_is_reported_with_what_is_near(pattern: str, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         matching(pattern, NAMES, TYPES)
 

@@ -16,7 +16,9 @@ def written(folder: Path, model: str = "A", flags: str = "vnni avx") -> Path:
     return path
 
 
-def test_the_processor_its_flags_and_versions_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_processor_its_flags_and_versions_are_distinguished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "LISTING", written(tmp_path))
     first = machine(("torch", "no-such-package"))
     assert first["cpu"] == "Chip A"

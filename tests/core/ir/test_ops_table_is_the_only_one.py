@@ -43,7 +43,7 @@ def words(node: ast.AST | None) -> Iterator[str]:
 
 
 def named_kinds(name: str, text: str) -> set[str]:
-    """Return the kinds that a source text compares with, looks up, or gathers in a table of its own."""
+    """Return the kinds that a source text compares with, looks up, or gathers in a separate table."""
     tree = ast.parse(text)
     table = {
         inner

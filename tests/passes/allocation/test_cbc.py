@@ -33,7 +33,7 @@ def test_scores_far_below_cbcs_tolerances_leave_the_plan_as_it_is() -> None:
         assert np.array_equal(tiny.choice, usual.choice)
 
 
-def test_infeasible_is_told_from_a_timeout() -> None:
+def test_infeasible_is_distinguished_from_a_timeout() -> None:
     model = cbc.Model()
     variable = model.add_variable("x", 1.0, binary=True)
     model.add_constraint([(variable, 2.0)], "==", 1.0)

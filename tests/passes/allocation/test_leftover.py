@@ -65,7 +65,7 @@ def test_limits_hold_one_choice_each_and_costs_never_fall(seed: int) -> None:
     sides = ties[:, plan].sum(axis=1) + draw.integers(0, 2, len(ties))
     before = plan.copy()
     found = fill(diagonal, groups, costs, limits, ties, sides, widths, plan)
-    assert np.array_equal(plan, before), "what was handed in stays as it is"
+    assert np.array_equal(plan, before), "the input plan stays as it is"
     assert all(found[group].sum() == 1 for group in groups)
     assert (costs[:, found].sum(axis=1) <= limits + 1e-9).all()
     assert (ties[:, found].sum(axis=1) <= sides + 1e-9).all()

@@ -24,7 +24,7 @@ from tests.passes.allocation.test_solvers import assert_sound
 
 @pytest.fixture
 def only_branching(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small problems would be tried out or handed to CBC before a single node is branched on."""
+    """Small problems would be tried out or given to CBC before a single node is branched on."""
     monkeypatch.setattr(branch_and_bound, "TRY_ALL", 1)
     monkeypatch.setattr(iqp, "CBC_PAIRS", 0)
 
@@ -212,7 +212,7 @@ def test_three_exchanges_leave_what_two_cannot() -> None:
     assert search.best_objective == pytest.approx(-1.5)
 
 
-def test_local_search_repairs_ties_it_was_not_told_of() -> None:
+def test_local_search_repairs_ties_that_presolve_leaves() -> None:
     # Equal sums over three groups cannot be merged away, so exchanges have to keep the equality.
     random = np.random.default_rng(0)
     values = random.normal(size=(9, 9))

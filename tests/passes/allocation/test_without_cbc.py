@@ -38,7 +38,7 @@ BROKEN = {
     "states another objective": "write('Optimal - objective value -99999999.00000000', 0)",
     "calls it infeasible": "write('Infeasible - objective value 0.00000000', 0)",
     "calls it unbounded": "write('Unbounded - objective value 1', 0)",
-    "says what nobody knows": "write('Fine', 0)",
+    "says what is not known": "write('Fine', 0)",
 }
 """What is wrong -> what the program does, once it has read its arguments."""
 
@@ -46,7 +46,7 @@ MESSAGES = {
     "exits with an error": "no solution file",
     "hangs": "did not end 0.2 s after its limit of ",
     "calls it unbounded": "expected",
-    "says what nobody knows": "expected",
+    "says what is not known": "expected",
 }
 
 

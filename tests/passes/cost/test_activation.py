@@ -82,7 +82,7 @@ def peak_of_real_tensors(name: str) -> int:
                 storages[node] = {t.untyped_storage().data_ptr() for t in parts}
                 sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in parts})
                 source = node.args[0] if node.args else None
-                # A clip of a value that nobody else reads works in place.
+                # A clip of a value that nothing else reads works in place.
                 clip = any(word in str(node.target) for word in ("relu.", "relu6.", "hardtanh", "clamp"))
                 if clip and isinstance(source, Node) and len(source.users) == 1:
                     storages[node] = storages[source]
