@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 import fxquant
@@ -9,7 +12,7 @@ from fxquant.core.facts import BitAllocation, Budget, CostTables, usage
 from fxquant.core.host import Reporter
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet
-from fxquant.flow import choose
+from fxquant.flow import cheapest, choose
 from fxquant.passes import simulate
 from fxquant.report import summary
 from tests.scoring import inputs, scored
@@ -90,6 +93,19 @@ def test_answers_are_judged_as_the_plan_is_handed_back() -> None:
     assert found[BitAllocation].quality["loss"] <= limit * 1.01
     assert set(found[BitAllocation].choices.values()) != {Choice(2, 8)}
     assert simulate(found, found[BitAllocation]).module is not None
+
+
+def test_a_plan_scored_around_itself_that_breaks_the_limit_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, solve = loss_at(average_bits=4.5) * 1.001, cheapest.search.allocate
+
+    def breaking(program: Program, budget: Budget, held_out: Any, reporter: Any, around: Any, folder: Any) -> Program:
+        solved = solve(program, budget, held_out, reporter, None, folder)
+        narrow = {site.name: Choice(2, 8) for site in program[Sites].sites}
+        return solved if around is None else solved.with_facts(replace(solved[BitAllocation], choices=narrow))
+
+    monkeypatch.setattr(cheapest.search, "allocate", breaking)
+    found = choose(scored("plain"), Budget(loss=limit), HELD_OUT, Reporter(False), HELD_OUT)
+    assert found[BitAllocation].quality["loss"] <= limit
 
 
 def test_each_step_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
