@@ -125,6 +125,8 @@ class Backend:
         compile: makes a graph run, for timing and for accuracy.
         lower: takes a simulated or float graph, returns one that runs on the target's kernels and is called the same.
         export: the file that the runtime reads.
+        file_bytes: takes a simulated or float graph, returns the bytes of the file that `export` would write of it
+            without options; texts kept in the file come on top.
         kernels: takes a simulated graph and the path of its file, if one was written; returns layer (module path) ->
             the kernel that the runtime executes, "float" or "float: " and the reason where it computes in float.
         runtimes: name for `fxquant check --against` -> how its integers are read.
@@ -135,6 +137,7 @@ class Backend:
     compile: Compile
     lower: Callable[[GraphModule], GraphModule] | None = None
     export: Export | None = None
+    file_bytes: Callable[[GraphModule], int] | None = None
     kernels: Callable[[GraphModule, Path | None], dict[str, str]] | None = None
     runtimes: Mapping[str, Runtime] = field(default_factory=dict)
     packages: Packages = field(default_factory=Packages)
@@ -182,7 +185,7 @@ def backend(target: str | Path | Target) -> Backend:
         raise OptionError(f"target {described.name!r}: runs_on={described.runs_on!r} is unknown; known: {known}")
     found = replace(_registered(described.runner), target=described)
     # The file and the kernels of a proxy are not those of the target it runs.
-    return found if described.runner == described.name else replace(found, export=None, kernels=None)
+    return found if described.runner == described.name else replace(found, export=None, file_bytes=None, kernels=None)
 
 
 def backends() -> dict[str, Backend]:

@@ -68,6 +68,10 @@ def _model(module: GraphModule) -> bytes:
     return data
 
 
+def _file_bytes(module: GraphModule) -> int:
+    return len(_model(module))
+
+
 def _lower(module: GraphModule) -> GraphModule:
     check_packages()
     from fxquant.backends.onnx.session_graph import session_graph
@@ -105,6 +109,7 @@ def onnx_runtime() -> Backend:
         compile=_compile,
         lower=_lower,
         export=Export("model.onnx", _write, OnnxOptions),
+        file_bytes=_file_bytes,
         kernels=_kernels,
         runtimes={"onnxruntime": Runtime(_trace, _formulas)},
         packages=PACKAGES,

@@ -84,6 +84,7 @@ def test_files_and_kernels_belong_together(name: str, tmp_path: Path) -> None:
         path = tmp_path / found.export.file
         assert found.export.write(module, path, {"fxquant_plan": "{}"}) == path.stat().st_size > 0
         assert found.kernels is None or found.kernels(module, path) == kernels
+        assert found.file_bytes is None or found.file_bytes(module) == found.export.write(module, path, {})
     if found.kernels is not None:
         layers = {site for site in folded(LAYERED).module.state_dict() if site.endswith(".weight")}
         assert set(kernels) <= {site.removesuffix(".weight") for site in layers}
@@ -138,7 +139,7 @@ def test_a_proxy_runs_a_target_but_lends_neither_its_file_nor_its_kernels() -> N
     own = backend("onnxruntime")
     proxy = backend(replace(own.target, name="npu", runs_on="onnxruntime"))
     assert (proxy.target.name, proxy.target.runner) == ("npu", "onnxruntime")
-    assert (proxy.compile, proxy.export, proxy.kernels) == (own.compile, None, None)
+    assert (proxy.compile, proxy.export, proxy.file_bytes, proxy.kernels) == (own.compile, None, None, None)
     narrower = replace(own.target, weight_bits=(8,))
     assert backend(narrower).target is narrower
     assert backend(narrower).export == own.export
