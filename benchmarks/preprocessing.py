@@ -24,6 +24,11 @@ def minus_one_to_one(images: Tensor) -> Tensor:
     return images / 127.5 - 1.0
 
 
+def centred_128(images: Tensor) -> Tensor:
+    """Return `(x - 127) / 128`, the range of the EfficientNet-Lite networks."""
+    return (images - 127.0) / 128.0
+
+
 def caffe_bgr(images: Tensor) -> Tensor:
     """Return the channels as blue, green, red, each less its Caffe mean."""
     return images.flip(1) - _per_channel(_CAFFE_BGR_MEAN)

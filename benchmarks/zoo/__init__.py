@@ -12,6 +12,7 @@ from benchmarks import preprocessing as prepare
 from benchmarks.zoo.cifar_resnet import resnet20, resnet32
 from benchmarks.zoo.deit import deit_tiny
 from benchmarks.zoo.dscnn import dscnn
+from benchmarks.zoo.efficientnet_lite0 import efficientnet_lite0
 from benchmarks.zoo.imdn import imdn
 from benchmarks.zoo.mobilenet_v1 import mobilenet_v1
 from benchmarks.zoo.mobilenet_v2 import mobilenet_v2
@@ -82,6 +83,7 @@ NETWORKS: dict[str, Network] = {
     "resnet8": _cifar(resnet8, prepare.unchanged),
     "mobilenet_v1": _imagenet(mobilenet_v1, prepare.minus_one_to_one),
     "mobilenet_v2": _imagenet(mobilenet_v2, prepare.minus_one_to_one),
+    "efficientnet_lite0": _imagenet(efficientnet_lite0, prepare.centred_128),
     "deit_tiny": _imagenet(deit_tiny, prepare.imagenet_normalised),
     "squeezenet": _imagenet(squeezenet, prepare.caffe_bgr, size=227),
     "resnet18": _imagenet(resnet18, prepare.imagenet_normalised, labelled=False),

@@ -1,7 +1,7 @@
 """MobileNetV2, width 1.0, BatchNorm folded into biases (Sandler et al. 2018, table 2).
 
-Keys are torchvision's. Weights: google-coral/test_data (Apache-2.0), dequantised from int8 per-channel,
-so that 8-bit weights reproduce them exactly and say nothing about a quantizer.
+Keys are torchvision's. Weights: Google's mobilenet_v2_1.0_224.tflite (Apache-2.0), true float but for the classifier,
+which was dequantised from int8 per channel.
 """
 
 from __future__ import annotations
@@ -60,4 +60,4 @@ class MobileNetV2(nn.Module):
 
 def mobilenet_v2() -> MobileNetV2:
     """Return the trained network."""
-    return loaded(MobileNetV2(), "imagenet_weights/mobilenetv2_100_224_dq.npz")
+    return loaded(MobileNetV2(), "imagenet_weights/mobilenetv2_100_224_float.npz")

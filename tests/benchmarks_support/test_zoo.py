@@ -23,7 +23,8 @@ needs_data = pytest.mark.skipif(
 )
 
 OUTPUTS: dict[str, tuple[int, ...]] = dict.fromkeys(("resnet20", "resnet32", "resnet8"), (10,))
-OUTPUTS |= dict.fromkeys(("mobilenet_v1", "mobilenet_v2", "deit_tiny", "squeezenet", "resnet18"), (1000,))
+OUTPUTS |= dict.fromkeys(("mobilenet_v1", "mobilenet_v2", "efficientnet_lite0"), (1000,))
+OUTPUTS |= dict.fromkeys(("deit_tiny", "squeezenet", "resnet18"), (1000,))
 OUTPUTS |= {"dscnn": (12,), "imdn": (3, 224, 224)}
 
 
@@ -52,6 +53,7 @@ def test_forward_shape(name: str) -> None:
         ("dscnn", 256, 82.0),
         ("mobilenet_v1", 48, 35.0),
         ("mobilenet_v2", 24, 46.0),
+        ("efficientnet_lite0", 24, 50.0),
         ("squeezenet", 32, 38.0),
         ("deit_tiny", 24, 46.0),
     ],
