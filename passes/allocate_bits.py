@@ -137,7 +137,7 @@ class AllocateBits(Pass):
             limit_products(plan.limits, tables, sites),
         )
         filled = modelled_plan(program, _picked(matrix, wider), matrix, borders, plan.limits)
-        return replace(filled, estimator=f"{matrix.estimator}, filled", status="feasible")
+        return replace(filled, estimator=f"{matrix.estimator}, filled", status="measured")
 
 
 def _picked(matrix: SensitivityMatrix, chosen: NDArray[np.bool_]) -> dict[str, Choice]:

@@ -132,7 +132,7 @@ class VerifyAndRefine(Pass):
         # A plan that overflows has loss NaN, which compares as neither better nor worse.
         totals = {name: losses[name] + plan.border_cost for name, plan in plans.items()}
         best = min(totals, key=lambda name: math.inf if math.isnan(totals[name]) else totals[name])
-        plan = replace(plans[best], measured_loss=losses[best], finalists=losses)
+        plan = replace(plans[best], measured_loss=losses[best], loss=self.loss, finalists=losses)
         return program.with_facts(self._refined(program, plan, meter) if self.moves else plan), 0
 
     def _refined(self, program: Program, start: BitAllocation, meter: Meter) -> BitAllocation:
@@ -146,7 +146,7 @@ class VerifyAndRefine(Pass):
             if choices is None:
                 break
             modelled = modelled_plan(program, choices, matrix, borders, start.limits)
-            trial = replace(modelled, estimator=f"{start.estimator}, {REFINED}", status="feasible")
+            trial = replace(modelled, estimator=f"{start.estimator}, {REFINED}", status="measured")
             if is_better(meter.losses(plan), meter.losses(trial), trial.border_cost - plan.border_cost):
                 plan, rejected = trial, 0
                 trials = self._trials(program, plan)
@@ -157,7 +157,7 @@ class VerifyAndRefine(Pass):
         if plan is start:
             return start
         loss = float(meter.losses(plan).mean())
-        return replace(plan, measured_loss=loss, finalists={**start.finalists, REFINED: loss})
+        return replace(plan, measured_loss=loss, loss=self.loss, finalists={**start.finalists, REFINED: loss})
 
     def _trials(self, program: Program, plan: BitAllocation) -> Iterator[dict[str, Choice]]:
         """Yield the choices of plans near this one that keep its limits, most promising first."""

@@ -229,9 +229,10 @@ def test_views_of_one_result_agree() -> None:
     result = quantized()
     assert result.simulated is result.simulated
     assert result.sensitivity is result.program[Surrogates].matrices["gram"]
-    measured = {name: loss for name, loss in result.allocation.finalists.items() if name in result.finalists}
+    measured = result.allocation.finalists
     assert result.allocation.choices == result.finalists[min(measured, key=measured.__getitem__)].choices
-    assert set(result.allocation.finalists) - set(measured) == {"rounded, gptq"}
+    assert set(measured) == set(result.finalists)
+    assert (result.allocation.measured_loss or 0) < (result.allocation.compared_loss or 0) == min(measured.values())
     assert set(result.costs.tables) == {"size", "bops", "average_bits", "activation"}
 
 

@@ -134,7 +134,9 @@ def rescore_around(
     def solve(model: Surrogates, plan: BitAllocation, radius: int) -> BitAllocation | None:
         near = _allocator(settings, budget, (plan, radius))
         found = near(program.with_facts(model))[BitAllocation]
-        return None if found.choices == plan.choices else found
+        # What was proved holds near the plan at hand, not within the budget.
+        unproved = replace(found, status="measured", bound=math.nan, gap=math.nan)
+        return None if found.choices == plan.choices else unproved
 
     start = program[BitAllocation]
     if any(choice.is_float for choice in start.choices.values()):
@@ -153,7 +155,7 @@ def rescore_around(
     tried = {f"round {s.round}, {s.radius} sites": float(meter.losses(s.plan).mean()) for s in steps}
     if best is not start:
         named = f"{best.estimator} around the plan"
-        best = replace(best, measured_loss=float(meter.losses(best).mean()), estimator=named)
+        best = replace(best, measured_loss=float(meter.losses(best).mean()), loss=loss, estimator=named)
     return program.with_facts(replace(best, finalists={**start.finalists, **tried}))
 
 
@@ -187,6 +189,9 @@ def _keep_measured_latency(
         plan = candidate[BitAllocation]
         measured = measured_latency(program, plan, images)
         used = {**plan.used, **{name: measured[name] for name in limits}}
+        if timed:
+            # Proved for tighter limits than were asked for, or only the least loss among plans that are fast enough.
+            plan = replace(plan, status="measured", bound=math.nan, gap=math.nan)
         timed.append(candidate.with_facts(replace(plan, used=used, limits=budget.limits)))
         return excess_of(timed[-1])
 

@@ -49,7 +49,9 @@ class Judge:
         plan, limits = program[BitAllocation], self.budget.quality
         outputs = model_outputs(simulate(program, plan).module, self.images.inputs, 32)
         found = quality(limits, self.reference, outputs, self.images.labels, self.loss)
-        return program.with_facts(replace(plan, quality=found, quality_limits=limits))
+        judged = replace(plan, quality=found, quality_limits=limits, minimized=self.budget.minimize)
+        # The limit on what is minimized was the search's own.
+        return program.with_facts(replace(judged, limits=self.budget.limits))
 
 
 def check_labels(budget: Budget | None, images: CalibrationSet) -> None:

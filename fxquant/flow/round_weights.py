@@ -30,8 +30,6 @@ from fxquant.passes.rounding import ROUNDERS, RoundingTask, accepted, rejection
 from fxquant.passes.rounding.learned import Reconstruction
 
 LESS_MEMORY = "give fewer images, or a smaller memory_mb or batch among the rounding options"
-ROUNDED = "rounded, "
-"""Prefix of a chain's name among a plan's finalists."""
 
 
 def algorithms(chain: str, overrides: Mapping[str, object] | None = None) -> tuple[str, ...]:
@@ -131,9 +129,10 @@ def round_with_feedback(
     best = round_plan(program, chain, images, held_out, folder, reporter, overrides)
     for _ in range(feedback):
         plan = best[BitAllocation]
-        if not plan.limits:
+        if not plan.limits or plan.minimized:
             raise OptionError(
-                "feedback solves the plan's limits again, and this plan has none; resolve the result for a budget first"
+                "feedback solves the plan again for limits on costs, and this plan has "
+                f"{'limits on answers' if plan.minimized else 'none'}; resolve the result for such a budget first"
             )
         # Starts at the network as calibrated: the chain will change it again.
         measured = realised(best)
@@ -173,15 +172,14 @@ def _better(
         return measured_loss(simulate(candidate, plan).module, held_out, reference, loss)
 
     before, after = loss_of(program), loss_of(rounded)
-    finalists = {**plan.finalists, ROUNDED + chain: after}
     reason = rejection(before, after, loss)
     reporter.say(f"{chain}: held-out loss {before:.4g} -> {after:.4g}{', rejected' if reason else ''}")
     if not reason:
-        return rounded.with_facts(replace(plan, measured_loss=after, finalists=finalists))
+        return rounded.with_facts(replace(plan, measured_loss=before).remeasured(after))
     note = f"{chain} was rejected: {reason}"
     known = Rounding.of(program, plan.choices)
     kept = replace(known, units=rounded[Rounding].units, notes=(*known.notes, *rounded[Rounding].notes, note))
-    return program.with_facts(kept, replace(plan, measured_loss=before, finalists=finalists))
+    return program.with_facts(kept, replace(plan, measured_loss=before))
 
 
 def realised(program: Program, lowest: float = 0.1, highest: float = 10.0) -> Program:

@@ -74,7 +74,8 @@ def frontier(program: Program, seconds: float = SECONDS) -> dict[str, Any]:
 
 def axis(program: Program) -> str:
     """Return the limit that the curve runs along."""
-    return next(iter(_tabled_limits(program)), "size_mb")
+    minimized = program[BitAllocation].minimized
+    return minimized or next(iter(_tabled_limits(program)), "size_mb")
 
 
 def _tabled_limits(program: Program) -> dict[str, float]:

@@ -146,6 +146,6 @@ def tiles(data: Mapping[str, Any]) -> list[dict[str, str]]:
     note = "none left in float" if not covered["in_float"] else f"{covered['in_float']} in float, reasons below"
     value = f"{covered['quantized']} of {covered['layers']}"
     shown.append({"label": "Layers quantized", "value": value, "note": note})
-    gap = "" if outcome["gap"] is None else f"gap {percent_text(outcome['gap'])}"
-    shown.append({"label": "Plan", "value": outcome["status"], "note": gap or "no search"})
+    gap = f"by {outcome['estimator']}" if outcome["gap"] is None else f"gap {percent_text(outcome['gap'])}"
+    shown.append({"label": "Plan", "value": outcome["status"], "note": gap})
     return shown

@@ -14,7 +14,6 @@ from fxquant.core.facts import (
     BitAllocation,
     CostTables,
     Finalists,
-    Rounding,
     SensitivityMatrix,
     Settings,
     Surrogates,
@@ -25,6 +24,7 @@ from fxquant.core.facts import (
 )
 from fxquant.core.host import cpu_model, int8_instructions
 from fxquant.core.ir import Choice, Program, Sites
+from fxquant.core.run import UNITS
 from fxquant.passes import uniform_plans
 from fxquant.report.budget_curve import frontier
 from fxquant.report.layers import finite, layer_rows, model_bytes, most_sensitive
@@ -49,12 +49,14 @@ NO_INSTRUCTIONS = "none: integers may be no faster than float here; measure with
 PACKAGES = ("fxquant", "torch", "numpy", "onnx", "onnxruntime", "PuLP")
 
 STATUS = {
-    "optimal": "proved: no plan within the budget has a lower modelled loss",
-    "feasible": "time ran out: the best plan found, at most the gap away from the optimum",
-    "uniform": "a uniform plan measured better on the held-out images than every searched plan",
+    "optimal": "proved: by the model of {model} no plan within the limits{cost} has a lower loss{borders}",
+    "feasible": "the best that the solver found by the model of {model}{borders}; a better plan is not ruled out",
+    "measured": "chosen by its loss on held-out images among the plans that were tried; nothing is proved of others",
+    "uniform": "one precision everywhere; no plan that was compared had a clearly lower loss on the held-out images",
     "manual": "made by hand or for analysis only; nothing was optimised",
 }
 """Status of a plan -> what it means."""
+CHEAPEST = "{minimized} was minimized by bisection over measured plans; a cheaper plan is not ruled out"
 
 
 def content(
@@ -105,7 +107,7 @@ def overview(
     layers = layer_rows(program, measured.get("kernels"))
     settings = program[Settings].to_json() | {"target": program[Target].name}
     return {
-        "asked": {"budget": dict(program[BitAllocation].limits), "settings": settings, "inputs": _inputs(program)},
+        "asked": {"budget": program[BitAllocation].asked, "settings": settings, "inputs": _inputs(program)},
         "outcome": _outcome(program, held_out_images),
         "coverage": coverage(program),
         "plans": _plans(program),
@@ -150,6 +152,9 @@ def _outcome(program: Program, held_out_images: int | None) -> dict[str, Any]:
             low, high = (cost / unit_of(name, costs) for cost in reachable(table, sites))
             row |= {"lowest": low, "highest": high}
         limits.append(row)
+    if plan.minimized:
+        used = plan.used.get(plan.minimized)
+        limits.append({"name": plan.minimized, "limit": None, "used": used, "slack": None})
     for name, limit in plan.quality_limits.items():
         measured = plan.quality.get(name)
         slack = None if measured is None else limit - measured
@@ -157,14 +162,15 @@ def _outcome(program: Program, held_out_images: int | None) -> dict[str, Any]:
     size = model_bytes(program, plan.choices)
     return {
         "status": plan.status,
-        "status_text": "; ".join([STATUS[plan.status], *_notes(program)]),
+        "status_text": "; ".join([*_status(program, plan), *_notes(program)]),
         "estimator": plan.estimator,
         "objective": finite(plan.objective),
         "bound": finite(plan.bound),
         "gap": finite(plan.gap),
         "measured_loss": plan.measured_loss,
-        "unrounded_loss": _unrounded(program, plan),
-        "loss_unit": program[SensitivityMatrix].unit,
+        "compared_loss": plan.compared_loss,
+        "loss_unit": UNITS.get(plan.loss, program[SensitivityMatrix].unit),
+        "objective_unit": _matrix(program, plan).unit,
         "held_out_images": held_out_images,
         "limits": limits,
         "latency": _latency(costs, plan.choices),
@@ -186,11 +192,16 @@ def _finalists(program: Program) -> Mapping[str, BitAllocation]:
     return program[Finalists].plans if Finalists in program else {}
 
 
-def _unrounded(program: Program, plan: BitAllocation) -> float | None:
-    """Return the held-out loss of the plan before a rounding algorithm lowered it, None where none did."""
-    before = plan.finalists.get(plan.estimator)
-    rounded = Rounding in program and plan.measured_loss is not None
-    return before if rounded and before is not None and before != plan.measured_loss else None
+def _status(program: Program, plan: BitAllocation) -> list[str]:
+    borders = " and requantization cost together" if program[Settings].requantization_cost else ""
+    cost = f" and no larger in {plan.minimized}" if plan.minimized else ""
+    text = STATUS[plan.status].format(model=plan.estimator, borders=borders, cost=cost)
+    return [text, CHEAPEST.format(minimized=plan.minimized)] if plan.minimized else [text]
+
+
+def _matrix(program: Program, plan: BitAllocation) -> SensitivityMatrix:
+    """Return the matrix that models the plan's loss: that of its estimator, the preferred one for other origins."""
+    return program[Surrogates].matrices.get(plan.estimator.split(",")[0], program[SensitivityMatrix])
 
 
 def average_bits(program: Program, plan: BitAllocation) -> float | None:
@@ -226,36 +237,32 @@ def coverage(program: Program) -> dict[str, Any]:
 
 
 def _plans(program: Program) -> list[dict[str, Any]]:
-    """Return the chosen plan, the other finalists by measured loss, and uniform plans that did not fit."""
+    """Return the chosen plan, the other finalists by measured loss, and uniform plans that did not fit.
+
+    All losses are of weights rounded in one way, as when the plans were compared.
+    """
     chosen, known = program[BitAllocation], dict(_finalists(program))
-    limits = chosen.limits
     for name, choices in uniform_plans(program[Sites].sites).items():
         known.setdefault(name, BitAllocation(choices, estimator=name, status="uniform"))
-    rows = []
-    for name, plan in known.items():
-        rows.append(
-            {
-                "name": name,
-                "chosen": plan.choices == chosen.choices,
-                "fits": fits(plan.choices, limits, program[CostTables]),
-                "modelled_loss": program[SensitivityMatrix].predict(plan.choices),
-                "measured_loss": chosen.finalists.get(name),
-                "bytes": model_bytes(program, plan.choices),
-                "average_bits": average_bits(program, plan),
-            }
-        )
+    rows = [_plan_row(program, name, plan, chosen.finalists.get(name)) for name, plan in known.items()]
     if not any(row["chosen"] for row in rows):
-        own = {
-            "name": chosen.estimator,
-            "chosen": True,
-            "fits": fits(chosen.choices, limits, program[CostTables]),
-            "modelled_loss": finite(chosen.objective),
-            "measured_loss": chosen.measured_loss,
-            "bytes": model_bytes(program, chosen.choices),
-            "average_bits": average_bits(program, chosen),
-        }
-        rows.append(own)
+        loss = chosen.measured_loss if chosen.compared_loss is None else chosen.compared_loss
+        rows.append(_plan_row(program, chosen.estimator, chosen, loss))
     return sorted(rows, key=lambda row: (not row["chosen"], row["name"] != chosen.estimator, *_rank(row)))
+
+
+def _plan_row(program: Program, name: str, plan: BitAllocation, loss: float | None) -> dict[str, Any]:
+    chosen, costs = program[BitAllocation], program[CostTables]
+    inside = fits(plan.choices, chosen.limits, costs)
+    return {
+        "name": name,
+        "chosen": plan.choices == chosen.choices,
+        "fits": inside,
+        "modelled_loss": program[SensitivityMatrix].predict(plan.choices),
+        "measured_loss": loss,
+        "bytes": model_bytes(program, plan.choices),
+        "average_bits": average_bits(program, plan),
+    }
 
 
 def _rank(row: Mapping[str, Any]) -> tuple[bool, float, str]:

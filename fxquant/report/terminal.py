@@ -72,12 +72,17 @@ def _headline(data: Mapping[str, Any]) -> list[str]:
     bits = outcome["average_bits"]
     lines = [f"Size {size} {bytes_text(outcome['float_bytes'])}" + (f"; {bits:.4g} bits a weight" if bits else "")]
     for limit in outcome["limits"]:
-        name = limit["name"]
-        lines.append(f"Budget {name}: {limit_text(name, limit['used'])} of {limit_text(name, limit['limit'])} used")
+        name, used = limit["name"], limit_text(limit["name"], limit["used"])
+        if limit["limit"] is None:
+            lines.append(f"Minimized {name}: {used}")
+        else:
+            lines.append(f"Budget {name}: {used} of {limit_text(name, limit['limit'])} used")
     if outcome["latency"] is not None:
         lines.append(latency_text(outcome["latency"]))
     if outcome["measured_loss"] is not None:
-        lines.append(f"Held-out loss {loss_text(outcome['measured_loss'])} {outcome['loss_unit']}")
+        line = f"Held-out loss {loss_text(outcome['measured_loss'])} {outcome['loss_unit']}"
+        before = outcome["compared_loss"]
+        lines.append(line if before is None else f"{line}; {loss_text(before)} before the last rounding, as below")
     gap = "" if outcome["gap"] is None else f", gap {percent_text(outcome['gap'])}"
     lines.append(f"Plan by {outcome['estimator']}, {outcome['status']}{gap}: {outcome['status_text']}")
     return lines
@@ -111,4 +116,5 @@ def _plans(data: Mapping[str, Any]) -> str:
         )
         for row in data["plans"]
     ]
-    return table_text(("plan (* chosen)", "held-out loss", "modelled loss", "bytes", "bits"), rows)
+    modelled = f"modelled by {data['sensitivity']['estimator']}"
+    return table_text(("plan (* chosen)", "held-out loss", modelled, "bytes", "bits"), rows)

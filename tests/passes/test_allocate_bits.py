@@ -119,7 +119,7 @@ def test_what_is_left_over_makes_a_further_finalist() -> None:
     assert plan.choices == finalists["doubtful"].choices
     assert sorted(c.weight_bits for c in plan.choices.values()) == [4, 4, 4, 8]
     assert set(filled.choices.values()) == {Choice(8, 8)}
-    assert (filled.status, filled.estimator) == ("feasible", "doubtful, filled")
+    assert (filled.status, filled.estimator) == ("measured", "doubtful, filled")
     assert filled.objective == program[Surrogates].matrices["doubtful"].predict(filled.choices) > plan.objective
     assert filled.used == {"average_bits": pytest.approx(8.0)}
     assert list(finalists) == ["doubtful", "doubtful, filled", *[f"uniform W{b}A8" for b in (2, 4, 8)]]

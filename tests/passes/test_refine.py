@@ -104,7 +104,7 @@ def test_a_wrong_start_is_mended_swap_by_swap(monkeypatch: pytest.MonkeyPatch) -
     assert plan.choices == wanted
     assert plan.measured_loss == pytest.approx(0.0, abs=1e-12)
     assert plan.finalists == pytest.approx({"gram": 4.0, "refined": 0.0}, abs=1e-12)
-    assert (plan.estimator, plan.status) == ("gram, refined", "feasible")
+    assert (plan.estimator, plan.status) == ("gram, refined", "measured")
     assert math.isnan(plan.bound)
     assert plan.objective == program[Surrogates].matrices["gram"].predict(wanted)
     assert plan.used == {"average_bits": pytest.approx(limit)}

@@ -11,6 +11,7 @@ from fxquant.core.errors import OptionError
 from fxquant.core.facts import Settings, Surrogates, usage
 from fxquant.core.ir import FLOAT, Choice, Sites
 from fxquant.report import coverage, model_bytes
+from fxquant.result import Result
 from tests.small import small_result
 
 
@@ -150,3 +151,61 @@ def test_extras_are_kept_and_checked() -> None:
     assert [row["kernel"] for row in data["layers"]] == ["QLinearConv", None, None]
     with pytest.raises(OptionError, match="accuracy_table"):
         report(accuracy_table=[])
+
+
+def with_allocation(**changes: Any) -> Result:
+    result = small_result()
+    return replace(result, program=result.program.with_facts(replace(result.allocation, **changes)))
+
+
+def test_one_column_holds_losses_of_one_rounding() -> None:
+    chosen = small_result().allocation
+    better = with_allocation(measured_loss=0.0, compared_loss=chosen.measured_loss)
+    rows = {row["name"]: row["measured_loss"] for row in better.report_data()["plans"] if row["measured_loss"]}
+    assert rows == chosen.finalists
+    # A plan that no finalist has: its row is measured as theirs were.
+    moved = {**chosen.choices, "stem": Choice(2, 8), "body": Choice(2, 8), "head": Choice(8, 8)}
+    found = with_allocation(choices=moved, estimator="swapped", measured_loss=0.125, compared_loss=0.25, finalists={})
+    assert (found.report_data()["plans"][0]["name"], found.report_data()["plans"][0]["measured_loss"]) == (
+        "swapped",
+        0.25,
+    )
+    assert found.report_data()["outcome"]["measured_loss"] == 0.125
+    assert "0.125 KL nats; 0.25 before the last rounding" in " ".join(found.summary().split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"status": "optimal", "estimator": "hawq"}, "by the model of hawq no plan within the limits has a lower loss"),
+        ({"status": "feasible", "estimator": "hawq"}, "the best that the solver found by the model of hawq"),
+        ({"status": "measured"}, "among the plans that were tried"),
+        ({"minimized": "average_bits"}, "average_bits was minimized by bisection"),
+    ],
+)
+def test_a_status_says_no_more_than_was_proved(changes: dict[str, Any], said: str) -> None:
+    text = with_allocation(**changes).report_data()["outcome"]["status_text"]
+    assert said in text
+    assert "time ran out" not in text
+    assert ("proved: by the model" in text) == (changes.get("status", "optimal") == "optimal")
+
+
+def test_what_was_minimized_is_not_shown_as_asked_for() -> None:
+    found = with_allocation(minimized="average_bits", limits={}, quality={"loss": 0.1}, quality_limits={"loss": 0.2})
+    minimized, loss = found.report_data()["outcome"]["limits"]
+    assert minimized == {
+        "name": "average_bits",
+        "limit": None,
+        "used": found.allocation.used["average_bits"],
+        "slack": None,
+    }
+    assert (loss["limit"], loss["used"]) == (0.2, 0.1)
+    assert "Minimized average_bits: 4.8 bits" in found.summary()
+    assert "Budget average_bits" not in found.summary()
+    assert "over budget" not in found.summary()
+    assert found.report_data()["asked"]["budget"] == {"loss": 0.2, "minimize": "average_bits"}
+
+
+def test_losses_carry_the_unit_of_what_was_measured() -> None:
+    outcome = with_allocation(loss="mse").report_data()["outcome"]
+    assert (outcome["loss_unit"], outcome["objective_unit"]) == ("relative squared error", "KL nats")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from fxquant.core.ir import Choice
 from fxquant.core.storage import read_json, write_json
 
 FORMAT_VERSION = 1
-STATUSES = ("optimal", "feasible", "uniform", "manual")
+STATUSES = ("optimal", "feasible", "measured", "uniform", "manual")
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,24 @@ class BitAllocation:
         choices: site name -> precision, for every site.
         estimator: sensitivity estimator that the plan was solved for, or another origin.
         objective: modelled loss of the plan.
-        bound: proven lower bound of the modelled loss and `border_cost` together, over all plans within the budget.
+        bound: proven lower bound of the modelled loss and `border_cost` together, over all plans within `limits` that
+            use no more of what was minimized.
         gap: `(objective + border_cost - bound)` against its own size, 0 when proved.
-        status: "optimal" (proved), "feasible" (time ran out), "uniform" (a uniform plan measured better) or "manual".
-        used: limit name -> what the plan uses, in the limit's unit.
+        status: "optimal" (a solver proved it best for the estimator's model), "feasible" (a solver found it and proved
+            no more than the gap), "measured" (chosen by measuring plans that no solver proposed as they are),
+            "uniform" (one precision everywhere, of least measured loss) or "manual".
+        used: limit name -> what the plan uses, in the limit's unit; what was minimized too.
         limits: limit name -> what was allowed.
         measured_loss: real loss on calibration images not used for scoring; None if not measured.
-        finalists: name of each plan that was measured -> its real loss.
+        compared_loss: the same before the weights got their final rounding, as in `finalists`; None where that changed
+            nothing.
+        loss: name of the loss that was measured, "" if it is not known.
+        finalists: name of each plan that was measured -> its real loss, all with weights rounded in one way.
         border_cost: modelled cost of requantization between layers, in the unit of the loss; not part of `objective`.
         notes: irregularities while solving.
         quality: name of each quality limit -> what was measured on held-out images.
         quality_limits: name of each quality limit -> what was allowed.
+        minimized: the cost that was minimized under limits on answers, which `used` holds too; "" for none.
 
     Raises:
         OptionError: no sites, or an unknown status.
@@ -51,11 +58,14 @@ class BitAllocation:
     used: dict[str, float] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
     measured_loss: float | None = None
+    compared_loss: float | None = None
+    loss: str = ""
     finalists: dict[str, float] = field(default_factory=dict)
     border_cost: float = 0.0
     notes: tuple[str, ...] = ()
     quality: dict[str, float] = field(default_factory=dict)
     quality_limits: dict[str, float] = field(default_factory=dict)
+    minimized: str = ""
 
     def __post_init__(self) -> None:
         if not self.choices:
@@ -67,6 +77,16 @@ class BitAllocation:
     def slack(self) -> dict[str, float]:
         """Limit name -> what the plan leaves unused."""
         return {name: limit - self.used[name] for name, limit in self.limits.items() if name in self.used}
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The budget that was asked for, as the arguments of `Budget`."""
+        return {**self.limits, **self.quality_limits, **({"minimize": self.minimized} if self.minimized else {})}
+
+    def remeasured(self, loss: float) -> BitAllocation:
+        """Return the plan with the held-out loss of better weights; the one it was compared by stays beside it."""
+        compared = self.measured_loss if self.compared_loss is None else self.compared_loss
+        return replace(self, measured_loss=loss, compared_loss=compared)
 
     def __repr__(self) -> str:
         counts = Counter(choice.label for choice in self.choices.values())
@@ -109,11 +129,14 @@ class BitAllocation:
             "used": self.used,
             "limits": self.limits,
             "measured_loss": _plain(self.measured_loss),
+            "compared_loss": _plain(self.compared_loss),
+            "loss": self.loss,
             "finalists": {name: _plain(loss) for name, loss in self.finalists.items()},
             "border_cost": self.border_cost,
             "notes": list(self.notes),
             "quality": self.quality,
             "quality_limits": self.quality_limits,
+            "minimized": self.minimized,
         }
         if path is not None:
             write_json(Path(path), "plan", FORMAT_VERSION, document)
@@ -130,19 +153,21 @@ class BitAllocation:
         document = source if isinstance(source, Mapping) else read_json(Path(source), "plan", FORMAT_VERSION)
         try:
             numbers = {name: _number(document.get(name)) for name in ("objective", "bound", "gap")}
-            loss = document.get("measured_loss")
             return BitAllocation(
                 choices={str(site): Choice.parse(label) for site, label in document["choices"].items()},
                 estimator=str(document.get("estimator", "manual")),
                 status=str(document.get("status", "manual")),
                 used={str(k): float(v) for k, v in document.get("used", {}).items()},
                 limits={str(k): float(v) for k, v in document.get("limits", {}).items()},
-                measured_loss=None if loss is None else float(loss),
+                measured_loss=_optional(document.get("measured_loss")),
+                compared_loss=_optional(document.get("compared_loss")),
+                loss=str(document.get("loss", "")),
                 finalists={str(k): _number(v) for k, v in document.get("finalists", {}).items()},
                 border_cost=float(document.get("border_cost", 0.0)),
                 notes=tuple(map(str, document.get("notes", ()))),
                 quality={str(k): float(v) for k, v in document.get("quality", {}).items()},
                 quality_limits={str(k): float(v) for k, v in document.get("quality_limits", {}).items()},
+                minimized=str(document.get("minimized", "")),
                 **numbers,
             )
         except (KeyError, TypeError, ValueError, AttributeError, OptionError) as error:
@@ -159,6 +184,10 @@ def _plain(value: float | None) -> float | None:
 
 def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
+
+
+def _optional(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ PLAN = BitAllocation(
     limits={"size_mb": 0.75, "average_bits": 4.5},
     measured_loss=0.3,
     finalists={"gram": 0.3, "uniform W4A8": 0.5},
+    loss="kl",
+    minimized="size_mb",
 )
 
 
@@ -31,6 +33,13 @@ def test_a_plan_reads_back_from_file_and_values(tmp_path: Path) -> None:
     assert BitAllocation.from_json(str(tmp_path / "plan.json")) == PLAN
     assert BitAllocation.from_json(document) == PLAN
     assert PLAN.slack == {"size_mb": 0.25, "average_bits": 0.0}
+
+
+def test_better_weights_leave_the_loss_that_plans_were_compared_by() -> None:
+    once = PLAN.remeasured(0.2)
+    assert (once.measured_loss, once.compared_loss) == (0.2, 0.3)
+    assert (once.remeasured(0.1).measured_loss, once.remeasured(0.1).compared_loss) == (0.1, 0.3)
+    assert BitAllocation.from_json(once.to_json()) == once
 
 
 def test_a_hand_made_plan_has_no_numbers(tmp_path: Path) -> None:
