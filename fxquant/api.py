@@ -16,7 +16,7 @@ from fxquant.backends.onnx import write_onnx
 from fxquant.capture import capture as capture_program
 from fxquant.capture import input_names
 from fxquant.core.errors import CalibrationError
-from fxquant.core.facts import EFFORTS, BitAllocation, Budget, EffortName, Settings, Target
+from fxquant.core.facts import EFFORTS, BitAllocation, Budget, BudgetLike, EffortName, Settings, Target
 from fxquant.core.host import ALONE, Reporter, Shards
 from fxquant.core.ir import Program
 from fxquant.core.run import collect, images_for
@@ -29,7 +29,7 @@ from fxquant.result import Result
 def quantize(
     model: nn.Module | ExportedProgram,
     calibration: object,
-    budget: Budget | None,
+    budget: BudgetLike | None,
     *,
     bits: Sequence[int] | None = None,
     activation_bits: Sequence[int] | None = None,
@@ -48,8 +48,8 @@ def quantize(
         calibration: iterable of Tensor | tuple | dict batches, or a tensor of images; a label that follows the inputs
             is ignored unless the loss needs it. At least two images, a few hundred are good. A quarter of them is held
             out from scoring, to measure plans on.
-        budget: limits on costs, on answers or both; None only scores and leaves every layer at its widest integer
-            precision, for `resolve` to choose from later.
+        budget: limits on costs, on answers or both: a `Budget`, `{"average_bits": 4}` or "average_bits=4". None only
+            scores and leaves every layer at its widest integer precision, for `resolve` to choose from later.
         bits: candidate weight bits, by default 2, 4 and 8; 32 lets a layer stay in float.
         activation_bits: candidate activation bits, by default 8.
         target: what will run the model, by default "onnxruntime": a name, the path of a target file, or a `Target`.
@@ -71,6 +71,7 @@ def quantize(
         OutputError: the workdir cannot be written, found before the work.
         WorkerError: another process that shares the scoring was lost.
     """
+    limits = None if budget is None else Budget.of(budget)
     named = {"bits": bits, "activation_bits": activation_bits, "target": target, "effort": effort}
     settings = Settings.of(options, **named, keep_float=keep_float, rounding=rounding)
     preset = EFFORTS[settings.effort]
@@ -87,15 +88,15 @@ def quantize(
         reporter.say(f"{len(images)} calibration images are used, all that effort={settings.effort!r} takes")
     if len(images) < 2:
         raise CalibrationError("calibration holds one image; give at least two, so that one can be held out")
-    check_labels(budget, images)
+    check_labels(limits, images)
     scoring, held_out = images.split(settings.held_out, settings.seed)
     captured = capture_program(model, images.slice(0, 2).inputs)
     program = flow.prepare(captured, settings)
     program = flow.calibrate(program, scoring, reporter)
-    if budget is not None:
-        flow.check_budget(program, budget)
+    if limits is not None:
+        flow.check_budget(program, limits)
     program = flow.measure_sensitivity(program, scoring, folder, reporter, shards)
-    if budget is None:
+    if limits is None:
         return Result(flow.impose(program, widest_plan(program)), held_out)
 
     def finish(solved: Program) -> Program:
@@ -103,7 +104,7 @@ def quantize(
             return solved
         return round_plan(solved, settings.rounding, scoring, held_out, place, reporter, settings.rounding_options)
 
-    return Result(choose(program, budget, held_out, reporter, scoring, folder, finish), held_out)
+    return Result(choose(program, limits, held_out, reporter, scoring, folder, finish), held_out)
 
 
 def capture(model: nn.Module | ExportedProgram, calibration: object, dynamic_image: bool = False) -> Program:
@@ -168,7 +169,7 @@ def measure_sensitivity(
 
 def allocate(
     program: Program,
-    budget: Budget,
+    budget: BudgetLike,
     calibration: object | None = None,
     *,
     held_out: object | None = None,
@@ -188,7 +189,7 @@ def allocate(
         InfeasibleBudgetError: no plan keeps the budget.
     """
     scoring, unseen = (None if each is None else images_for(program.module, each) for each in (calibration, held_out))
-    return choose(program, budget, unseen, Reporter(progress), scoring)
+    return choose(program, Budget.of(budget), unseen, Reporter(progress), scoring)
 
 
 def convert(program: Program, plan: BitAllocation | str | Path | None = None) -> Program:
@@ -269,7 +270,7 @@ def reconstruct(
 
 
 def resolve(
-    result: Result | str | Path, budget: Budget, held_out: object | None = None, progress: bool = True
+    result: Result | str | Path, budget: BudgetLike, held_out: object | None = None, progress: bool = True
 ) -> Result:
     """Solve another budget from the saved scores: no new forward passes but those of verification.
 
@@ -286,18 +287,21 @@ def resolve(
     """
     known = result if isinstance(result, Result) else Result.load(result)
     images = known.held_out if held_out is None else images_for(known.program.module, held_out)
-    program = choose(known.program, budget, images, Reporter(progress))
+    program = choose(known.program, Budget.of(budget), images, Reporter(progress))
     return replace(known, program=program, held_out=images)
 
 
-def pareto(result: Result | str | Path, budgets: Iterable[Budget]) -> list[BitAllocation]:
+def pareto(result: Result | str | Path, budgets: Iterable[BudgetLike]) -> list[BitAllocation]:
     """Return the plan of each budget, in the order given.
 
     Raises:
         InfeasibleBudgetError: one of them cannot be kept.
+        OptionError: one of them is not understood.
     """
+    # All of them are read before the first is solved.
+    limits = [Budget.of(budget) for budget in budgets]
     known = result if isinstance(result, Result) else Result.load(result)
-    return [resolve(known, budget).allocation for budget in budgets]
+    return [resolve(known, limit).allocation for limit in limits]
 
 
 def load(folder: str | Path) -> Result:

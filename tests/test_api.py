@@ -25,6 +25,7 @@ from fxquant.core.host import Reporter
 from fxquant.core.ir import FLOAT, Sites
 from fxquant.core.run import model_outputs
 from fxquant.core.storage import ScoreStore
+from fxquant.dynamo import CompileOptions
 from fxquant.passes.sensitivity import ESTIMATORS, Scorer
 from tests.models import MODELS, built
 from tests.scoring import inputs, plain_net
@@ -235,6 +236,18 @@ def test_every_kind_of_budget(budget: Budget) -> None:
     assert plan.limits == budget.limits
     assert all(plan.used[name] <= limit * (1 + 1e-9) for name, limit in budget.limits.items())
     assert plan.measured_loss == min(plan.finalists.values())
+
+
+@pytest.mark.parametrize("budget", [{"average_bits": 4.5}, "average_bits=4.5", ["average_bits=4.5"]])
+def test_a_budget_is_taken_in_every_form_at_every_door(budget: Any) -> None:
+    result, program = quantize(budget=budget, effort="fast"), quantized().program
+    assert result.allocation.limits == BUDGET.limits
+    assert fxquant.resolve(quantized(), budget, progress=False).allocation.limits == BUDGET.limits
+    (plan,) = fxquant.pareto(quantized(), [budget])
+    assert plan.limits == BUDGET.limits == fxquant.allocate(program, budget, progress=False)[BitAllocation].limits
+    assert CompileOptions.of({"budget": budget, "calibration": IMAGES}).budget == BUDGET
+    with pytest.raises(OptionError, match=r"budget 4\.5 is not"):
+        quantize(budget=4.5)
 
 
 def test_a_budget_out_of_reach() -> None:

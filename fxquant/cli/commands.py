@@ -145,7 +145,7 @@ def _tell(args: argparse.Namespace, result: Result, written: list[Path]) -> None
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    _scored(args, Budget.parse(args.budget))
+    _scored(args, Budget.of(args.budget))
 
 
 def _analyze(args: argparse.Namespace) -> None:
@@ -153,7 +153,7 @@ def _analyze(args: argparse.Namespace) -> None:
 
 
 def _allocate(args: argparse.Namespace) -> None:
-    budget = Budget.parse(args.budget)
+    budget = Budget.of(args.budget)
     known = Result.load(args.folder)
     with output_folder(args.output or args.folder, resume=args.output is None) as folder:
         result = api.resolve(known, budget, progress=not args.quiet)
@@ -177,7 +177,7 @@ def _reconstruct(args: argparse.Namespace) -> None:
 
 
 def _pareto(args: argparse.Namespace) -> None:
-    budgets = [Budget.parse(text.split(",")) for text in args.budget]
+    budgets = [Budget.of(text) for text in args.budget]
     if args.output is not None:
         check_writable(args.output)
     plans = api.pareto(args.folder, budgets)
@@ -256,7 +256,7 @@ def _demo(args: argparse.Namespace) -> None:
     # Imported here because only the demo needs scikit-learn's digits.
     from fxquant.demo import run_demo
 
-    outcome = run_demo(args.output, Budget.parse(args.budget) if args.budget else None, progress=not args.quiet)
+    outcome = run_demo(args.output, args.budget, progress=not args.quiet)
     print(outcome.table)
     if not args.quiet:
         print("\nwrote " + ", ".join(map(str, outcome.written)) + f" in {outcome.seconds:.0f} s")

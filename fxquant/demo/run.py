@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from fxquant.api import quantize
 from fxquant.backends import backend
 from fxquant.bench import measure_speed
-from fxquant.core.facts import BitAllocation, Budget
+from fxquant.core.facts import BitAllocation, Budget, BudgetLike
 from fxquant.core.host import Reporter
 from fxquant.core.ir import Choice, Sites
 from fxquant.core.run import model_outputs
@@ -54,7 +54,7 @@ class DemoOutcome:
     seconds: float
 
 
-def run_demo(output: Path, budget: Budget | None = None, progress: bool = True) -> DemoOutcome:
+def run_demo(output: Path, budget: BudgetLike | None = None, progress: bool = True) -> DemoOutcome:
     """Quantize the digits network, compare it with float and uniform 8 and 4 bits, and write model, plan and report.
 
     Args:

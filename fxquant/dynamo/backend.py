@@ -34,7 +34,7 @@ from fxquant.backends.int8 import NAME as TARGET
 from fxquant.backends.int8 import compiled, lower_dynamic
 from fxquant.capture import capture
 from fxquant.core.errors import CalibrationError, CaptureError, OptionError, first_line
-from fxquant.core.facts import BitAllocation, Budget, Settings, options_of
+from fxquant.core.facts import BitAllocation, Budget, BudgetLike, Settings, options_of
 from fxquant.core.ir import Sites, rule_of
 from fxquant.core.registry import unknown
 from fxquant.core.run import CalibrationSet, collect
@@ -59,7 +59,7 @@ class CompileOptions:
     """What `options=` may hold.
 
     Args:
-        budget: limits, a `Budget` or its arguments.
+        budget: limits, as in `fxquant.quantize`.
         calibration: as in `fxquant.quantize`; every graph iterates over it once.
         plan: a plan or the path of a plan.json.
         result: a result or the folder of one.
@@ -70,7 +70,7 @@ class CompileOptions:
         OptionError: options that exclude each other, or one without another that it needs.
     """
 
-    budget: Budget | Mapping[str, float] | None = None
+    budget: BudgetLike | None = None
     calibration: object = None
     plan: BitAllocation | str | Path | None = None
     result: Result | str | Path | None = None
@@ -78,6 +78,8 @@ class CompileOptions:
     quantize: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.budget is not None:
+            object.__setattr__(self, "budget", Budget.of(self.budget))
         sources = [name for name in ("budget", "plan", "result") if getattr(self, name) is not None]
         if len(sources) > 1:
             raise OptionError(f"options {' and '.join(sources)} exclude each other; give one of them")
@@ -196,7 +198,7 @@ def _integer_graph(options: CompileOptions, module: GraphModule, inputs: tuple[T
         done = f"{len(layers)} linear layers run on int8, their activations scaled dynamically" if layers else ""
         _warn(f"{reason}: {done or 'there is no linear layer, and the graph stays in float'}")
         return made if layers else module
-    request = (_budget(options), sorted(options.quantize.items()), options.plan, captured.module.graph)
+    request = (options.budget, sorted(options.quantize.items()), options.plan, captured.module.graph)
     names = dict(captured.module.named_parameters()) | dict(captured.module.named_buffers())
     calibration = {f"input {k}": tensor for k, tensor in enumerate(images.inputs)}
     key = text_digest(" ".join(map(str, request))) + tensor_digest(names) + tensor_digest(calibration)
@@ -207,7 +209,7 @@ def _integer_graph(options: CompileOptions, module: GraphModule, inputs: tuple[T
         else:
             settings = {"target": TARGET, "progress": False, **options.quantize}
             call = {name: settings.pop(name) for name in CALL if name in settings}
-            result = quantize(exported, images, _budget(options), **call, options=settings)
+            result = quantize(exported, images, options.budget, **call, options=settings)
             _LOWERED[key] = lower(TARGET, result.simulated)
         if len(_LOWERED) > KEPT:
             _LOWERED.popitem(last=False)
@@ -216,13 +218,6 @@ def _integer_graph(options: CompileOptions, module: GraphModule, inputs: tuple[T
 
 _LOWERED: OrderedDict[str, GraphModule] = OrderedDict()
 """Digest of weights, graph, images and options -> integer graph."""
-
-
-def _budget(options: CompileOptions) -> Budget | None:
-    given = options.budget
-    if given is None or isinstance(given, Budget):
-        return given
-    return Budget.parse(f"{name}={value}" for name, value in given.items())
 
 
 def _images(options: CompileOptions, module: GraphModule, inputs: tuple[Tensor, ...]) -> CalibrationSet | None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Union
 
 from fxquant.core.errors import OptionError
+from fxquant.core.registry import unknown
 
 QUALITIES = ("loss", "disagreement", "accuracy_drop")
 """Limits on the answers, measured on held-out images; the others are on costs, known from the plan."""
 MINIMIZED = ("size_ratio", "average_bits", "bops_ratio", "latency_ratio")
 """What may be made small where only the answers are limited."""
+EXAMPLE = "'size_mb=0.2'"
+
+BudgetLike = Union["Budget", Mapping[str, Any], Iterable[str]]
+"""What stands for a budget wherever one is taken: see `Budget.of`."""
 
 
 @dataclass(frozen=True)
@@ -92,42 +97,52 @@ class Budget:
         return any(name.startswith("latency") for name in (*self.limits, *minimized))
 
     @staticmethod
-    def of(limits: Mapping[str, float], minimize: str = "size_ratio") -> Budget:
-        """Return the budget of these limits by name."""
-        values: dict[str, Any] = dict(limits)
-        return Budget(**values, minimize=minimize)
+    def of(given: BudgetLike) -> Budget:
+        """Return the budget that a budget, a mapping or a text stands for.
 
-    @staticmethod
-    def parse(texts: Iterable[str]) -> Budget:
-        """Read limits written as `size_mb=0.2`, and `minimize=bops_ratio`.
+        Args:
+            given: a budget; its arguments by name, `{"average_bits": 4}`; or texts such as "size_mb=0.2,loss=0.01".
 
         Raises:
-            OptionError: not `name=number`, an unknown name, or one name twice.
+            OptionError: a name that is no argument of `Budget`, a name twice, or a value that is not allowed.
         """
-        known = [*_names(), "minimize"]
-        limits: dict[str, float] = {}
-        minimize: dict[str, str] = {}
-        for text in texts:
-            name, separator, number = text.partition("=")
-            name = name.strip()
-            if not separator or name not in known:
-                raise OptionError(
-                    f"budget {text!r} is not understood; write name=number with one of {', '.join(known)}"
-                )
-            if name in limits or name in minimize:
-                raise OptionError(f"budget {name} is given twice; give it once")
-            if name == "minimize":
-                minimize[name] = number.strip()
-                continue
-            try:
-                limits[name] = float(number)
-            except ValueError as error:
-                raise OptionError(f"budget {text!r}: {number!r} is not a number") from error
-        return Budget.of(limits, **minimize)
+        if isinstance(given, Budget):
+            return given
+        if isinstance(given, str):
+            return Budget.of(given.split(","))
+        if isinstance(given, Mapping):
+            return _made(given.items())
+        texts = list(given) if isinstance(given, Iterable) else [given]
+        if not all(isinstance(text, str) for text in texts):
+            raise OptionError(f"budget {given!r} is not understood; give a Budget, a mapping or a text like {EXAMPLE}")
+        return _made(map(_parsed, texts))
 
     def __str__(self) -> str:
         limits = [f"{name}={value:g}" for name, value in self._set().items()]
         return ", ".join(limits + ([f"minimize={self.minimize}"] if self.quality else []))
+
+
+def _made(arguments: Iterable[tuple[str, Any]]) -> Budget:
+    known, values = [*_names(), "minimize"], dict[str, Any]()
+    for name, value in arguments:
+        if name not in known:
+            raise unknown("budget", str(name), known)
+        if name in values:
+            raise OptionError(f"budget {name} is given twice; give it once")
+        values[name] = value
+    return Budget(**values)
+
+
+def _parsed(text: str) -> tuple[str, float | str]:
+    name, separator, value = (part.strip() for part in text.partition("="))
+    if not separator:
+        raise OptionError(f"budget {text!r} is not understood; write name=number, for example {EXAMPLE}")
+    if name not in _names():
+        return name, value
+    try:
+        return name, float(value)
+    except ValueError as error:
+        raise OptionError(f"budget {text!r}: {value!r} is not a number") from error
 
 
 def _names() -> list[str]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,8 +15,10 @@ NAMES = ("size_mb", "size_ratio", "average_bits", "bops", "bops_ratio", "activat
 
 @given(st.dictionaries(st.sampled_from(NAMES), st.floats(1e-6, 1e12), min_size=1))
 @settings(max_examples=40, deadline=None)
-def test_parse_reads_what_was_written(limits: dict[str, float]) -> None:
-    budget = Budget.parse(f"{name}={value!r}" for name, value in limits.items())
+def test_a_budget_is_read_in_every_form(limits: dict[str, float]) -> None:
+    budget = Budget.of(limits)
+    texts = [f"{name}={value!r}" for name, value in limits.items()]
+    assert budget == Budget.of(texts) == Budget.of(iter(texts)) == Budget.of(" , ".join(texts)) == Budget.of(budget)
     assert budget.limits == limits
     assert budget.needs_latency == any(name.startswith("latency") for name in limits)
     assert all(name in str(budget) for name in limits)
@@ -31,22 +35,27 @@ def test_limits_are_finite_and_positive(value: float) -> None:
     [
         ([], "at least one limit; give one or more of size_mb, size_ratio"),
         (["size_mb"], "write name=number"),
-        (["sizemb=1"], "write name=number with one of size_mb"),
+        ("", "write name=number"),
+        (["sizemb=1"], r"unknown budget 'sizemb' \(did you mean 'size_mb'\?\); known: size_mb"),
+        ({"bits": 4}, "unknown budget 'bits'"),
+        ({"average_bits": "4"}, "must be a finite number"),
+        (4, "budget 4 is not understood; give a Budget, a mapping or a text like 'size_mb=0.2'"),
+        ([4], r"budget \[4\] is not understood"),
         (["size_mb=big"], "'big' is not a number"),
         (["size_mb="], "'' is not a number"),
         (["size_mb=1", "size_mb=2"], "given twice"),
         (["size_mb=nan"], "finite"),
-        (["=1"], "not understood"),
+        (["=1"], "unknown budget ''"),
         (["loss=1", "minimize=average_bits", "minimize=size_ratio"], "budget minimize is given twice"),
     ],
 )
-def test_texts_not_understood(texts: list[str], message: str) -> None:
+def test_budgets_not_understood(texts: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        Budget.parse(texts)
+        Budget.of(texts)
 
 
 def test_limits_on_answers_are_separate_from_limits_on_costs() -> None:
-    budget = Budget.parse(["accuracy_drop=0.01", "size_mb=2", "minimize=latency_ratio"])
+    budget = Budget.of(["accuracy_drop=0.01", "size_mb=2", "minimize=latency_ratio"])
     assert (budget.limits, budget.quality) == ({"size_mb": 2.0}, {"accuracy_drop": 0.01})
     assert budget.needs_latency
     assert str(budget) == "size_mb=2, accuracy_drop=0.01, minimize=latency_ratio"
