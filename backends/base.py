@@ -125,8 +125,8 @@ class Backend:
         compile: makes a graph run, for timing and for accuracy.
         lower: takes a simulated or float graph, returns one that runs on the target's kernels and is called the same.
         export: the file that the runtime reads.
-        file_bytes: takes a simulated or float graph, returns the bytes of the file that `export` would write of it
-            without options; texts kept in the file come on top.
+        file_bytes: takes a simulated or float graph and the texts to keep in the file (key -> text), returns the bytes
+            of the file that `export` would write of it without options.
         kernels: takes a simulated graph and the path of its file, if one was written; returns layer (module path) ->
             the kernel that the runtime executes, "float" or "float: " and the reason where it computes in float.
         runtimes: name for `fxquant check --against` -> how its integers are read.
@@ -137,7 +137,7 @@ class Backend:
     compile: Compile
     lower: Callable[[GraphModule], GraphModule] | None = None
     export: Export | None = None
-    file_bytes: Callable[[GraphModule], int] | None = None
+    file_bytes: Callable[[GraphModule, Mapping[str, str]], int] | None = None
     kernels: Callable[[GraphModule, Path | None], dict[str, str]] | None = None
     runtimes: Mapping[str, Runtime] = field(default_factory=dict)
     packages: Packages = field(default_factory=Packages)

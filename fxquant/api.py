@@ -94,6 +94,7 @@ def quantize(
     program = flow.prepare(captured, settings)
     program = flow.calibrate(program, scoring, reporter)
     if limits is not None:
+        program = flow.measure_file(program, reporter) if limits.needs_file else program
         flow.check_budget(program, limits)
     program = flow.measure_sensitivity(program, scoring, folder, reporter, shards)
     if limits is None:

@@ -198,7 +198,7 @@ class Result:
     @property
     def metadata(self) -> dict[str, str]:
         """What exported files say about themselves: the plan, as JSON."""
-        return {"fxquant_plan": json.dumps(self.allocation.to_json()["choices"], separators=(",", ":"))}
+        return self.allocation.texts
 
     @property
     def example(self) -> tuple[torch.Tensor, ...]:

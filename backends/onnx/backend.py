@@ -60,16 +60,16 @@ def _compile(module: GraphModule, inputs: tuple[Tensor, ...], threads: int | Non
     return executable(model, threads)
 
 
-def _model(module: GraphModule) -> bytes:
+def _model(module: GraphModule, metadata: Mapping[str, str] | None = None) -> bytes:
     check_packages()
     from fxquant.backends.onnx.export import to_onnx
 
-    data: bytes = to_onnx(module).SerializeToString()
+    data: bytes = to_onnx(module, metadata).SerializeToString()
     return data
 
 
-def _file_bytes(module: GraphModule) -> int:
-    return len(_model(module))
+def _file_bytes(module: GraphModule, metadata: Mapping[str, str]) -> int:
+    return len(_model(module, metadata))
 
 
 def _lower(module: GraphModule) -> GraphModule:

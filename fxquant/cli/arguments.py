@@ -11,7 +11,7 @@ from fxquant.backends import Backend, backend, backends, runtimes
 from fxquant.bench import ROUNDS
 from fxquant.cli.flags import add_flags, given
 from fxquant.cli.inputs import ImageOptions
-from fxquant.core.facts import Options, Settings, Target
+from fxquant.core.facts import LIMIT_TABLES, QUALITIES, Options, Settings, Target
 from fxquant.flow import KNOWN_NAMES
 from fxquant.outputs import layouts
 from fxquant.parity import default_runtimes
@@ -73,8 +73,7 @@ def _budget(parser: argparse.ArgumentParser, required: bool) -> None:
         action="append",
         required=required,
         metavar="NAME=NUMBER",
-        help="size_mb, size_ratio, average_bits, bops, bops_ratio, activation_mb, latency_ms or latency_ratio; loss, "
-        "disagreement or accuracy_drop, with minimize=NAME; may be repeated",
+        help=f"{', '.join(LIMIT_TABLES)}; {', '.join(QUALITIES)}, with minimize=NAME; may be repeated",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fxquant.flow.allocate import check_budget, impose
 from fxquant.flow.cheapest import check_labels, choose
+from fxquant.flow.file_size import measure_file
 from fxquant.flow.latency import measure_latency
 from fxquant.flow.pipeline import (
     KNOWN_NAMES,

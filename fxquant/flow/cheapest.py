@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from fxquant.core.host import SILENT, Reporter
 from fxquant.core.ir import Program, Sites
 from fxquant.core.run import NO_LABELS, CalibrationSet, keeps, model_outputs, quality
 from fxquant.flow import allocate as search
+from fxquant.flow.file_size import kept_in_file, measure_file
 from fxquant.flow.latency import measure_latency
 from fxquant.flow.score import loss_name
 from fxquant.passes import simulate
@@ -88,8 +90,14 @@ def choose(
         InfeasibleBudgetError: no plan keeps the limits; names the best that was measured.
         CalibrationError: quality is limited, and there are no held-out images, or no labels.
     """
+    if budget.needs_file and "file" not in program[CostTables].tables:
+        program = measure_file(program, reporter)
+
+    def solve(limits: Budget, around: CalibrationSet | None = scoring) -> Program:
+        return search.allocate(program, limits, held_out, reporter, around, folder)
+
     if not budget.quality:
-        return finish(search.allocate(program, budget, held_out, reporter, scoring, folder))
+        return kept_in_file(program, budget, solve, finish)[1]
     if held_out is None:
         raise CalibrationError(f"a limit on {', '.join(budget.quality)} needs held-out images; give calibration images")
     if budget.needs_latency and "latency" not in program[CostTables].tables:
@@ -103,10 +111,10 @@ def choose(
     def attempt(bound: float, around: CalibrationSet | None = None) -> Program | None:
         limit = Budget.of({**budget.limits, budget.minimize: bound * (1 + 1e-9)})
         try:
-            solved = search.allocate(program, limit, held_out, reporter, around, folder)
+            solved, finished = kept_in_file(program, limit, partial(solve, around=around), finish)
         except InfeasibleBudgetError:
             return None
-        judged = judge.verdict(finish(solved))
+        judged = judge.verdict(finished)
         if not _kept(judged):
             # A lower loss may still change the answer to an image close to a decision.
             plain = judge.verdict(solved)

@@ -141,8 +141,8 @@ def tiles(data: Mapping[str, Any]) -> list[dict[str, str]]:
             against = f"too noisy to compare: {mixed['low']:.3g}–{mixed['high']:.3g} ms; run fxquant bench when idle"
         shown.append({"label": "Time for one image", "value": f"{mixed['milliseconds']:.3g} ms", "note": against})
     if outcome["average_bits"] is not None:
-        counted = "over every quantized weight"
-        shown.append({"label": "Average weight bits", "value": f"{outcome['average_bits']:.4g}", "note": counted})
+        counted = "over every quantized weight, scales not counted"
+        shown.append({"label": "Stored bits per weight", "value": f"{outcome['average_bits']:.4g}", "note": counted})
     note = "none left in float" if not covered["in_float"] else f"{covered['in_float']} in float, reasons below"
     value = f"{covered['quantized']} of {covered['layers']}"
     shown.append({"label": "Layers quantized", "value": value, "note": note})

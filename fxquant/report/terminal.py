@@ -70,7 +70,9 @@ def _headline(data: Mapping[str, Any]) -> list[str]:
     outcome = data["outcome"]
     size = f"{bytes_text(outcome['bytes'])}, {outcome['size_ratio']:.3g} of the float model's"
     bits = outcome["average_bits"]
-    lines = [f"Size {size} {bytes_text(outcome['float_bytes'])}" + (f"; {bits:.4g} bits a weight" if bits else "")]
+    lines = [
+        f"Size {size} {bytes_text(outcome['float_bytes'])}" + (f"; {bits:.4g} stored bits a weight" if bits else "")
+    ]
     for limit in outcome["limits"]:
         name, used = limit["name"], limit_text(limit["name"], limit["used"])
         if limit["limit"] is None:
@@ -117,4 +119,4 @@ def _plans(data: Mapping[str, Any]) -> str:
         for row in data["plans"]
     ]
     modelled = f"modelled by {data['sensitivity']['estimator']}"
-    return table_text(("plan (* chosen)", "held-out loss", modelled, "bytes", "bits"), rows)
+    return table_text(("plan (* chosen)", "held-out loss", modelled, "bytes", "stored bits"), rows)

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-UNITS = {"size_mb": "MB", "size_ratio": "x float", "average_bits": "bits", "bops": "bit operations"}
-UNITS |= {"bops_ratio": "x float", "activation_mb": "MB", "latency_ms": "ms", "latency_ratio": "x float"}
-UNITS |= {"disagreement": "of held-out images", "accuracy_drop": "of held-out images", "loss": "on held-out images"}
+UNITS = {"size_mb": "MB", "size_ratio": "x float", "file_mb": "MB", "file_ratio": "x float", "average_bits": "bits"}
+UNITS |= {"bops": "bit operations", "bops_ratio": "x float", "activation_mb": "MB"}
+UNITS |= {"latency_ms": "ms", "latency_ratio": "x float", "loss": "on held-out images"}
+UNITS |= dict.fromkeys(("disagreement", "accuracy_drop"), "of held-out images")
 """Limit of a budget -> its unit."""
 
 

@@ -8,4 +8,4 @@ from fxquant.passes.cost.given_latency import latency_from_rows
 from fxquant.passes.cost.latency_table import LatencyModel, Observation, fit_latency, nonnegative_least_squares
 from fxquant.passes.cost.registry import COSTS
 from fxquant.passes.cost.site_links import SiteLink, site_links
-from fxquant.passes.cost.size import FLOAT_BYTES, site_bytes
+from fxquant.passes.cost.size import FLOAT_BYTES, site_bytes, stored_bits

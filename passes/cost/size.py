@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from fxquant.core.facts import CostTable, Target
-from fxquant.core.ir import Choice, EdgeGroups, Program, Site, Sites, tensor_at
+from fxquant.core.ir import FLOAT_BITS, Choice, EdgeGroups, Program, Site, Sites, tensor_at
 from fxquant.passes.cost.registry import COSTS
 
 FLOAT_BYTES = 4
@@ -17,16 +17,21 @@ ZERO_POINT_BYTES = 1
 BIAS_BYTES = 4
 
 
-def site_bytes(site: Site, choice: Choice, target: Target) -> int:
-    """Return the bytes of one site: packed weights, their scales and zero-points, an int32 bias.
+def stored_bits(site: Site, choice: Choice, target: Target) -> int:
+    """Return the bits of one site's weights as they are stored, without scales and without filling up the last byte.
 
     A width the file format has no type for is stored in the target's next one.
     """
+    return site.weight_count * (FLOAT_BITS if choice.is_float else target.storage_bits[choice.weight_bits])
+
+
+def site_bytes(site: Site, choice: Choice, target: Target) -> int:
+    """Return the bytes of one site: stored weights, their scales and zero-points, an int32 bias."""
     if choice.is_float:
         return FLOAT_BYTES * (site.weight_count + site.bias_count)
-    packed = ceil(site.weight_count * target.storage_bits[choice.weight_bits] / 8)
     scales = site.channels if target.per_channel else 1
-    return packed + scales * (SCALE_BYTES + ZERO_POINT_BYTES) + BIAS_BYTES * site.bias_count
+    grids = scales * (SCALE_BYTES + ZERO_POINT_BYTES)
+    return ceil(stored_bits(site, choice, target) / 8) + grids + BIAS_BYTES * site.bias_count
 
 
 @COSTS.register("size")

@@ -82,9 +82,10 @@ def test_files_and_kernels_belong_together(name: str, tmp_path: Path) -> None:
     kernels = {} if found.kernels is None else found.kernels(module, None)
     if found.export is not None:
         path = tmp_path / found.export.file
-        assert found.export.write(module, path, {"fxquant_plan": "{}"}) == path.stat().st_size > 0
+        texts = {"fxquant_plan": "{}"}
+        assert found.export.write(module, path, texts) == path.stat().st_size > 0
         assert found.kernels is None or found.kernels(module, path) == kernels
-        assert found.file_bytes is None or found.file_bytes(module) == found.export.write(module, path, {})
+        assert found.file_bytes is None or found.file_bytes(module, texts) == path.stat().st_size
     if found.kernels is not None:
         layers = {site for site in folded(LAYERED).module.state_dict() if site.endswith(".weight")}
         assert set(kernels) <= {site.removesuffix(".weight") for site in layers}

@@ -38,7 +38,7 @@ def test_a_table_read_by_an_embedding_is_stored_twice() -> None:
 @pytest.mark.parametrize("name", ["residual", "shared", "attention"])
 def test_average_bits_and_bit_operations_of_uniform_plans(name: str) -> None:
     costs = tables(name)
-    assert list(costs.tables) == ["activation", "average_bits", "bops", "size"]
+    assert sorted(costs.tables) == ["activation", "average_bits", "bops", "size"]
     for bits in (2, 4, 8):
         plan = dict.fromkeys((site.name for site in sites(name).sites), Choice(bits, 8))
         assert costs["average_bits"].of(plan) == pytest.approx(bits)

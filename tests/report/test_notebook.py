@@ -32,7 +32,7 @@ def test_a_prompt_shows_one_line() -> None:
     shown = repr(result)
     assert shown == one_line(result.program)
     assert re.fullmatch(
-        r"Result\(3 of 3 layers quantized, [\d.]+ k?B \([\d.]+ of float\), [\d.]+ bits a weight, "
+        r"Result\(3 of 3 layers quantized, [\d.]+ k?B \([\d.]+ of float\), [\d.]+ stored bits a weight, "
         r"held-out loss [\d.e-]+ KL nats, \w+\)",
         shown,
     )
@@ -54,7 +54,7 @@ def test_a_notebook_shows_tiles_and_layers() -> None:
     result = small_result()
     made = result._repr_html_()
     assert made == page(result.program, held_out_images=6)
-    for shown in ("Layers quantized", "3 of 3", "Average weight bits", *result.allocation.choices):
+    for shown in ("Layers quantized", "3 of 3", "Stored bits per weight", *result.allocation.choices):
         assert shown in made
     cells = re.findall(r"<tr><td>(\w+)</td><td>\w+</td><td>(\w+)</td>", made)
     assert dict(cells) == {name: choice.label for name, choice in result.allocation.choices.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxquant.core.facts.budget import Budget, BudgetLike
+from fxquant.core.facts.budget import QUALITIES, Budget, BudgetLike
 from fxquant.core.facts.cost_tables import CostTable, CostTables, Noise
 from fxquant.core.facts.expressions import matched
 from fxquant.core.facts.fake_quant_nodes import FakeQuantNodes

@@ -12,7 +12,7 @@ from fxquant.core.registry import unknown
 
 QUALITIES = ("loss", "disagreement", "accuracy_drop")
 """Limits on the answers, measured on held-out images; the others are on costs, known from the plan."""
-MINIMIZED = ("size_ratio", "average_bits", "bops_ratio", "latency_ratio")
+MINIMIZED = ("size_ratio", "file_ratio", "average_bits", "bops_ratio", "latency_ratio")
 """What may be made small where only the answers are limited."""
 EXAMPLE = "'size_mb=0.2'"
 
@@ -29,9 +29,12 @@ class Budget:
     labels.
 
     Args:
-        size_mb: 10^6 bytes stored for all weights, scales, zero-points and biases.
+        size_mb: 10^6 bytes stored for all weights, scales, zero-points and biases, the file's other contents left out.
         size_ratio: the same bytes against those of the float32 parameters.
-        average_bits: `sum(bits x weights) / sum(weights)` over every quantized weight.
+        file_mb: 10^6 bytes of the whole file that the target's runtime reads, as `fxquant export` writes it.
+        file_ratio: the same bytes against those of the float model's file.
+        average_bits: stored bits per weight over all layers that can be quantized: a width counts as it is stored (its
+            tables of levels included), a layer in float as 32, scales and biases as nothing.
         bops: bit operations for one sample, `sum(MACs x weight bits x activation bits)`.
         bops_ratio: the same against 32 x 32 bits.
         activation_mb: peak of the live activations of one sample, in 10^6 bytes.
@@ -48,6 +51,8 @@ class Budget:
 
     size_mb: float | None = None
     size_ratio: float | None = None
+    file_mb: float | None = None
+    file_ratio: float | None = None
     average_bits: float | None = None
     bops: float | None = None
     bops_ratio: float | None = None
@@ -93,8 +98,16 @@ class Budget:
     @property
     def needs_latency(self) -> bool:
         """Whether milliseconds have to be measured."""
+        return self._counts("latency")
+
+    @property
+    def needs_file(self) -> bool:
+        """Whether files have to be measured."""
+        return self._counts("file")
+
+    def _counts(self, cost: str) -> bool:
         minimized = [self.minimize] if self.quality else []
-        return any(name.startswith("latency") for name in (*self.limits, *minimized))
+        return any(name.startswith(cost) for name in (*self.limits, *minimized))
 
     @staticmethod
     def of(given: BudgetLike) -> Budget:

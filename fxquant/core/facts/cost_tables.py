@@ -146,7 +146,7 @@ def _dense(entries: Iterable[tuple[int, int, float]], count: int) -> NDArray[np.
 
 @dataclass(frozen=True)
 class CostTables:
-    """Every cost by name: `size` in bytes, `bits`, `bops`, `activation`, and `latency` where it was measured."""
+    """Every cost by name: `size`, `average_bits`, `bops`, `activation`, and `latency` and `file` where measured."""
 
     tables: dict[str, CostTable]
 

@@ -16,6 +16,8 @@ from fxquant.core.ir import Choice, Site, Sites
 LIMIT_TABLES: Mapping[str, tuple[str, str]] = {
     "size_mb": ("size", "absolute"),
     "size_ratio": ("size", "ratio"),
+    "file_mb": ("file", "absolute"),
+    "file_ratio": ("file", "ratio"),
     "average_bits": ("average_bits", "absolute"),
     "bops": ("bops", "absolute"),
     "bops_ratio": ("bops", "ratio"),
@@ -25,7 +27,7 @@ LIMIT_TABLES: Mapping[str, tuple[str, str]] = {
 }
 """Budget limit -> (cost table, whether it is against the float model)."""
 
-SCALES = {"size_mb": 1e6, "activation_mb": 1e6}
+SCALES = {"size_mb": 1e6, "file_mb": 1e6, "activation_mb": 1e6}
 """Units of a limit in the unit of its table, where they differ."""
 
 

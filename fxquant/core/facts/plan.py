@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -82,6 +83,12 @@ class BitAllocation:
     def asked(self) -> dict[str, Any]:
         """The budget that was asked for, as the arguments of `Budget`."""
         return {**self.limits, **self.quality_limits, **({"minimize": self.minimized} if self.minimized else {})}
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """What exported files say about themselves: the choices, as JSON."""
+        labels = {site: choice.label for site, choice in self.choices.items()}
+        return {"fxquant_plan": json.dumps(labels, separators=(",", ":"))}
 
     def remeasured(self, loss: float) -> BitAllocation:
         """Return the plan with the held-out loss of better weights; the one it was compared by stays beside it."""

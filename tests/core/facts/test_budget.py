@@ -10,7 +10,18 @@ from fxquant.core.errors import OptionError
 from fxquant.core.facts import Budget
 
 QUALITIES = ("loss", "disagreement", "accuracy_drop")
-NAMES = ("size_mb", "size_ratio", "average_bits", "bops", "bops_ratio", "activation_mb", "latency_ms", "latency_ratio")
+NAMES = (
+    "size_mb",
+    "size_ratio",
+    "file_mb",
+    "file_ratio",
+    "average_bits",
+    "bops",
+    "bops_ratio",
+    "activation_mb",
+    "latency_ms",
+    "latency_ratio",
+)
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), st.floats(1e-6, 1e12), min_size=1))
@@ -71,5 +82,5 @@ def test_shares_of_images_lie_between_none_and_all(name: str, value: float) -> N
 
 
 def test_only_known_costs_are_made_small() -> None:
-    with pytest.raises(OptionError, match="minimize='size' is unknown; known: size_ratio, average_bits"):
+    with pytest.raises(OptionError, match="minimize='size' is unknown; known: size_ratio, file_ratio, average_bits"):
         Budget(loss=0.1, minimize="size")

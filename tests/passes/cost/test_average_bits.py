@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fxquant.core.ir import FLOAT, Choice, Sites
@@ -16,6 +18,14 @@ def test_stem_and_classifier_count() -> None:
     plan = {"conv1": Choice(8, 8), "conv2": Choice(2, 8), "conv3": Choice(4, 8), "fc": Choice(8, 8)}
     by_hand = (216 * 8 + 576 * 2 + 64 * 4 + 40 * 8) / (216 + 576 + 64 + 40)
     assert table.of(plan) == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_a_width_counts_as_it_is_stored() -> None:
+    target = replace(TARGET, storage_bits={**TARGET.storage_bits, 4: 8})
+    table = average_bits(calibrated("residual"), target)
+    assert table.of({**dict.fromkeys(("conv1", "conv2", "conv3"), Choice(8, 8)), "fc": Choice(4, 8)}) == pytest.approx(
+        8
+    )
 
 
 def test_float_counts_32() -> None:
