@@ -48,8 +48,8 @@ class Block(nn.Module):
         self.residual = stride == 1 and channels == width
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x if self.expand is None else F.relu6(self.expand(x))
-        y = self.project(F.relu6(self.dw(y)))
+        wide = x if self.expand is None else F.relu6(self.expand(x))
+        y: Tensor = self.project(F.relu6(self.dw(wide)))
         return x + y if self.residual else y
 
 

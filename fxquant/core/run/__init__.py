@@ -5,6 +5,7 @@ from __future__ import annotations
 from fxquant.core.run.answer_quality import NO_LABELS, keeps, quality
 from fxquant.core.run.data import LARGEST, CalibrationSet, collect
 from fxquant.core.run.footprint import Footprint, live_bytes, storages
+from fxquant.core.run.judging import judging_images, mixed, moved
 from fxquant.core.run.losses import (
     LOSSES,
     UNITS,
