@@ -26,7 +26,7 @@ from fxquant.core.host import cpu_model, int8_instructions
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import UNITS
 from fxquant.passes import uniform_plans
-from fxquant.passes.cost import stored_bits
+from fxquant.passes.cost import counted_bits
 from fxquant.report.budget_curve import frontier
 from fxquant.report.layers import finite, layer_rows, model_bytes, most_sensitive
 from fxquant.report.operands import operand_rows
@@ -210,7 +210,7 @@ def average_bits(program: Program, plan: BitAllocation) -> float | None:
     target = program[Target]
     integer = [site for site in program[Sites].sites if not plan.choices[site.name].is_float]
     weights = sum(site.weight_count for site in integer)
-    stored = sum(stored_bits(site, plan.choices[site.name], target) for site in integer)
+    stored = sum(counted_bits(site, plan.choices[site.name], target) for site in integer)
     return stored / weights if weights else None
 
 

@@ -163,7 +163,7 @@ def test_an_input_that_requires_a_gradient_gets_it() -> None:
         ({"calibration": [1], "result": "folder"}, "'calibration' is not used with 'result'"),
         ({"result": "folder", "budget": BUDGET}, "budget and result exclude each other"),
         ({**FAST}, "need a 'budget'"),
-        ({"budget": {"bits": 4}, "calibration": images()}, "budget 'bits=4' is not understood"),
+        ({"budget": {"bits": 4}, "calibration": images()}, "unknown budget 'bits'"),
         ({"budget": BUDGET, "calibration": torch.zeros(4, 1, 9, 9)}, r"\(1, 9, 9\), the compiled model is called with"),
         ({"budget": {"average_bits": 0.1}, "calibration": images()}, "average_bits"),
     ],

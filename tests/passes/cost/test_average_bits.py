@@ -20,12 +20,12 @@ def test_stem_and_classifier_count() -> None:
     assert table.of(plan) == pytest.approx(by_hand, rel=1e-12)
 
 
-def test_a_width_counts_as_it_is_stored() -> None:
-    target = replace(TARGET, storage_bits={**TARGET.storage_bits, 4: 8})
-    table = average_bits(calibrated("residual"), target)
-    assert table.of({**dict.fromkeys(("conv1", "conv2", "conv3"), Choice(8, 8)), "fc": Choice(4, 8)}) == pytest.approx(
-        8
-    )
+def test_a_width_counts_as_it_is_stored_where_anything_is_packed() -> None:
+    plan = {**dict.fromkeys(("conv1", "conv2", "conv3"), Choice(8, 8)), "fc": Choice(4, 8)}
+    packed = replace(TARGET, storage_bits={**TARGET.storage_bits, 4: 8})
+    assert average_bits(calibrated("residual"), packed).of(plan) == pytest.approx(8)
+    whole = replace(TARGET, storage_bits=dict.fromkeys(TARGET.storage_bits, 8))
+    assert average_bits(calibrated("residual"), whole).of(plan) == pytest.approx(8 - 4 * 40 / 896)
 
 
 def test_float_counts_32() -> None:
