@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from fxquant.core.errors import OptionError
-from fxquant.core.storage.symbols import MOST_LEVELS, Array, Code, code_for
+from fxquant.core.storage.symbols import CODES, MOST_LEVELS, Array, Code, code_for
 
 SPAN = 256
 """Values of int8; half of it added to one is an index."""
