@@ -11,7 +11,7 @@ from fxquant.backends.affine import ByteGrid
 from fxquant.backends.exact import JoinFormula, LayerFormula, Requantization
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import Target
-from fxquant.core.ir import OPS, ScaleRule
+from fxquant.core.ir import FORMAT_KINDS, OPS, ScaleRule
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ def target_of(
         refuse_joins={kind: row.refuse for kind, row in rows.items() if row.refuse},
         # Without a weight both operands of a product are activations.
         products=frozenset(kind for kind in multiplied if rules[kind].weight is None),
+        # An integer kernel multiplies int8, whatever says which of the int8 integers a channel uses.
+        weight_formats=tuple(kind for kind in FORMAT_KINDS if kind != "uniform"),
     )
 
 

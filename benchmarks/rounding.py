@@ -178,7 +178,7 @@ def prepared(name: str, plan: str) -> tuple[Program, CalibrationSet, Calibration
 
 def _widths(plan: str) -> tuple[int, int] | None:
     choice = None if plan.endswith("bits") else Choice.parse(plan.removesuffix(ALL))
-    return None if choice is None else (choice.weight_bits, choice.activation_bits)
+    return None if choice is None else (int(choice.weight_bits), choice.activation_bits)
 
 
 def _plan(

@@ -64,10 +64,10 @@ def every_plan(program: Program, images: Tensor) -> dict[Plan, float]:
             return
         site = order[depth]
         for choice in site.choices:
-            change = quantizers.weight(site.name, choice.weight_bits)
+            change = quantizers.weight(site.name, choice.weight)
             now = {**standing}
             for name, chosen in (below | {site.name: choice}).items():
-                now.update(quantizers.weight(name, chosen.weight_bits))
+                now.update(quantizers.weight(name, chosen.weight))
             _, deeper = replay.replay(environment, now, changed=change, keep=True)
             yield from walk(depth + 1, below | {site.name: choice}, deeper)
 

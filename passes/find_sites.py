@@ -11,8 +11,6 @@ from torch.fx import Node
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import Target, Types, matching, site_types
 from fxquant.core.ir import (
-    FLOAT,
-    FLOAT_BITS,
     REFUSED,
     Choice,
     EdgeGroups,
@@ -20,6 +18,7 @@ from fxquant.core.ir import (
     QuantizedEdges,
     Site,
     Sites,
+    WeightFormat,
     rule_of,
     site_name,
     tensor_at,
@@ -34,7 +33,7 @@ class FindSites(Pass):
 
     Args:
         target: which widths execute.
-        bits: candidate weight bits; 32 adds "float" as a candidate.
+        bits: candidate weight formats as in `Settings`; 32 adds "float" as a candidate.
         activation_bits: candidate activation bits.
         pins: pattern (see `core.patterns`) -> the only precision allowed there.
         pin_ends: also pin the first and the last site to 8 bits, the convention of most papers.
@@ -46,7 +45,7 @@ class FindSites(Pass):
     """
 
     target: Target
-    bits: tuple[int, ...]
+    bits: tuple[int | str, ...]
     activation_bits: tuple[int, ...]
     pins: Mapping[str, Choice] = field(default_factory=dict)
     pin_ends: bool = False
@@ -55,25 +54,29 @@ class FindSites(Pass):
     writes = (Sites,)
 
     def __post_init__(self) -> None:
-        for label, asked, known in (
-            ("bits", self.bits, (*self.target.weight_bits, FLOAT_BITS)),
-            ("activation_bits", self.activation_bits, self.target.activation_bits),
+        formats = [text for text in self.bits if not self._can(WeightFormat.parse(text))]
+        widths = sorted(set(self.activation_bits) - set(self.target.activation_bits))
+        for label, asked, wrong, known in (
+            ("bits", list(self.bits), sorted(formats, key=str), self.target.formats_text),
+            ("activation_bits", list(self.activation_bits), widths, str(sorted(self.target.activation_bits))),
         ):
-            wrong = sorted(set(asked) - set(known))
             if wrong or not asked:
                 raise OptionError(
                     f"{label}={tuple(asked)}: target {self.target.name!r} does not execute {wrong or 'an empty list'}; "
-                    f"it executes {sorted(known)}"
+                    f"it executes {known}"
                 )
 
         for pattern, choice in self.pins.items():
-            executes = choice.weight_bits in self.target.weight_bits
+            executes = self.target.executes(choice.weight)
             if not choice.is_float and not (executes and choice.activation_bits in self.target.activation_bits):
                 raise OptionError(
                     f"pin {pattern!r}: target {self.target.name!r} does not execute {choice.label}; it executes "
-                    f"weights of {sorted(self.target.weight_bits)} bits and activations of "
+                    f"weights of {self.target.formats_text} bits and activations of "
                     f"{sorted(self.target.activation_bits)} bits"
                 )
+
+    def _can(self, weight: WeightFormat) -> bool:
+        return weight.is_float or self.target.executes(weight)
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with its sites known."""
@@ -85,7 +88,7 @@ class FindSites(Pass):
                 weight = node.args[rule.weight]
                 assert isinstance(weight, Node)
                 readers[str(weight.target)].append(node)
-        choices = sorted({FLOAT if w == FLOAT_BITS else Choice(w, a) for w in self.bits for a in self.activation_bits})
+        choices = sorted({Choice.of(WeightFormat.parse(text), a) for text in self.bits for a in self.activation_bits})
         sites = [_site(program, path, nodes, tuple(choices)) for path, nodes in readers.items()]
         types = site_types(program.module.graph, sites)
         sites = self._permitted(self._pinned(sites, types), types)

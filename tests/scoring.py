@@ -124,7 +124,7 @@ def substituted(program: Program, *candidates: Candidate) -> GraphModule:
     for candidate in candidates:
         if candidate.choice.is_float:
             continue
-        grid = program[WeightGrids].at(candidate.site, candidate.choice.weight_bits)
+        grid = program[WeightGrids].at(candidate.site, candidate.choice.weight)
         for name in nodes.weights[candidate.site]:
             quantizer = FakeQuantize(grid)
             set_module(module, str(resolve(module.graph, name).target), quantizer)

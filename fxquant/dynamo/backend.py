@@ -264,7 +264,7 @@ def _planned(plan: BitAllocation | str | Path, exported: ExportedProgram, images
     if not integers:
         raise OptionError("the plan leaves every layer in float; give at least one layer an integer precision")
     settings = Settings(
-        bits=tuple(sorted({choice.weight_bits for choice in known.choices.values()})),
+        bits=tuple(choice.weight.label for choice in known.choices.values()),
         activation_bits=tuple(sorted({choice.activation_bits for choice in integers})),
         target=TARGET,
     )

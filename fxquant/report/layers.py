@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fxquant.core.facts import BitAllocation, CostTables, SensitivityMatrix, Target
-from fxquant.core.ir import FLOAT_BITS, Choice, Program, Site, Sites
+from fxquant.core.ir import Choice, Program, Site, Sites
 from fxquant.passes.cost import FLOAT_BYTES, site_bytes
 
 SHARE = 0.5
@@ -84,7 +84,7 @@ def _row(program: Program, site: Site, target: Target) -> dict[str, Any]:
         "choices": [c.label for c in site.choices],
         "weight_bits": choice.weight_bits,
         "activation_bits": choice.activation_bits,
-        "stored_bits": FLOAT_BITS if choice.is_float else target.storage_bits[choice.weight_bits],
+        "stored_bits": target.stored_bits(choice.weight),
         "bytes": used,
         "float_bytes": FLOAT_BYTES * (site.weight_count + site.bias_count),
         "saved_bytes": site_bytes(site, site.choices[-1], target) - used,

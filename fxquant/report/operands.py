@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fxquant.core.ir import Choice
@@ -25,8 +26,9 @@ def operand_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         widths = {choice.activation_bits for choice in losses}
         if chosen not in losses or len(widths) < 2:
             continue
-        narrow_weights = Choice(chosen.weight_bits, max(widths))
-        narrow_activations = Choice(max(choice.weight_bits for choice in losses), chosen.activation_bits)
+        narrow_weights = replace(chosen, activation_bits=max(widths))
+        widest = max(choice.weight for choice in losses)
+        narrow_activations = Choice.of(widest, chosen.activation_bits)
         row = {"name": layer["name"], "choice": layer["choice"], "both": losses[chosen]}
         row |= {"weights": losses.get(narrow_weights), "activations": losses.get(narrow_activations)}
         rows.append(row)

@@ -14,6 +14,8 @@ FULL_MATRIX = 96
 """Candidates up to which the whole matrix is drawn; above, one row a layer at its chosen precision."""
 MOST_ROWS = 160
 """Layers drawn at most; above, those whose entries are largest."""
+SMALLEST_COLOUR = 2
+"""Fewest bits that the page has a colour for."""
 MATRIX_SIDE = 640.0
 SMALLEST_CELL = 4.0
 
@@ -24,7 +26,7 @@ def bars(layers: list[dict[str, Any]]) -> dict[str, Any]:
     drawn = [_bar(row, position * step, step) for position, row in enumerate(layers)]
     lines = [{"y": BAR_HEIGHT - bits / LARGEST_INTEGER * BAR_HEIGHT, "label": str(bits)} for bits in (2, 4, 6, 8)]
     shown = sorted({row["weight_bits"] for row in layers})
-    legend = [{"class": _class(bits), "label": "float" if bits == FLOAT_BITS else f"{bits} bits"} for bits in shown]
+    legend = [{"class": _class(bits), "label": "float" if bits == FLOAT_BITS else f"{bits:g} bits"} for bits in shown]
     labels = step >= 14.0 and len(layers) <= 64
     longest = max((len(_short(row["name"])) for row in layers), default=0)
     return {
@@ -38,8 +40,8 @@ def bars(layers: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _class(bits: int) -> str:
-    return "bf" if bits == FLOAT_BITS else f"b{bits}"
+def _class(bits: float) -> str:
+    return "bf" if bits == FLOAT_BITS else f"b{max(SMALLEST_COLOUR, int(bits))}"
 
 
 def _short(name: str) -> str:

@@ -10,7 +10,7 @@ from fxquant.passes.cost.registry import COSTS
 from fxquant.passes.cost.size import stored_bits
 
 
-def counted_bits(site: Site, choice: Choice, target: Target) -> int:
+def counted_bits(site: Site, choice: Choice, target: Target) -> float:
     """Return the stored bits of one site's weights; on a target that packs nothing, the bits of their grid."""
     if choice.is_float or min(target.storage_bits.values()) < MAX_BITS:
         return stored_bits(site, choice, target)

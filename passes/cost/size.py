@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from fxquant.core.facts import CostTable, Target
-from fxquant.core.ir import FLOAT_BITS, Choice, EdgeGroups, Program, Site, Sites, tensor_at
+from fxquant.core.ir import Choice, EdgeGroups, Program, Site, Sites, tensor_at
 from fxquant.passes.cost.registry import COSTS
 
 FLOAT_BYTES = 4
@@ -17,12 +17,12 @@ ZERO_POINT_BYTES = 1
 BIAS_BYTES = 4
 
 
-def stored_bits(site: Site, choice: Choice, target: Target) -> int:
+def stored_bits(site: Site, choice: Choice, target: Target) -> float:
     """Return the bits of one site's weights as they are stored, without scales and without filling up the last byte.
 
     A width the file format has no type for is stored in the target's next one.
     """
-    return site.weight_count * (FLOAT_BITS if choice.is_float else target.storage_bits[choice.weight_bits])
+    return site.weight_count * target.stored_bits(choice.weight)
 
 
 def site_bytes(site: Site, choice: Choice, target: Target) -> int:

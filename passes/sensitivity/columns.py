@@ -21,12 +21,12 @@ from torch.fx import Node
 
 from fxquant.core.facts import BitAllocation, FakeQuantNodes, Ranges, WeightGrids
 from fxquant.core.ir import (
-    FLOAT_BITS,
     EdgeGroups,
     FakeQuantize,
     Program,
     ScaleRule,
     Sites,
+    WeightFormat,
     activation_inputs,
     resolve,
     rule_of,
@@ -55,15 +55,20 @@ class Column:
         owner: the site or tie it perturbs; a plan has at most one column of each owner.
         substitution: fake-quant node -> its replacement; empty for float.
         site: the site whose weight it rounds, None for activations alone.
-        weight_bits: width of that weight, None without.
+        weight: format of that weight, None without.
         activation_bits: width of the activations, None where they are not changed.
     """
 
     owner: str
     substitution: Mapping[str, Replacement]
     site: str | None
-    weight_bits: int | None
+    weight: WeightFormat | None
     activation_bits: int | None
+
+    @property
+    def weight_bits(self) -> float | None:
+        """Bits of the weight's format, None without."""
+        return None if self.weight is None else self.weight.bits
 
 
 class Replacements:
@@ -72,18 +77,18 @@ class Replacements:
     def __init__(self, program: Program) -> None:
         self._program = program
         self._nodes = program[FakeQuantNodes]
-        self._weights: dict[tuple[str, int], RoundedWeight] = {}
+        self._weights: dict[tuple[str, WeightFormat], RoundedWeight] = {}
         self._activations: dict[tuple[str, int], FakeQuantize] = {}
 
-    def weight(self, site: str, bits: int) -> dict[str, Replacement]:
+    def weight(self, site: str, weight: WeightFormat) -> dict[str, Replacement]:
         """Return the substitution that rounds a site's weight."""
-        if (site, bits) not in self._weights:
+        if (site, weight) not in self._weights:
             grids, path = self._program[WeightGrids], self._program[Sites].by_name(site).weight
-            value = grids.rounded.get((site, bits), tensor_at(self._program.module, path).detach())
+            value = grids.rounded.get((site, weight), tensor_at(self._program.module, path).detach())
             with torch.no_grad():
-                rounded = FakeQuantize(grids.at(site, bits))(value)
-            self._weights[site, bits] = RoundedWeight(rounded)
-        return dict.fromkeys(self._nodes.weights[site], self._weights[site, bits])
+                rounded = FakeQuantize(grids.at(site, weight))(value)
+            self._weights[site, weight] = RoundedWeight(rounded)
+        return dict.fromkeys(self._nodes.weights[site], self._weights[site, weight])
 
     def inputs(self, site: str, bits: int) -> dict[str, Replacement]:
         """Return the substitution that rounds the values a site reads."""
@@ -117,7 +122,7 @@ class Replacements:
         parts: dict[str, dict[str, Replacement]] = {}
         for site in sites.sites:
             choice = plan.choices[site.name]
-            parts[site.name] = {} if choice.is_float else self.weight(site.name, choice.weight_bits)
+            parts[site.name] = {} if choice.is_float else self.weight(site.name, choice.weight)
             if not choice.is_float:
                 widths[site.input_tie] = choice.activation_bits
         read = {site.input_tie for site in sites.sites}
@@ -159,10 +164,10 @@ def _joint(sites: Sites, quantizers: Replacements) -> tuple[Column, ...]:
     made = []
     for site, choice in ((c.site, c.choice) for c in sites.candidates):
         if choice.is_float:
-            made.append(Column(site, {}, site, FLOAT_BITS, None))
+            made.append(Column(site, {}, site, choice.weight, None))
         else:
-            both = quantizers.weight(site, choice.weight_bits) | quantizers.inputs(site, choice.activation_bits)
-            made.append(Column(site, both, site, choice.weight_bits, choice.activation_bits))
+            both = quantizers.weight(site, choice.weight) | quantizers.inputs(site, choice.activation_bits)
+            made.append(Column(site, both, site, choice.weight, choice.activation_bits))
     return tuple(made)
 
 
@@ -172,12 +177,12 @@ def _apart(program: Program, quantizers: Replacements) -> tuple[tuple[Column, ..
     for site in sites.sites:
         readers[site.input_tie] += 1
     columns: list[Column] = []
-    at: dict[tuple[str, int], int] = {}
+    at: dict[tuple[str, WeightFormat | int], int] = {}
     for site in sites.sites:
-        for bits in sorted({choice.weight_bits for choice in site.choices}):
-            change = {} if bits == FLOAT_BITS else quantizers.weight(site.name, bits)
-            at[site.name, bits] = len(columns)
-            columns.append(Column(site.name, change, site.name, bits, None))
+        for weight in sorted({choice.weight for choice in site.choices}):
+            change = {} if weight.is_float else quantizers.weight(site.name, weight)
+            at[site.name, weight] = len(columns)
+            columns.append(Column(site.name, change, site.name, weight, None))
     for tie in readers:
         members = [group for group, own in ties.items() if own == tie]
         choices = [choice for site in sites.sites if site.input_tie == tie for choice in site.choices]
@@ -187,7 +192,7 @@ def _apart(program: Program, quantizers: Replacements) -> tuple[tuple[Column, ..
             columns.append(Column(f"tie {tie}", change, None, None, bits))
     spread = np.zeros((len(sites.candidates), len(columns)))
     for row, candidate in enumerate(sites.candidates):
-        spread[row, at[candidate.site, candidate.choice.weight_bits]] = 1.0
+        spread[row, at[candidate.site, candidate.choice.weight]] = 1.0
         if not candidate.choice.is_float:
             tie = sites.by_name(candidate.site).input_tie
             spread[row, at[f"tie {tie}", candidate.choice.activation_bits]] = 1.0 / readers[tie]

@@ -11,7 +11,7 @@ from fxquant.backends import backend
 from fxquant.bench import bench
 from fxquant.core.errors import FileFormatError, InfeasibleBudgetError, OptionError
 from fxquant.core.facts import CostTables, Settings, WeightGrids
-from fxquant.core.ir import FakeQuantize
+from fxquant.core.ir import FakeQuantize, WeightFormat
 from fxquant.flow import score_identity
 from fxquant.report import summary
 from tests.core.facts.test_target_file import written
@@ -48,13 +48,13 @@ def test_per_tensor_weights_have_one_scale(tmp_path: Path, rounding: str) -> Non
     ]
     assert len(quantizers) == 3
     assert all(len(set(module.scale.tolist())) == 1 for module in quantizers)
-    channels = result.program[WeightGrids].at("body", 8)
+    channels = result.program[WeightGrids].at("body", WeightFormat(8))
     assert channels.scale.shape == (6,)
 
 
 def test_per_channel_weights_have_their_own(tmp_path: Path) -> None:
     result = quantized(written(tmp_path, granularity="per_channel"), fxquant.Budget(average_bits=6))
-    assert len(set(result.program[WeightGrids].at("body", 8).scale.tolist())) == 6
+    assert len(set(result.program[WeightGrids].at("body", WeightFormat(8)).scale.tolist())) == 6
     one, own = (
         quantized(written(tmp_path, granularity=g), fxquant.Budget(average_bits=6)).costs["size"].values.sum()
         for g in ("per_tensor", "per_channel")

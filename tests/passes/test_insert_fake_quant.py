@@ -5,7 +5,19 @@ import torch
 
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation, FakeQuantNodes, WeightGrids
-from fxquant.core.ir import FLOAT, Choice, EdgeGroups, FakeQuantize, Program, Sites, resolve, rule_of, show, tensor_at
+from fxquant.core.ir import (
+    FLOAT,
+    Choice,
+    EdgeGroups,
+    FakeQuantize,
+    Program,
+    Sites,
+    WeightFormat,
+    resolve,
+    rule_of,
+    show,
+    tensor_at,
+)
 from fxquant.core.run import first_tensor
 from fxquant.passes import FindSites, InsertFakeQuant, group_bits
 from tests.models import MODELS
@@ -61,7 +73,7 @@ def test_nodes_stand_where_the_fact_says(name: str) -> None:
     assert sorted(listed) == sorted(modules)
     assert program.log[-1].rewrites == len(modules)
     for site in program[Sites].sites:
-        grid = program[WeightGrids].at(site.name, 4)
+        grid = program[WeightGrids].at(site.name, WeightFormat(4))
         for node in nodes.weights[site.name]:
             assert torch.equal(modules[node].scale, grid.scale), "each weight has its own scales"
         for reader in site.nodes:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fxquant.core.facts import WeightGrids
-from fxquant.core.ir import Choice, Grid, Sites, tensor_at
+from fxquant.core.ir import Choice, Grid, Sites, WeightFormat, tensor_at
 from fxquant.passes import FindSites, ScaleWeights
 from tests.programs import TARGET, calibrated, check_pass, tied
 
@@ -17,7 +17,7 @@ def test_every_site_has_a_grid_at_every_width(name: str) -> None:
         weight = tensor_at(program.module, site.weight).detach()
         errors = []
         for bits in (2, 4, 8):
-            grid = grids.at(site.name, bits)
+            grid = grids.at(site.name, WeightFormat(bits))
             assert grid.spec.bits == bits
             assert grid.scale.shape == (site.channels,)
             assert torch.equal(grid.scale, Grid.of_weight(weight, bits, grid.spec.channel_axis or 0).scale)
@@ -29,4 +29,4 @@ def test_every_site_has_a_grid_at_every_width(name: str) -> None:
 def test_a_pinned_site_still_has_the_widths_of_the_others() -> None:
     found = FindSites(TARGET, bits=(2, 4), activation_bits=(8,), pins={"fc": Choice(8, 8)})(tied("residual"))
     grids = ScaleWeights()(found)[WeightGrids]
-    assert all(sorted(widths) == [2, 4, 8] for widths in grids.grids.values())
+    assert all([chosen.bits for chosen in sorted(widths)] == [2, 4, 8] for widths in grids.grids.values())

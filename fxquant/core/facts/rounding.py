@@ -114,14 +114,14 @@ class Rounding:
         Raises:
             OptionError: the plan's width was not a candidate.
         """
-        return self.grids.get(site) or grids.at(site, self.choices[site].weight_bits)
+        return self.grids.get(site) or grids.at(site, self.choices[site].weight)
 
     def weight_of(self, site: str, grids: WeightGrids) -> Tensor | None:
         """Return the weight that takes the place of the model's own, None where that is rounded to nearest.
 
         Weights rounded before there was a plan lie on the plan's grid, and are of no use on another.
         """
-        before_plan = None if site in self.grids else grids.rounded.get((site, self.choices[site].weight_bits))
+        before_plan = None if site in self.grids else grids.rounded.get((site, self.choices[site].weight))
         return self.weights.get(site, before_plan)
 
     def save(self, path: Path) -> None:
@@ -146,6 +146,7 @@ class Rounding:
             arrays |= {f"{kind}:{name}": _array(tensor) for name, tensor in getattr(self, kind).items()}
         for name, grid in self.grids.items():
             arrays |= {f"grid_scale:{name}": _array(grid.scale), f"grid_zero:{name}": _array(grid.zero_point)}
+            arrays |= {} if grid.levels is None else {f"grid_levels:{name}": _array(grid.levels)}
         for name, grid in self.activations.items():
             arrays |= {f"scale:{name}": _array(grid.scale), f"zero:{name}": _array(grid.zero_point)}
         write_arrays(path, arrays)
@@ -171,7 +172,7 @@ class Rounding:
                 {str(site): Choice.parse(label) for site, label in header["choices"].items()},
                 str(header["method"]),
                 members.get("weights", {}),
-                _grids(header["specs"], members.get("grid_scale", {}), members.get("grid_zero", {})),
+                _grids(header["specs"], *(members.get(f"grid_{part}", {}) for part in ("scale", "zero", "levels"))),
                 members.get("biases", {}),
                 _grids(_activation_specs(header, members), members.get("scale", {}), members.get("zero", {})),
                 members.get("parameters", {}),
@@ -182,8 +183,16 @@ class Rounding:
             raise FileFormatError(f"{path} is not an intact rounding ({error}); quantize again") from error
 
 
-def _grids(specs: dict[str, Any], scales: dict[str, Tensor], zero_points: dict[str, Tensor]) -> dict[str, Grid]:
-    return {name: Grid(QuantSpec(**spec), scales[name], zero_points[name]) for name, spec in specs.items()}
+def _grids(
+    specs: dict[str, Any],
+    scales: dict[str, Tensor],
+    zero_points: dict[str, Tensor],
+    levels: dict[str, Tensor] | None = None,
+) -> dict[str, Grid]:
+    return {
+        name: Grid(QuantSpec(**spec), scales[name], zero_points[name], (levels or {}).get(name))
+        for name, spec in specs.items()
+    }
 
 
 def _activation_specs(header: dict[str, Any], members: dict[str, dict[str, Tensor]]) -> dict[str, Any]:

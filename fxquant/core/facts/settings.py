@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fxquant.core.errors import OptionError
 from fxquant.core.facts.option_fields import BY_EFFORT, Options, rules
 from fxquant.core.facts.target import Target
-from fxquant.core.ir import Choice
+from fxquant.core.ir import Choice, WeightFormat
 
 EffortName = Literal["fast", "default", "best"]
 Context = Literal["float", "widest"]
@@ -54,7 +54,8 @@ class Settings(Options):
     """Options of a search.
 
     Args:
-        bits: candidate weight bits; 32 adds float.
+        bits: candidate weight formats: bits of evenly spaced levels (2..8), "2c" for a codebook, "3p" for powers of
+            two, "2.5r" for output channels of several widths; 32 adds float.
         activation_bits: candidate activation bits.
         target: what will run the model: a name, the path of a target file (.json), or a `Target`.
         effort: how much is measured.
@@ -89,7 +90,7 @@ class Settings(Options):
         OptionError: a value that is not allowed.
     """
 
-    bits: tuple[int, ...] = (2, 4, 8)
+    bits: tuple[int | str, ...] = (2, 4, 8)
     activation_bits: tuple[int, ...] = (8,)
     target: str | Path | Target = "onnxruntime"
     effort: EffortName = "default"
@@ -118,11 +119,17 @@ class Settings(Options):
         if isinstance(self.target, Path):
             object.__setattr__(self, "target", str(self.target))
         super().__post_init__()
-        for name in ("bits", "activation_bits"):
-            object.__setattr__(self, name, tuple(sorted(set(getattr(self, name)))))
+        found = [weight.bits if weight.kind == "uniform" else weight.label for weight in self.formats]
+        object.__setattr__(self, "bits", tuple(found))
+        object.__setattr__(self, "activation_bits", tuple(sorted(set(self.activation_bits))))
         empty = [name for name in ("bits", "activation_bits", "estimators") if getattr(self, name) == ()]
         if empty:
             raise OptionError(f"{empty[0]} is empty; give at least one")
+
+    @property
+    def formats(self) -> tuple[WeightFormat, ...]:
+        """The candidate weight formats, ascending."""
+        return tuple(sorted({WeightFormat.parse(text) for text in self.bits}))
 
     def settled(self, **chosen: Any) -> Settings:
         """Return settings in which nothing is left to the effort.

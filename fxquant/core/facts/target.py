@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fxquant.core.errors import OptionError
-from fxquant.core.ir import FLOAT_BITS, MAX_BITS
+from fxquant.core.ir import FLOAT_BITS, FORMAT_KINDS, MAX_BITS, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,11 @@ class Target:
         per_channel: whether weights have a scale for each output channel; else one for the tensor.
         latency: rows that say what a layer takes, the first that matches; without any it is measured on this machine.
         runs_on: name of the backend that runs its graphs here; None for the one registered under the target's name.
+        weight_formats: kinds of weight formats beside "uniform" that it stores (see `WeightFormat`).
 
     Raises:
-        OptionError: a storage width that is narrower than the width it stores, or one of a weight that is missing.
+        OptionError: a storage width that is narrower than the width it stores, one of a weight that is missing, or an
+            unknown weight format.
     """
 
     name: str
@@ -80,8 +82,12 @@ class Target:
     per_channel: bool = True
     latency: tuple[LatencyRow, ...] = ()
     runs_on: str | None = None
+    weight_formats: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        unknown = sorted(set(self.weight_formats) - set(FORMAT_KINDS))
+        if unknown:
+            raise OptionError(f"target {self.name!r} names weight formats {unknown}; known: {', '.join(FORMAT_KINDS)}")
         for bits in self.weight_bits:
             stored = self.storage_bits.get(bits)
             if stored is None or stored < bits:
@@ -94,6 +100,23 @@ class Target:
                 raise OptionError(
                     f"target {self.name!r} stores {bits}-bit activations in {stored} bits; give a width >= {bits}"
                 )
+
+    def executes(self, weight: WeightFormat) -> bool:
+        """Whether weights of a format can be stored and run in integers."""
+        return weight.bits in self.weight_bits if weight.kind == "uniform" else weight.kind in self.weight_formats
+
+    def stored_bits(self, weight: WeightFormat) -> float:
+        """Return the bits that store one element of a weight, 32 for float."""
+        if weight.is_float or weight.kind != "uniform":
+            return weight.bits
+        return self.storage_bits[int(weight.bits)]
+
+    @property
+    def formats_text(self) -> str:
+        """The weight formats that execute, for messages: widths, then a label for each other kind."""
+        kinds = (FORMAT_KINDS[kind] for kind in self.weight_formats)
+        others = [f"{known.least}{known.suffix}..{known.most}{known.suffix}" for known in kinds]
+        return f"[{', '.join([*map(str, sorted(self.weight_bits)), *others])}]"
 
     @property
     def runner(self) -> str:

@@ -138,6 +138,7 @@ def _readers() -> dict[str, Any]:
         "kernels": _texts,
         "joins": _kinds,
         "weight_bits": _widths,
+        "weight_formats": lambda kinds: tuple(sorted(_kinds(kinds))),
         "activation_bits": _widths,
         "storage_bits": _storage,
         "activation_storage_bits": _storage,

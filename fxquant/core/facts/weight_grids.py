@@ -1,4 +1,4 @@
-"""The grids of weights at every candidate width, and weights rounded on them before there is a plan."""
+"""The grids of weights in every candidate format, and weights rounded on them before there is a plan."""
 
 from __future__ import annotations
 
@@ -9,48 +9,55 @@ import torch
 from torch import Tensor
 
 from fxquant.core.errors import FileFormatError, OptionError
-from fxquant.core.ir import Grid
+from fxquant.core.ir import Grid, WeightFormat
 from fxquant.core.storage import read_arrays, tensor_digest, write_arrays
 
 
 @dataclass(frozen=True)
 class WeightGrids:
-    """The grid of every site's weight at every candidate width.
+    """The grid of every site's weight in every candidate format.
 
     Args:
-        grids: site name -> bits -> grid.
-        rounded: (site name, bits) -> weight rounded on that grid better than to its nearest values; nearest rounding
+        grids: site name -> format -> grid.
+        rounded: (site name, format) -> weight rounded on that grid better than to its nearest values; nearest rounding
             is meant where there is none.
     """
 
-    grids: dict[str, dict[int, Grid]]
-    rounded: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    grids: dict[str, dict[WeightFormat, Grid]]
+    rounded: dict[tuple[str, WeightFormat], Tensor] = field(default_factory=dict)
 
-    def at(self, site: str, bits: int) -> Grid:
-        """Return the grid of a site at a width.
+    def at(self, site: str, weight: WeightFormat) -> Grid:
+        """Return the grid of a site in a format.
 
         Raises:
-            OptionError: the width was not a candidate, or there is no such site.
+            OptionError: the format was not a candidate, or there is no such site.
         """
         grids = self.grids.get(site)
         if grids is None:
             raise OptionError(f"no site is called {site!r}; sites: {', '.join(self.grids)}")
-        if bits not in grids:
-            raise OptionError(f"site {site!r} has no {bits}-bit grid; candidate widths are {sorted(grids)}")
-        return grids[bits]
+        if weight not in grids:
+            known = ", ".join(each.label for each in sorted(grids))
+            raise OptionError(f"site {site!r} has no {weight.label}-bit grid; candidate formats are {known}")
+        return grids[weight]
 
     def digest(self) -> str:
         """Return a digest of the rounded weights, the same for all grids that round to nearest."""
-        return tensor_digest({f"{site}:{bits}": tensor for (site, bits), tensor in self.rounded.items()})
+        return tensor_digest({f"{site}:{weight.label}": tensor for (site, weight), tensor in self.rounded.items()})
 
     def save_rounded(self, path: Path) -> None:
-        """Write the rounded weights as integers.
+        """Write the rounded weights as integers, with the grids they lie on.
 
         Raises:
             OutputError: the folder cannot be written.
         """
-        integers = {f"{site}:{bits}": self.at(site, bits).quantize(t) for (site, bits), t in self.rounded.items()}
-        write_arrays(path, {key: q.to(torch.int8).cpu().numpy() for key, q in integers.items()})
+        arrays = {}
+        for (site, weight), tensor in self.rounded.items():
+            grid, key = self.at(site, weight), f"{site}:{weight.label}"
+            arrays[f"q:{key}"] = grid.quantize(tensor).to(torch.int8).cpu().numpy()
+            arrays[f"scale:{key}"] = grid.scale.cpu().numpy()
+            if grid.levels is not None:
+                arrays[f"levels:{key}"] = grid.levels.cpu().numpy()
+        write_arrays(path, arrays)
 
     def with_rounded(self, path: Path) -> WeightGrids:
         """Return these grids with the rounded weights that `save_rounded` wrote.
@@ -58,13 +65,24 @@ class WeightGrids:
         Raises:
             FileFormatError: missing, damaged, or of another network.
         """
-        rounded = dict(self.rounded)
-        for key, array in read_arrays(path).items():
-            site, _, bits = key.rpartition(":")
+        rounded, grids = dict(self.rounded), {site: dict(known) for site, known in self.grids.items()}
+        arrays = read_arrays(path)
+        for key, array in arrays.items():
+            kind, _, place = key.partition(":")
+            site, _, label = place.rpartition(":")
+            if kind != "q":
+                continue
             try:
-                rounded[site, int(bits)] = self.grids[site][int(bits)].dequantize(torch.from_numpy(array))
-            except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+                weight, levels = WeightFormat.parse(label), arrays.get(f"levels:{place}")
+                grid = replace(
+                    grids[site][weight],
+                    scale=torch.from_numpy(arrays[f"scale:{place}"]),
+                    levels=None if levels is None else torch.from_numpy(levels),
+                )
+                grids[site][weight], q = grid, torch.from_numpy(array)
+                rounded[site, weight] = grid.dequantize(q)
+            except (KeyError, ValueError, TypeError, IndexError, RuntimeError, OptionError) as error:
                 raise FileFormatError(
                     f"{path} does not belong to this model ({key}: {error}); quantize again"
                 ) from error
-        return replace(self, rounded=rounded)
+        return WeightGrids(grids, rounded)

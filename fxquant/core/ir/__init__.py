@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fxquant.core.ir.autograd import differentiable, gradients
 from fxquant.core.ir.edges import EdgeGroups, PlanEdges, QuantizedEdges
-from fxquant.core.ir.fake_quant import FINEST_SHARE, FakeQuantize, round_learned
+from fxquant.core.ir.fake_quant import FINEST_SHARE, FakeQuantize, round_learned, round_to_levels, whole_levels
 from fxquant.core.ir.graphs import (
     constant,
     consumers,
@@ -23,6 +23,7 @@ from fxquant.core.ir.graphs import (
     trace_line,
 )
 from fxquant.core.ir.grid import SMALLEST_SCALE, Grid
+from fxquant.core.ir.levels import HIGHEST_LEVEL, LOWEST_LEVEL, nearest_level
 from fxquant.core.ir.ops import (
     OPS,
     REFUSED,
@@ -35,11 +36,10 @@ from fxquant.core.ir.ops import (
     rule_of,
 )
 from fxquant.core.ir.program import PassRecord, Program
+from fxquant.core.ir.row_grid import RowGrid
 from fxquant.core.ir.shapes import images_axis, sample_elements, sample_shape, shape_of, traced_images
 from fxquant.core.ir.spec import (
     FLOAT,
-    FLOAT_BITS,
-    MAX_BITS,
     Candidate,
     Choice,
     Edge,
@@ -50,3 +50,4 @@ from fxquant.core.ir.spec import (
     site_name,
     weight_spec,
 )
+from fxquant.core.ir.weight_format import FLOAT_BITS, FORMAT_KINDS, MAX_BITS, WeightFormat

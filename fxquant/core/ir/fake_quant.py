@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.core.ir.grid import Grid
+from fxquant.core.ir.levels import HIGHEST_LEVEL, LOWEST_LEVEL, nearest_level
 from fxquant.core.ir.spec import QuantSpec
 
 FINEST_SHARE = 2.0**-8
@@ -18,8 +19,9 @@ FINEST_SHARE = 2.0**-8
 class FakeQuantize(nn.Module):
     """Simulates one grid: `(clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale`.
 
-    The gradient with respect to x is 1 inside the grid and 0 outside (straight-through, Bengio et al. 2013). After
-    `learn()` scale is a parameter with the gradient of `round_learned`; the values are the same to the bit.
+    On a grid with levels it is `scale * (the nearest level of x / scale)`. The gradient with respect to x is 1 inside
+    the grid and 0 outside (straight-through, Bengio et al. 2013). After `learn()` scale is a parameter with the
+    gradient of `round_learned`, and so are levels with that of `round_to_levels`; the values are the same to the bit.
 
     Args:
         grid: copied; scales become float32 and zero-points int32.
@@ -27,6 +29,7 @@ class FakeQuantize(nn.Module):
 
     scale: Tensor
     zero_point: Tensor
+    levels: Tensor | None
     finest: Tensor | None
 
     def __init__(self, grid: Grid) -> None:
@@ -34,23 +37,27 @@ class FakeQuantize(nn.Module):
         self.spec = grid.spec
         self.register_buffer("scale", grid.scale.detach().float().clone())
         self.register_buffer("zero_point", grid.zero_point.detach().to(torch.int32).clone())
+        self.register_buffer("levels", None if grid.levels is None else grid.levels.clone())
         # Not part of the state: a checkpoint has the same tensors whether steps are learned or not.
         self.register_buffer("finest", None, persistent=False)
 
     def learn(self, on: bool = True) -> None:
-        """Make scale a parameter, or a buffer again with the values that `step` has then."""
-        scale = self.step.detach().clone()
-        del self.scale
+        """Make scale and levels parameters, or buffers again with the values that are in force then."""
+        known = self.grid
+        del self.scale, self.levels
         if on:
-            self.scale, self.finest = nn.Parameter(scale), scale * FINEST_SHARE
+            self.scale, self.finest = nn.Parameter(known.scale), known.scale * FINEST_SHARE
+            self.levels = None if known.levels is None else nn.Parameter(known.levels.float())
         else:
-            self.register_buffer("scale", scale)
+            self.register_buffer("scale", known.scale)
+            self.register_buffer("levels", known.levels)
             self.finest = None
 
     @property
     def grid(self) -> Grid:
-        """The grid in force, with copies of its scales and zero-points."""
-        return Grid(self.spec, self.step.detach().clone(), self.zero_point.clone())
+        """The grid in force, with copies of its scales, zero-points and levels."""
+        levels = None if self.levels is None else whole_levels(self.levels.detach()).to(torch.int8)
+        return Grid(self.spec, self.step.detach().clone(), self.zero_point.clone(), levels)
 
     @property
     def step(self) -> Tensor:
@@ -64,6 +71,8 @@ class FakeQuantize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return x on the grid, of the same shape and type."""
         spec, scale, with_gradient = self.spec, self.step, torch.is_grad_enabled()
+        if self.levels is not None:
+            return round_to_levels(x, scale, self.levels, spec.channel_axis or 0)
         if with_gradient and self.finest is not None:
             return round_learned(x, scale, self.zero_point, spec)
         if spec.channel_axis is None and x.dtype == torch.float32 and not (with_gradient and x.requires_grad):
@@ -150,3 +159,40 @@ def round_learned(
         x, scale, zero_point.to(scale.dtype), spec.channel_axis, spec.qmin, spec.qmax, pace
     )
     return per_channel
+
+
+def whole_levels(levels: Tensor) -> Tensor:
+    """Return learned levels as integers of int8, ascending along the last axis, of the same type and shape."""
+    return levels.round().clamp(LOWEST_LEVEL, HIGHEST_LEVEL).sort(dim=-1).values
+
+
+def round_to_levels(x: Tensor, scale: Tensor, levels: Tensor, channel_axis: int = 0) -> Tensor:
+    """Return `scale * (nearest level of x / scale)`, of the shape of x, differentiable in x, scale and float levels.
+
+    `d/dx = 1` between the outer levels and 0 beyond; `d/dscale = level - x / scale` between and `level` beyond, with
+    the pace of `round_learned`; `d/dlevel` adds up the gradients of the values rounded to it, times scale.
+
+    Args:
+        x: float32.
+        scale: float32, shape `(channels,)`, above 0.
+        levels: shape `(channels, L)`: int8, ascending, or learned float32 that `whole_levels` makes such.
+        channel_axis: axis of x that counts channels.
+    """
+    rows = x.movedim(channel_axis, 0)
+    shape, rows = rows.shape, rows.flatten(1)
+    known = whole_levels(levels.detach().float())
+    exact = rows / scale.unsqueeze(1)
+    q = nearest_level(exact.detach(), known)
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or levels.requires_grad):
+        inside = (exact.detach() >= known[:, :1]) & (exact.detach() <= known[:, -1:])
+        if levels.requires_grad:
+            # Straight through: the value is that of the whole level, the gradient that of the learned one.
+            ordered = levels.sort(dim=-1).values
+            index = (q.unsqueeze(2) == known.unsqueeze(1)).to(torch.uint8).argmax(dim=2)
+            learned = ordered.gather(1, index)
+            q = q + (learned - learned.detach())
+        pace = (exact.shape[1] * max(1.0, float(known.abs().max()))) ** -0.5
+        paced = scale.detach() + (scale - scale.detach()) * pace
+        exact = rows / paced.unsqueeze(1)
+        q, scale = q + (exact - exact.detach()) * inside, paced
+    return (q * scale.unsqueeze(1)).reshape(shape).movedim(0, channel_axis).to(x.dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxquant.core.errors import OptionError
+from fxquant.core.ir.levels import HIGHEST_LEVEL, LOWEST_LEVEL, nearest_level
 from fxquant.core.ir.spec import QuantSpec, weight_spec
 
 SMALLEST_SCALE = 2.0**-40
@@ -22,28 +23,33 @@ SEARCH_LOWEST = 0.3
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The values `(q - zero_point) * scale` for the integers q of a spec; all other forms of a grid are made from it.
+    """The values `(q - zero_point) * scale` for the integers q of a spec, or for some of them.
 
-    Algorithms round through `nearest` and `value`: a format with other levels than evenly spaced ones (a codebook,
-    powers of two) has others of these two, and its own kernel in `FakeQuantize`.
+    Kernels multiply int8 integers whatever the format of a weight: a codebook, powers of two or channels of several
+    widths only say which of the integers a channel uses.
 
     Args:
         spec: width and sign of the integers, and the axis that counts channels.
         scale: float, shape `()` or `(channels,)`, above 0.
         zero_point: integers of the shape of scale, within the spec.
+        levels: the integers that each channel may use, int8 of shape `(channels, L)`, ascending along the last axis; a
+            channel with fewer of them repeats its largest. None for all integers of the spec.
 
     Raises:
-        OptionError: scale and zero_point have different shapes.
+        OptionError: scale and zero_point have different shapes, or levels do not fit them or int8 weights.
     """
 
     spec: QuantSpec
     scale: Tensor
     zero_point: Tensor
+    levels: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.scale.shape != self.zero_point.shape:
             shapes = f"{tuple(self.scale.shape)} and {tuple(self.zero_point.shape)}"
             raise OptionError(f"scale and zero_point of a grid have shapes {shapes}; give them the same one")
+        if self.levels is not None:
+            _check_levels(self.levels, self.spec, len(self.scale) if self.scale.dim() else None)
 
     @staticmethod
     def covering(low: Tensor, high: Tensor, spec: QuantSpec) -> Grid:
@@ -99,27 +105,17 @@ class Grid:
                 best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
         return Grid(spec, best.expand(channels).clone(), widest.zero_point.expand(channels).clone())
 
-    def nearest(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Return `clamp(round(x / scale) + zero_point, qmin, qmax)` in the type of x.
-
-        Args:
-            x: float tensor.
-            scale: in place of the grid's own, broadcastable to x.
-            zero_point: likewise.
-        """
-        return torch.clamp(torch.round(x / scale) + zero_point, self.spec.qmin, self.spec.qmax)
-
-    def value(self, q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Return `(q - zero_point) * scale` in the type of scale; arguments as those of `nearest`."""
-        return (q - zero_point).to(scale.dtype) * scale
-
     def quantize(self, x: Tensor) -> Tensor:
         """Return the nearest integers of the grid as int32, of the shape of x."""
-        return self.nearest(x, self.along(x, self.scale), self.along(x, self.zero_point)).to(torch.int32)
+        if self.levels is not None:
+            rows = self._as_rows(x / self.along(x, self.scale))
+            return self._from_rows(nearest_level(rows, self.levels), x).to(torch.int32)
+        scaled = torch.round(x / self.along(x, self.scale)) + self.along(x, self.zero_point)
+        return torch.clamp(scaled, self.spec.qmin, self.spec.qmax).to(torch.int32)
 
     def dequantize(self, q: Tensor) -> Tensor:
-        """Return the values of integers of the grid in the type of scale, of the shape of q."""
-        return self.value(q, self.along(q, self.scale), self.along(q, self.zero_point))
+        """Return the values of integers of the grid, `(q - zero_point) * scale`, in the type of scale."""
+        return (q - self.along(q, self.zero_point)).to(self.scale.dtype) * self.along(q, self.scale)
 
     def round_trip(self, x: Tensor) -> Tensor:
         """Return `dequantize(quantize(x))`: x as the integer kernel will see it."""
@@ -132,3 +128,26 @@ class Grid:
         shape = [1] * x.dim()
         shape[self.spec.channel_axis] = -1
         return parameter.reshape(shape)
+
+    def _as_rows(self, x: Tensor) -> Tensor:
+        return x.movedim(self.spec.channel_axis or 0, 0).flatten(1)
+
+    def _from_rows(self, rows: Tensor, like: Tensor) -> Tensor:
+        axis = self.spec.channel_axis or 0
+        return rows.reshape(like.movedim(axis, 0).shape).movedim(0, axis)
+
+
+def _check_levels(levels: Tensor, spec: QuantSpec, channels: int | None) -> None:
+    """Fail unless levels can be used by int8 kernels.
+
+    Raises:
+        OptionError: a wrong type or shape, integers outside the spec, or a row that descends.
+    """
+    if levels.dtype != torch.int8 or levels.dim() != 2 or levels.shape[0] != channels or levels.shape[1] < 1:
+        raise OptionError(
+            f"levels of a grid are {levels.dtype} of shape {tuple(levels.shape)}; give int8 of shape ({channels}, L)"
+        )
+    if (spec.qmin, spec.qmax) != (LOWEST_LEVEL, HIGHEST_LEVEL) or not spec.symmetric:
+        raise OptionError(f"levels need the symmetric int8 grid, not {spec}")
+    if bool((levels[:, 1:] < levels[:, :-1]).any()):
+        raise OptionError("levels of a grid descend in a row; sort them")

@@ -6,12 +6,7 @@ import re
 from dataclasses import dataclass
 
 from fxquant.core.errors import OptionError
-
-FLOAT_BITS = 32
-"""The bit width that means "left in float32"."""
-
-MIN_BITS = 2
-MAX_BITS = 8
+from fxquant.core.ir.weight_format import FLOAT_BITS, MAX_BITS, MIN_BITS, WeightFormat
 
 
 @dataclass(frozen=True, order=True)
@@ -76,30 +71,43 @@ class Edge:
 
 @dataclass(frozen=True, order=True)
 class Choice:
-    """Precision of one site: bits of its weights and of the activation it reads.
+    """Precision of one site: the format of its weights, and the bits of the activation it reads.
 
     Args:
-        weight_bits: 2..8, or 32 for float.
+        weight_bits: bits of the weight format, or 32 for float.
         activation_bits: 2..8, or 32 for float; float weights and float activations only go together.
+        kind: kind of the weight format (see `WeightFormat`).
 
     Raises:
-        OptionError: a width out of range, or only one of the two in float.
+        OptionError: a width out of range, an unknown kind, or only one of the two in float.
     """
 
-    weight_bits: int
+    weight_bits: float
     activation_bits: int
+    kind: str = "uniform"
 
     def __post_init__(self) -> None:
-        for label, bits in (("weight_bits", self.weight_bits), ("activation_bits", self.activation_bits)):
-            if bits != FLOAT_BITS and not MIN_BITS <= bits <= MAX_BITS:
-                raise OptionError(
-                    f"{label}={bits} is out of range; allowed: {MIN_BITS}..{MAX_BITS}, or {FLOAT_BITS} for float"
-                )
+        _ = self.weight
+        if self.activation_bits != FLOAT_BITS and not MIN_BITS <= self.activation_bits <= MAX_BITS:
+            raise OptionError(
+                f"activation_bits={self.activation_bits} is out of range; allowed: {MIN_BITS}..{MAX_BITS}, or "
+                f"{FLOAT_BITS} for float"
+            )
         if (self.weight_bits == FLOAT_BITS) != (self.activation_bits == FLOAT_BITS):
             raise OptionError(
-                f"W{self.weight_bits}A{self.activation_bits} mixes float and integer operands; "
+                f"W{self.weight_bits:g}A{self.activation_bits} mixes float and integer operands; "
                 f"use {FLOAT_BITS} for both or for neither"
             )
+
+    @staticmethod
+    def of(weight: WeightFormat, activation_bits: int) -> Choice:
+        """Return the choice of a weight format and a width of activations; float weights read float activations."""
+        return FLOAT if weight.is_float else Choice(weight.bits, activation_bits, weight.kind)
+
+    @property
+    def weight(self) -> WeightFormat:
+        """The format of the weights."""
+        return WeightFormat(self.weight_bits, self.kind)
 
     @property
     def is_float(self) -> bool:
@@ -108,24 +116,26 @@ class Choice:
 
     @property
     def label(self) -> str:
-        """`W4A8`, or `float`."""
-        return "float" if self.is_float else f"W{self.weight_bits}A{self.activation_bits}"
+        """`W4A8`, `W2cA8`, `W2.5rA8` or `float`."""
+        return "float" if self.is_float else f"W{self.weight.label}A{self.activation_bits}"
 
     @staticmethod
     def parse(label: str) -> Choice:
-        """Read `W4A8` or `float` back.
+        """Read a label back.
 
         Raises:
-            OptionError: the text is neither.
+            OptionError: the text is no label.
         """
         if label == "float":
             return FLOAT
-        match = re.fullmatch(r"W([0-9]{1,2})A([0-9]{1,2})", label)
+        match = re.fullmatch(r"W([0-9]{1,2}(?:\.[0-9]{1,3})?[a-z]?)A([0-9]{1,2})", label)
         if match is None:
             raise OptionError(
-                f"precision {label!r} is not understood; write W4A8 (weight and activation bits) or float"
+                f"precision {label!r} is not understood; write W4A8 (weight and activation bits), W2cA8 (a codebook), "
+                "W2.5rA8 (rows of several widths) or float"
             )
-        return Choice(int(match[1]), int(match[2]))
+        weight = WeightFormat.parse(match[1])
+        return Choice(weight.bits, int(match[2]), weight.kind)
 
 
 FLOAT = Choice(FLOAT_BITS, FLOAT_BITS)

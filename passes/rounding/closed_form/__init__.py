@@ -6,22 +6,18 @@ from fxquant.passes.rounding.closed_form.bank import METHODS, RoundWeights
 from fxquant.passes.rounding.closed_form.bias_correction import channel_means
 from fxquant.passes.rounding.closed_form.chains import ScaleChain, scale_chains
 from fxquant.passes.rounding.closed_form.gpfq import gpfq_rows
-from fxquant.passes.rounding.closed_form.gptq import gptq_rows
+from fxquant.passes.rounding.closed_form.gptq import gptq_rows, with_best_scales
 from fxquant.passes.rounding.closed_form.input_gram import (
     GramAccumulator,
     Moments,
     channel_axis,
     geometry_of,
     patches,
-    squared_error,
-    to_rows,
 )
 from fxquant.passes.rounding.closed_form.layerwise import (
-    RowRounder,
     moments_of,
     on_grid,
     round_layerwise,
 )
 from fxquant.passes.rounding.closed_form.prefix import FEWEST, Prefix, fitting
-from fxquant.passes.rounding.closed_form.rescale import RATIOS, with_best_scales
 from fxquant.passes.rounding.closed_form.verdict import first_site, judged

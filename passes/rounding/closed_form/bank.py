@@ -14,9 +14,10 @@ from torch import Tensor
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import WeightGrids
 from fxquant.core.host import SILENT, Reporter
-from fxquant.core.ir import Program, Sites, tensor_at
+from fxquant.core.ir import Program, RowGrid, Sites, WeightFormat, tensor_at
 from fxquant.core.run import CalibrationSet
 from fxquant.passes.base import Pass
+from fxquant.passes.formats import RowProblem, grid_of, rows_of
 from fxquant.passes.rounding.closed_form import gpfq, gptq
 from fxquant.passes.rounding.closed_form.layerwise import RowAlgorithm, moments_of, on_grid
 from fxquant.passes.rounding.closed_form.prefix import Prefix, fitting
@@ -49,14 +50,19 @@ class RoundWeights(Pass):
             raise OptionError(f"unknown weight rounding {self.method!r}; known: {', '.join(METHODS)}")
 
     def run(self, program: Program) -> tuple[Program, int]:
-        """Return the program with rounded weights beside its grids; the graph does not change."""
-        sites, grids, rounded = program[Sites].sites, program[WeightGrids].grids, dict[tuple[str, int], Tensor]()
+        """Return the program with rounded weights and the grids they lie on; the graph does not change."""
+        sites, known = program[Sites].sites, program[WeightGrids].grids
+        grids, rounded = {site: dict(own) for site, own in known.items()}, dict[tuple[str, WeightFormat], Tensor]()
         walk = Prefix(program.module, fitting(program.module, self.images))
         for site in self.reporter.track(sites, f"{self.method} at every width", len(sites)):
             walk.to(site.nodes[0])
             moments = moments_of(site, program.module, walk)
             rounder, weight = METHODS[self.method](moments), tensor_at(program.module, site.weight)
-            groups = moments.gram.shape[0]
-            for bits, grid in grids[site.name].items():
-                rounded[site.name, bits] = on_grid(weight, grid, groups, rounder)
+            groups = len(moments.gram)
+            # Even spacing is found already; other levels are better when found under the method.
+            even = {c: RowGrid.of(g, groups, len(weight)) for c, g in grids[site.name].items() if g.levels is None}
+            problem = RowProblem(rows_of(weight, groups=groups), moments.gram, rounder, found=even)
+            for chosen, grid in grids[site.name].items():
+                grids[site.name][chosen] = better = grid if chosen in even else grid_of(problem, chosen)
+                rounded[site.name, chosen] = on_grid(weight, better, groups, rounder)
         return program.with_facts(WeightGrids(grids, rounded)), 0

@@ -11,13 +11,14 @@ from torch.fx import GraphModule, Node
 
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import Ranges, Settings, Target, WeightGrids
-from fxquant.core.ir import Grid, Program, Sites, erase_dead, finish, fork, resolve, rule_of, set_parameter, tensor_at
+from fxquant.core.ir import Program, Sites, erase_dead, finish, fork, resolve, rule_of, set_parameter, tensor_at
 from fxquant.core.run import OBSERVERS, CalibrationSet, GraphReplay
 from fxquant.passes.rounding.acceptance import record_of
 from fxquant.passes.rounding.closed_form.chains import ScaleChain, scale_chains
 from fxquant.passes.rounding.closed_form.prefix import BATCH
 from fxquant.passes.rounding.closed_form.verdict import first_site, judged, recorded
 from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
+from fxquant.passes.scale_weights import weight_grids
 
 SWEEPS = 100
 CONVERGED = 1e-4
@@ -148,14 +149,8 @@ def with_parameters(
     known = program[WeightGrids]
     changed = {site.name: parameters[site.weight] for site in program[Sites].sites if site.weight in parameters}
     per_channel = program[Target].per_channel
-    fresh = {
-        name: {
-            bits: Grid.of_weight(weight, bits, grid.spec.channel_axis or 0, per_channel)
-            for bits, grid in known.grids[name].items()
-        }
-        for name, weight in changed.items()
-    }
-    rounded = {(name, bits): weight for (name, bits), weight in known.rounded.items() if name not in changed}
+    fresh = {name: weight_grids(weight, known.grids[name], 0, per_channel) for name, weight in changed.items()}
+    rounded = {(name, chosen): weight for (name, chosen), weight in known.rounded.items() if name not in changed}
     return scaled.with_facts(ranges, WeightGrids({**known.grids, **fresh}, rounded))
 
 

@@ -7,9 +7,10 @@ import time
 import torch
 from torch import Tensor
 
-from fxquant.core.ir import Grid, Program
+from fxquant.core.ir import Program, RowGrid
+from fxquant.passes.formats import RowRounder
 from fxquant.passes.rounding.closed_form.input_gram import Moments
-from fxquant.passes.rounding.closed_form.layerwise import RowRounder, round_layerwise
+from fxquant.passes.rounding.closed_form.layerwise import round_layerwise
 from fxquant.passes.rounding.closed_form.verdict import judged
 from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
 
@@ -43,7 +44,7 @@ def gpfq_rows(moments: Moments) -> RowRounder:
     # Its lower triangle sums over s <= t: the outputs of the float network up to each input.
     followed = moments.cross.tril().transpose(1, 2)
 
-    def rounder(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    def rounder(rows: Tensor, grid: RowGrid) -> Tensor:
         wanted = rows @ followed
         values, integers = torch.zeros_like(rows), torch.empty_like(rows)
         for t in range(rows.shape[2]):
@@ -51,8 +52,8 @@ def gpfq_rows(moments: Moments) -> RowRounder:
             spent = values[:, :, :t] @ gram[:, t, :t].unsqueeze(2)
             target = (wanted[:, :, t : t + 1] - spent) / strength[:, t].reshape(-1, 1, 1)
             target = torch.where(dead[:, t].reshape(-1, 1, 1), rows[:, :, t : t + 1], target)
-            integers[:, :, t : t + 1] = q = grid.nearest(target, scale, zero_point)
-            values[:, :, t : t + 1] = grid.value(q, scale, zero_point)
+            integers[:, :, t : t + 1] = q = grid.nearest(target)
+            values[:, :, t : t + 1] = grid.value(q)
         return integers
 
     return rounder

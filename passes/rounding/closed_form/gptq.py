@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fxquant.core.errors import FailureError
-from fxquant.core.ir import Grid, Program
-from fxquant.passes.rounding.closed_form.input_gram import Moments, squared_error
-from fxquant.passes.rounding.closed_form.layerwise import RowRounder, round_layerwise
-from fxquant.passes.rounding.closed_form.rescale import with_best_scales
+from fxquant.core.ir import Program, RowGrid
+from fxquant.passes.formats import RATIOS, RowProblem, RowRounder, squared_error
+from fxquant.passes.rounding.closed_form.input_gram import Moments
+from fxquant.passes.rounding.closed_form.layerwise import round_layerwise
 from fxquant.passes.rounding.closed_form.verdict import judged
 from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
 
@@ -47,6 +48,15 @@ def gptq_rescaled(task: RoundingTask) -> Program:
     return judged(task, rounding, "gptq_rescaled", time.perf_counter() - started)
 
 
+def with_best_scales(problem: RowProblem, grid: RowGrid) -> RowGrid:
+    """Return the grid with each channel's scale `s_c = argmin_r d' H d`, `d = w_c - rounded(w_c; r s)`, r of `RATIOS`.
+
+    The plan's scales minimise `|d|^2` of nearest rounding; under H, and with an algorithm that compensates errors,
+    others are better.
+    """
+    return replace(problem, ratios=RATIOS).rescaled(grid)
+
+
 def gptq_rows(moments: Moments, damping: float = DAMPING, ordered: bool = True, block: int = BLOCK) -> RowRounder:
     """Return how GPTQ rounds weights that read this input.
 
@@ -69,7 +79,7 @@ def gptq_rows(moments: Moments, damping: float = DAMPING, ordered: bool = True, 
     order = diagonal.argsort(dim=1, descending=True, stable=True) if ordered else _positions(diagonal)
     inverse_root = _inverse_root(_permuted(gram, order), damping)
 
-    def rounder(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    def rounder(rows: Tensor, grid: RowGrid) -> Tensor:
         index = order.unsqueeze(1).expand_as(rows)
         left = rows.gather(2, index)
         # Within a block each column is corrected at once; later blocks get the block's corrections in one product, so
@@ -80,15 +90,15 @@ def gptq_rows(moments: Moments, damping: float = DAMPING, ordered: bool = True, 
             errors = torch.empty_like(left[:, :, start:stop])
             for j in range(start, stop):
                 column = left[:, :, j : j + 1]
-                chosen[:, :, j : j + 1] = q = grid.nearest(column, scale, zero_point)
-                error = (column - grid.value(q, scale, zero_point)) / inverse_root[:, j : j + 1, j : j + 1]
+                chosen[:, :, j : j + 1] = q = grid.nearest(column)
+                error = (column - grid.value(q)) / inverse_root[:, j : j + 1, j : j + 1]
                 left[:, :, j:stop] -= error * inverse_root[:, j : j + 1, j:stop]
                 errors[:, :, j - start : j - start + 1] = error
             left[:, :, stop:] -= errors @ inverse_root[:, start:stop, stop:]
         # Back from the order of rounding to the weight's own.
         found = torch.empty_like(chosen).scatter_(2, index, chosen)
-        plain = grid.nearest(rows, scale, zero_point)
-        ours, theirs = (squared_error(rows - grid.value(q, scale, zero_point), gram) for q in (found, plain))
+        plain = grid.nearest(rows)
+        ours, theirs = (squared_error(rows - grid.value(q), gram) for q in (found, plain))
         return torch.where((ours < theirs).unsqueeze(2), found, plain)
 
     return rounder

@@ -187,21 +187,3 @@ class GramAccumulator:
 def _added(total: Tensor | None, product: Tensor) -> Tensor:
     wide = product.double()
     return wide if total is None else total.add_(wide)
-
-
-def to_rows(weight: Tensor, groups: int) -> Tensor:
-    """Return a weight (out channels, ...) as (groups, out channels of a group, K), filter elements in patch order."""
-    return weight.reshape(groups, weight.shape[0] // groups, -1)
-
-
-def squared_error(difference: Tensor, gram: Tensor) -> Tensor:
-    """Return `d' H d` of every row of a weight difference, that is its output's squared error over all images.
-
-    Args:
-        difference: shape (groups, rows, K).
-        gram: shape (groups, K, K).
-
-    Returns:
-        shape (groups, rows), in squared output units.
-    """
-    return ((difference @ gram) * difference).sum(dim=2)

@@ -9,17 +9,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.core.facts import FakeQuantNodes, Rounding, WeightGrids
-from fxquant.core.ir import Grid, Site, resolve, tensor_at
-from fxquant.passes.rounding.closed_form.input_gram import GramAccumulator, Moments, geometry_of, to_rows
+from fxquant.core.ir import Grid, RowGrid, Site, resolve, tensor_at
+from fxquant.passes.formats import RowProblem, RowRounder, rows_of
+from fxquant.passes.rounding.closed_form.input_gram import GramAccumulator, Moments, geometry_of
 from fxquant.passes.rounding.closed_form.prefix import Prefix, fitting
 from fxquant.passes.rounding.registry import RoundingTask
 
-Regrid = Callable[[Tensor, Grid, Tensor, "RowRounder"], Grid]
-"""(weight, grid, H, how it will be rounded) -> the grid to round it on."""
-
-RowRounder = Callable[[Tensor, Tensor, Tensor, Grid], Tensor]
-"""(weight rows float64 (groups, rows, K), scale and zero point of each row (groups, rows, 1), grid) -> integers, same
-shape."""
+Regrid = Callable[[RowProblem, RowGrid], RowGrid]
+"""(weight, H and how it will be rounded; its grid) -> the grid to round it on."""
 
 RowAlgorithm = Callable[[Moments], RowRounder]
 """Moments of an op's input -> how to round weights that read it; work that all widths share is done once."""
@@ -27,12 +24,10 @@ RowAlgorithm = Callable[[Moments], RowRounder]
 
 def on_grid(weight: Tensor, grid: Grid, groups: int, rounder: RowRounder) -> Tensor:
     """Return a weight rounded row by row, float32 of its shape, every value on the grid."""
-    rows = to_rows(weight.detach().double(), groups)
-    shape = (groups, rows.shape[1], 1)
-    scale, zero_point = (part.expand(weight.shape[0]).reshape(shape) for part in (grid.scale, grid.zero_point))
-    integers = rounder(rows, scale.double(), zero_point.double(), grid)
+    rows = rows_of(weight, groups=groups)
+    integers = rounder(rows, RowGrid.of(grid, groups, weight.shape[0]))
     # The product is taken in float32, as the quantizer takes it.
-    return grid.value(integers, scale.float(), zero_point).reshape(weight.shape)
+    return grid.dequantize(integers.reshape(weight.shape))
 
 
 def round_layerwise(
@@ -62,7 +57,8 @@ def round_layerwise(
         weight = tensor_at(task.program.module, site.weight)
         rounder, grid = algorithm(moments), earlier.grid_of(site.name, task.program[WeightGrids])
         if regrid is not None:
-            grids[site.name] = grid = regrid(weight, grid, moments.gram, rounder)
+            problem = RowProblem(rows_of(weight, groups=len(moments.gram)), moments.gram, rounder)
+            grids[site.name] = grid = regrid(problem, RowGrid.of(grid, len(moments.gram), len(weight))).grid()
         weights[site.name] = on_grid(weight, grid, len(moments.gram), rounder).to(weight.device)
         # From here on the walk has the rounded weight in place of its quantizer's output.
         for name in simulated[FakeQuantNodes].weights[site.name]:

@@ -13,7 +13,7 @@ import torch
 
 from fxquant.core.errors import FileFormatError, OptionError, OutputError
 from fxquant.core.facts import Rounding, UnitRecord, WeightGrids
-from fxquant.core.ir import Choice, Grid, QuantSpec, activation_spec
+from fxquant.core.ir import Choice, Grid, QuantSpec, WeightFormat, activation_spec
 from fxquant.core.storage import read_arrays, write_arrays
 from tests import scoring
 
@@ -108,7 +108,7 @@ def test_a_file_without_activation_specs_is_read_where_they_follow_from_the_plan
 def test_weights_rounded_before_the_plan_do_not_lie_on_another_grid() -> None:
     own, other = example().grids["a"], example().grids["a"]
     early, late = torch.zeros(2, 2), torch.ones(2, 2)
-    grids, plain = WeightGrids({"a": {4: own}}, {("a", 4): early}), Rounding(PLAN, "m")
+    grids, plain = WeightGrids({"a": {WeightFormat(4): own}}, {("a", WeightFormat(4)): early}), Rounding(PLAN, "m")
     assert plain.grid_of("a", grids) is own
     assert plain.weight_of("a", grids) is early
     moved = replace(plain, grids={"a": other})

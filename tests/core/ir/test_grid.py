@@ -155,4 +155,11 @@ def test_specs_follow_from_bits_in_one_place() -> None:
         if re.search(r"(?<!def )\b(QuantSpec|activation_spec|weight_spec)\(", path.read_text())
     }
     readers, published = "core/facts/rounding.py", "passes/rounding/learned/asymmetric.py"
-    assert callers == {"core/ir/spec.py", "core/ir/grid.py", "core/facts/ranges.py", readers, published}
+    assert callers == {
+        "core/ir/spec.py",
+        "core/ir/grid.py",
+        "core/ir/row_grid.py",
+        "core/facts/ranges.py",
+        readers,
+        published,
+    }

@@ -8,7 +8,7 @@ from torch import nn
 from fxquant import flow
 from fxquant.capture import capture
 from fxquant.core.facts import BitAllocation, FakeQuantNodes, Settings
-from fxquant.core.ir import Choice, EdgeGroups, Sites, resolve
+from fxquant.core.ir import Choice, EdgeGroups, Sites, WeightFormat, resolve
 from fxquant.core.run import CalibrationSet
 from fxquant.passes import simulate, widest_plan
 from fxquant.passes.sensitivity import Replacements, columns_of
@@ -106,7 +106,7 @@ def test_the_same_width_is_the_same_object_so_that_nothing_counts_as_changed() -
     plan = BitAllocation({site.name: Choice(4, 8) for site in program[Sites].sites})
     parts = quantizers.plan(plan)
     assert set(parts) == {site.name for site in program[Sites].sites} | {"tie x", "tie relu", "tie mean"}
-    again = quantizers.weight("fc", 4)
+    again = quantizers.weight("fc", WeightFormat(4))
     assert all(parts["fc"][name] is replacement for name, replacement in again.items())
     inputs = quantizers.inputs("fc", 8)
     assert all(parts["tie mean"][name] is replacement for name, replacement in inputs.items())
@@ -125,6 +125,6 @@ def test_a_float_site_leaves_its_weight_alone() -> None:
 @pytest.mark.parametrize("bits", [2, 8])
 def test_a_rounded_weight_has_at_most_two_to_the_bits_values(bits: int) -> None:
     program = simulated("plain")
-    (replacement,) = set(Replacements(program).weight("fc", bits).values())
+    (replacement,) = set(Replacements(program).weight("fc", WeightFormat(bits)).values())
     value = replacement(torch.empty(0))
     assert all(len(row.unique()) <= 2**bits for row in value)

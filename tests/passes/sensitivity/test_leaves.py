@@ -59,8 +59,8 @@ def test_noise_by_hand() -> None:
     names = [site.name for site in program[Sites].sites]
     for row, column in enumerate(each.columns):
         assert column.site is not None
-        assert column.weight_bits is not None
-        grid = program[WeightGrids].at(column.site, column.weight_bits)
+        assert column.weight is not None
+        grid = program[WeightGrids].at(column.site, column.weight)
         value = tensor_at(program.module, f"{column.site}.weight").detach()
         rounded = FakeQuantize(grid)(value)
         expected = np.zeros(4)

@@ -26,9 +26,9 @@ def on_grid(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -
 
 
 def rounded_weight(weight: Tensor, candidate: Candidate) -> Tensor:
-    grid = simulated("plain")[WeightGrids].at(candidate.site, candidate.choice.weight_bits)
+    grid = simulated("plain")[WeightGrids].at(candidate.site, candidate.choice.weight)
     scale = grid.scale.reshape(-1, *[1] * (weight.dim() - 1))
-    half = 2 ** (candidate.choice.weight_bits - 1)
+    half = 2 ** int(candidate.choice.weight_bits - 1)
     return on_grid(weight, scale, torch.tensor(0), -half, half - 1)
 
 

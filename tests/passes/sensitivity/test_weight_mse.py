@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fxquant.core.facts import BINS, Histogram, Ranges, WeightGrids
-from fxquant.core.ir import Choice, EdgeGroups, FakeQuantize, Sites, tensor_at
+from fxquant.core.ir import Choice, EdgeGroups, FakeQuantize, Sites, WeightFormat, tensor_at
 from fxquant.core.run import CalibrationSet
 from fxquant.passes.sensitivity import ESTIMATORS, Column, RoundedWeight, mean_square, relative_error
 from tests.scoring import inputs, scorer, simulated
@@ -20,9 +20,9 @@ def test_relative_error_of_weights_and_activations_by_hand() -> None:
     each = scorer(program, IMAGES)
     kinds = set()
     for column in each.columns:
-        if column.site is not None and column.weight_bits is not None:
+        if column.site is not None and column.weight is not None:
             value = tensor_at(program.module, program[Sites].by_name(column.site).weight).detach()
-            grid = program[WeightGrids].at(column.site, column.weight_bits)
+            grid = program[WeightGrids].at(column.site, column.weight)
             rounded = FakeQuantize(grid)(value)
             expected = float((rounded - value).double().norm() / value.double().norm()) ** 2
         else:
@@ -62,7 +62,7 @@ def test_no_image_is_looked_at() -> None:
 def test_a_weight_used_at_two_places_is_rounded_once() -> None:
     each = scorer(simulated("split"), IMAGES)
     rounded = RoundedWeight(1.1 * tensor_at(each.program.module, "a.weight").detach())
-    once, twice = (Column("a", dict.fromkeys(names, rounded), "a", 4, None) for names in ("q", "qr"))
+    once, twice = (Column("a", dict.fromkeys(names, rounded), "a", WeightFormat(4), None) for names in ("q", "qr"))
     assert relative_error(each, once) == relative_error(each, twice) == pytest.approx(0.01, rel=1e-4)
 
 

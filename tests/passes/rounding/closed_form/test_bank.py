@@ -8,10 +8,11 @@ import torch
 from fxquant import flow
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation, SensitivityMatrix, WeightGrids
-from fxquant.core.ir import Program, Sites, tensor_at
+from fxquant.core.ir import Program, Sites, WeightFormat, tensor_at
 from fxquant.core.run import CalibrationSet, model_outputs
 from fxquant.passes import simulate
-from fxquant.passes.rounding.closed_form import METHODS, Prefix, RoundWeights, moments_of, squared_error, to_rows
+from fxquant.passes.formats import rows_of, squared_error
+from fxquant.passes.rounding.closed_form import METHODS, Prefix, RoundWeights, moments_of
 from tests import scoring
 from tests.passes.rounding.tasks import images, plan_of
 from tests.programs import check_pass
@@ -24,12 +25,12 @@ def test_every_site_is_rounded_on_its_grid_at_every_width(method: str, name: str
     done = check_pass(RoundWeights(images(name), method), program)
     for site in program[Sites].sites:
         weight = tensor_at(program.module, site.weight)
-        assert set(done[WeightGrids].grids[site.name]) == {2, 4, 8}
-        for bits, grid in done[WeightGrids].grids[site.name].items():
-            rounded = done[WeightGrids].rounded[site.name, bits]
+        assert {chosen.label for chosen in done[WeightGrids].grids[site.name]} == {"2", "4", "8"}
+        for chosen, grid in done[WeightGrids].grids[site.name].items():
+            rounded = done[WeightGrids].rounded[site.name, chosen]
             assert rounded.shape == weight.shape
             assert torch.equal(grid.round_trip(rounded), rounded)
-            assert grid is program[WeightGrids].at(site.name, bits)
+            assert torch.equal(grid.scale, program[WeightGrids].at(site.name, chosen).scale)
     assert not program[WeightGrids].rounded
 
 
@@ -41,12 +42,12 @@ def test_outputs_of_float_inputs_are_nearer_than_with_nearest_rounding() -> None
         walk = Prefix(program.module, images("plain"))
         gram = moments_of(site, program.module, walk).gram
         weight = tensor_at(program.module, site.weight).detach()
-        for bits in (2, 4):
-            grid = grids.at(site.name, bits)
+        for chosen in (WeightFormat(2), WeightFormat(4)):
+            grid = grids.at(site.name, chosen)
             plain = grid.round_trip(weight)
             ours, theirs = (
-                float(squared_error(to_rows(weight.double() - q.double(), len(gram)), gram).sum())
-                for q in (grids.rounded[site.name, bits], plain)
+                float(squared_error(rows_of(weight.double() - q.double(), groups=len(gram)), gram).sum())
+                for q in (grids.rounded[site.name, chosen], plain)
             )
             assert ours <= theirs * (1 + 1e-9)
             total = [total[0] + ours, total[1] + theirs]

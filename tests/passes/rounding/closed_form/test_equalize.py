@@ -12,7 +12,7 @@ from fxquant import flow
 from fxquant.capture import capture
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import Ranges, Rounding, Settings, Target, WeightGrids
-from fxquant.core.ir import Grid, Program, Sites, tensor_at
+from fxquant.core.ir import Grid, Program, Sites, WeightFormat, tensor_at
 from fxquant.core.run import CalibrationSet, GraphReplay, model_outputs
 from fxquant.passes.rounding import ROUNDERS, RoundingTask
 from tests.passes.rounding.closed_form.test_chains import ChainNet
@@ -77,9 +77,9 @@ def test_parameters_ranges_and_grids_belong_to_the_scaled_network() -> None:
     for path, value in rounding.parameters.items():
         assert torch.equal(tensor_at(done.module, path), value)
     for site in done[Sites].sites:
-        for bits, grid in done[WeightGrids].grids[site.name].items():
-            assert torch.equal(grid.scale, Grid.of_weight(tensor_at(done.module, site.weight), bits).scale)
-            assert grid.spec.bits == bits
+        for chosen, grid in done[WeightGrids].grids[site.name].items():
+            assert torch.equal(grid.scale, Grid.of_weight(tensor_at(done.module, site.weight), int(chosen.bits)).scale)
+            assert grid.spec.bits == chosen.bits
     replay = GraphReplay(done.module)
     with torch.no_grad():
         _, values = replay.forward(task.images.inputs)
@@ -95,7 +95,7 @@ def test_a_target_of_one_scale_per_weight_gets_one() -> None:
     target = replace(task.program[Target], per_channel=False)
     done = equalize(replace(task, program=task.program.with_facts(target)))
     for site in done[Sites].sites:
-        assert len(set(done[WeightGrids].at(site.name, 4).scale.tolist())) == 1
+        assert len(set(done[WeightGrids].at(site.name, WeightFormat(4)).scale.tolist())) == 1
 
 
 def test_the_scaled_network_is_rounded_by_what_comes_behind() -> None:

@@ -10,13 +10,12 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fxquant.core.errors import PipelineError
+from fxquant.passes.formats import rows_of, squared_error
 from fxquant.passes.rounding.closed_form import (
     GramAccumulator,
     channel_axis,
     geometry_of,
     patches,
-    squared_error,
-    to_rows,
 )
 from tests.passes.rounding.tasks import op_node
 
@@ -128,7 +127,7 @@ def test_squared_error_is_the_outputs_error() -> None:
     x = torch.randn(2, 4, 6, 6, generator=generator, dtype=torch.float64)
     one, other = (torch.randn(6, 2, 3, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     node = op_node(aten.conv2d.default, x, one, None, [1, 1], [1, 1], [1, 1], 2)
-    error = squared_error(to_rows(one - other, 2), counted(node, x))
+    error = squared_error(rows_of(one - other, groups=2), counted(node, x))
     y = torch.nn.functional.conv2d(x, one - other, padding=1, groups=2)
     assert torch.allclose(error.flatten(), y.square().sum(dim=(0, 2, 3)), rtol=1e-10)
 

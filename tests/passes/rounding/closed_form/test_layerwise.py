@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxquant.core.facts import WeightGrids
-from fxquant.core.ir import Grid, resolve, tensor_at
+from fxquant.core.ir import Grid, RowGrid, resolve, tensor_at
 from fxquant.core.run import GraphReplay
+from fxquant.passes.formats import RowRounder
 from fxquant.passes.rounding.closed_form import (
     GramAccumulator,
     Moments,
-    RowRounder,
     geometry_of,
     on_grid,
     round_layerwise,
@@ -23,13 +23,13 @@ from fxquant.passes.rounding.closed_form import (
 from tests.passes.rounding.tasks import task_of
 
 
-def nearest(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    return grid.nearest(rows, scale, zero_point)
+def nearest(rows: Tensor, grid: RowGrid) -> Tensor:
+    return grid.nearest(rows)
 
 
-def downwards(rows: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+def downwards(rows: Tensor, grid: RowGrid) -> Tensor:
     """Round down, which no other algorithm does."""
-    return (torch.floor(rows / scale) + zero_point).clamp(grid.spec.qmin, grid.spec.qmax)
+    return (torch.floor(rows / grid.scale) + grid.zero_point).clamp(grid.spec.qmin, grid.spec.qmax)
 
 
 def source(node: Node) -> Node:

@@ -6,20 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from fxquant.core.facts import Rounding, WeightGrids
-from fxquant.core.ir import Grid, weight_spec
+from fxquant.core.ir import Grid, RowGrid, weight_spec
+from fxquant.passes.formats import RATIOS, RowProblem, RowRounder, rows_of, squared_error
 from fxquant.passes.rounding import ROUNDERS
-from fxquant.passes.rounding.closed_form import (
-    RATIOS,
-    Moments,
-    gptq_rows,
-    on_grid,
-    squared_error,
-    to_rows,
-    with_best_scales,
-)
+from fxquant.passes.rounding.closed_form import Moments, gptq_rows, on_grid, with_best_scales
 from tests.passes.rounding.tasks import correlated, task_of
+
+
+def best_scales(weight: Tensor, grid: Grid, gram: Tensor, rounder: RowRounder) -> Grid:
+    problem = RowProblem(rows_of(weight, groups=len(gram)), gram, rounder)
+    return with_best_scales(problem, RowGrid.of(grid, len(gram), len(weight))).grid()
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -29,9 +28,9 @@ def test_no_row_is_worse_than_on_its_own_grid_and_some_are_better(groups: int) -
     x = correlated(20, 100, 1, groups)
     gram = x.transpose(1, 2) @ x
     rounder = gptq_rows(Moments(gram, gram))
-    found = with_best_scales(weight, grid, gram, rounder)
+    found = best_scales(weight, grid, gram, rounder)
     ours, theirs = (
-        squared_error(to_rows(weight.double() - on_grid(weight, g, groups, rounder).double(), groups), gram)
+        squared_error(rows_of(weight.double() - on_grid(weight, g, groups, rounder).double(), groups=groups), gram)
         for g in (found, grid)
     )
     assert (ours <= theirs * (1 + 1e-6)).all()
@@ -42,7 +41,7 @@ def test_no_row_is_worse_than_on_its_own_grid_and_some_are_better(groups: int) -
     # Each channel is its own: another order of channels finds the same scales.
     if groups == 1:
         turned = replace(grid, scale=grid.scale.flip(0))
-        assert torch.equal(with_best_scales(weight.flip(0), turned, gram, rounder).scale, found.scale.flip(0))
+        assert torch.equal(best_scales(weight.flip(0), turned, gram, rounder).scale, found.scale.flip(0))
 
 
 def test_a_channel_whose_own_scale_is_best_keeps_it() -> None:
@@ -50,7 +49,7 @@ def test_a_channel_whose_own_scale_is_best_keeps_it() -> None:
     grid = Grid(spec, torch.full((2,), 0.5), torch.zeros(2, dtype=torch.int32))
     weight = torch.tensor([[0.5, -4.0, 3.5], [1.0, -1.5, 0.0]])
     gram = torch.eye(3, dtype=torch.float64).unsqueeze(0)
-    assert torch.equal(with_best_scales(weight, grid, gram, gptq_rows(Moments(gram, gram))).scale, grid.scale)
+    assert torch.equal(best_scales(weight, grid, gram, gptq_rows(Moments(gram, gram))).scale, grid.scale)
 
 
 def test_the_registered_algorithm_hands_its_grids_on() -> None:

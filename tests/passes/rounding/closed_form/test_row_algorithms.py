@@ -13,8 +13,9 @@ from fxquant.core.facts import BitAllocation
 from fxquant.core.ir import Grid
 from fxquant.core.run import model_outputs
 from fxquant.passes import simulate
+from fxquant.passes.formats import rows_of, squared_error
 from fxquant.passes.rounding import ROUNDERS, RoundingTask
-from fxquant.passes.rounding.closed_form import METHODS, Moments, gpfq_rows, gptq_rows, on_grid, squared_error, to_rows
+from fxquant.passes.rounding.closed_form import METHODS, Moments, gpfq_rows, gptq_rows, on_grid
 from tests.passes.rounding.tasks import correlated, task_of
 
 either = pytest.mark.parametrize("method", sorted(METHODS))
@@ -36,7 +37,7 @@ def moments(ours: Tensor, floats: Tensor | None = None) -> Moments:
 
 
 def errors(weight: Tensor, rounded: Tensor, gram: Tensor) -> Tensor:
-    return squared_error(to_rows(weight.double() - rounded.double(), len(gram)), gram)
+    return squared_error(rows_of(weight.double() - rounded.double(), groups=len(gram)), gram)
 
 
 @either

@@ -1,0 +1,98 @@
+"""One weight whose levels are to be found: its rows, and what an error at them costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fxquant.core.ir import SMALLEST_SCALE, RowGrid, WeightFormat
+
+RATIOS = (1.0, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15)
+"""Shares of a grid's own scale that are worth trying; its own comes first, and wins ties."""
+
+RowRounder = Callable[[Tensor, RowGrid], Tensor]
+"""(weight rows float64 (groups, rows, K), grid of each row) -> integers, same shape."""
+
+
+def to_nearest(rows: Tensor, grid: RowGrid) -> Tensor:
+    """Return the nearest integers."""
+    return grid.nearest(rows)
+
+
+def squared_error(difference: Tensor, gram: Tensor) -> Tensor:
+    """Return `d' H d` of every row of a weight difference, that is its output's squared error over all images.
+
+    Args:
+        difference: shape (groups, rows, K).
+        gram: shape (groups, K, K).
+
+    Returns:
+        shape (groups, rows), in squared output units.
+    """
+    return ((difference @ gram) * difference).sum(dim=2)
+
+
+@dataclass(frozen=True, eq=False)
+class RowProblem:
+    """A weight by rows, how it will be rounded, and how errors are weighed.
+
+    Args:
+        rows: float64, shape (groups, rows, K).
+        gram: second moments H of the op's input, float64 of shape (groups, K, K): an error d of a row costs `d' H d`.
+            None where no input was seen: it costs `d' d`.
+        rounder: the algorithm that will round the rows.
+        ratios: shares of a scale that are tried under the rounder, the first wins ties; `(1.0,)` keeps scales.
+        found: format -> grid that is known already.
+    """
+
+    rows: Tensor
+    gram: Tensor | None = None
+    rounder: RowRounder = to_nearest
+    ratios: tuple[float, ...] = (1.0,)
+    found: dict[WeightFormat, RowGrid] = field(default_factory=dict, repr=False)
+
+    @property
+    def importance(self) -> Tensor:
+        """What a squared error of each weight costs by itself, shape (groups, 1, K)."""
+        if self.gram is None:
+            return torch.ones_like(self.rows[:, :1])
+        return self.gram.diagonal(dim1=1, dim2=2).unsqueeze(1)
+
+    def error(self, grid: RowGrid) -> Tensor:
+        """Return what rounding on a grid costs, shape (groups, rows)."""
+        return self._error_of(self.rows, grid)
+
+    def better(self, one: RowGrid, two: RowGrid) -> RowGrid:
+        """Return, row by row, the grid of smaller error; the first on ties."""
+        return one.chosen(two, self.error(two) < self.error(one))
+
+    def rescaled(self, grid: RowGrid) -> RowGrid:
+        """Return the grid with each row's scale the best of `ratios` times its own."""
+        if len(self.ratios) == 1:
+            return grid
+        (groups, size, _), count = self.rows.shape, len(self.ratios)
+        ratios = torch.tensor(self.ratios, dtype=self.rows.dtype, device=self.rows.device).reshape(1, count, 1, 1)
+        # In float32, as the grid will store them; all candidates are rounded in one run, as rows.
+        scales = (grid.scale.unsqueeze(1) * ratios).float().clamp(min=SMALLEST_SCALE).double().flatten(1, 2)
+        points, levels = (
+            None if part is None else part.unsqueeze(1).expand(-1, count, -1, -1).flatten(1, 2)
+            for part in (grid.zero_point, grid.levels)
+        )
+        assert points is not None
+        stacked = self.rows.unsqueeze(1).expand(-1, count, -1, -1).flatten(1, 2)
+        error = self._error_of(stacked, RowGrid(grid.spec, scales, points, levels)).reshape(groups, count, size)
+        best = error.argmin(dim=1, keepdim=True)
+        return replace(grid, scale=scales.reshape(groups, count, size).gather(1, best).reshape(groups, size, 1))
+
+    def known(self, weight: WeightFormat, find: Callable[[], RowGrid]) -> RowGrid:
+        """Return the grid of a format, found once."""
+        if weight not in self.found:
+            self.found[weight] = find()
+        return self.found[weight]
+
+    def _error_of(self, rows: Tensor, grid: RowGrid) -> Tensor:
+        difference = rows - grid.value(self.rounder(rows, grid))
+        return difference.square().sum(dim=2) if self.gram is None else squared_error(difference, self.gram)
