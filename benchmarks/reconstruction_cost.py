@@ -61,8 +61,7 @@ class PlainRounding(nn.Module):
 
     def __init__(self, start: SoftRounding) -> None:
         super().__init__()
-        self.spec, self.scale, self.zero = start.spec, start.scale, start.zero_point
-        self.base = start.floor
+        self.scale, self.base, self.top = start.scale, start.low, start.low + start.gap
         self.alpha = nn.Parameter(start.logits.detach().clone())
 
     def h(self) -> Tensor:
@@ -72,8 +71,7 @@ class PlainRounding(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the soft weight."""
         del weight
-        q = torch.clamp(self.base + self.h(), self.spec.qmin, self.spec.qmax)
-        return (q - self.zero) * self.scale
+        return torch.minimum(self.base + self.h(), self.top) * self.scale
 
 
 class PlainActivation(nn.Module):

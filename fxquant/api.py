@@ -31,7 +31,7 @@ def quantize(
     calibration: object,
     budget: BudgetLike | None,
     *,
-    bits: Sequence[int] | None = None,
+    bits: Sequence[int | str] | None = None,
     activation_bits: Sequence[int] | None = None,
     target: str | Path | Target | None = None,
     effort: EffortName | None = None,
@@ -50,7 +50,8 @@ def quantize(
             out from scoring, to measure plans on.
         budget: limits on costs, on answers or both: a `Budget`, `{"average_bits": 4}` or "average_bits=4". None only
             scores and leaves every layer at its widest integer precision, for `resolve` to choose from later.
-        bits: candidate weight bits, by default 2, 4 and 8; 32 lets a layer stay in float.
+        bits: candidate weight formats, by default 2, 4 and 8: bits of evenly spaced levels, "2c" for a codebook, "3p"
+            for powers of two, "2.5r" for output channels of several widths; 32 lets a layer stay in float.
         activation_bits: candidate activation bits, by default 8.
         target: what will run the model, by default "onnxruntime": a name, the path of a target file, or a `Target`.
         effort: "fast", "default" or "best".

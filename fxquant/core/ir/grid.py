@@ -117,6 +117,30 @@ class Grid:
         """Return the values of integers of the grid, `(q - zero_point) * scale`, in the type of scale."""
         return (q - self.along(q, self.zero_point)).to(self.scale.dtype) * self.along(q, self.scale)
 
+    def neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the integers of the grid next below and next above each value, both of the shape of x.
+
+        Beyond an end of the grid both are that end; at a value of the grid the lower one is the value itself.
+        """
+        exact = x / self.along(x, self.scale)
+        if self.levels is not None:
+            rows, levels = self._as_rows(exact).contiguous(), self.levels.to(x.dtype)
+            above = torch.searchsorted(levels, rows, right=True)
+            ends = (above - 1, above)
+            low, high = (self._from_rows(levels.gather(1, i.clamp(0, levels.shape[1] - 1)), x) for i in ends)
+            return low, high
+        floor = torch.floor(exact) + self.along(x, self.zero_point)
+        return floor.clamp(self.spec.qmin, self.spec.qmax), (floor + 1).clamp(self.spec.qmin, self.spec.qmax)
+
+    @property
+    def spacing(self) -> Tensor:
+        """How far apart the integers in use are on average: 1, or `(largest - smallest) / (levels - 1)` by channel."""
+        if self.levels is None:
+            return torch.ones_like(self.scale)
+        levels = self.levels.float()
+        count = (levels[:, 1:] > levels[:, :-1]).sum(dim=1).clamp(min=1)
+        return ((levels[:, -1] - levels[:, 0]) / count).clamp(min=1.0)
+
     def round_trip(self, x: Tensor) -> Tensor:
         """Return `dequantize(quantize(x))`: x as the integer kernel will see it."""
         return self.dequantize(self.quantize(x))

@@ -53,7 +53,9 @@ def with_asymmetric_grids(task: RoundingTask) -> RoundingTask:
     """Return the task with an asymmetric grid for every weight, and no weights of earlier algorithms."""
     rounding, grids = task.rounding, dict[str, Grid]()
     for site in task.sites:
-        known = rounding.grid_of(site.name, task.program[WeightGrids]).spec
-        spec = QuantSpec(known.bits, signed=True, symmetric=False, channel_axis=known.channel_axis)
-        grids[site.name] = asymmetric_grid(tensor_at(task.program.module, site.weight), spec)
+        known = rounding.grid_of(site.name, task.program[WeightGrids])
+        spec = QuantSpec(known.spec.bits, signed=True, symmetric=False, channel_axis=known.spec.channel_axis)
+        # Levels are where the weights are, on either side of zero: a zero-point would add nothing.
+        free = known.levels is None
+        grids[site.name] = asymmetric_grid(tensor_at(task.program.module, site.weight), spec) if free else known
     return replace(task, program=task.program.with_facts(replace(rounding, weights={}, grids=grids)))

@@ -283,9 +283,10 @@ class Reconstructor:
 
     def _done(self, decided: Outcome, records: tuple[UnitRecord, ...]) -> Program:
         known = self.task.rounding
+        grids = {site: known.grid_of(site, self.task.program[WeightGrids]) for site in decided.scales}
         learned = {
-            site: replace(known.grid_of(site, self.task.program[WeightGrids]), scale=scale)
-            for site, scale in decided.scales.items()
+            site: replace(grid, scale=decided.scales[site], levels=decided.levels.get(site, grid.levels))
+            for site, grid in grids.items()
         }
         rounding = replace(
             known,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -45,15 +45,17 @@ class Outcome:
         weights: site name -> weight on its grid.
         scales: site name -> learned scale of that grid, shape (channels,).
         steps: group name -> learned scale of its values, shape ().
+        levels: site name -> learned levels of its grid, int8 of shape (channels, L), where they are not evenly spaced.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     scales: dict[str, Tensor] = field(default_factory=dict)
     steps: dict[str, Tensor] = field(default_factory=dict)
+    levels: dict[str, Tensor] = field(default_factory=dict)
 
     def joined(self, other: Outcome) -> Outcome:
         """Return both merged; `other` wins."""
-        return Outcome(self.weights | other.weights, self.scales | other.scales, self.steps | other.steps)
+        return Outcome(*(getattr(self, kind) | getattr(other, kind) for kind in KINDS))
 
     @property
     def finite(self) -> bool:
@@ -64,18 +66,21 @@ class Outcome:
 
     def arrays(self) -> Arrays:
         """Return the tensors as named arrays."""
-        kinds = {"weight": self.weights, "scale": self.scales, "step": self.steps}
+        kinds = {kind: getattr(self, kind) for kind in KINDS}
         return {f"{k}:{name}": t.detach().cpu().numpy() for k, held in kinds.items() for name, t in held.items()}
 
     @staticmethod
     def from_arrays(arrays: Arrays, device: torch.device) -> Outcome:
         """Read what `arrays` returned; arrays of other names are ignored."""
-        held: dict[str, dict[str, Tensor]] = {"weight": {}, "scale": {}, "step": {}}
+        held: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
         for key, array in arrays.items():
             kind, colon, name = key.partition(":")
             if colon and kind in held:
                 held[kind][name] = torch.from_numpy(np.array(array)).to(device)
-        return Outcome(held["weight"], held["scale"], held["step"])
+        return Outcome(**held)
+
+
+KINDS = tuple(each.name for each in fields(Outcome))
 
 
 class UnitQuantizers:
@@ -137,6 +142,8 @@ class UnitQuantizers:
                 outcome.weights[name] = module.hard().detach()
             if isinstance(module, StraightThrough):
                 outcome.scales[name] = module.steps().detach()
+                if (levels := module.whole_levels()) is not None:
+                    outcome.levels[name] = levels
         for group in self._groups(unit):
             activation = learned.get(_key(group))
             if isinstance(activation, LearnedActivation):

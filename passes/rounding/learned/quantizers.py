@@ -5,37 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fxquant.core.ir import SMALLEST_SCALE, FakeQuantize, Grid, round_learned
+from fxquant.core.ir import SMALLEST_SCALE, FakeQuantize, Grid, round_learned, round_to_levels, whole_levels
 
 STRETCH = 1.2
 """The sigmoid is stretched to (-0.1, 1.1) and clipped, so that 0 and 1 are reached (AdaRound, arXiv 2004.10568)."""
 
 
 class SoftRounding(nn.Module):
-    """A weight whose values are rounded down, plus a learned `h` in 0..1 (AdaRound, arXiv 2004.10568, eq. 22-24).
+    """A weight between the two levels next to each value, by a learned h (AdaRound, arXiv 2004.10568, eq. 22-24).
 
-    `W = scale (clamp(floor(w / scale) + h + zero_point, qmin, qmax) - zero_point)`, `h = clamp(1.2 sigmoid(a) - 0.1,
-    0, 1)`, with `a` such that initially W is w.
+    `W = scale (low + h (high - low) - zero_point)`, `h = clamp(1.2 sigmoid(a) - 0.1, 0, 1)`, with `a` such that
+    initially W is w. Evenly spaced levels give the paper's `clamp(floor(w / scale) + h)`.
 
     Args:
         weight: float32 values to round.
         quantizer: the node's grid.
     """
 
-    floor: Tensor
+    low: Tensor
+    gap: Tensor
     scale: Tensor
-    zero_point: Tensor
 
     def __init__(self, weight: Tensor, quantizer: FakeQuantize) -> None:
         super().__init__()
-        grid = quantizer.grid
-        self.spec = grid.spec
-        scale, zero_point = grid.along(weight, grid.scale), grid.along(weight, grid.zero_point).float()
-        ratio = weight.detach().float() / scale
-        self.register_buffer("floor", torch.floor(ratio) + zero_point)
+        grid, values = quantizer.grid, weight.detach().float()
+        scale, zero_point = grid.along(values, grid.scale), grid.along(values, grid.zero_point).float()
+        low, high = (integers - zero_point for integers in grid.neighbours(values))
+        self.register_buffer("low", low)
+        self.register_buffer("gap", high - low)
         self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", zero_point)
-        fraction = (ratio - torch.floor(ratio)).clamp(1e-4, 1 - 1e-4)
+        fraction = ((values / scale - low) / (high - low).clamp(min=1)).clamp(1e-4, 1 - 1e-4)
         self.logits = nn.Parameter(-torch.log(STRETCH / (fraction + (STRETCH - 1) / 2) - 1))
 
     def directions(self) -> Tensor:
@@ -56,14 +55,14 @@ class SoftRounding(nn.Module):
         return (1 - (2 * self.directions() - 1).abs().pow(beta)).sum()
 
     def _on_grid(self, h: Tensor) -> Tensor:
-        return (torch.clamp(self.floor + h, self.spec.qmin, self.spec.qmax) - self.zero_point) * self.scale
+        return (self.low + h * self.gap) * self.scale
 
 
 class StraightThrough(nn.Module):
-    """A weight learned together with its scale; gradients skip the rounding (LSQ, arXiv 1902.08153).
+    """A weight learned together with its scale and levels; gradients skip the rounding (LSQ, arXiv 1902.08153).
 
-    Learned are factors of the scale, near 1, and shifts of the values in units of the scale, so that one learning rate
-    fits every channel.
+    Learned are factors of the scale, near 1, and shifts of the values and of levels in units of the space between two
+    levels, so that one learning rate fits every channel.
 
     Args:
         weight: float32 values.
@@ -73,15 +72,21 @@ class StraightThrough(nn.Module):
     base: Tensor
     scale: Tensor
     zero_point: Tensor
+    spacing: Tensor
+    known: Tensor | None
 
     def __init__(self, weight: Tensor, quantizer: FakeQuantize) -> None:
         super().__init__()
-        self.spec = quantizer.spec
-        self.register_buffer("scale", quantizer.scale.clone())
+        grid = quantizer.grid
+        self.spec = grid.spec
+        self.register_buffer("scale", grid.scale)
         self.register_buffer("base", weight.detach().float().clone())
-        self.register_buffer("zero_point", quantizer.zero_point.clone())
+        self.register_buffer("zero_point", grid.zero_point)
+        self.register_buffer("spacing", grid.spacing)
+        self.register_buffer("known", None if grid.levels is None else grid.levels.float())
         self.shift = nn.Parameter(torch.zeros_like(self.base))
-        self.factor = nn.Parameter(torch.ones_like(quantizer.scale))
+        self.factor = nn.Parameter(torch.ones_like(grid.scale))
+        self.moves = None if self.known is None else nn.Parameter(torch.zeros_like(self.known))
 
     def steps(self) -> Tensor:
         """Return the scale, shape (channels,)."""
@@ -89,12 +94,27 @@ class StraightThrough(nn.Module):
 
     def values(self) -> Tensor:
         """Return the values that are rounded, of the shape of the weight."""
-        return self.base + self.shift * Grid(self.spec, self.scale, self.zero_point).along(self.base, self.scale)
+        plain = Grid(self.spec, self.scale, self.zero_point)
+        return self.base + self.shift * plain.along(self.base, self.scale * self.spacing)
+
+    def levels(self) -> Tensor | None:
+        """Return the learned levels as float32 `(channels, L)`, not yet whole; None where they are evenly spaced."""
+        if self.known is None or self.moves is None:
+            return None
+        return self.known + self.moves * self.spacing.unsqueeze(1)
+
+    def whole_levels(self) -> Tensor | None:
+        """Return the levels as int8, as the grid will have them."""
+        levels = self.levels()
+        return None if levels is None else whole_levels(levels.detach()).to(torch.int8)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the rounded weight in place of the one passed."""
         del weight
-        return round_learned(self.values(), self.steps(), self.zero_point, self.spec)
+        levels = self.levels()
+        if levels is None:
+            return round_learned(self.values(), self.steps(), self.zero_point, self.spec)
+        return round_to_levels(self.values(), self.steps(), levels, self.spec.channel_axis or 0)
 
     def hard(self) -> Tensor:
         """Return the weight on its grid."""

@@ -241,7 +241,8 @@ class Tuner:
             if isinstance(module, SoftRounding):
                 groups.append({"params": [module.logits], "lr": options.rounding_lr, "falls": False})
             elif isinstance(module, StraightThrough):
-                rates = ((module.shift, options.weight_lr), (module.factor, options.step_lr))
+                rates = [(module.shift, options.weight_lr), (module.factor, options.step_lr)]
+                rates += [] if module.moves is None else [(module.moves, options.weight_lr)]
                 groups += [{"params": [p], "lr": rate, "falls": True} for p, rate in rates]
             elif isinstance(module, LearnedActivation) and options.step_lr:
                 rate = options.step_lr if options.step_share else options.step_lr / float(module.start)

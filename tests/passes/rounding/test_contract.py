@@ -11,9 +11,10 @@ import torch
 from fxquant.backends import backend
 from fxquant.core.errors import LoweringError
 from fxquant.core.facts import BitAllocation, FakeQuantNodes, Rounding, WeightGrids
-from fxquant.core.ir import Program, Sites, resolve, tensor_at
+from fxquant.core.ir import Choice, Program, Sites, WeightFormat, resolve, tensor_at
 from fxquant.core.run import LOSSES, model_outputs
 from fxquant.passes.rounding import ROUNDERS, RoundingTask
+from tests import scoring
 from tests.passes.rounding.tasks import images, task_of
 
 NETS = ["plain", "shared"]
@@ -124,6 +125,32 @@ def test_the_rounded_network_lowers_and_answers(method: str, name: str) -> None:
     # Only where held-out images decide: pdquant-faithful accepts everything, as published.
     guarded = all(record.after <= record.before or not record.kept for record in task.rounding.units)
     assert loss <= plain * 1.05 + 1e-9 or not guarded
+
+
+LEVELS = ("2c", "3p", "2.5r")
+"""Formats whose levels are not evenly spaced."""
+
+
+@every_rounder
+def test_it_rounds_to_levels_of_every_format(method: str) -> None:
+    program, given = scoring.calibrated("plain", (*LEVELS, 8)), images("plain")
+    labels = [*LEVELS, "8"]
+    names = [site.name for site in program[Sites].sites]
+    plan = BitAllocation({n: Choice.of(WeightFormat.parse(w), 8) for n, w in zip(names, labels, strict=True)})
+    task = RoundingTask(program.with_facts(plan), given, images("plain", 5), "mse", overrides=SHORT)
+    done = replace(task, program=ROUNDERS[method](task))
+    for site in done.sites:
+        grid = done.rounding.grid_of(site.name, done.program[WeightGrids])
+        assert (grid.levels is None) == (site.name == names[-1])
+        weight = done.rounding.weight_of(site.name, done.program[WeightGrids])
+        if weight is not None and grid.levels is not None:
+            rows = grid.quantize(weight).flatten(1)
+            assert all(set(row.tolist()) <= set(own.tolist()) for row, own in zip(rows, grid.levels, strict=True))
+    simulated = done.simulated()
+    if all(grid.spec.symmetric for grid in done.rounding.grids.values()):
+        answer = model_outputs(simulated.module, given.inputs)
+        lowered = backend("reference").compile(simulated.module, given.inputs)(given.inputs)
+        assert torch.allclose(lowered, answer, atol=1e-4)
 
 
 @every_rounder

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxquant.core.ir import SMALLEST_SCALE, FakeQuantize, Grid, QuantSpec
+from fxquant.core.ir import SMALLEST_SCALE, FakeQuantize, Grid, QuantSpec, weight_spec
 from fxquant.passes.rounding.learned import LearnedActivation, SoftRounding, StraightThrough, random_mask
 
 SHAPE = (5, 3, 3, 3)
@@ -181,3 +181,44 @@ class TestRandomMask:
         mask = random_mask(torch.zeros(4096, 8), 0.5, seeded(2))
         together = torch.corrcoef(mask.T)
         assert float((together - torch.eye(8)).abs().max()) < 0.08
+
+
+class TestLevels:
+    """The same on a grid whose levels are not evenly spaced."""
+
+    LEVELS = torch.tensor([[-127, -40, 0, 63]] * 4 + [[-90, 0, 10, 10]], dtype=torch.int8)
+
+    def quantizer(self) -> FakeQuantize:
+        scale = weight().flatten(1).abs().amax(dim=1) / 127
+        return FakeQuantize(Grid(weight_spec(8), scale, torch.zeros(5, dtype=torch.int32), self.LEVELS))
+
+    def test_soft_rounding_lies_between_neighbouring_levels_and_ends_on_one(self) -> None:
+        module, quantizer = SoftRounding(weight(), self.quantizer()), self.quantizer()
+        low, high = (q * quantizer.scale.reshape(-1, 1, 1, 1) for q in quantizer.grid.neighbours(weight()))
+        reach = torch.minimum(torch.maximum(weight(), low), high)
+        assert torch.allclose(module(torch.empty(0)), reach, atol=float((high - low).max()) * 2e-4)
+        # A tie between two levels may be broken either way.
+        near = (module.hard() - weight()).abs() <= (quantizer(weight()) - weight()).abs() + 1e-5
+        assert bool(near.all())
+        module.logits.data = torch.randn(SHAPE, generator=seeded(2))
+        assert torch.allclose(quantizer(module.hard()), module.hard(), atol=1e-6)
+        assert not torch.allclose(module.hard(), quantizer(weight()), atol=1e-3)
+
+    def test_levels_are_learned_and_end_as_int8_on_the_grid_found(self) -> None:
+        quantizer = self.quantizer()
+        module = StraightThrough(weight(), quantizer)
+        assert torch.allclose(module(weight()), quantizer(weight()), atol=1e-6)
+        assert module.moves is not None
+        target = weight() * 1.1
+        optimizer = torch.optim.Adam([module.moves], lr=0.02)
+        before = float((module(weight()) - target).square().sum().detach())
+        for _ in range(20):
+            optimizer.zero_grad()
+            torch.autograd.backward((module(weight()) - target).square().sum())
+            optimizer.step()
+        assert float((module(weight()) - target).square().sum().detach()) < 0.95 * before
+        levels = module.whole_levels()
+        assert levels is not None
+        assert not torch.equal(levels, self.LEVELS)
+        learned = FakeQuantize(Grid(module.spec, module.steps().detach(), module.zero_point, levels))
+        assert torch.allclose(learned(module.hard()), module.hard(), atol=1e-6)
