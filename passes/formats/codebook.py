@@ -1,4 +1,4 @@
-"""The codebook format: each channel has `2^bits` int8 levels of its own choice, or all channels share them."""
+"""The codebook format: each channel uses `2^bits` int8 levels of free choice; channels may share a table of them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fxquant.core.ir import (
     HIGHEST_LEVEL,
     LOWEST_LEVEL,
     SMALLEST_SCALE,
+    Grid,
     RowGrid,
     WeightFormat,
 )
@@ -21,8 +22,14 @@ from fxquant.passes.formats.registry import FORMATS, find
 STEPS = 12
 """Steps of Lloyd's algorithm; the error hardly falls after that."""
 
-SAMPLE = 1 << 16
+SAMPLE = 1 << 14
 """Values of a weight that a shared table is found from."""
+
+SHARES = (4, 16)
+"""How many rows may share a table, beside all of them."""
+
+EXACT = 1e-9
+"""What a power of two may be below itself."""
 
 LEVEL_BITS = 8
 """Bits that store one level of a table."""
@@ -30,19 +37,27 @@ LEVEL_BITS = 8
 
 @FORMATS.register("codebook")
 def codebook(problem: RowProblem, bits: float) -> RowGrid:
-    """Return the levels of least error: uniform ones, or tables by Lloyd's algorithm, for each row or for all.
+    """Return the `floor(2^bits)` levels of least error: uniform ones, or tables by Lloyd's algorithm.
 
     Lloyd starts from the uniform levels and from quantiles and weighs each value by `H_jj`; levels are then rounded to
-    int8 at the scale `max|w| / 127`. Each row keeps what has the smallest error under the rounder: k-means clips tails,
-    which an algorithm that moves values beyond them pays for. A table for each row has to pay for its bytes: one bit
-    for each weight divides the error by four (6 dB), so what minimises `stored bits + n / 2 log2(error)` is taken.
+    int8 at the scale that gives the largest all of int8. A table serves one row, 4 or 16 rows, or all. It has to pay
+    for its bytes: one bit for each weight divides the error by four (6 dB), so what minimises `stored bits + n / 2
+    log2(error)` is taken. Where uniform levels err less under the rounder they stay: k-means clips tails, which an
+    algorithm that moves values beyond them pays for.
     """
-    width = int(bits)
-    rows, table = problem.rows.shape[0] * problem.rows.shape[1], LEVEL_BITS << width
-    tried = [(rows * table, _own_tables(problem, width)), (table, _shared_table(problem, width))]
-    if width >= FORMAT_KINDS["uniform"].least:
-        tried.insert(0, (0, find(problem, WeightFormat(width))))
-    return min(tried, key=lambda each: _stored(problem, each[1], each[0]))[1]
+    count, (groups, size, _) = int(2**bits + EXACT), problem.rows.shape
+    plain = problem.to_nearest()
+    tried = [(count * LEVEL_BITS * groups * size, _own_tables(plain, count))]
+    for each in (*(n for n in SHARES if n < size and size % n == 0), size):
+        tried.append((count * LEVEL_BITS * groups * size // each, _shared_tables(plain, count, each)))
+    table_bits, found = min(tried, key=lambda known: _stored(plain, known[1], known[0]))
+    found = problem.rescaled(found)
+    if not float(bits).is_integer() or bits < FORMAT_KINDS["uniform"].least:
+        return found
+    even = find(problem, WeightFormat(int(bits)))
+    # Rows of a shared table keep it; a row with its own may as well have even levels in it.
+    mixed = problem.better(even, found) if table_bits == tried[0][0] else found
+    return mixed if _stored(problem, mixed, table_bits) < _stored(problem, even, 0) else even
 
 
 def _stored(problem: RowProblem, grid: RowGrid, table_bits: int) -> float:
@@ -51,37 +66,34 @@ def _stored(problem: RowProblem, grid: RowGrid, table_bits: int) -> float:
     return table_bits + (problem.rows.numel() / 2 * math.log2(error) if error > 0 else -math.inf)
 
 
-def _own_tables(problem: RowProblem, bits: int) -> RowGrid:
-    starts = [_quantiles(problem.rows, 1 << bits)]
-    best: RowGrid | None = None
-    if bits >= 2:
-        best = find(problem, WeightFormat(bits))
-        starts.append(best.value(best.integers()))
-    for start in starts:
-        tried = _on_int8(lloyd(problem.rows, start, problem.importance))
-        best = tried if best is None else problem.better(best, tried)
-    assert best is not None
-    return problem.rescaled(best)
+def _own_tables(problem: RowProblem, count: int) -> RowGrid:
+    """Return a table for each row."""
+    best = _on_int8(lloyd(problem.rows, _quantiles(problem.rows, count), problem.importance))
+    even = Grid.of_weight(problem.rows.flatten(0, 1), max(FORMAT_KINDS["uniform"].least, math.ceil(math.log2(count))))
+    spaced = RowGrid.of(even, len(problem.rows), len(even.scale))
+    # Of an odd number of levels, those around zero.
+    levels = spaced.value(spaced.integers())[..., -count:]
+    return problem.better(best, _on_int8(lloyd(problem.rows, levels, problem.importance)))
 
 
-def _shared_table(problem: RowProblem, bits: int) -> RowGrid:
-    """Return one table for all rows, each with its own scale."""
-    rows = problem.rows
-    size = rows.square().mean(dim=2, keepdim=True).sqrt().clamp(min=SMALLEST_SCALE)
-    pooled = (rows / size).reshape(1, 1, -1)
-    weights = (problem.importance.expand_as(rows) * size.square()).reshape(1, 1, -1)
+def _shared_tables(problem: RowProblem, count: int, each: int) -> RowGrid:
+    """Return one table for every `each` rows in turn, and a scale for each row."""
+    rows, (groups, size, inputs) = problem.rows, problem.rows.shape
+    spread = rows.square().mean(dim=2, keepdim=True).sqrt().clamp(min=SMALLEST_SCALE)
+    pooled, weights = (
+        part.reshape(groups * size // each, 1, each * inputs)
+        for part in (rows / spread, problem.importance.expand_as(rows) * spread.square())
+    )
     stride = max(1, pooled.shape[2] // SAMPLE)
     pooled, weights = pooled[..., ::stride], weights[..., ::stride]
-    levels = lloyd(pooled, _quantiles(pooled, 1 << bits), weights)
-    unit = levels.abs().amax().clamp(min=SMALLEST_SCALE) / HIGHEST_LEVEL
-    whole = (levels / unit).round().clamp(LOWEST_LEVEL, HIGHEST_LEVEL).expand(*rows.shape[:2], -1)
-    grid = RowGrid.on_levels(size * unit, whole)
+    table = _on_int8(lloyd(pooled, _quantiles(pooled, count), weights))
+    unit, levels = (part.expand(-1, each, -1).reshape(groups, size, -1) for part in (table.scale, table.integers()))
+    grid = RowGrid.on_levels(spread * unit, levels)
     # The scale of least error for each row, whatever the table was found from.
-    q = grid.nearest(rows)
-    weight = problem.importance
+    q, weight = grid.nearest(rows), problem.importance
     fitted = (rows * q * weight).sum(dim=2, keepdim=True) / (q.square() * weight).sum(dim=2, keepdim=True)
     fitted = torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, grid.scale)
-    return problem.rescaled(problem.better(grid, RowGrid.on_levels(fitted, whole)))
+    return problem.better(grid, RowGrid.on_levels(fitted, grid.integers()))
 
 
 def lloyd(values: Tensor, levels: Tensor, weights: Tensor, steps: int = STEPS) -> Tensor:
