@@ -25,6 +25,7 @@ from fxquant.cli import COMMANDS, build_parser
 from fxquant.core.facts import EFFORTS
 from fxquant.core.ir import OPS
 from fxquant.passes.allocation import SOLVERS
+from fxquant.passes.formats import FORMATS
 from fxquant.passes.rounding import ROUNDERS
 from fxquant.passes.rounding.learned import Reconstruction
 from fxquant.passes.sensitivity import ESTIMATORS
@@ -69,6 +70,7 @@ def tables() -> Iterator[None]:
         RUNTIME_KERNELS,
         BACKENDS,
         ESTIMATORS._entries,
+        FORMATS._entries,
         ROUNDERS._entries,
         SOLVERS._entries,
     ]
