@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxquant.core.facts import Rounding
-from fxquant.core.ir import Program, constant, resolve, rule_of
+from fxquant.core.ir import Program, resolve
 from fxquant.passes.rounding.closed_form.input_gram import channel_axis
+from fxquant.passes.rounding.closed_form.output_moments import bias_of
 from fxquant.passes.rounding.closed_form.prefix import Prefix, fitting
 from fxquant.passes.rounding.closed_form.verdict import judged
 from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
@@ -48,7 +49,7 @@ def corrected_biases(task: RoundingTask) -> Rounding:
         dimensions = quantized.value(name)[0].dim()
         shape = [-1] + [1] * (dimensions - 1 - channel_axis(dimensions, node))
         quantized.change(name, partial(_shifted, shift=shift.reshape(shape)))
-        biases[name] = (_bias(simulated, node, shift) + shift).float()
+        biases[name] = (bias_of(simulated, node) + shift).float()
     return replace(task.rounding, biases={**task.rounding.biases, **biases})
 
 
@@ -67,11 +68,3 @@ def channel_means(values: list[Tensor], node: Node) -> Tensor:
 
 def _shifted(value: Tensor, shift: Tensor) -> Tensor:
     return value + shift.to(value.dtype)
-
-
-def _bias(simulated: Program, node: Node, like: Tensor) -> Tensor:
-    rule = rule_of(node)
-    assert rule is not None
-    assert rule.bias is not None
-    value = constant(simulated.module, node.args[rule.bias]) if len(node.args) > rule.bias else None
-    return torch.zeros_like(like) if value is None else value.double()

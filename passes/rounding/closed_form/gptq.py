@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxquant.core.errors import FailureError
-from fxquant.core.ir import Program, RowGrid
+from fxquant.core.ir import Program, RowGrid, WeightFormat
 from fxquant.passes.formats import RATIOS, RowProblem, RowRounder, squared_error
 from fxquant.passes.rounding.closed_form.input_gram import Moments
 from fxquant.passes.rounding.closed_form.layerwise import round_layerwise
@@ -48,7 +48,7 @@ def gptq_rescaled(task: RoundingTask) -> Program:
     return judged(task, rounding, "gptq_rescaled", time.perf_counter() - started)
 
 
-def with_best_scales(problem: RowProblem, grid: RowGrid) -> RowGrid:
+def with_best_scales(problem: RowProblem, grid: RowGrid, _: WeightFormat | None = None) -> RowGrid:
     """Return the grid with each channel's scale `s_c = argmin_r d' H d`, `d = w_c - rounded(w_c; r s)`, r of `RATIOS`.
 
     The plan's scales minimise `|d|^2` of nearest rounding; under H, and with an algorithm that compensates errors,

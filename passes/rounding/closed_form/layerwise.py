@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.core.facts import FakeQuantNodes, Rounding, WeightGrids
-from fxquant.core.ir import Grid, RowGrid, Site, resolve, tensor_at
+from fxquant.core.ir import Grid, RowGrid, Site, WeightFormat, resolve, tensor_at
 from fxquant.passes.formats import RowProblem, RowRounder, rows_of
 from fxquant.passes.rounding.closed_form.input_gram import GramAccumulator, Moments, geometry_of
+from fxquant.passes.rounding.closed_form.output_moments import OutputMoments, bias_of, output_moments
 from fxquant.passes.rounding.closed_form.prefix import Prefix, fitting
 from fxquant.passes.rounding.registry import RoundingTask
 
-Regrid = Callable[[RowProblem, RowGrid], RowGrid]
-"""(weight, H and how it will be rounded; its grid) -> the grid to round it on."""
+Regrid = Callable[[RowProblem, RowGrid, WeightFormat], RowGrid]
+"""(rows, H and how they will be rounded; the weight's grid; its format) -> the grid to round it on."""
+
+Aim = Callable[[Tensor, OutputMoments], tuple[Tensor, Moments]]
+"""(float weight by rows, moments with the float network's outputs) -> rows to round instead, H that weighs errors."""
 
 RowAlgorithm = Callable[[Moments], RowRounder]
 """Moments of an op's input -> how to round weights that read it; work that all widths share is done once."""
@@ -31,7 +36,12 @@ def on_grid(weight: Tensor, grid: Grid, groups: int, rounder: RowRounder) -> Ten
 
 
 def round_layerwise(
-    task: RoundingTask, algorithm: RowAlgorithm, title: str, crossed: bool = False, regrid: Regrid | None = None
+    task: RoundingTask,
+    algorithm: RowAlgorithm,
+    title: str,
+    crossed: bool = False,
+    regrid: Regrid | None = None,
+    aim: Aim | None = None,
 ) -> Rounding:
     """Return the task's rounding with every weight rounded on the network quantized up to it.
 
@@ -43,28 +53,70 @@ def round_layerwise(
         title: shown with the progress.
         crossed: whether the algorithm also needs the float network's inputs.
         regrid: chooses a grid for each weight; None keeps its grid.
+        aim: which values are rounded so that the float network's outputs are followed, where it is not the weight;
+            biases are then chosen too.
     """
     earlier = replace(task.rounding, weights={})
     simulated = task.simulated(earlier)
     images = fitting(simulated.module, task.images)
     quantized = Prefix(simulated.module, images)
-    floating = Prefix(task.program.module, images) if crossed else None
+    floating = Prefix(task.program.module, images) if crossed or aim is not None else None
     weights: dict[str, Tensor] = {}
-    grids = dict(earlier.grids)
+    grids, biases = dict(earlier.grids), dict(earlier.biases)
     for site in task.reporter.track(task.sites, title, len(task.sites)):
         quantized.to(site.nodes[0])
-        moments = moments_of(site, simulated.module, quantized, floating)
-        weight = tensor_at(task.program.module, site.weight)
-        rounder, grid = algorithm(moments), earlier.grid_of(site.name, task.program[WeightGrids])
+        weight, outputs = tensor_at(task.program.module, site.weight), list[OutputMoments]()
+        if aim is None:
+            moments = moments_of(site, simulated.module, quantized, floating)
+            rows = floats = rows_of(weight, groups=len(moments.gram))
+        else:
+            assert floating is not None
+            outputs = outputs_of(site, simulated.module, quantized, floating)
+            floats = rows_of(weight, groups=len(outputs[0].gram))
+            rows, moments = aim(floats, OutputMoments.together(outputs))
+        plans = earlier.grid_of(site.name, task.program[WeightGrids])
+        rounder, own = algorithm(moments), RowGrid.of(plans, len(rows), len(weight))
+        grid = own
         if regrid is not None:
-            problem = RowProblem(rows_of(weight, groups=len(moments.gram)), moments.gram, rounder)
-            grids[site.name] = grid = regrid(problem, RowGrid.of(grid, len(moments.gram), len(weight))).grid()
-        weights[site.name] = on_grid(weight, grid, len(moments.gram), rounder).to(weight.device)
+            grid = regrid(RowProblem(rows, moments.gram, rounder), own, task.choices[site.name].weight)
+        integers = rounder(rows, grid)
+        if outputs:
+            grid, integers = _not_worse(OutputMoments.together(outputs), grid, integers, own, own.nearest(floats))
+        if grid is not own:
+            grids[site.name] = plans = grid.grid()
+        # The product is taken in float32, as the quantizer takes it.
+        weights[site.name] = plans.dequantize(integers.reshape(weight.shape)).to(weight.device)
         # From here on the walk has the rounded weight in place of its quantizer's output.
         for name in simulated[FakeQuantNodes].weights[site.name]:
             quantized.settle(name, weights[site.name])
+        for name, each in zip(site.nodes if outputs else (), outputs, strict=True):
+            biases[name] = each.bias(rows_of(weights[site.name], groups=len(rows))).float()
+            quantized.shift(name, biases[name] - bias_of(simulated, resolve(simulated.module.graph, name)).float())
     notes = () if len(images) == len(task.images) else (f"{title} saw {len(images)} of {len(task.images)} images",)
-    return replace(earlier, weights=weights, grids=grids, notes=(*earlier.notes, *notes))
+    return replace(earlier, weights=weights, grids=grids, biases=biases, notes=(*earlier.notes, *notes))
+
+
+def _not_worse(
+    moments: OutputMoments, grid: RowGrid, integers: Tensor, own: RowGrid, plain: Tensor
+) -> tuple[RowGrid, Tensor]:
+    """Return grid and integers with the rows to nearest on their own grid that follow the outputs better."""
+    worse = moments.error(own.value(plain)) < moments.error(grid.value(integers))
+    if not worse.any():
+        return grid, integers
+    chosen = grid if grid is own else grid.chosen(own, worse)
+    return chosen, torch.where(worse.unsqueeze(2), plain, integers)
+
+
+def outputs_of(site: Site, module: GraphModule, quantized: Prefix, floating: Prefix) -> list[OutputMoments]:
+    """Return the output moments of each of a site's ops, over all images; arguments as those of `moments_of`."""
+    found = []
+    for position, name in enumerate(site.nodes):
+        if position == 1:
+            quantized, floating = quantized.ahead(), floating.ahead()
+        quantized.to(name)
+        floating.past(name)
+        found.append(output_moments(resolve(module.graph, name), quantized.source(name), floating.value(name)))
+    return found
 
 
 def moments_of(site: Site, module: GraphModule, quantized: Prefix, floating: Prefix | None = None) -> Moments:

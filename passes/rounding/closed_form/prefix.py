@@ -7,6 +7,7 @@ One walk through the graph serves all layers: no node runs twice, and only value
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.core.ir import resolve
 from fxquant.core.run import CalibrationSet, GraphReplay, Runner
+from fxquant.passes.rounding.closed_form.input_gram import channel_axis
 
 BATCH = 32
 LIMIT = 10**9
@@ -53,6 +55,7 @@ class Prefix:
         self._last_reader = {n: max((self._position[user] for user in n.users), default=never) for n in self._position}
         self._next = 0
         self._settled: dict[str, Callable[[Tensor], Tensor]] = {}
+        self._shifts: dict[str, Tensor] = {}
         #: values that no image reaches, one for all batches
         self._constants: dict[Node, Any] = {}
         self._values = [self._runner.given(part.inputs) for part in images.batches(batch)]
@@ -62,6 +65,7 @@ class Prefix:
         other = object.__new__(Prefix)
         other.__dict__.update(self.__dict__)
         other._settled, other._constants = dict(self._settled), dict(self._constants)
+        other._shifts = dict(self._shifts)
         other._values = [dict(values) for values in self._values]
         return other
 
@@ -71,6 +75,12 @@ class Prefix:
         self._settled[name] = lambda _: value
         if node in self._constants:
             self._constants[node] = value
+
+    def shift(self, name: str, amount: Tensor) -> None:
+        """Add this amount for each channel to the output of a weighted op that has not run yet."""
+        node = resolve(self.module.graph, name)
+        dimensions = node.meta["val"].dim()
+        self._shifts[name] = amount.reshape([-1] + [1] * (dimensions - 1 - channel_axis(dimensions, node)))
 
     def to(self, name: str) -> None:
         """Run every node before this one."""
@@ -97,6 +107,10 @@ class Prefix:
         for values in self._values:
             values[node] = function(values[node])
 
+    def _shifted(self, values: dict[Node, Any], node: Node) -> None:
+        if node.name in self._shifts:
+            values[node] = values[node] + self._shifts[node.name].to(values[node])
+
     def _run(self, stop: int) -> None:
         runner = self._runner
         ahead = [node for node in runner.nodes[self._next : stop] if node.op not in ("placeholder", "output")]
@@ -109,5 +123,5 @@ class Prefix:
             runner.run([node for node in ahead if node not in runner.varying], self._constants, None, self._settled)
             varying = [node for node in ahead if node in runner.varying]
             for values in self._values:
-                runner.run(varying, values, self._constants, self._settled, keep)
+                runner.run(varying, values, self._constants, self._settled, keep, partial(self._shifted, values))
         self._constants = {node: value for node, value in self._constants.items() if keep(node)}

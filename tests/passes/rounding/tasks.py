@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
-from fxquant.core.facts import BitAllocation
+from fxquant.core.facts import BitAllocation, Rounding
 from fxquant.core.ir import Choice, Program, Sites
-from fxquant.core.run import CalibrationSet
+from fxquant.core.run import CalibrationSet, GraphReplay
 from fxquant.passes.rounding import RoundingTask
+from fxquant.passes.rounding.closed_form import channel_means
 from tests import scoring
 
 
@@ -44,6 +45,20 @@ def task_on(
 def after(task: RoundingTask, program: Program) -> RoundingTask:
     """Return the task of the next algorithm of a chain."""
     return replace(task, program=program)
+
+
+def mean_errors(task: RoundingTask, rounding: Rounding) -> dict[str, float]:
+    """Return op -> largest difference of a channel's mean, in units of the largest float mean."""
+    simulated = task.simulated(rounding)
+    replays = GraphReplay(simulated.module), GraphReplay(task.program.module)
+    with torch.no_grad():
+        ours, floats = (replay.forward(task.images.inputs)[1] for replay in replays)
+    found = {}
+    for name in (name for site in task.sites for name in site.nodes):
+        nodes = [replay.by_name[name] for replay in replays]
+        means = [channel_means([values[node]], node) for values, node in zip((ours, floats), nodes, strict=True)]
+        found[name] = float((means[0] - means[1]).abs().max() / means[1].abs().max())
+    return found
 
 
 def op_node(op: object, x: Tensor, weight: Tensor, *rest: Argument) -> Node:

@@ -9,26 +9,10 @@ import torch
 
 from fxquant.core.facts import Rounding
 from fxquant.core.ir import Program, constant, resolve, rule_of
-from fxquant.core.run import GraphReplay
-from fxquant.passes.rounding import ROUNDERS, RoundingTask
-from fxquant.passes.rounding.closed_form import channel_means
-from tests.passes.rounding.tasks import after, task_of
+from fxquant.passes.rounding import ROUNDERS
+from tests.passes.rounding.tasks import after, mean_errors, task_of
 
 bias_correction = ROUNDERS["bias_correction"]
-
-
-def mean_errors(task: RoundingTask, rounding: Rounding) -> dict[str, float]:
-    """Return op -> largest difference of a channel's mean, in units of the largest float mean."""
-    simulated = task.simulated(rounding)
-    replays = GraphReplay(simulated.module), GraphReplay(task.program.module)
-    with torch.no_grad():
-        ours, floats = (replay.forward(task.images.inputs)[1] for replay in replays)
-    found = {}
-    for name in (name for site in task.sites for name in site.nodes):
-        nodes = [replay.by_name[name] for replay in replays]
-        means = [channel_means([values[node]], node) for values, node in zip((ours, floats), nodes, strict=True)]
-        found[name] = float((means[0] - means[1]).abs().max() / means[1].abs().max())
-    return found
 
 
 @pytest.mark.parametrize("name", ["plain", "residual", "separable", "attention", "sequence", "shared"])

@@ -82,3 +82,18 @@ def test_images_are_left_out_until_the_values_fit() -> None:
     assert len(fitting(module, given)) == 20
     assert len(fitting(module, given, 12 * for_one)) == 12
     assert len(fitting(module, given, 1)) == FEWEST
+
+
+def test_a_shifted_op_gives_the_shift_to_what_comes_behind_it_but_not_to_another_walk() -> None:
+    task = task_of("plain", 4)
+    first, last = task.sites[0].nodes[0], task.sites[-1].nodes[0]
+    walk = Prefix(task.program.module, task.images)
+    other = walk.ahead()
+    walk.shift(first, torch.arange(6.0))
+    for step in (walk, other):
+        step.past(first)
+    difference = walk.value(first)[0] - other.value(first)[0]
+    assert torch.allclose(difference, torch.arange(6.0).reshape(1, 6, 1, 1).expand_as(difference), atol=1e-5)
+    for step in (walk, other):
+        step.to(last)
+    assert not torch.equal(walk.source(last)[0], other.source(last)[0])

@@ -1,0 +1,126 @@
+"""Qronos: like GPTQ, but aims at the float network's outputs on the quantized network's inputs (arXiv 2505.11695)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fxquant.core.errors import FailureError
+from fxquant.core.ir import Program, RowGrid, WeightFormat
+from fxquant.passes.formats import RowProblem, find
+from fxquant.passes.rounding.closed_form.gptq import gptq_rows
+from fxquant.passes.rounding.closed_form.input_gram import Moments
+from fxquant.passes.rounding.closed_form.layerwise import round_layerwise
+from fxquant.passes.rounding.closed_form.output_moments import OutputMoments
+from fxquant.passes.rounding.closed_form.verdict import judged
+from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
+
+DAMPING = 0.01
+"""Pull toward the float weight, as a share of the mean diagonal of H."""
+
+ALREADY_DAMPED = 1e-9
+"""What GPTQ adds to moments that are damped already."""
+
+RATIOS = (1.0, 1.1, 1.2)
+"""Shares of the scale of least error that are tried. Values move outward as errors of other columns are added to them,
+so that larger scales than nearest rounding's are better."""
+
+ATTEMPTS = 12
+
+
+@ROUNDERS.register("qronos")
+def qronos(task: RoundingTask) -> Program:
+    """Round each layer's weight so that its output on the quantized network follows the float network's output.
+
+    `min_{Q, b} sum |y - Q x - b|^2`, y the float network's output and x what the quantized network reads: errors of
+    earlier layers are corrected as well as those of earlier columns. Scales stay those of the grid; arXiv 2505.11695,
+    algorithm 1 and theorem 4.1, with a bias as one more input that is not rounded.
+    """
+    started = time.perf_counter()
+    rounding = round_layerwise(task, _rows, "qronos", aim=partial(aimed, from_float=True))
+    return judged(task, rounding, "qronos", time.perf_counter() - started)
+
+
+@ROUNDERS.register("qronos_rescaled")
+def qronos_rescaled(task: RoundingTask) -> Program:
+    """Qronos with each channel's levels found again, for the least output error of the algorithm itself on them.
+
+    The paper takes scales as given. The values that are rounded here are not the float weights: to compensate other
+    errors they spread wider, and the scales that fit them halve the output error at 2 bits.
+    """
+    started = time.perf_counter()
+    rounding = round_layerwise(task, _rows, "qronos_rescaled", regrid=refitted, aim=aimed)
+    return judged(task, rounding, "qronos_rescaled", time.perf_counter() - started)
+
+
+def refitted(problem: RowProblem, own: RowGrid, weight: WeightFormat) -> RowGrid:
+    """Return the levels of a format that fit the rows which will be rounded, or the plan's grid where it is better."""
+    problem = replace(problem, ratios=RATIOS)
+    return problem.better(find(problem, weight), own)
+
+
+def aimed(
+    rows: Tensor, moments: OutputMoments, damping: float = DAMPING, from_float: bool = False
+) -> tuple[Tensor, Moments]:
+    """Return the rows to round instead of the float weight, and the moments that weigh errors at them.
+
+    `T = argmin sum |y - T x - b|^2 + l |T - W|^2 = (C' + l W)(H + l I)^-1` with `l = damping mean(H_jj)`: any rows Q
+    then cost `tr((T - Q)(H + l I)(T - Q)')` more than T. Once a column is rounded, the best values of all later ones
+    are those of GPTQ, started at T; if inputs have no error, T = W.
+
+    Args:
+        rows: the float weight W, float64 of shape (groups, rows, K).
+        moments: of the op.
+        damping: share of the mean diagonal, above 0.
+        from_float: choose the first column that is rounded as the paper does: its best value while all others stay at
+            the float weight, instead of its best value overall.
+
+    Raises:
+        FailureError: H cannot be factored, however damped: it is not finite.
+    """
+    added = _added(moments.gram, damping)
+    for _ in range(ATTEMPTS):
+        gram = moments.gram + torch.diag_embed(added)
+        root, failed = torch.linalg.cholesky_ex(gram)
+        if not failed.any():
+            break
+        added = added * 10.0
+    else:
+        raise FailureError(
+            "the second moments of the inputs cannot be factored: activations of the network are not finite; "
+            "check the model on the calibration images"
+        )
+    wanted = moments.cross + added.unsqueeze(2) * rows.transpose(1, 2)
+    target = torch.cholesky_solve(wanted, root).transpose(1, 2)
+    if from_float:
+        target = target + _first_step(target - rows, gram, root)
+    return target, Moments(gram, gram)
+
+
+def _added(gram: Tensor, damping: float) -> Tensor:
+    mean = gram.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True)
+    # A group that read only zeros keeps its weights.
+    return torch.where(mean > 0, damping * mean, torch.ones_like(mean)).expand(gram.shape[:2])
+
+
+def _first_step(ahead: Tensor, gram: Tensor, root: Tensor) -> Tensor:
+    """Return how the best rows move when the first column is put at its best value for the float weight.
+
+    That value is `T_1 + sum_{k > 1} H_1k (T_k - W_k) / H_11`, and every other column follows as the inverse of H says.
+    """
+    order = gram.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    first = order[:, :1].unsqueeze(2)
+    across = gram.gather(1, first.expand(-1, 1, gram.shape[2]))
+    # The sum over all k holds T_1 - W_1 itself, which is left out.
+    own = ahead.gather(2, first.expand(-1, ahead.shape[1], 1))
+    step = (ahead @ across.transpose(1, 2)) / across.gather(2, first) - own
+    unit = torch.zeros_like(across).scatter_(2, first, 1.0).transpose(1, 2)
+    column = torch.cholesky_solve(unit, root).transpose(1, 2)
+    return step * (column / column.gather(2, first))
+
+
+_rows = partial(gptq_rows, damping=ALREADY_DAMPED)
