@@ -1,0 +1,82 @@
+"""Those who compete at equal bytes: each writes ONNX files of a network, one for each share of the float file.
+
+A contestant runs in a process of its own, started with the folder that holds `model.pt2` and `calibration.npz`, and
+uses nothing but the face of fxquant that it finds: so the same lines measure an older checkout, on its own PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fxquant
+
+RATIOS = (0.05, 0.065, 0.085, 0.11, 0.14, 0.17, 0.2, 0.25)
+UNIFORM = ("1.6c", "2", "2c", "2.4c", "2.67c", "3", "3c", "4", "4c", "5", "6", "8")
+"""Formats that a uniform plan is written in."""
+
+Write = Callable[[Any, Tensor, int, Path], None]
+"""(exported program, calibration images, seed, where files go) -> nothing; files are called `<what>.onnx`."""
+
+
+def default(program: Any, images: Tensor, seed: int, folder: Path) -> None:
+    """Quantize once, then take the best plan for each share of the float file."""
+    result = fxquant.quantize(program, images, None, progress=False, options={"seed": seed})
+    for ratio in RATIOS:
+        try:
+            solved = fxquant.resolve(result, fxquant.Budget(file_ratio=ratio), progress=False)
+        except fxquant.InfeasibleBudgetError as error:
+            print(f"{ratio}: {error}", file=sys.stderr)
+            continue
+        solved.to_onnx(folder / f"{ratio}.onnx")
+
+
+def before(program: Any, images: Tensor, seed: int, folder: Path) -> None:
+    """Do the same with the shares that budgets knew earlier, those of the weights; files are larger than they say."""
+    for ratio in RATIOS:
+        try:
+            budget = fxquant.Budget(size_ratio=ratio)
+            result = fxquant.quantize(program, images, budget, progress=False, options={"seed": seed})
+        except fxquant.InfeasibleBudgetError as error:
+            print(f"{ratio}: {error}", file=sys.stderr)
+            continue
+        result.to_onnx(folder / f"{ratio}.onnx")
+
+
+def uniform(program: Any, images: Tensor, seed: int, folder: Path) -> None:
+    """Give all layers one format, rounded as by default."""
+    for label in UNIFORM:
+        given = {"seed": seed, "pins": {"*": f"W{label}A8"}}
+        budget = fxquant.Budget(average_bits=8)
+        fxquant.quantize(program, images, budget, bits=(label,), progress=False, options=given).to_onnx(
+            folder / f"{label}.onnx"
+        )
+
+
+CONTESTANTS: Mapping[str, Write] = {"default": default, "before": before, "uniform": uniform}
+
+
+def main() -> None:
+    """Write one contestant's files: `python -m benchmarks.equal_bytes_contestants name folder seed threads`."""
+    name, folder, seed, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    torch.set_num_threads(threads)
+    program = torch.export.load(folder / "model.pt2")
+    with np.load(folder / "calibration.npz", allow_pickle=False) as arrays:
+        images = torch.from_numpy(arrays["images"])
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    place = folder / f"{name}-{seed}"
+    place.mkdir(parents=True, exist_ok=True)
+    started = time.process_time()
+    CONTESTANTS[name](program, images[order], seed, place)
+    (place / "seconds").write_text(f"{time.process_time() - started:.1f}")
+
+
+if __name__ == "__main__":
+    main()
