@@ -51,7 +51,9 @@ def measured(name: str, folder: str) -> list[Row]:
         reference, output = (model_outputs(graph, (images,)) for graph in (result.program.module, result.simulated))
         found = quality(("disagreement", "accuracy_drop", "loss"), reference, output, labels, "kl")
         row |= {f"held out, {key}": value for key, value in plan.quality.items()}
-        row |= {f"test, {key}": value for key, value in found.items()}
+        row |= {f"bound, {key}": value for key, value in plan.quality_bounds.items()}
+        row["judged on"] = plan.quality_images
+        row |= {f"test, {key}": measure.value for key, measure in found.items()}
         row |= {"average bits": average_bits(result.program, plan), "size of float": plan.used["size_ratio"]}
         row |= {"plan": plan.estimator, "seconds": time.monotonic() - began}
     return rows

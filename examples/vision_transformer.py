@@ -55,11 +55,11 @@ class VisionTransformer(nn.Module):
 
 
 def main(folder: Path) -> fxquant.Result:
-    """Find the smallest model that answers like the float one on 90 % of held-out images, and write its report."""
+    """Find the smallest model that answers like the float one on 90 % of images, and write its report."""
     torch.manual_seed(0)
     model = VisionTransformer().eval()
     images = torch.randn(96, 3, 32, 32)
-    # Without labels the share of changed answers bounds the loss of accuracy.
+    # Without labels the share of changed answers bounds the loss of accuracy; half of the images judge it.
     budget = fxquant.Budget(disagreement=0.1)
     result = fxquant.quantize(model, images, budget, bits=(4, 8), effort="fast", progress=False)
     print(result.summary())

@@ -21,7 +21,7 @@ from fxquant.core.host import ALONE, Reporter, Shards
 from fxquant.core.ir import Program
 from fxquant.core.run import collect, images_for
 from fxquant.core.storage import work_folder
-from fxquant.flow import algorithms, check_labels, choose, round_plan, round_with_feedback
+from fxquant.flow import algorithms, choose, round_plan, round_with_feedback
 from fxquant.passes import simulate, widest_plan
 from fxquant.result import Result
 
@@ -84,14 +84,17 @@ def quantize(
     reporter = Reporter(progress and shards.is_first)
     # Checked before hours of work whose results are to be kept there.
     folder, place = (work_folder(workdir, name) for name in ("scores", "rounding"))
-    images = collect(calibration, input_names(model), preset.images)
-    if len(images) == preset.images:
-        reporter.say(f"{len(images)} calibration images are used, all that effort={settings.effort!r} takes")
+    most = preset.images + flow.wanted_images(limits, settings)
+    images = collect(calibration, input_names(model), most)
+    if len(images) == most:
+        reporter.say(f"{most} calibration images are used, all that effort={settings.effort!r} and the budget take")
     if len(images) < 2:
         raise CalibrationError("calibration holds one image; give at least two, so that one can be held out")
-    check_labels(limits, images)
-    scoring, held_out = images.split(settings.held_out, settings.seed)
+    scoring, held_out = flow.split_images(images, limits, settings)
+    flow.check_answers(limits, held_out, settings)
     captured = capture_program(model, images.slice(0, 2).inputs)
+    for note in flow.learned_note(captured, held_out):
+        reporter.say(note)
     program = flow.prepare(captured, settings)
     program = flow.calibrate(program, scoring, reporter)
     if limits is not None:

@@ -182,7 +182,7 @@ class Result:
         loss = flow.loss_name(self.program, self.held_out)
         reference = model_outputs(self.program.module, self.held_out.inputs)
         measured = measured_loss(made.simulated, self.held_out, reference, loss)
-        return replace(made, program=made.program.with_facts(self.allocation.remeasured(measured)))
+        return replace(made, program=made.program.with_facts(self.allocation.remeasured(measured, len(self.held_out))))
 
     def to_onnx(self, path: str | Path, options: OnnxOptions | None = None) -> ExportReport:
         """Write the model as ONNX with quantize and dequantize nodes, weights packed, batch dynamic.

@@ -132,7 +132,7 @@ class VerifyAndRefine(Pass):
         # A plan that overflows has loss NaN, which compares as neither better nor worse.
         totals = {name: losses[name] + plan.border_cost for name, plan in plans.items()}
         best = min(totals, key=lambda name: math.inf if math.isnan(totals[name]) else totals[name])
-        plan = replace(plans[best], measured_loss=losses[best], loss=self.loss, finalists=losses)
+        plan = self._measured(plans[best], losses[best], losses)
         return program.with_facts(self._refined(program, plan, meter) if self.moves else plan), 0
 
     def _refined(self, program: Program, start: BitAllocation, meter: Meter) -> BitAllocation:
@@ -157,7 +157,10 @@ class VerifyAndRefine(Pass):
         if plan is start:
             return start
         loss = float(meter.losses(plan).mean())
-        return replace(plan, measured_loss=loss, loss=self.loss, finalists={**start.finalists, REFINED: loss})
+        return self._measured(plan, loss, {**start.finalists, REFINED: loss})
+
+    def _measured(self, plan: BitAllocation, loss: float, finalists: dict[str, float]) -> BitAllocation:
+        return replace(plan, measured_loss=loss, loss=self.loss, images=len(self.images), finalists=finalists)
 
     def _trials(self, program: Program, plan: BitAllocation) -> Iterator[dict[str, Choice]]:
         """Yield the choices of plans near this one that keep its limits, most promising first."""

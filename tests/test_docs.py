@@ -112,7 +112,7 @@ def test_code_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.chdir(tmp_path)
     space = vars(module)
-    space |= {"model": small(), "calibration": images(24), "images": images(3)}
+    space |= {"model": small(), "calibration": images(24), "unseen_images": images(80), "images": images(3)}
     for code in runnable(name):
         exec(compile(code, f"docs/{name}", "exec"), space)
     logits = space.get("logits")

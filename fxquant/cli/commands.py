@@ -28,6 +28,7 @@ from fxquant.core.errors import FxquantError, OptionError
 from fxquant.core.facts import EFFORTS, Budget, Settings, Target
 from fxquant.core.host import Shards, memory_named, printable
 from fxquant.core.storage import check_writable
+from fxquant.flow import wanted_images
 from fxquant.outputs import (
     ROUNDING,
     SCORES,
@@ -125,7 +126,8 @@ def _scored(args: argparse.Namespace, budget: Budget | None) -> None:
             held.enter_context(output_folder(args.workdir, resume=True, writer=False))
         settings = Settings.of(given(Settings, args), distributed=True)
         check_packages(settings.target)
-        images = load_calibration(args.calibration, _image_options(args), EFFORTS[settings.effort].images)
+        most = EFFORTS[settings.effort].images + wanted_images(budget, settings)
+        images = load_calibration(args.calibration, _image_options(args), most)
         result = api.quantize(
             load_model(args.model),
             images,

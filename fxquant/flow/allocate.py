@@ -155,8 +155,9 @@ def rescore_around(
     tried = {f"round {s.round}, {s.radius} sites": float(meter.losses(s.plan).mean()) for s in steps}
     if best is not start:
         named = f"{best.estimator} around the plan"
-        best = replace(best, measured_loss=float(meter.losses(best).mean()), loss=loss, estimator=named)
-    return program.with_facts(replace(best, finalists={**start.finalists, **tried}))
+        best = replace(best, measured_loss=float(meter.losses(best).mean()), estimator=named)
+    known = replace(best, loss=loss, images=len(held_out), finalists={**start.finalists, **tried})
+    return program.with_facts(known)
 
 
 def measured_latency(program: Program, plan: BitAllocation, images: CalibrationSet) -> dict[str, float]:

@@ -10,12 +10,22 @@ from pathlib import Path
 from torch import Tensor
 
 from fxquant.core.errors import CalibrationError, InfeasibleBudgetError
-from fxquant.core.facts import LIMIT_TABLES, BitAllocation, Budget, CostTables, reachable, unit_of, usage
+from fxquant.core.facts import (
+    LIMIT_TABLES,
+    BitAllocation,
+    Budget,
+    CostTables,
+    Settings,
+    reachable,
+    unit_of,
+    usage,
+)
 from fxquant.core.host import SILENT, Reporter
 from fxquant.core.ir import Program, Sites
-from fxquant.core.run import NO_LABELS, CalibrationSet, keeps, model_outputs, quality
+from fxquant.core.run import CalibrationSet, keeps, model_outputs, quality
 from fxquant.flow import allocate as search
 from fxquant.flow.file_size import kept_in_file, measure_file
+from fxquant.flow.judged_images import check_answers, compared_images, learned_note
 from fxquant.flow.latency import measure_latency
 from fxquant.flow.score import loss_name
 from fxquant.passes import simulate
@@ -47,23 +57,21 @@ class Judge:
     loss: str
 
     def verdict(self, program: Program) -> Program:
-        """Return the program with the measured quality and its limits on the plan."""
-        plan, limits = program[BitAllocation], self.budget.quality
+        """Return the program with the measured quality, its bounds and its limits on the plan."""
+        plan, limits, settings = program[BitAllocation], self.budget.quality, program[Settings]
         outputs = model_outputs(simulate(program, plan).module, self.images.inputs, 32)
-        found = quality(limits, self.reference, outputs, self.images.labels, self.loss)
-        judged = replace(plan, quality=found, quality_limits=limits, minimized=self.budget.minimize)
+        asked = (self.images.labels, self.loss, settings.confidence, settings.seed)
+        found = quality(limits, self.reference, outputs, *asked)
+        judged = replace(
+            plan,
+            quality={name: each.value for name, each in found.items()},
+            quality_bounds={name: each.bound for name, each in found.items()},
+            quality_limits=limits,
+            quality_images=len(self.images),
+            minimized=self.budget.minimize,
+        )
         # The limit on what is minimized was the search's own.
         return program.with_facts(replace(judged, limits=self.budget.limits))
-
-
-def check_labels(budget: Budget | None, images: CalibrationSet) -> None:
-    """Fail before the long work if a limit needs labels and the images have none.
-
-    Raises:
-        CalibrationError: labels are missing.
-    """
-    if budget is not None and "accuracy_drop" in budget.quality and images.labels is None:
-        raise CalibrationError(NO_LABELS)
 
 
 def choose(
@@ -80,7 +88,8 @@ def choose(
     Args:
         program: with sensitivity.
         budget: the limits.
-        held_out: images that scoring did not see, on which quality is measured.
+        held_out: images that scoring did not see. Plans are compared on as many of the first as the effort holds out;
+            quality is measured on all.
         reporter: shows progress.
         scoring: images to score around the plan with; None does not.
         folder: keeps those scores.
@@ -93,18 +102,24 @@ def choose(
     if budget.needs_file and "file" not in program[CostTables].tables:
         program = measure_file(program, reporter)
 
-    def solve(limits: Budget, around: CalibrationSet | None = scoring) -> Program:
-        return search.allocate(program, limits, held_out, reporter, around, folder)
-
-    if not budget.quality:
-        return kept_in_file(program, budget, solve, finish)[1]
-    if held_out is None:
+    if budget.quality and held_out is None:
         raise CalibrationError(f"a limit on {', '.join(budget.quality)} needs held-out images; give calibration images")
+    compared = held_out if held_out is None or not budget.quality else compared_images(held_out, program[Settings])
+
+    def solve(limits: Budget, around: CalibrationSet | None = scoring) -> Program:
+        return search.allocate(program, limits, compared, reporter, around, folder)
+
+    if held_out is None:
+        return kept_in_file(program, budget, solve, finish)[1]
+    notes = learned_note(program, held_out)
+    if not budget.quality:
+        return _noted(kept_in_file(program, budget, solve, finish)[1], notes)
     if budget.needs_latency and "latency" not in program[CostTables].tables:
         program = measure_latency(program, held_out, reporter)
+    check_answers(budget, held_out, program[Settings])
     loss = loss_name(program, held_out)
     judge = Judge(budget, held_out, model_outputs(program.module, held_out.inputs, 32), loss)
-    # Checks labels and the shape of the answers before the first plan is solved.
+    # Checks the shape of the answers before the first plan is solved.
     _ = quality(budget.quality, judge.reference, judge.reference, held_out.labels, loss)
     low, high = _range(program, budget)
 
@@ -119,12 +134,12 @@ def choose(
             # A lower loss may still change the answer to an image close to a decision.
             plain = judge.verdict(solved)
             judged = judged if accepted(None, None, _kept(plain), _kept(judged)) else plain
-        measured = ", ".join(f"{name} {value:.4g}" for name, value in judged[BitAllocation].quality.items())
         word = "kept" if _kept(judged) else "broken"
+        measured = _measured(judged)
         reporter.say(f"{budget.minimize} within {bound:.4g}: {measured} on {len(held_out)} held-out images, {word}")
         return judged
 
-    return _bisect(attempt, low, high, budget, scoring)
+    return _noted(_bisect(attempt, low, high, budget, scoring), notes)
 
 
 def _bisect(
@@ -136,10 +151,9 @@ def _bisect(
         # Quality was not measured yet, so the limits on costs exclude each other.
         raise InfeasibleBudgetError(f"no plan keeps {budget}; raise a limit on costs or allow narrower bits")
     if not _kept(best):
-        measured = ", ".join(f"{name}={value:.4g}" for name, value in best[BitAllocation].quality.items())
         raise InfeasibleBudgetError(
-            f"no plan keeps {budget}: the widest measured {measured}; raise the limit, allow wider bits or float (32 "
-            "among bits), or round better (rounding='pdquant')"
+            f"no plan keeps {budget}: the widest measured {_measured(best)}; raise the limit, give more images, allow "
+            "wider bits or float (32 among bits), or round better (rounding='pdquant')"
         )
     high = min(high, _cost(best, budget))
     for step in range(STEPS):
@@ -158,9 +172,22 @@ def _bisect(
     return around if around is not None and _kept(around) and _cost(around, budget) <= high * (1 + 1e-6) else best
 
 
+def _noted(program: Program, notes: tuple[str, ...]) -> Program:
+    plan = program[BitAllocation]
+    return program.with_facts(replace(plan, notes=(*plan.notes, *notes))) if notes else program
+
+
 def _kept(program: Program) -> bool:
     plan = program[BitAllocation]
-    return keeps(plan.quality, plan.quality_limits)
+    return keeps(plan.quality_bounds, plan.quality_limits)
+
+
+def _measured(program: Program) -> str:
+    plan, sure = program[BitAllocation], f"{100 * program[Settings].confidence:g} %"
+    return ", ".join(
+        f"{name} {value:.4g} (at most {plan.quality_bounds[name]:.4g} at {sure})"
+        for name, value in plan.quality.items()
+    )
 
 
 def _cost(program: Program, budget: Budget) -> float:

@@ -175,7 +175,7 @@ def _better(
     reason = rejection(before, after, loss)
     reporter.say(f"{chain}: held-out loss {before:.4g} -> {after:.4g}{', rejected' if reason else ''}")
     if not reason:
-        return rounded.with_facts(replace(plan, measured_loss=before).remeasured(after))
+        return rounded.with_facts(replace(plan, measured_loss=before).remeasured(after, len(held_out)))
     note = f"{chain} was rejected: {reason}"
     known = Rounding.of(program, plan.choices)
     kept = replace(known, units=rounded[Rounding].units, notes=(*known.notes, *rounded[Rounding].notes, note))

@@ -15,7 +15,16 @@ from fxquant.core.host import printable
 from fxquant.core.storage import atomic_path
 from fxquant.report.curve_geometry import curve
 from fxquant.report.pictures import bars, heat_map
-from fxquant.report.text import bytes_text, count_text, decibels_text, latency_text, limit_text, loss_text, percent_text
+from fxquant.report.text import (
+    bound_text,
+    bytes_text,
+    count_text,
+    decibels_text,
+    latency_text,
+    limit_text,
+    loss_text,
+    percent_text,
+)
 
 TEMPLATE = "report.html.j2"
 NOISIEST = 6
@@ -68,7 +77,7 @@ def render(data: Mapping[str, Any]) -> str:
         "latency": latency_text,
     }
     environment.filters |= filters
-    environment.globals["limit"] = limit_text
+    environment.globals |= {"limit": limit_text, "bound": bound_text}
     template = environment.from_string(files("fxquant.report").joinpath(TEMPLATE).read_text(encoding="utf-8"))
     page: str = template.render(
         data=data,

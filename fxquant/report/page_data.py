@@ -157,13 +157,15 @@ def _outcome(program: Program, held_out_images: int | None) -> dict[str, Any]:
         used = plan.used.get(plan.minimized)
         limits.append({"name": plan.minimized, "limit": None, "used": used, "slack": None})
     for name, limit in plan.quality_limits.items():
-        measured = plan.quality.get(name)
-        slack = None if measured is None else limit - measured
-        limits.append({"name": name, "limit": limit, "used": measured, "slack": slack})
+        measured, bound = plan.quality.get(name), plan.quality_bounds.get(name)
+        slack = None if bound is None else finite(limit - bound)
+        row = {"name": name, "limit": limit, "used": measured, "slack": slack}
+        limits.append({**row, "bound": None if bound is None else finite(bound), "images": plan.quality_images})
     size = model_bytes(program, plan.choices)
     return {
         "status": plan.status,
-        "status_text": "; ".join([*_status(program, plan), *_notes(program)]),
+        "status_text": "; ".join(_status(program, plan)),
+        "notes": _notes(program),
         "estimator": plan.estimator,
         "objective": finite(plan.objective),
         "bound": finite(plan.bound),
@@ -172,7 +174,8 @@ def _outcome(program: Program, held_out_images: int | None) -> dict[str, Any]:
         "compared_loss": plan.compared_loss,
         "loss_unit": UNITS.get(plan.loss, program[SensitivityMatrix].unit),
         "objective_unit": _matrix(program, plan).unit,
-        "held_out_images": held_out_images,
+        "held_out_images": plan.images or held_out_images,
+        "confidence": program[Settings].confidence,
         "limits": limits,
         "latency": _latency(costs, plan.choices),
         "bytes": size,

@@ -14,7 +14,7 @@ from rich.text import Text
 from fxquant.core.host import int8_instructions, printable
 from fxquant.core.ir import Program
 from fxquant.report.page_data import overview
-from fxquant.report.text import bytes_text, count_text, latency_text, limit_text, loss_text, percent_text
+from fxquant.report.text import bound_text, bytes_text, count_text, latency_text, limit_text, loss_text, percent_text
 
 COLUMNS = 100
 COLUMN_GAP = 3
@@ -75,10 +75,14 @@ def _headline(data: Mapping[str, Any]) -> list[str]:
     ]
     for limit in outcome["limits"]:
         name, used = limit["name"], limit_text(limit["name"], limit["used"])
+        allowed = limit_text(name, limit["limit"])
         if limit["limit"] is None:
             lines.append(f"Minimized {name}: {used}")
+        elif limit.get("bound") is not None:
+            sure = bound_text(limit, outcome["confidence"])
+            lines.append(f"Budget {name}: {used} measured, {sure}, {allowed} allowed")
         else:
-            lines.append(f"Budget {name}: {used} of {limit_text(name, limit['limit'])} used")
+            lines.append(f"Budget {name}: {used} of {allowed} used")
     if outcome["latency"] is not None:
         lines.append(latency_text(outcome["latency"]))
     if outcome["measured_loss"] is not None:
@@ -87,7 +91,7 @@ def _headline(data: Mapping[str, Any]) -> list[str]:
         lines.append(line if before is None else f"{line}; {loss_text(before)} before the last rounding, as below")
     gap = "" if outcome["gap"] is None else f", gap {percent_text(outcome['gap'])}"
     lines.append(f"Plan by {outcome['estimator']}, {outcome['status']}{gap}: {outcome['status_text']}")
-    return lines
+    return lines + [f"Note: {note}" for note in outcome["notes"]]
 
 
 def _layers(data: Mapping[str, Any]) -> str:

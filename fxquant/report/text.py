@@ -57,6 +57,12 @@ def limit_text(name: str, value: float | None) -> str:
     return "–" if value is None else f"{value:.4g} {UNITS.get(name, '')}".strip()
 
 
+def bound_text(limit: Mapping[str, Any], confidence: float) -> str:
+    """Return what the measured answers say of all images: their upper bound, and on how many images it rests."""
+    most = limit_text(limit["name"], limit["bound"]).removesuffix(UNITS[limit["name"]]).strip()
+    return f"at most {most} at {100 * confidence:g} % confidence from {limit['images']} images"
+
+
 def latency_text(latency: Mapping[str, Any]) -> str:
     """Return what a plan is predicted to take, and how noisy the measurements were that say so."""
     text = f"Latency {latency['predicted_ms']:.4g} ms predicted, float {latency['float_ms']:.4g} ms"

@@ -39,11 +39,14 @@ class BitAllocation:
         compared_loss: the same before the weights got their final rounding, as in `finalists`; None where that changed
             nothing.
         loss: name of the loss that was measured, "" if it is not known.
+        images: how many images `measured_loss` is the mean of, 0 if that is not known.
         finalists: name of each plan that was measured -> its real loss, all with weights rounded in one way.
         border_cost: modelled cost of requantization between layers, in the unit of the loss; not part of `objective`.
         notes: irregularities while solving.
         quality: name of each quality limit -> what was measured on held-out images.
+        quality_bounds: name of each -> its upper bound for all images like them, which keeps the limit.
         quality_limits: name of each quality limit -> what was allowed.
+        quality_images: how many images `quality` was measured on.
         minimized: the cost that was minimized under limits on answers, which `used` holds too; "" for none.
 
     Raises:
@@ -61,11 +64,14 @@ class BitAllocation:
     measured_loss: float | None = None
     compared_loss: float | None = None
     loss: str = ""
+    images: int = 0
     finalists: dict[str, float] = field(default_factory=dict)
     border_cost: float = 0.0
     notes: tuple[str, ...] = ()
     quality: dict[str, float] = field(default_factory=dict)
+    quality_bounds: dict[str, float] = field(default_factory=dict)
     quality_limits: dict[str, float] = field(default_factory=dict)
+    quality_images: int = 0
     minimized: str = ""
 
     def __post_init__(self) -> None:
@@ -90,10 +96,10 @@ class BitAllocation:
         labels = {site: choice.label for site, choice in self.choices.items()}
         return {"fxquant_plan": json.dumps(labels, separators=(",", ":"))}
 
-    def remeasured(self, loss: float) -> BitAllocation:
+    def remeasured(self, loss: float, images: int) -> BitAllocation:
         """Return the plan with the held-out loss of better weights; the one it was compared by stays beside it."""
         compared = self.measured_loss if self.compared_loss is None else self.compared_loss
-        return replace(self, measured_loss=loss, compared_loss=compared)
+        return replace(self, measured_loss=loss, images=images, compared_loss=compared)
 
     def __repr__(self) -> str:
         counts = Counter(choice.label for choice in self.choices.values())
@@ -110,7 +116,10 @@ class BitAllocation:
         for name, limit in self.limits.items():
             numbers.append((name, _shown(self.used.get(name, math.nan)), f"of {_shown(limit)}"))
         for name, limit in self.quality_limits.items():
-            numbers.append((name, _shown(self.quality.get(name, math.nan)), f"of {_shown(limit)}, held-out images"))
+            bound = _shown(self.quality_bounds.get(name, math.nan))
+            numbers.append(
+                (name, _shown(self.quality.get(name, math.nan)), f"at most {bound}, {_shown(limit)} allowed")
+            )
         rows = [(site, choice.label) for site, choice in self.choices.items()]
         return card("fxquant plan", tiles(numbers), table(("layer", "precision"), rows))
 
@@ -138,11 +147,14 @@ class BitAllocation:
             "measured_loss": _plain(self.measured_loss),
             "compared_loss": _plain(self.compared_loss),
             "loss": self.loss,
+            "images": self.images,
             "finalists": {name: _plain(loss) for name, loss in self.finalists.items()},
             "border_cost": self.border_cost,
             "notes": list(self.notes),
             "quality": self.quality,
+            "quality_bounds": {name: _plain(bound) for name, bound in self.quality_bounds.items()},
             "quality_limits": self.quality_limits,
+            "quality_images": self.quality_images,
             "minimized": self.minimized,
         }
         if path is not None:
@@ -169,11 +181,14 @@ class BitAllocation:
                 measured_loss=_optional(document.get("measured_loss")),
                 compared_loss=_optional(document.get("compared_loss")),
                 loss=str(document.get("loss", "")),
+                images=int(document.get("images", 0)),
                 finalists={str(k): _number(v) for k, v in document.get("finalists", {}).items()},
                 border_cost=float(document.get("border_cost", 0.0)),
                 notes=tuple(map(str, document.get("notes", ()))),
                 quality={str(k): float(v) for k, v in document.get("quality", {}).items()},
+                quality_bounds={str(k): _number(v) for k, v in document.get("quality_bounds", {}).items()},
                 quality_limits={str(k): float(v) for k, v in document.get("quality_limits", {}).items()},
+                quality_images=int(document.get("quality_images", 0)),
                 minimized=str(document.get("minimized", "")),
                 **numbers,
             )

@@ -72,6 +72,8 @@ class Settings(Options):
         solver: algorithm that solves the integer program.
         time_limit: seconds for each solve.
         held_out: share of the calibration images kept for verification.
+        confidence: limits on answers hold for all images like the held-out ones with this probability: not the measured
+            value, but its upper bound is within the limit.
         requantization_cost: added to a plan's modelled loss, in its unit, for every two neighbouring layers that take
             their activations at unlike widths, or one of them in float.
         refine_moves: plans measured at most to improve the best one by swaps; by default that of the effort.
@@ -105,6 +107,7 @@ class Settings(Options):
     solver: str = "iqp"
     time_limit: float = field(default=60.0, metadata=rules(above=0))
     held_out: float = field(default=0.25, metadata=rules(above=0, below=1))
+    confidence: float = field(default=0.95, metadata=rules(above=0, below=1))
     requantization_cost: float = field(default=0.0, metadata=rules(least=0))
     refine_moves: int = field(default=BY_EFFORT, metadata=rules(least=0))
     rounds: int = field(default=BY_EFFORT, metadata=rules(least=0))

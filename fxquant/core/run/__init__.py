@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fxquant.core.run.answer_quality import NO_LABELS, keeps, quality
+from fxquant.core.run.answer_quality import NO_LABELS, SPARE, keeps, learned_share, needed, quality
+from fxquant.core.run.confidence_bounds import drop_bound, images_needed, mean_bound, share_bound
 from fxquant.core.run.data import LARGEST, CalibrationSet, collect
 from fxquant.core.run.footprint import Footprint, live_bytes, storages
 from fxquant.core.run.judging import judging_images, mixed, moved

@@ -72,6 +72,12 @@ class CalibrationSet:
         rows = torch.as_tensor(list(index), dtype=torch.long)
         return CalibrationSet(tuple(t[rows] for t in self.inputs), None if self.labels is None else self.labels[rows])
 
+    def joined(self, other: CalibrationSet) -> CalibrationSet:
+        """Return these images and the others behind them; without labels where one part has none."""
+        inputs = tuple(torch.cat(pair) for pair in zip(self.inputs, other.inputs, strict=True))
+        labels = [part.labels for part in (self, other) if part.labels is not None]
+        return CalibrationSet(inputs, torch.cat(labels) if len(labels) == 2 else None)
+
     @property
     def bytes(self) -> int:
         """Bytes of the inputs."""

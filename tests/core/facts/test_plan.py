@@ -24,6 +24,11 @@ PLAN = BitAllocation(
     finalists={"gram": 0.3, "uniform W4A8": 0.5},
     loss="kl",
     minimized="size_mb",
+    images=24,
+    quality={"loss": 0.3},
+    quality_bounds={"loss": 0.4},
+    quality_limits={"loss": 0.5},
+    quality_images=96,
 )
 
 
@@ -36,9 +41,9 @@ def test_a_plan_reads_back_from_file_and_values(tmp_path: Path) -> None:
 
 
 def test_better_weights_leave_the_loss_that_plans_were_compared_by() -> None:
-    once = PLAN.remeasured(0.2)
-    assert (once.measured_loss, once.compared_loss) == (0.2, 0.3)
-    assert (once.remeasured(0.1).measured_loss, once.remeasured(0.1).compared_loss) == (0.1, 0.3)
+    once = PLAN.remeasured(0.2, 12)
+    assert (once.measured_loss, once.images, once.compared_loss) == (0.2, 12, 0.3)
+    assert (once.remeasured(0.1, 9).measured_loss, once.remeasured(0.1, 9).compared_loss) == (0.1, 0.3)
     assert BitAllocation.from_json(once.to_json()) == once
 
 

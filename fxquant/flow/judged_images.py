@@ -1,0 +1,72 @@
+"""The images that answers are judged on: how many there must be, which they are, whether they say anything."""
+
+from __future__ import annotations
+
+from fxquant.core.errors import CalibrationError, OptionError
+from fxquant.core.facts import EFFORTS, Budget, Settings
+from fxquant.core.ir import Program
+from fxquant.core.run import NO_LABELS, SPARE, CalibrationSet, learned_share, model_outputs, needed
+
+LEARNED = (
+    "the float model is more than 99 % sure of its answer to {share:.0%} of the held-out images, as it is of images it "
+    "was trained on: losses and limits on answers look better here than on new images; give images it has not seen"
+)
+
+
+def wanted_images(budget: Budget | None, settings: Settings) -> int:
+    """Return how many images answers should be judged on: several times those that could show the limits at all."""
+    counts = needed(budget.quality, settings.confidence).values() if budget is not None else ()
+    return SPARE * max((count for count in counts if count is not None), default=0)
+
+
+def split_images(
+    images: CalibrationSet, budget: Budget | None, settings: Settings
+) -> tuple[CalibrationSet, CalibrationSet]:
+    """Return (scoring, held-out) parts.
+
+    The settings' share of what the effort takes is held out, and more where answers are limited: images beyond the
+    effort's, and up to half of all. Plans are compared on the first of them, so that this takes no longer.
+    """
+    taken = EFFORTS[settings.effort].images
+    scoring, held_out = images.slice(0, taken).split(settings.held_out, settings.seed)
+    wanted = wanted_images(budget, settings)
+    if len(images) > taken and wanted > len(held_out):
+        held_out = held_out.joined(images.slice(taken, taken + wanted - len(held_out)))
+    missing = min(wanted, len(images) // 2) - len(held_out)
+    if missing > 0:
+        kept = len(scoring) - missing
+        scoring, held_out = scoring.slice(0, kept), held_out.joined(scoring.slice(kept, len(scoring)))
+    return scoring, held_out
+
+
+def compared_images(held_out: CalibrationSet, settings: Settings) -> CalibrationSet:
+    """Return the held-out images that plans are compared on where more are there to judge answers."""
+    return held_out.slice(0, max(1, round(settings.held_out * EFFORTS[settings.effort].images)))
+
+
+def check_answers(budget: Budget | None, held_out: CalibrationSet, settings: Settings) -> None:
+    """Fail before the long work if limits on answers cannot be judged by these images, or by any.
+
+    Raises:
+        CalibrationError: labels are missing, or there are too few images.
+        OptionError: no number of images could show the limit.
+    """
+    limits = {} if budget is None else budget.quality
+    if "accuracy_drop" in limits and held_out.labels is None:
+        raise CalibrationError(NO_LABELS)
+    for name, count in needed(limits, settings.confidence).items():
+        asked = f"{name}={limits[name]:g} at {100 * settings.confidence:g} % confidence"
+        if count is None:
+            raise OptionError(f"{asked} cannot be shown by any number of images; allow more")
+        if count > len(held_out):
+            raise CalibrationError(
+                f"{asked} needs at least {count} held-out images, even if no answer changes, and there are "
+                f"{len(held_out)}; give {2 * count} calibration images or more (half of them are held out), a larger "
+                "limit, or a lower confidence"
+            )
+
+
+def learned_note(program: Program, held_out: CalibrationSet) -> tuple[str, ...]:
+    """Return a note where the network knows the images too well to be judged by them, else nothing."""
+    share = learned_share(model_outputs(program.module, held_out.inputs, 32), held_out.labels)
+    return () if share is None else (LEARNED.format(share=share),)
