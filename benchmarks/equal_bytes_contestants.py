@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import fxquant
+from fxquant.core.errors import InfeasibleBudgetError
 
 RATIOS = (0.05, 0.065, 0.085, 0.11, 0.14, 0.17, 0.2, 0.25)
 UNIFORM = ("1.6c", "2", "2c", "2.4c", "2.67c", "3", "3c", "4", "4c", "5", "6", "8")
@@ -32,7 +33,7 @@ def default(program: Any, images: Tensor, seed: int, folder: Path) -> None:
     for ratio in RATIOS:
         try:
             solved = fxquant.resolve(result, fxquant.Budget(file_ratio=ratio), progress=False)
-        except fxquant.InfeasibleBudgetError as error:
+        except InfeasibleBudgetError as error:
             print(f"{ratio}: {error}", file=sys.stderr)
             continue
         solved.to_onnx(folder / f"{ratio}.onnx")
@@ -44,7 +45,7 @@ def before(program: Any, images: Tensor, seed: int, folder: Path) -> None:
         try:
             budget = fxquant.Budget(size_ratio=ratio)
             result = fxquant.quantize(program, images, budget, progress=False, options={"seed": seed})
-        except fxquant.InfeasibleBudgetError as error:
+        except InfeasibleBudgetError as error:
             print(f"{ratio}: {error}", file=sys.stderr)
             continue
         result.to_onnx(folder / f"{ratio}.onnx")
