@@ -12,7 +12,7 @@ from fxquant.core.errors import FailureError
 from fxquant.core.ir import Program, RowGrid, WeightFormat
 from fxquant.passes.formats import RATIOS, RowProblem, RowRounder, squared_error
 from fxquant.passes.rounding.closed_form.input_gram import Moments
-from fxquant.passes.rounding.closed_form.layerwise import round_layerwise
+from fxquant.passes.rounding.closed_form.layerwise import on_own_grid, round_layerwise
 from fxquant.passes.rounding.closed_form.verdict import judged
 from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
 
@@ -41,20 +41,20 @@ def gptq(task: RoundingTask) -> Program:
 def gptq_rescaled(task: RoundingTask) -> Program:
     """GPTQ with each channel's scale searched too, for the least output error of GPTQ itself on that scale.
 
-    The paper takes scales as given; the grids found go with the rounding. Takes about ten times as long per layer.
+    The paper takes scales as given; the grids found go with the rounding.
     """
     started = time.perf_counter()
-    rounding = round_layerwise(task, gptq_rows, "gptq_rescaled", regrid=with_best_scales)
+    rounding = round_layerwise(task, gptq_rows, "gptq_rescaled", fit=with_best_scales)
     return judged(task, rounding, "gptq_rescaled", time.perf_counter() - started)
 
 
-def with_best_scales(problem: RowProblem, grid: RowGrid, _: WeightFormat | None = None) -> RowGrid:
+def with_best_scales(problem: RowProblem, own: RowGrid, weight: WeightFormat) -> tuple[RowGrid, Tensor]:
     """Return the grid with each channel's scale `s_c = argmin_r d' H d`, `d = w_c - rounded(w_c; r s)`, r of `RATIOS`.
 
     The plan's scales minimise `|d|^2` of nearest rounding; under H, and with an algorithm that compensates errors,
     others are better.
     """
-    return replace(problem, ratios=RATIOS).rescaled(grid)
+    return on_own_grid(problem, replace(problem, ratios=RATIOS).rescaled(own), weight)
 
 
 def gptq_rows(moments: Moments, damping: float = DAMPING, ordered: bool = True, block: int = BLOCK) -> RowRounder:

@@ -17,8 +17,8 @@ from fxquant.passes.rounding.closed_form.output_moments import OutputMoments, bi
 from fxquant.passes.rounding.closed_form.prefix import Prefix, fitting
 from fxquant.passes.rounding.registry import RoundingTask
 
-Regrid = Callable[[RowProblem, RowGrid, WeightFormat], RowGrid]
-"""(rows, H and how they will be rounded; the weight's grid; its format) -> the grid to round it on."""
+Fit = Callable[[RowProblem, RowGrid, WeightFormat], tuple[RowGrid, Tensor]]
+"""(rows, H and how they are rounded; the weight's grid; its format) -> the grid to take, and integers on it."""
 
 Aim = Callable[[Tensor, OutputMoments], tuple[Tensor, Moments]]
 """(float weight by rows, moments with the float network's outputs) -> rows to round instead, H that weighs errors."""
@@ -35,12 +35,18 @@ def on_grid(weight: Tensor, grid: Grid, groups: int, rounder: RowRounder) -> Ten
     return grid.dequantize(integers.reshape(weight.shape))
 
 
+def on_own_grid(problem: RowProblem, own: RowGrid, weight: WeightFormat) -> tuple[RowGrid, Tensor]:
+    """Return the weight's own grid, and the rows rounded on it."""
+    del weight
+    return own, problem.rounder(problem.rows, own)
+
+
 def round_layerwise(
     task: RoundingTask,
     algorithm: RowAlgorithm,
     title: str,
     crossed: bool = False,
-    regrid: Regrid | None = None,
+    fit: Fit = on_own_grid,
     aim: Aim | None = None,
 ) -> Rounding:
     """Return the task's rounding with every weight rounded on the network quantized up to it.
@@ -52,7 +58,7 @@ def round_layerwise(
         algorithm: how rows are rounded.
         title: shown with the progress.
         crossed: whether the algorithm also needs the float network's inputs.
-        regrid: chooses a grid for each weight; None keeps its grid.
+        fit: chooses the grid of each weight, and rounds it; by default on its own grid.
         aim: which values are rounded so that the float network's outputs are followed, where it is not the weight;
             biases are then chosen too.
     """
@@ -66,6 +72,7 @@ def round_layerwise(
     for site in task.reporter.track(task.sites, title, len(task.sites)):
         quantized.to(site.nodes[0])
         weight, outputs = tensor_at(task.program.module, site.weight), list[OutputMoments]()
+        together = None
         if aim is None:
             moments = moments_of(site, simulated.module, quantized, floating)
             rows = floats = rows_of(weight, groups=len(moments.gram))
@@ -73,15 +80,14 @@ def round_layerwise(
             assert floating is not None
             outputs = outputs_of(site, simulated.module, quantized, floating)
             floats = rows_of(weight, groups=len(outputs[0].gram))
-            rows, moments = aim(floats, OutputMoments.together(outputs))
+            together = OutputMoments.together(outputs)
+            rows, moments = aim(floats, together)
         plans = earlier.grid_of(site.name, task.program[WeightGrids])
-        rounder, own = algorithm(moments), RowGrid.of(plans, len(rows), len(weight))
-        grid = own
-        if regrid is not None:
-            grid = regrid(RowProblem(rows, moments.gram, rounder), own, task.choices[site.name].weight)
-        integers = rounder(rows, grid)
-        if outputs:
-            grid, integers = _not_worse(OutputMoments.together(outputs), grid, integers, own, own.nearest(floats))
+        own = RowGrid.of(plans, len(rows), len(weight))
+        problem = RowProblem(rows, moments.gram, algorithm(moments))
+        grid, integers = fit(problem, own, task.choices[site.name].weight)
+        if together is not None:
+            grid, integers = _not_worse(together, grid, integers, own, own.nearest(floats))
         if grid is not own:
             grids[site.name] = plans = grid.grid()
         # The product is taken in float32, as the quantizer takes it.
@@ -89,7 +95,7 @@ def round_layerwise(
         # From here on the walk has the rounded weight in place of its quantizer's output.
         for name in simulated[FakeQuantNodes].weights[site.name]:
             quantized.settle(name, weights[site.name])
-        for name, each in zip(site.nodes if outputs else (), outputs, strict=True):
+        for name, each in zip(site.nodes, outputs, strict=False):
             biases[name] = each.bias(rows_of(weights[site.name], groups=len(rows))).float()
             quantized.shift(name, biases[name] - bias_of(simulated, resolve(simulated.module.graph, name)).float())
     notes = () if len(images) == len(task.images) else (f"{title} saw {len(images)} of {len(task.images)} images",)

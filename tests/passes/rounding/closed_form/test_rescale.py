@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxquant.core.facts import Rounding, WeightGrids
-from fxquant.core.ir import Grid, RowGrid, weight_spec
+from fxquant.core.ir import Grid, RowGrid, WeightFormat, weight_spec
 from fxquant.passes.formats import RATIOS, RowProblem, RowRounder, rows_of, squared_error
 from fxquant.passes.rounding import ROUNDERS
 from fxquant.passes.rounding.closed_form import Moments, gptq_rows, on_grid, with_best_scales
@@ -18,7 +18,7 @@ from tests.passes.rounding.tasks import correlated, task_of
 
 def best_scales(weight: Tensor, grid: Grid, gram: Tensor, rounder: RowRounder) -> Grid:
     problem = RowProblem(rows_of(weight, groups=len(gram)), gram, rounder)
-    return with_best_scales(problem, RowGrid.of(grid, len(gram), len(weight))).grid()
+    return with_best_scales(problem, RowGrid.of(grid, len(gram), len(weight)), WeightFormat(2))[0].grid()
 
 
 @pytest.mark.parametrize("groups", [1, 3])
