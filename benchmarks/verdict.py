@@ -274,7 +274,11 @@ def report() -> None:
     found = [field for name in CASES for field in fields(name)]
     rows = sorted((row(judge, found) for judge in judges()), key=lambda line: float(line["regret %"] or 0.0))
     plans = {f"{field.network} {field.budget}": len(field.truth) for field in found}
-    cases = {name: {"tuning": c.tuning, "held out": c.block, "test": c.test} for name, c in CASES.items()}
+    cases = {
+        name: {"tuning": case.tuning, "held out": case.block, "test": case.test}
+        for name, case in CASES.items()
+        if fields(name)
+    }
     best = {f"{field.network} {field.budget}": float(field.truth.min()) for field in found}
     meta = {"seeds": SEEDS, "halves of the plans": HALVES, "plans": plans, "KL of the best": best, "images": cases}
     write("verdict", rows, meta | {"prior": PRIOR, "T": "empty: squared error of the logits", "widths": WIDTHS})
