@@ -13,6 +13,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -215,6 +216,19 @@ def set5(crop: int | None = None) -> list[tuple[str, Tensor, Tensor]]:
             high = high[:, :, 2 * top : 2 * (top + crop), 2 * left : 2 * (left + crop)]
         pairs.append((name, low, high))
     return pairs
+
+
+def low_resolution() -> Tensor:
+    """Return 24 low-resolution images `(24, 3, 96, 96)`, 0..255: crops of CBSD68 and Urban100, none of Set5's.
+
+    Raises:
+        FileFormatError: the data are missing.
+    """
+    arrays = read_arrays("superres/bsd_urban_dev.npz")
+    packed, ends = arrays["png"].tobytes(), arrays["offset"].tolist()
+    pictures = [Image.open(io.BytesIO(packed[a:b])).convert("RGB") for a, b in pairwise(ends)]
+    high = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]).float()
+    return F.interpolate(high, scale_factor=0.5, mode="bicubic", antialias=True).round().clamp(0.0, 255.0)
 
 
 def accuracy(

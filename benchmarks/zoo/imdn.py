@@ -5,6 +5,8 @@ Keys and weights: Zheng222/IMDN (no licence file; never shipped).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -96,7 +98,7 @@ def _luma(images: Tensor) -> Tensor:
     return ((images * weights / 255.0).sum(1) + 16.0).round()
 
 
-def set5_psnr(model: nn.Module, crop: int | None = None) -> float:
+def set5_psnr(model: Callable[[Tensor], Tensor] | nn.Module, crop: int | None = None) -> float:
     """Return the mean peak signal-to-noise ratio in dB on Set5's luma, a border of the scale left out.
 
     `crop` is the side of the centre square fed to the model, for graphs of one fixed shape.

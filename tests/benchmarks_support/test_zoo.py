@@ -12,6 +12,7 @@ from torch import nn
 from benchmarks import data, report_table
 from benchmarks import preprocessing as prepare
 from benchmarks.zoo import NETWORKS
+from benchmarks.zoo.carn_m import carn_m
 from benchmarks.zoo.cifar_resnet import CifarResNet
 from benchmarks.zoo.imdn import set5_psnr
 from benchmarks.zoo.padding import PaddedConv2d, same_3x3
@@ -73,6 +74,7 @@ def test_accuracy_on_a_subset(name: str, limit: int, floor: float, monkeypatch: 
 def test_super_resolution_beats_bicubic() -> None:
     # Bicubic reaches 33.64 dB on whole images; the untrained network is far below either.
     assert set5_psnr(NETWORKS["imdn"].factory(), crop=48) > 33.0
+    assert set5_psnr(carn_m(), crop=48) > 33.0
 
 
 @needs_data
