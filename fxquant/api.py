@@ -16,7 +16,7 @@ from fxquant.backends.onnx import write_onnx
 from fxquant.capture import capture as capture_program
 from fxquant.capture import input_names
 from fxquant.core.errors import CalibrationError
-from fxquant.core.facts import EFFORTS, BitAllocation, Budget, BudgetLike, EffortName, Settings, Target
+from fxquant.core.facts import EFFORTS, BitAllocation, Budget, BudgetCurve, BudgetLike, EffortName, Settings, Target
 from fxquant.core.host import ALONE, Reporter, Shards
 from fxquant.core.ir import Program
 from fxquant.core.run import collect, images_for
@@ -102,7 +102,9 @@ def quantize(
         flow.check_budget(program, limits)
     program = flow.measure_sensitivity(program, scoring, folder, reporter, shards)
     if limits is None:
-        return Result(flow.impose(program, widest_plan(program)), held_out)
+        plain = flow.impose(program, widest_plan(program))
+        curve = [flow.measure_curve(program, None, held_out, reporter)] if shards.is_first else []
+        return Result(plain.with_facts(*curve), held_out)
 
     def finish(solved: Program) -> Program:
         if settings.rounding == "nearest":
@@ -292,7 +294,9 @@ def resolve(
     """
     known = result if isinstance(result, Result) else Result.load(result)
     images = known.held_out if held_out is None else images_for(known.program.module, held_out)
-    program = choose(known.program, Budget.of(budget), images, Reporter(progress))
+    # Losses on other images do not compare with those of the curve, which is measured again.
+    start = known.program if held_out is None else known.program.without(BudgetCurve)
+    program = choose(start, Budget.of(budget), images, Reporter(progress))
     return replace(known, program=program, held_out=images)
 
 

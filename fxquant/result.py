@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,8 @@ from fxquant.core.errors import FileFormatError, OptionError, PipelineError
 from fxquant.core.facts import (
     SUFFIX,
     BitAllocation,
+    Budget,
+    BudgetCurve,
     CostTable,
     CostTables,
     Finalists,
@@ -95,6 +97,10 @@ class Result:
         """The plans that were compared, by name; empty where none was solved for."""
         return self.program[Finalists].plans if Finalists in self.program else {}
 
+    @property
+    def _curve(self) -> dict[str, BitAllocation]:
+        return self.program[BudgetCurve].plans if BudgetCurve in self.program else {}
+
     @cached_property
     def simulated_program(self) -> Program:
         """The simulated graph with its facts."""
@@ -144,11 +150,26 @@ class Result:
             objective=self.sensitivity.predict(known.choices),
             used={} if foreign else usage(known.choices, known.limits, self.costs),
             limits={} if foreign else known.limits,
+            finalists=self.allocation.finalists,
         )
         made = replace(self, program=program.with_facts(manual))
         # A width without a grid or an unknown site shows when the graph is made.
         _ = made.simulated_program
         return made
+
+    def with_curve(self, plans: Iterable[BitAllocation]) -> Result:
+        """Return this result with measured plans of other budgets, for example from `pareto`, on the report's curve.
+
+        Raises:
+            OptionError: a plan of another model, or one that was not measured.
+        """
+        found = dict(self._curve)
+        for plan in plans:
+            _ = flow.impose(self.program, plan)
+            if plan.measured_loss is None:
+                raise OptionError("a plan has no measured loss; pareto and resolve measure theirs on held-out images")
+            found[str(Budget.of(plan.asked)) if plan.asked else plan.estimator] = plan
+        return replace(self, program=self.program.with_facts(BudgetCurve(found)))
 
     def trainable(self, learn_steps: bool = True) -> GraphModule:
         """Return a copy of `simulated` to train with any optimizer and loop: weights, biases and steps are parameters.
@@ -256,6 +277,7 @@ class Result:
             "costs": {name: table.to_json() for name, table in self.costs.tables.items()},
             "estimators": list(program[Surrogates].matrices),
             "finalists": {name: plan.to_json() for name, plan in self.finalists.items()},
+            "curve": {name: plan.to_json() for name, plan in self._curve.items()},
             "plan": _plan_digest(self.allocation),
             "held_out": kept is not None,
             "rounding": Rounding in program,
@@ -315,8 +337,10 @@ class Result:
             matrices = {n: _load_matrix(folder / f"sensitivity_{n}.npz", candidates) for n in names}
             preferred, with_images = matrices[names[0]], bool(document["held_out"])
             finalists = {name: BitAllocation.from_json(plan) for name, plan in document["finalists"].items()}
-            if any(set(plan.choices) != {c.site for c in candidates} for plan in finalists.values()):
-                raise ValueError("a finalist is the plan of another model")
+            curve = {name: BitAllocation.from_json(plan) for name, plan in document.get("curve", {}).items()}
+            named = {c.site for c in candidates}
+            if any(set(plan.choices) != named for plan in (*finalists.values(), *curve.values())):
+                raise ValueError("a finalist or a plan of the curve is that of another model")
             digest = str(document["plan"])
             tables = {name: CostTable.from_json(table, candidates) for name, table in document["costs"].items()}
             # Files from before there were such have none.
@@ -329,6 +353,7 @@ class Result:
             preferred,
             CostTables(tables),
             Finalists(finalists),
+            BudgetCurve(curve),
         )
         if rounded:
             program = _with_rounding(program, folder / "rounding.npz")

@@ -25,7 +25,7 @@ HELP = {
     "analyze": "only score the layers, under torchrun in several processes; `allocate` chooses from the scores later",
     "reconstruct": "round a saved result's plan better: scales and rounding against the prediction difference",
     "allocate": "choose bits for another budget from saved scores",
-    "pareto": "choose bits for several budgets from saved scores, one plan each",
+    "pareto": "choose bits for several budgets from saved scores, one plan each; they join the curve of DIR's report",
     "export": "write a saved result as ONNX, on request with an edited plan",
     "bench": "time the float and the quantized model of a saved result, interleaved",
     "check": "compare simulation, exact reference and runtimes of a saved result, edge by edge",

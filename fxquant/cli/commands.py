@@ -182,7 +182,12 @@ def _pareto(args: argparse.Namespace) -> None:
     budgets = [Budget.of(text) for text in args.budget]
     if args.output is not None:
         check_writable(args.output)
-    plans = api.pareto(args.folder, budgets)
+    with output_folder(args.folder, resume=True):
+        known = Result.load(args.folder)
+        plans = api.pareto(known, budgets)
+        joined = known.with_curve(plans)
+        _ = joined.save(args.folder)
+        add_to_report(joined, args.folder, {})
     for number, (budget, plan) in enumerate(zip(budgets, plans, strict=True), start=1):
         if args.output is not None:
             plan.to_json(args.output / f"plan_{number}.json")

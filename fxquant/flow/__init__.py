@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fxquant.flow.allocate import check_budget, impose
 from fxquant.flow.cheapest import choose
+from fxquant.flow.curve import measure_curve
 from fxquant.flow.file_size import measure_file
 from fxquant.flow.judged_images import check_answers, learned_note, split_images, wanted_images
 from fxquant.flow.latency import measure_latency

@@ -14,6 +14,7 @@ from fxquant.core.facts import (
     LIMIT_TABLES,
     BitAllocation,
     Budget,
+    BudgetCurve,
     CostTables,
     Settings,
     reachable,
@@ -24,6 +25,7 @@ from fxquant.core.host import SILENT, Reporter
 from fxquant.core.ir import Program, Sites
 from fxquant.core.run import CalibrationSet, keeps, model_outputs, quality
 from fxquant.flow import allocate as search
+from fxquant.flow.curve import measure_curve
 from fxquant.flow.file_size import kept_in_file, measure_file
 from fxquant.flow.judged_images import check_answers, compared_images, learned_note
 from fxquant.flow.latency import measure_latency
@@ -99,23 +101,39 @@ def choose(
         InfeasibleBudgetError: no plan keeps the limits; names the best that was measured.
         CalibrationError: quality is limited, and there are no held-out images, or no labels.
     """
-    if budget.needs_file and "file" not in program[CostTables].tables:
-        program = measure_file(program, reporter)
-
+    settings = program[Settings]
     if budget.quality and held_out is None:
         raise CalibrationError(f"a limit on {', '.join(budget.quality)} needs held-out images; give calibration images")
-    compared = held_out if held_out is None or not budget.quality else compared_images(held_out, program[Settings])
+    if budget.needs_file and "file" not in program[CostTables].tables:
+        program = measure_file(program, reporter)
+    if budget.needs_latency and "latency" not in program[CostTables].tables and held_out is not None:
+        program = measure_latency(program, held_out, reporter)
+    compared = held_out if held_out is None or not budget.quality else compared_images(held_out, settings)
 
     def solve(limits: Budget, around: CalibrationSet | None = scoring) -> Program:
         return search.allocate(program, limits, compared, reporter, around, folder)
 
-    if held_out is None:
+    if held_out is None or compared is None:
         return kept_in_file(program, budget, solve, finish)[1]
-    notes = learned_note(program, held_out)
-    if not budget.quality:
-        return _noted(kept_in_file(program, budget, solve, finish)[1], notes)
-    if budget.needs_latency and "latency" not in program[CostTables].tables:
-        program = measure_latency(program, held_out, reporter)
+    if budget.quality:
+        chosen = _cheapest(program, budget, held_out, solve, finish, reporter, scoring)
+    else:
+        chosen = kept_in_file(program, budget, solve, finish)[1]
+    plan = chosen[BitAllocation]
+    chosen = chosen.with_facts(replace(plan, notes=(*plan.notes, *learned_note(program, held_out))))
+    # Other budgets of one result share the curve.
+    return chosen if BudgetCurve in chosen else chosen.with_facts(measure_curve(program, budget, compared, reporter))
+
+
+def _cheapest(
+    program: Program,
+    budget: Budget,
+    held_out: CalibrationSet,
+    solve: Callable[..., Program],
+    finish: Finish,
+    reporter: Reporter,
+    scoring: CalibrationSet | None,
+) -> Program:
     check_answers(budget, held_out, program[Settings])
     loss = loss_name(program, held_out)
     judge = Judge(budget, held_out, model_outputs(program.module, held_out.inputs, 32), loss)
@@ -134,12 +152,11 @@ def choose(
             # A lower loss may still change the answer to an image close to a decision.
             plain = judge.verdict(solved)
             judged = judged if accepted(None, None, _kept(plain), _kept(judged)) else plain
-        word = "kept" if _kept(judged) else "broken"
-        measured = _measured(judged)
+        word, measured = "kept" if _kept(judged) else "broken", _measured(judged)
         reporter.say(f"{budget.minimize} within {bound:.4g}: {measured} on {len(held_out)} held-out images, {word}")
         return judged
 
-    return _noted(_bisect(attempt, low, high, budget, scoring), notes)
+    return _bisect(attempt, low, high, budget, scoring)
 
 
 def _bisect(
@@ -170,11 +187,6 @@ def _bisect(
         return best
     around = attempt(high, scoring)
     return around if around is not None and _kept(around) and _cost(around, budget) <= high * (1 + 1e-6) else best
-
-
-def _noted(program: Program, notes: tuple[str, ...]) -> Program:
-    plan = program[BitAllocation]
-    return program.with_facts(replace(plan, notes=(*plan.notes, *notes))) if notes else program
 
 
 def _kept(program: Program) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fxquant.report.budget_curve import POINTS, axis, frontier
+from fxquant.report.budget_curve import frontier
 from fxquant.report.curve_geometry import HEIGHT, WIDTH, curve
 from fxquant.report.html import render, tiles, write_page
-from fxquant.report.layers import layer_rows, model_bytes, most_sensitive
+from fxquant.report.layers import average_bits, layer_rows, model_bytes, most_sensitive
 from fxquant.report.notebook import one_line, page
 from fxquant.report.operands import operand_rows
-from fxquant.report.page_data import FORMAT_VERSION, average_bits, content, coverage, overview
+from fxquant.report.page_data import FORMAT_VERSION, content, coverage, overview
 from fxquant.report.pictures import FULL_MATRIX, MOST_ROWS, bars, heat_map
 from fxquant.report.quantizer_tables import edge_rows, weight_noise
 from fxquant.report.rounded_units import rounding

@@ -1,4 +1,4 @@
-"""Geometry of the curve of budgets: predicted loss against a limit, as numbers and texts that the template draws."""
+"""Geometry of the measured plans: loss against a cost, as numbers and texts that the template draws."""
 
 from __future__ import annotations
 
@@ -15,30 +15,28 @@ FLOOR = 0.5
 
 
 def curve(frontier: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the curve's line, its points, the chosen plan and the uniform ones, and both axes.
+    """Return the plans' places, the line of the best plan that is known at each cost, and both axes.
 
-    Losses and limits are drawn by their logarithms; a loss of 0 or below lies on the lowest line.
+    Losses and costs are drawn by their logarithms; a loss of 0 or below lies on the lowest line.
     """
-    points, beside, chosen = frontier["points"], frontier["beside"], frontier["chosen"]
-    every = [*points, *beside, *([chosen] if chosen is not None else [])]
-    positive = [point["loss"] for point in every if point["loss"] > 0.0]
-    lowest = FLOOR * min(positive, default=1.0)
-    across = _Axis([point["used"] for point in every], WIDTH)
-    up = _Axis([max(point["loss"], lowest) for point in every], HEIGHT)
+    points = frontier["points"]
+    lowest = FLOOR * min((point["loss"] for point in points if point["loss"] > 0.0), default=1.0)
+    across = _Axis([point["used"] for point in points], WIDTH)
+    up = _Axis([max(point["loss"], lowest) for point in points], HEIGHT)
 
-    def placed(point: Mapping[str, Any], name: str) -> dict[str, Any]:
+    def placed(point: Mapping[str, Any]) -> dict[str, Any]:
         used = f"{frontier['axis']} {limit_text(frontier['axis'], point['used'])}, {bytes_text(point['bytes'])}"
-        title = f"{name}\n{used}\npredicted loss {loss_text(point['loss'])} {frontier['unit']}"
-        return {"x": across.at(point["used"]), "y": HEIGHT - up.at(max(point["loss"], lowest)), "title": title}
+        title = f"{point['name']}\n{used}\nheld-out loss {loss_text(point['loss'])} {frontier['unit']}"
+        kind = "hot" if point["chosen"] else "bf" if point["uniform"] else "accent"
+        place = {"x": across.at(point["used"]), "y": HEIGHT - up.at(max(point["loss"], lowest))}
+        return {**place, "title": title, "kind": kind, "label": point["name"] if point["uniform"] else ""}
 
-    drawn = [placed(point, f"best plan at this limit, {point['status']}") for point in points]
+    drawn = [placed(point) for point in points]
     return {
         "width": WIDTH,
         "height": HEIGHT,
         "points": drawn,
         "line": _staircase(drawn),
-        "beside": [{**placed(point, point["name"]), "name": point["name"]} for point in beside],
-        "chosen": None if chosen is None else placed(chosen, "chosen plan"),
         "across": [{"at": across.at(value), "label": f"{value:.3g}"} for value in across.ticks()],
         "up": [{"at": HEIGHT - up.at(value), "label": loss_text(value)} for value in up.ticks()],
         "label": UNITS[frontier["axis"]],
@@ -46,8 +44,13 @@ def curve(frontier: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _staircase(points: Sequence[Mapping[str, Any]]) -> str:
-    """Return the path through the points: between two of them the left one's plan is the best that is known."""
-    steps = [f"{'M' if k == 0 else 'H'}{p['x']:.1f}{' ' if k == 0 else 'V'}{p['y']:.1f}" for k, p in enumerate(points)]
+    """Return the path along the points that no point to their left lies below: at each cost the best plan known."""
+    steps: list[str] = []
+    lowest = -math.inf
+    for point in sorted(points, key=lambda point: (point["x"], -point["y"])):
+        if point["y"] > lowest:
+            lowest = point["y"]
+            steps.append(f"{'H' if steps else 'M'}{point['x']:.1f}{'V' if steps else ' '}{point['y']:.1f}")
     return "".join(steps)
 
 

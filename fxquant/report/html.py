@@ -85,6 +85,7 @@ def render(data: Mapping[str, Any]) -> str:
         upgrades=_upgrades(data["layers"]),
         bars=bars(data["layers"]),
         curve=curve(data["frontier"]),
+        plans=_plans(data["frontier"], data["layers"]),
         kernels=_kernels(data["layers"]),
         noisiest=sorted(data["edges"], key=_noise)[:NOISIEST],
         heat=heat_map(data["sensitivity"], data["layers"]),
@@ -100,6 +101,19 @@ def _shown(value: object) -> object:
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
     return "\n".join(map(printable, value.split("\n")))
+
+
+def _plans(frontier: Mapping[str, Any], layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the plans of the curve with their pictures and the layers in which they differ from the chosen one."""
+    chosen = {row["name"]: row["choice"] for row in layers}
+    return [
+        {
+            **point,
+            "bars": bars(layers, None if point["chosen"] else point["choices"]),
+            "other": [(name, chosen[name], label) for name, label in point["choices"].items() if label != chosen[name]],
+        }
+        for point in frontier["points"]
+    ]
 
 
 def _noise(edge: Mapping[str, Any]) -> float:

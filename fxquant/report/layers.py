@@ -10,7 +10,7 @@ import numpy as np
 
 from fxquant.core.facts import BitAllocation, CostTables, SensitivityMatrix, Target
 from fxquant.core.ir import Choice, Program, Site, Sites
-from fxquant.passes.cost import FLOAT_BYTES, site_bytes
+from fxquant.passes.cost import FLOAT_BYTES, counted_bits, site_bytes
 
 SHARE = 0.5
 """Share of the loss that the most sensitive layers make up at least."""
@@ -59,6 +59,15 @@ def model_bytes(program: Program, choices: Mapping[str, Choice]) -> float:
     """Return the bytes of a plan, layers put in float by hand included."""
     sites, target = program[Sites].sites, program[Target]
     return program[CostTables]["size"].constant + sum(site_bytes(site, choices[site.name], target) for site in sites)
+
+
+def average_bits(program: Program, plan: BitAllocation) -> float | None:
+    """Return the stored bits per weight over the layers a plan quantizes, None if it quantizes none."""
+    target = program[Target]
+    integer = [site for site in program[Sites].sites if not plan.choices[site.name].is_float]
+    weights = sum(site.weight_count for site in integer)
+    stored = sum(counted_bits(site, plan.choices[site.name], target) for site in integer)
+    return stored / weights if weights else None
 
 
 def finite(value: float) -> float | None:

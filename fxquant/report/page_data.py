@@ -26,9 +26,8 @@ from fxquant.core.host import cpu_model, int8_instructions
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import UNITS
 from fxquant.passes import uniform_plans
-from fxquant.passes.cost import counted_bits
 from fxquant.report.budget_curve import frontier
-from fxquant.report.layers import finite, layer_rows, model_bytes, most_sensitive
+from fxquant.report.layers import average_bits, finite, layer_rows, model_bytes, most_sensitive
 from fxquant.report.operands import operand_rows
 from fxquant.report.quantizer_tables import edge_rows, weight_noise
 from fxquant.report.rounded_units import rounding
@@ -64,8 +63,6 @@ def content(
     program: Program, simulated: Program, held_out_images: int | None = None, extras: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Return the report as plain JSON values.
-
-    Takes some seconds where the integer program is hard to solve: the curve of budgets solves it at each of its points.
 
     Args:
         program: float graph with plan, sensitivity and costs.
@@ -206,15 +203,6 @@ def _status(program: Program, plan: BitAllocation) -> list[str]:
 def _matrix(program: Program, plan: BitAllocation) -> SensitivityMatrix:
     """Return the matrix that models the plan's loss: that of its estimator, the preferred one for other origins."""
     return program[Surrogates].matrices.get(plan.estimator.split(",")[0], program[SensitivityMatrix])
-
-
-def average_bits(program: Program, plan: BitAllocation) -> float | None:
-    """Return the stored bits per weight over the layers a plan quantizes, None if it quantizes none."""
-    target = program[Target]
-    integer = [site for site in program[Sites].sites if not plan.choices[site.name].is_float]
-    weights = sum(site.weight_count for site in integer)
-    stored = sum(counted_bits(site, plan.choices[site.name], target) for site in integer)
-    return stored / weights if weights else None
 
 
 def coverage(program: Program) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fxquant.core.ir import FLOAT_BITS
+from fxquant.core.ir import FLOAT_BITS, Choice
 from fxquant.report.text import bytes_text, count_text, loss_text, percent_text
 
 BAR_HEIGHT = 150
@@ -20,8 +20,15 @@ MATRIX_SIDE = 640.0
 SMALLEST_CELL = 4.0
 
 
-def bars(layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return one bar a layer: height by weight bits, a tick at its activation bits, details to hover."""
+def bars(layers: list[dict[str, Any]], choices: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return one bar a layer: height by weight bits, a tick at its activation bits, details to hover.
+
+    Args:
+        layers: rows of the chosen plan.
+        choices: layer -> label of its precision in another plan; None for the chosen one.
+    """
+    if choices is not None:
+        layers = [_as_in(row, choices[row["name"]]) for row in layers]
     step = max(14.0, min(64.0, 920.0 / max(1, len(layers))))
     drawn = [_bar(row, position * step, step) for position, row in enumerate(layers)]
     lines = [{"y": BAR_HEIGHT - bits / LARGEST_INTEGER * BAR_HEIGHT, "label": str(bits)} for bits in (2, 4, 6, 8)]
@@ -40,6 +47,13 @@ def bars(layers: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _as_in(row: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """Return a layer's row with another precision, without what only its own precision costs and loses."""
+    choice = Choice.parse(label)
+    other = {"choice": label, "weight_bits": choice.weight_bits, "activation_bits": choice.activation_bits}
+    return {key: row[key] for key in ("name", "kind", "weights")} | other
+
+
 def _class(bits: float) -> str:
     return "bf" if bits == FLOAT_BITS else f"b{max(SMALLEST_COLOUR, int(bits))}"
 
@@ -53,11 +67,11 @@ def _bar(row: Mapping[str, Any], x: float, step: float) -> dict[str, Any]:
     bits = min(row["weight_bits"], LARGEST_INTEGER)
     height = bits / LARGEST_INTEGER * BAR_HEIGHT
     activation = min(row["activation_bits"], LARGEST_INTEGER) / LARGEST_INTEGER * BAR_HEIGHT
-    title = (
-        f"{row['name']} ({row['kind']}): {row['choice']}\n{count_text(row['weights'])} weights, "
-        f"{bytes_text(row['bytes'])} ({percent_text(row['share_of_bytes'])}), {count_text(row['macs'])} MACs\n"
-        f"loss alone {loss_text(row['loss'])}"
-    )
+    title = f"{row['name']} ({row['kind']}): {row['choice']}\n{count_text(row['weights'])} weights"
+    if "bytes" in row:
+        share = percent_text(row["share_of_bytes"])
+        title += f", {bytes_text(row['bytes'])} ({share}), {count_text(row['macs'])} MACs"
+        title += f"\nloss alone {loss_text(row['loss'])}"
     return {
         "x": x + 0.12 * step,
         "middle": x + 0.5 * step,

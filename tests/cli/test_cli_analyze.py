@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import fxquant
+from fxquant import Result
 from fxquant.cli import main
-from fxquant.core.facts import Surrogates
+from fxquant.core.facts import BudgetCurve, Surrogates
 
 Captured = pytest.CaptureFixture[str]
 MODEL = ["--model", "tests.small:small", "--calibration", "tests.small:images", "--target", "reference"]
@@ -52,6 +53,9 @@ def test_one_analysis_gives_a_plan_for_each_budget(tmp_path: Path, capsys: Captu
     assert main(["analyze", *MODEL, "--output", str(out), "--effort", "fast", "--quiet"]) == 0
     budgets = ["--budget", "average_bits=4", "--budget", "average_bits=6,size_ratio=0.4"]
     assert main(["pareto", str(out), *budgets, "--output", str(plans)]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert "average_bits=4" in {point["name"] for point in report["frontier"]["points"]}
+    assert {"average_bits=4", "size_ratio=0.4, average_bits=6"} <= set(Result.load(out).program[BudgetCurve].plans)
     first, second = capsys.readouterr().out.splitlines()
     assert re.match(r"average_bits=4: \w+, loss [\d.e-]+, measured [\d.e-]+, average_bits ", first)
     assert second.startswith("size_ratio=0.4, average_bits=6: ")

@@ -1,97 +1,79 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
-from itertools import product
-from typing import Any
+from functools import cache
 
 import pytest
 
-from fxquant.core.ir import FLOAT, Choice, Sites
-from fxquant.passes.allocation import SOLVERS, Solution
-from fxquant.report import POINTS, axis, frontier, render
-from tests.small import small_result
+import fxquant
+from fxquant import Result
+from fxquant.core.facts import BudgetCurve
+from fxquant.core.ir import FLOAT
+from fxquant.report import frontier, render
+from tests.report.test_html import Page
+from tests.small import images, small, small_result
 
 
-def every_plan() -> list[dict[str, Choice]]:
-    sites = small_result().program[Sites].sites
-    return [dict(zip((s.name for s in sites), each, strict=True)) for each in product(*(s.choices for s in sites))]
+@cache
+def measured() -> Result:
+    options = {"target": "reference", "effort": "fast", "curve": 5}
+    return fxquant.quantize(small(), images(), {"average_bits": 5}, options=options, progress=False)
 
 
-def average_bits(plan: dict[str, Choice]) -> float:
-    sites = small_result().program[Sites].sites
-    return sum(s.weight_count * plan[s.name].weight_bits for s in sites) / sum(s.weight_count for s in sites)
-
-
-def test_each_point_is_the_best_of_all_plans_within_its_limit() -> None:
-    result, drawn = small_result(), frontier(small_result().program)
-    assert drawn["axis"] == "average_bits"
-    assert len(drawn["points"]) == POINTS
-    assert [drawn["points"][0]["limit"], drawn["points"][-1]["limit"]] == [2.0, pytest.approx(8.0)]
+def test_every_measured_plan_is_there_once_and_the_chosen_one_first_of_its_like() -> None:
+    result, drawn = measured(), frontier(measured().program)
+    assert (drawn["axis"], drawn["unit"], drawn["images"]) == ("average_bits", "KL nats", 6)
+    known = {**result.program[BudgetCurve].plans, **result.finalists, "diagonal": result.allocation}
+    distinct = {tuple(plan.choices.items()) for plan in known.values()}
+    assert len(drawn["points"]) == len(distinct) >= 6
+    assert [point["used"] for point in drawn["points"]] == sorted(point["used"] for point in drawn["points"])
     for point in drawn["points"]:
-        within = [plan for plan in every_plan() if average_bits(plan) <= point["limit"] * (1 + 1e-6)]
-        best = min(within, key=result.sensitivity.predict)
-        assert point["status"] == "optimal"
-        assert point["gap"] == pytest.approx(0.0, abs=1e-9)
-        assert point["loss"] == pytest.approx(result.sensitivity.predict(best))
-        if point["used"] == pytest.approx(average_bits(best)):
-            assert point["bytes"] == result.costs["size"].of(best)
-    assert len({point["loss"] for point in drawn["points"]}) > 3
+        assert point["bytes"] == result.costs["size"].of(known[point["name"]].choices)
+        assert point["average_bits"] == pytest.approx(point["used"])
+        assert point["choices"] == {site: c.label for site, c in known[point["name"]].choices.items()}
+    (chosen,) = [point for point in drawn["points"] if point["chosen"]]
+    assert chosen["loss"] == result.allocation.measured_loss
 
 
-def test_chosen_and_uniform_plans_stand_beside_the_curve() -> None:
-    result, drawn = small_result(), frontier(small_result().program)
-    choices = result.allocation.choices
-    assert drawn["chosen"] == {
-        "used": pytest.approx(average_bits(choices)),
-        "loss": result.sensitivity.predict(choices),
-        "bytes": result.costs["size"].of(choices),
-    }
-    assert {row["name"]: row["used"] for row in drawn["beside"]} == {
-        "uniform W2A8": 2.0,
-        "uniform W4A8": 4.0,
-        "uniform W8A8": 8.0,
-    }
+def test_the_chosen_plan_stands_by_the_loss_it_was_compared_by() -> None:
+    result = measured()
+    better = result.program.with_facts(result.allocation.remeasured(0.0, 6))
+    (chosen,) = [point for point in frontier(better)["points"] if point["chosen"]]
+    assert chosen["loss"] == result.allocation.measured_loss != 0
 
 
-def test_without_a_budget_the_curve_runs_along_bytes() -> None:
-    drawn = frontier(small_result(budget=None).program)
-    assert drawn["axis"] == axis(small_result(budget=None).program) == "size_mb"
-    for point in drawn["points"]:
-        assert point["used"] == pytest.approx(point["bytes"] / 1e6)
-        assert point["used"] <= point["limit"] * (1 + 1e-6)
-
-
-def test_other_limits_hold_as_asked() -> None:
-    result = small_result()
-    room = result.costs["size"].of(result.allocation.choices) / 1e6
-    plan = replace(result.allocation, limits={"average_bits": 5.0, "size_mb": room})
-    drawn = frontier(result.program.with_facts(plan))
-    assert drawn["axis"] == "average_bits"
-    assert max(point["bytes"] for point in drawn["points"]) <= room * 1e6
-    assert max(point["bytes"] for point in frontier(result.program)["points"]) > room * 1e6
+def test_without_a_curve_what_was_compared_is_shown() -> None:
+    drawn = frontier(small_result().program)
+    assert {point["name"] for point in drawn["points"]} == set(small_result().finalists)
+    assert frontier(small_result(budget=None).program)["axis"] == "size_mb"
+    assert frontier(small_result(budget=None).program)["points"] == []
+    assert "What other budgets bring" not in render(small_result(budget=None).report_data())
 
 
 def test_a_layer_put_in_float_by_hand_has_no_place_on_the_curve() -> None:
     result = small_result()
-    plan = replace(result.allocation, choices={**result.allocation.choices, "head": FLOAT})
+    plan = replace(result.allocation, choices={**result.allocation.choices, "head": FLOAT}, measured_loss=0.5)
     drawn = frontier(result.with_plan(plan).program)
-    assert drawn["chosen"] is None
-    assert drawn["points"]
+    assert not any(point["chosen"] for point in drawn["points"])
+    assert "checked" in render(result.with_plan(plan).report_data())
 
 
-def test_out_of_time_leaves_points_out_and_says_so() -> None:
-    drawn = frontier(small_result().program, seconds=-1.0)
-    assert drawn["points"] == []
-    assert drawn["left_out"] == POINTS
-
-
-def test_plans_that_were_not_proved_in_time_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    def hurried(*arguments: Any, **options: Any) -> Solution:
-        assert 0.0 < options["time_limit"] < 1.0
-        return replace(iqp(*arguments, **options), status="feasible", gap=0.25)
-
-    iqp = SOLVERS["iqp"]
-    monkeypatch.setitem(SOLVERS._entries, "iqp", hurried)
-    drawn = frontier(small_result().program)
-    assert {(point["status"], point["gap"]) for point in drawn["points"]} == {("feasible", 0.25)}
-    assert "feasible, gap 25.0 %" in render({**small_result().report_data(), "frontier": drawn})
+def test_choosing_a_point_shows_its_plan_without_a_script() -> None:
+    data = measured().report_data()
+    text = render(data)
+    page, points = Page(text), data["frontier"]["points"]
+    labels = [attributes for tag, attributes in page.tags if tag == "label"]
+    inputs = [attributes for tag, attributes in page.tags if tag == "input"]
+    assert (
+        [each["for"] for each in labels] == [each["id"] for each in inputs] == [f"plan{k}" for k in range(len(points))]
+    )
+    assert {each["name"] for each in inputs} == {"plan"}
+    (checked,) = [k for k, each in enumerate(inputs) if "checked" in each]
+    assert points[checked]["chosen"]
+    for k, point in enumerate(points):
+        assert re.search(rf"#plan{k}:checked~\.plan{k}[,{{]", text), "the style shows what was chosen"
+        (panel,) = re.findall(rf'<div class="plan plan{k}">(.*?)</div>\n</div>|$', text, re.DOTALL)[:1]
+        for layer, label in point["choices"].items():
+            assert f"{layer} (" in panel
+            assert label in panel

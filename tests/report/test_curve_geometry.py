@@ -9,12 +9,12 @@ from fxquant.report import HEIGHT, WIDTH, curve
 
 
 def point(used: float, loss: float, **more: object) -> dict[str, Any]:
-    return {"used": used, "loss": loss, "bytes": 1e6 * used, **more}
+    known = {"name": "gram", "chosen": False, "uniform": False}
+    return {**known, "used": used, "loss": loss, "bytes": 1e6 * used, **more}
 
 
-def frontier(*points: dict[str, Any], **more: object) -> dict[str, Any]:
-    known: dict[str, Any] = {"axis": "size_mb", "unit": "KL nats", "chosen": None, "beside": []}
-    return {**known, **more, "points": [{**each, "status": "optimal"} for each in points]}
+def frontier(*points: dict[str, Any]) -> dict[str, Any]:
+    return {"axis": "size_mb", "unit": "KL nats", "points": list(points)}
 
 
 def test_equal_ratios_are_equal_lengths() -> None:
@@ -24,10 +24,16 @@ def test_equal_ratios_are_equal_lengths() -> None:
     assert second["y"] - first["y"] == pytest.approx(third["y"] - second["y"])
     assert 0 < first["x"] < third["x"] < WIDTH
     assert 0 < first["y"] < third["y"] < HEIGHT, "less loss lies lower"
+    assert drawn["label"] == "MB"
+
+
+def test_the_line_goes_down_along_the_best_plans() -> None:
+    """A plan that costs more and loses more than one to its left lies beside the line."""
+    drawn = curve(frontier(point(1, 1.0), point(2, 0.1), point(3, 0.5), point(3, 0.05), point(4, 0.2)))
+    first, second, _, third, _ = drawn["points"]
     assert drawn["line"] == f"M{first['x']:.1f} {first['y']:.1f}" + "".join(
         f"H{p['x']:.1f}V{p['y']:.1f}" for p in (second, third)
     )
-    assert drawn["label"] == "MB"
 
 
 def test_ticks_stand_where_their_labels_say() -> None:
@@ -41,19 +47,16 @@ def test_ticks_stand_where_their_labels_say() -> None:
 
 
 def test_losses_below_zero_and_single_points_are_drawn() -> None:
-    drawn = curve(frontier(point(1, 0.5), point(2, -0.1), chosen=point(2, -0.1)))
+    drawn = curve(frontier(point(1, 0.5), point(2, -0.1)))
     lowest = max(tick["at"] for tick in (*drawn["up"], {"at": drawn["points"][0]["y"]}))
     assert drawn["points"][1]["y"] >= lowest
-    assert drawn["chosen"]["y"] == drawn["points"][1]["y"]
     assert "-0.1" in drawn["points"][1]["title"], "the label tells the true value"
     for few in (frontier(), frontier(point(3, 0.0)), frontier(point(3, 0.2))):
         made = curve(few)
         assert all(math.isfinite(value) for each in made["points"] for value in (each["x"], each["y"]))
 
 
-def test_chosen_and_uniform_plans_are_placed_on_the_same_axes() -> None:
-    same = point(2, 0.1)
-    drawn = curve(frontier(point(1, 1.0), same, chosen=same, beside=[{**same, "name": "uniform W4A8"}]))
-    places = [(each["x"], each["y"]) for each in (drawn["points"][1], drawn["chosen"], drawn["beside"][0])]
-    assert len(set(places)) == 1
-    assert drawn["beside"][0]["name"] == "uniform W4A8"
+def test_chosen_and_uniform_plans_are_marked() -> None:
+    drawn = curve(frontier(point(1, 1.0), point(2, 0.1, chosen=True), point(2, 0.2, name="uniform W4A8", uniform=True)))
+    assert [each["kind"] for each in drawn["points"]] == ["accent", "hot", "bf"]
+    assert [each["label"] for each in drawn["points"]] == ["", "", "uniform W4A8"]

@@ -97,8 +97,8 @@ def test_page_shows_curve_ranges_kernels_and_latency() -> None:
     data = small_result().report_data({"kernels": {"stem": "QLinearConv", "body": "QLinearConv", "head": "float"}})
     data["outcome"]["latency"] = {"predicted_ms": 1.25, "float_ms": 5.0, "noise": None}
     page = Page(render(data))
-    circles = [attributes for tag, attributes in page.tags if tag == "circle"]
-    assert len(circles) == len(data["frontier"]["points"]) + 1
+    dots = [attributes for tag, attributes in page.tags if tag == "label"]
+    assert len(dots) == len(data["frontier"]["points"]) == 3
     text = " ".join(" ".join(page.text).split())
     for row in data["edges"]:
         assert f"{row['scale']:.4g}" in text
@@ -107,7 +107,7 @@ def test_page_shows_curve_ranges_kernels_and_latency() -> None:
         assert f"{row['weight_sqnr_db']:.1f} dB" in text
     assert "QLinearConv 2 stem, body" in text
     assert "Latency 1.25 ms predicted, float 5 ms" in text
-    assert "Predicted, not measured" in text
+    assert "Every plan that was measured, on 6 held-out images" in text
     assert "fxquant check DIR" in text
     assert "activation_bits=(4, 8)" in text
 

@@ -213,6 +213,13 @@ def _optional(value: Any) -> float | None:
 
 
 @dataclass(frozen=True)
+class BudgetCurve:
+    """Plans at other budgets by name, each with its loss on held-out images, weights rounded as in comparing plans."""
+
+    plans: dict[str, BitAllocation]
+
+
+@dataclass(frozen=True)
 class Finalists:
     """Plans within the budget that are worth measuring, by name."""
 

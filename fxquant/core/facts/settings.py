@@ -27,6 +27,7 @@ class Effort:
         refine_moves: plans measured at most to improve the best finalist.
         rounds: times the plan is scored again around itself at most.
         rounding: algorithms that round the plan's weights.
+        curve: plans at other budgets that are measured at most.
     """
 
     estimators: tuple[str, ...]
@@ -34,16 +35,17 @@ class Effort:
     refine_moves: int
     rounds: int
     rounding: str
+    curve: int
 
 
 CHEAP = ("fit", "fisher_out", "weight_mse")
 """Estimators of a few passes: worse models of the loss, but plans of another kind, and the measured loss decides."""
 
 EFFORTS: dict[EffortName, Effort] = {
-    "fast": Effort(("diagonal",), 96, 0, 0, "nearest"),
-    "default": Effort(("gram", "diagonal", "fisher", *CHEAP), 384, 16, 1, "gptq"),
+    "fast": Effort(("diagonal",), 96, 0, 0, "nearest", 0),
+    "default": Effort(("gram", "diagonal", "fisher", *CHEAP), 384, 16, 1, "gptq", 9),
     "best": Effort(
-        ("shrunk", "monotone", "pairs", "gram", "diagonal", "fisher", "hawq", *CHEAP), 1024, 48, 3, "gptq_rescaled"
+        ("shrunk", "monotone", "pairs", "gram", "diagonal", "fisher", "hawq", *CHEAP), 1024, 48, 3, "gptq_rescaled", 13
     ),
 }
 """Preset name -> what it measures."""
@@ -80,6 +82,8 @@ class Settings(Options):
         rounds: times at most the plan is scored again around itself and solved near it; by default that of the effort.
         scoring_rounding: how weights are rounded when layers are scored; "gptq" and "gpfq" round them well, so that low
             widths are not thought worse than they will be.
+        curve: plans at other budgets that are solved and measured, to show what more or less room would bring; by
+            default that of the effort.
         rounding: algorithms that round the plan's weights, joined by "+"; by default that of the effort. A rounding is
             kept only where it lowers the held-out loss.
         rounding_options: option of the reconstruction engine -> value, for example iterations=300.
@@ -112,6 +116,7 @@ class Settings(Options):
     refine_moves: int = field(default=BY_EFFORT, metadata=rules(least=0))
     rounds: int = field(default=BY_EFFORT, metadata=rules(least=0))
     scoring_rounding: ScoringRounding = "nearest"
+    curve: int = field(default=BY_EFFORT, metadata=rules(least=0))
     rounding: str = BY_EFFORT
     rounding_options: Mapping[str, object] = field(default_factory=dict, metadata=rules(flag="rounding_option"))
     seed: int = 0
@@ -141,5 +146,7 @@ class Settings(Options):
             chosen: option -> value for those that are None, in the place of the effort's.
         """
         preset = EFFORTS[self.effort]
-        named = {name: getattr(preset, name) for name in ("estimators", "refine_moves", "rounds", "rounding")} | chosen
+        named = {
+            name: getattr(preset, name) for name in ("estimators", "refine_moves", "rounds", "rounding", "curve")
+        } | chosen
         return replace(self, **{name: value for name, value in named.items() if getattr(self, name) is None})

@@ -57,6 +57,10 @@ class Program:
     def __contains__(self, kind: type) -> bool:
         return kind in self.facts
 
+    def without(self, kind: type) -> Program:
+        """Return this program without the fact of this type."""
+        return Program(self.module, {known: fact for known, fact in self.facts.items() if known is not kind}, self.log)
+
     def with_facts(self, *facts: object) -> Program:
         """Return this program with the facts added, each under its own type."""
         return Program(self.module, {**self.facts, **{type(fact): fact for fact in facts}}, self.log)
