@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from functools import partial
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -132,10 +133,19 @@ def _converted(kind: Any, form: str, text: str) -> Any:
             height, _, width = text.lower().partition("x")
             return int(height), int(width or height)
         if get_origin(kind) is tuple:
-            return tuple(get_args(kind)[0](part.strip()) for part in text.split(",") if part.strip()) or text
+            return tuple(_member(get_args(kind)[0], part.strip()) for part in text.split(",") if part.strip()) or text
         return kind(text)
     except ValueError:
         return text
+
+
+def _member(kind: Any, part: str) -> Any:
+    """Return one member of a list as the first of its types that reads it."""
+    kinds = get_args(kind) or (kind,)
+    for each in kinds[:-1]:
+        with suppress(ValueError):
+            return each(part)
+    return kinds[-1](part)
 
 
 def _json(text: str) -> Any:

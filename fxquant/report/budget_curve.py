@@ -41,7 +41,7 @@ def frontier(program: Program) -> dict[str, Any]:
     # The chosen plan first, so that it is never hidden behind an equal one.
     for name, plan in {chosen.estimator: replace(chosen, measured_loss=own), **known}.items():
         tabled = all(plan.choices[site.name] in site.choices for site in program[Sites].sites)
-        labels = {site: choice.label for site, choice in plan.choices.items()}
+        labels = [plan.choices[site.name].label for site in program[Sites].sites]
         # Layers put in float by hand are not in the cost tables, so such a plan has no place on the curve.
         if not tabled or plan.measured_loss is None or any(labels == point["choices"] for point in points):
             continue

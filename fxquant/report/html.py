@@ -105,12 +105,15 @@ def _shown(value: object) -> object:
 
 def _plans(frontier: Mapping[str, Any], layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the plans of the curve with their pictures and the layers in which they differ from the chosen one."""
-    chosen = {row["name"]: row["choice"] for row in layers}
     return [
         {
             **point,
             "bars": bars(layers, None if point["chosen"] else point["choices"]),
-            "other": [(name, chosen[name], label) for name, label in point["choices"].items() if label != chosen[name]],
+            "other": [
+                (row["name"], row["choice"], label)
+                for row, label in zip(layers, point["choices"], strict=True)
+                if label != row["choice"]
+            ],
         }
         for point in frontier["points"]
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fxquant.core.ir import FLOAT_BITS, Choice
@@ -20,15 +20,15 @@ MATRIX_SIDE = 640.0
 SMALLEST_CELL = 4.0
 
 
-def bars(layers: list[dict[str, Any]], choices: Mapping[str, str] | None = None) -> dict[str, Any]:
+def bars(layers: list[dict[str, Any]], choices: Sequence[str] | None = None) -> dict[str, Any]:
     """Return one bar a layer: height by weight bits, a tick at its activation bits, details to hover.
 
     Args:
         layers: rows of the chosen plan.
-        choices: layer -> label of its precision in another plan; None for the chosen one.
+        choices: label of each layer's precision in another plan; None for the chosen one.
     """
     if choices is not None:
-        layers = [_as_in(row, choices[row["name"]]) for row in layers]
+        layers = [_as_in(row, label) for row, label in zip(layers, choices, strict=True)]
     step = max(14.0, min(64.0, 920.0 / max(1, len(layers))))
     drawn = [_bar(row, position * step, step) for position, row in enumerate(layers)]
     lines = [{"y": BAR_HEIGHT - bits / LARGEST_INTEGER * BAR_HEIGHT, "label": str(bits)} for bits in (2, 4, 6, 8)]

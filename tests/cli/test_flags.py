@@ -58,6 +58,7 @@ def example(option: Option) -> tuple[list[str], Any]:
         "object": ("beta=[20, 2]", {"beta": (20, 2)}),
         "float": ("0.5", 0.5),
         "int": ("3", 3),
+        "tuple[int | str, ...]": ("3,5", (3, 5)),
     }
     kind = get_args(option.kind)[1] if "Mapping" in str(option.kind) else option.kind
     name = str(getattr(kind, "__name__", kind)) if get_origin(kind) is None else str(kind)
@@ -98,8 +99,8 @@ def test_an_option_is_one_field(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--bits", ""), "argument --bits: bits='' must be a list of whole numbers"),
-        (("--bits", "2,x"), "bits='2,x' must be a list of whole numbers"),
+        (("--activation-bits", ""), "argument --activation-bits: activation_bits='' must be a list of whole numbers"),
+        (("--activation-bits", "4,x"), "activation_bits='4,x' must be a list of whole numbers"),
         (("--rounds", "many"), "rounds='many' must be a whole number of at least 0"),
         (("--effort", "max"), "unknown effort 'max'; known: fast, default, best"),
         (("--pin", "W8A8"), "'W8A8' is not understood; write PATTERN=W8A8"),

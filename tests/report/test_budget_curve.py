@@ -31,7 +31,7 @@ def test_every_measured_plan_is_there_once_and_the_chosen_one_first_of_its_like(
     for point in drawn["points"]:
         assert point["bytes"] == result.costs["size"].of(known[point["name"]].choices)
         assert point["average_bits"] == pytest.approx(point["used"])
-        assert point["choices"] == {site: c.label for site, c in known[point["name"]].choices.items()}
+        assert point["choices"] == [choice.label for choice in known[point["name"]].choices.values()]
     (chosen,) = [point for point in drawn["points"] if point["chosen"]]
     assert chosen["loss"] == result.allocation.measured_loss
 
@@ -74,6 +74,6 @@ def test_choosing_a_point_shows_its_plan_without_a_script() -> None:
     for k, point in enumerate(points):
         assert re.search(rf"#plan{k}:checked~\.plan{k}[,{{]", text), "the style shows what was chosen"
         (panel,) = re.findall(rf'<div class="plan plan{k}">(.*?)</div>\n</div>|$', text, re.DOTALL)[:1]
-        for layer, label in point["choices"].items():
+        for layer, label in zip(("stem", "body", "head"), point["choices"], strict=True):
             assert f"{layer} (" in panel
             assert label in panel

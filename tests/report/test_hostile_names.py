@@ -31,7 +31,7 @@ def planted(value: Any, fields: frozenset[str], field: str = "") -> Any:
 
 FREE = frozenset({"pins", "forbid", "notes", "versions", "kernels"})
 """Fields whose keys are names."""
-FIXED = frozenset({"axis"})
+FIXED = frozenset({"axis", "choices"})
 """Fields that no file or model can fill."""
 
 
