@@ -83,7 +83,7 @@ def _lower_weight(
         if weight is None:
             integers = torch.round(rounded / wide.reshape(shape)).to(torch.int8)
             with module.graph.inserting_before(node):
-                weight = _dequantized(module, path, integers, wide, axis, spec.bits)
+                weight = _dequantized(module, path, integers, wide, axis)
             weight.meta = dict(node.meta)
             made.append((wide, weight))
         user.replace_input_with(node, weight)
@@ -124,16 +124,16 @@ def _lower_bias(module: GraphModule, user: Node, scale: Tensor, quantizers: dict
     step = input_scale * scale
     integers = torch.round(tensor_at(module, str(bias.target)).detach() / step).to(torch.int32)
     with module.graph.inserting_before(user):
-        dequantized = _dequantized(module, str(bias.target), integers, step, 0, 32)
+        dequantized = _dequantized(module, str(bias.target), integers, step, 0)
     dequantized.meta = dict(bias.meta)
     user.args = (*user.args[: rule.bias], dequantized, *user.args[rule.bias + 1 :])
 
 
-def _dequantized(module: GraphModule, path: str, integers: Tensor, scale: Tensor, axis: int, bits: int) -> Node:
+def _dequantized(module: GraphModule, path: str, integers: Tensor, scale: Tensor, axis: int) -> Node:
     q = _buffer(module, f"{path}_q", integers)
     steps = _buffer(module, f"{path}_scale", scale)
     return module.graph.create_node(
-        "call_function", dequantize_channels, (q, steps, axis, bits), name=f"{path.replace('.', '_')}_dq"
+        "call_function", dequantize_channels, (q, steps, axis), name=f"{path.replace('.', '_')}_dq"
     )
 
 

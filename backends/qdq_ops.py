@@ -29,16 +29,14 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (q.to(torch.float32) - zero_point) * scale
 
 
-def dequantize_channels(q: Tensor, scale: Tensor, axis: int, bits: int) -> Tensor:
+def dequantize_channels(q: Tensor, scale: Tensor, axis: int) -> Tensor:
     """Return `q * scale` as float32, of the shape of q.
 
     Args:
         q: int8 weights, or an int32 bias.
         scale: shape `(q.shape[axis],)`.
         axis: axis that counts channels.
-        bits: width of the grid of the integers; arithmetic ignores it, storage may use it.
     """
-    del bits
     shape = [1] * q.dim()
     shape[axis] = -1
     return q.to(torch.float32) * scale.reshape(shape)

@@ -14,7 +14,7 @@ from fxquant.core.ir import OPS, ScaleRule
 from fxquant.core.run import first_tensor
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
-STORAGE_BITS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
+STORAGE_BITS = dict(zip(WIDTHS, WIDTHS, strict=True))
 
 
 def _rows(refuse_products: str = "") -> dict[str, KernelRow]:

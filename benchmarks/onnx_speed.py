@@ -26,7 +26,7 @@ from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
 from fxquant.api import calibrate, capture, prepare
 from fxquant.backends import Executable, backend
-from fxquant.backends.onnx import executable, export_onnx, kernel_report, to_onnx
+from fxquant.backends.onnx import OnnxOptions, executable, export_onnx, kernel_report, to_onnx
 from fxquant.core.facts import BitAllocation, Settings
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet, model_outputs
@@ -123,7 +123,7 @@ def measure(name: str) -> list[Row]:
         models = {"float": file.read_bytes(), "quantize_static": statically_quantized(file, calibration.inputs[0])}
     models["W8A8"] = to_onnx(graphs[8]).SerializeToString()
     models["W4A8"] = to_onnx(graphs[4]).SerializeToString()
-    models["W4A8 in bytes"] = to_onnx(graphs[4], storage_bits=dict.fromkeys(range(2, 9), 8)).SerializeToString()
+    models["W4A8 in bytes"] = to_onnx(graphs[4], options=OnnxOptions(packed=False)).SerializeToString()
     timing = milliseconds(models, images[:1])
     rows = []
     answers = {key: in_batches(executable(model), images) for key, model in models.items()}

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
-from fxquant.backends.explicit_graph import to_qdq
-from fxquant.backends.qdq_ops import EDGE, quantize
+from fxquant.backends.qdq_ops import EDGE
 from fxquant.core.ir import FakeQuantize, ScaleRule, is_constant, rule_of, site_name
 
 BATCH = 16
@@ -138,5 +137,5 @@ def _integers(value: Tensor, fake: FakeQuantize) -> Tensor:
 
 
 def value_names(module: GraphModule) -> dict[str, str]:
-    """Return edge -> name of the node that makes its integers in the explicit graph, and so of its ONNX value."""
-    return {str(n.meta[EDGE]): n.name for n in to_qdq(module).graph.nodes if n.target is quantize and EDGE in n.meta}
+    """Return edge -> name of the value with its integers in a file: q0, q1, ... in graph order."""
+    return {node.name: f"q{index}" for index, node in enumerate(activation_quantizers(module))}

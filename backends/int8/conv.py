@@ -8,7 +8,7 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxquant.backends.affine import ByteGrid, dequantize_u8, quantize_u8, round_to_u8
 from fxquant.backends.int8 import kernels
@@ -16,6 +16,7 @@ from fxquant.backends.int8.custom_ops import conv2d_op, pad_op
 from fxquant.backends.int8.first_use import OnFirstUse
 from fxquant.backends.int8.geometry import ConvGeometry, ConvGrids
 from fxquant.backends.int8.kernels import ConvCall
+from fxquant.backends.int8.packed_layer import PackedLayer
 
 CALL = 1e-4
 """Seconds that one oneDNN call costs beyond its arithmetic, and code written by a compiler does not (measured)."""
@@ -46,7 +47,7 @@ def traced_form(weight: Tensor, geometry: ConvGeometry, outputs: int) -> str:
     return "shifted" if depthwise and outputs * taps * PASS_PER_TAP < CALL else "call"
 
 
-class IntegerConv(nn.Module):
+class IntegerConv(PackedLayer):
     """A convolution over one or two axes: uint8 in, uint8 or float32 out.
 
     Args:
@@ -61,7 +62,6 @@ class IntegerConv(nn.Module):
         exact: take the float64 route whatever the CPU can do.
     """
 
-    weight: Tensor
     scales: Tensor
     bias: Tensor | None
     factors: Tensor
@@ -83,25 +83,35 @@ class IntegerConv(nn.Module):
     ) -> None:
         super().__init__()
         self.one_axis = weight.dim() == 3
-        self.register_buffer("weight", weight.unsqueeze(2) if self.one_axis else weight)
+        self.keep(weight.unsqueeze(2) if self.one_axis else weight)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
         self.geometry, self.grids, self.before = geometry, grids, before
         self.exact = exact or not kernels.conv_kernel_is_exact()
-        self.form = "call" if self.exact or not kernels.matmul_kernel_is_exact() else form
+        self.traced = "call" if self.exact or not kernels.matmul_kernel_is_exact() else form
         #: whether the second operand is not read after this, so that the sum may take its place in memory
         self.may_overwrite = False
         self._call = OnFirstUse[ConvCall]()
-        if self.form != "call":
+        if self.traced != "call":
             self._rescaling(1.0 if grids.out is None else grids.out.scale)
+        self.shape = None if shape is None else tuple(shape)
         self._packed = _Packed()
-        if shape is not None and self.form == "call" and not self.exact and geometry.reads(self.weight, shape):
-            self._packed.weight = kernels.packed_conv(self.weight, scales, grids.source, geometry, shape)
-            self.register_buffer("zeros", torch.zeros(len(scales), dtype=torch.int8), persistent=False)
-        if self.form == "shifted":
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Bring the weight into the order in which compiled code reads it."""
+        if self.shape is not None and self._is_packed():
+            given = (self.weight, self.scales, self.grids.source, self.geometry, self.shape)
+            self._packed.weight = kernels.packed_conv(*given)
+            self.register_buffer("zeros", torch.zeros(len(self.scales), dtype=torch.int8), persistent=False)
+        if self.traced == "shifted":
             # One row of channels per tap: a compiler loads such rows in one instruction.
             taps = self.weight.flatten(1).t().to(torch.float32).contiguous()
             self.register_buffer("taps", taps, persistent=False)
+
+    def _is_packed(self) -> bool:
+        reads = self.shape is not None and self.geometry.reads(self.weight, self.shape)
+        return self.traced == "call" and not self.exact and reads
 
     def _rescaling(self, step: float) -> None:
         """Keep `y / s_y = sums * factors + offsets`: the zero-point's share of every sum is known beforehand."""
@@ -121,7 +131,7 @@ class IntegerConv(nn.Module):
     def traced_as(self) -> str:
         """The form in which a compiler traces it, or "sum behind" where it adds the second operand itself."""
         summed = self.grids.addend is not None and self._packed.weight is not None
-        return "sum behind" if summed else self.form
+        return "sum behind" if summed else self.traced
 
     @property
     def kernel(self) -> str:
@@ -152,10 +162,12 @@ class IntegerConv(nn.Module):
 
     def _traced(self, x: Tensor, other: Tensor | None) -> Tensor:
         out, addend = self.grids.out, self.grids.addend
-        if self.form == "call":
-            packed = None if torch.compiler.is_exporting() else self._packed.weight
+        # An exported program holds what its ops are given: only this one takes a packed weight.
+        exporting = torch.compiler.is_exporting()
+        if self.traced == "call" or exporting:
+            packed = None if exporting else self._packed.weight
             if packed is None:
-                given = (self.weight, self.scales, self.bias, self.geometry, self.grids, other, self.exact)
+                given = (self.packed, self.scales, self.bias, self.geometry, self.grids, other, self.exact)
                 return conv2d_op(x, *given)
             # A sum costs less in the loop behind than in a custom op, which a compiler calls through Python.
             grids = self.grids if other is None else ConvGrids(self.grids.source, None)
@@ -164,7 +176,7 @@ class IntegerConv(nn.Module):
             if other is None or addend is None or out is None:
                 return real
             return quantize_u8(real + dequantize_u8(other, addend), out)
-        sums = self._sum_rows(x) if self.form == "rows" else self._sum_shifted(x)
+        sums = self._sum_rows(x) if self.traced == "rows" else self._sum_shifted(x)
         real = torch.addcmul(self.offsets, sums, self.factors).permute(0, 3, 1, 2)
         if other is not None and addend is not None and out is not None:
             real = real + (other.to(torch.float32) - addend.zero_point) * (addend.scale / out.scale)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxquant.backends.affine import ByteGrid, quantize_u8, round_to_u8
 from fxquant.backends.int8 import kernels
+from fxquant.backends.int8.custom_ops import matmul_op
 from fxquant.backends.int8.first_use import OnFirstUse
 from fxquant.backends.int8.kernels import LinearEnd
+from fxquant.backends.int8.packed_layer import PackedLayer
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -21,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """Activation of a `LinearEnd` -> the function it is."""
 
 
-class IntegerLinear(nn.Module):
+class IntegerLinear(PackedLayer):
     """A linear layer: uint8 in, uint8 or float32 out.
 
     Args:
@@ -34,7 +36,6 @@ class IntegerLinear(nn.Module):
         exact: take the float64 route whatever the CPU can do.
     """
 
-    weight: Tensor
     scales: Tensor
     bias: Tensor | None
     factors: Tensor
@@ -53,7 +54,7 @@ class IntegerLinear(nn.Module):
         super().__init__()
         self.grid, self.end = grid, end
         self.exact = exact or not kernels.matmul_kernel_is_exact()
-        self.packed = packed and not self.exact and kernels.conv_kernel_is_exact()
+        self.in_one_call = packed and not self.exact and kernels.conv_kernel_is_exact()
         # In units of the output grid where nothing but the rounding follows, in real units otherwise.
         self.unit = end.out.scale if end.out is not None and end.activation == "none" else 1.0
         # The zero-point's share of every sum is known beforehand, in integers: z_x * sum(w).
@@ -61,7 +62,7 @@ class IntegerLinear(nn.Module):
         shift = -grid.zero_point * weight.sum(dim=1, dtype=torch.int64).double() * step
         if bias is not None:
             shift = shift + bias.double() / self.unit
-        self.register_buffer("weight", weight)
+        self.keep(weight)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
         self.register_buffer("factors", step.float())
@@ -78,12 +79,12 @@ class IntegerLinear(nn.Module):
         """Name of the kernel that runs."""
         if self.exact:
             return kernels.EXACT_KERNEL
-        return "onednn.qlinear_pointwise" if self.packed else "aten._int_mm"
+        return "onednn.qlinear_pointwise" if self.in_one_call else "aten._int_mm"
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's answer to x `(..., K)` as `(..., N)`."""
         rows = x.reshape(-1, x.shape[-1])
-        y = self._sums(rows) if torch.compiler.is_compiling() or not self.packed else self._in_one_call(rows)
+        y = self._sums(rows) if torch.compiler.is_compiling() or not self.in_one_call else self._in_one_call(rows)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _in_one_call(self, rows: Tensor) -> Tensor:
@@ -94,7 +95,10 @@ class IntegerLinear(nn.Module):
         return call(rows)
 
     def _sums(self, rows: Tensor) -> Tensor:
-        sums = kernels.as_float(kernels.matmul(rows, self.weight, self.exact))
+        if torch.compiler.is_exporting():
+            sums = matmul_op(rows, self.packed, self.exact).float()
+        else:
+            sums = kernels.as_float(kernels.matmul(rows, self.weight, self.exact))
         if torch.compiler.is_compiling():
             real = torch.addcmul(self.offsets, sums, self.factors)
         else:

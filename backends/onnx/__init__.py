@@ -11,12 +11,13 @@ from fxquant.backends.onnx.runtime_kernels import RUNTIME_KERNELS, runtime_formu
 
 if TYPE_CHECKING:
     from fxquant.backends.onnx.blocks import block_linear, block_weights, to_blocks
-    from fxquant.backends.onnx.builder import Array, GraphBuilder, pack
+    from fxquant.backends.onnx.builder import Array, GraphBuilder
     from fxquant.backends.onnx.contents import Inspection, Stored, inspect_onnx
     from fxquant.backends.onnx.export import ExportReport, export_onnx, to_onnx
     from fxquant.backends.onnx.model_file import ALIGNMENT, SMALLEST
-    from fxquant.backends.onnx.openvino import add_biases, readable_storage
+    from fxquant.backends.onnx.openvino import add_biases
     from fxquant.backends.onnx.origins import Origins, type_name
+    from fxquant.backends.onnx.packed_weights import PackedWeights
     from fxquant.backends.onnx.rewrites import fuse_integers, padded_conv
     from fxquant.backends.onnx.session import (
         KernelReport,
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     )
     from fxquant.backends.onnx.stem import Axis, block_weight, fold_stems, space_to_depth
 
-_LAZY = ("blocks", "builder", "contents", "export", "model_file", "openvino", "origins", "rewrites", "session", "stem")
+_LAZY = (
+    *("blocks", "builder", "contents", "export", "model_file", "openvino"),
+    *("origins", "packed_weights", "rewrites", "session", "stem"),
+)
 """Modules that need the ONNX packages: imported when one of their names is first asked for."""
 
 
@@ -53,6 +57,7 @@ __all__ = [
     "KernelReport",
     "OnnxOptions",
     "Origins",
+    "PackedWeights",
     "Stored",
     "add_biases",
     "block_linear",
@@ -65,9 +70,7 @@ __all__ = [
     "inspect_onnx",
     "kernel_report",
     "open_session",
-    "pack",
     "padded_conv",
-    "readable_storage",
     "runtime_formulas",
     "session_options",
     "space_to_depth",

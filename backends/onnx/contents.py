@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 from onnx import AttributeProto, TensorProto
 
-from fxquant.backends.onnx.origins import WIDTHS, Origin, Origins, type_name
+from fxquant.backends.onnx.origins import WIDTHS, Origin, Origins, type_name, width_of
 from fxquant.backends.onnx.session import kernel_report
 from fxquant.core.errors import FileFormatError, FxquantError, OptionError, first_line
 
@@ -54,7 +54,7 @@ class Layer:
     Args:
         name: its name in the file, made up where it has none.
         operator: for example `Conv`.
-        weight: element type its weight is meant in, for example `INT4`.
+        weight: element type its weight is meant in, for example `INT4`; `INT2.4` where one takes so many bits.
         activation: element type of the integers it reads, None where it reads floats.
         kernel: operator that ONNX Runtime runs, `float` where none of the integer ones does; None if it was not asked.
         reason: why it runs, or would run, in float; None where it does not.
@@ -291,7 +291,7 @@ def _precision(node: onnx.NodeProto, origins: Origins, layer: Layer | None) -> s
             # With float weights it multiplies floats, whatever its input was rounded to.
             return "float"
         read = 32 if layer.activation is None else WIDTHS.get(layer.activation, 8)
-        return f"W{WIDTHS.get(layer.weight, 32)}A{read}"
+        return f"W{width_of(layer.weight):g}A{read}"
     if node.op_type in CONVERSIONS:
         return "conversion"
     inputs = [origins.of(name) for name in node.input if name]

@@ -133,16 +133,10 @@ def _write_conv(
     groups: Any,
 ) -> str:
     inputs = [lowering.value(operand) for operand in operands if operand is not None]
-    return lowering.write(
-        node,
-        "Conv",
-        inputs,
-        name=lowering.layer_name(node),
-        strides=stride,
-        pads=pads,
-        dilations=dilation,
-        group=int(groups),
-    )
+    given: dict[str, Any] = {"strides": stride, "dilations": dilation, "pads": pads, "group": int(groups)}
+    # What is not said is 1, and no padding.
+    said = {key: value for key, value in given.items() if np.any(np.array(value) != (key != "pads"))}
+    return lowering.write(node, "Conv", inputs, name=lowering.layer_name(node), **said)
 
 
 @emits(aten.linear.default)

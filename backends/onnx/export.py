@@ -15,19 +15,19 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from fxquant.backends.exact import value_names
 from fxquant.backends.explicit_graph import to_qdq
-from fxquant.backends.onnx.blocks import block_linear, to_blocks
-from fxquant.backends.onnx.builder import OPSET, PACKED, GraphBuilder
+from fxquant.backends.onnx.blocks import to_blocks
+from fxquant.backends.onnx.builder import GraphBuilder
 from fxquant.backends.onnx.export_options import OnnxOptions
 from fxquant.backends.onnx.lowering import Lowering, dims
 from fxquant.backends.onnx.model_file import write_model
-from fxquant.backends.onnx.openvino import add_biases, readable_storage
+from fxquant.backends.onnx.openvino import add_biases
 from fxquant.backends.onnx.rewrites import fuse_integers
 from fxquant.backends.onnx.shape_emitters import EMITTERS
 from fxquant.backends.onnx.splice import Piece, insert, pieces, result_count
 from fxquant.backends.onnx.stem import fold_stems
-from fxquant.backends.qdq_ops import dequantize_channels
-from fxquant.backends.reference import STORAGE_BITS
+from fxquant.backends.qdq_ops import EDGE, dequantize_channels
 from fxquant.core.errors import LoweringError, OptionError
 
 LAZY = (dequantize_channels, torch.ops.aten.sym_size.int)
@@ -43,6 +43,7 @@ class ExportReport:
         opset: operator set of the file.
         nodes: ONNX op -> number of nodes.
         weight_only: layers with one weight scale per block, which multiply floats.
+        unpacked: layers whose weights would take fewer bytes in a form that the runtime would not unpack beforehand.
 
     Raises:
         OptionError: an empty file.
@@ -53,6 +54,7 @@ class ExportReport:
     opset: int
     nodes: dict[str, int]
     weight_only: tuple[str, ...] = ()
+    unpacked: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.bytes <= 0 or not self.nodes:
@@ -62,7 +64,6 @@ class ExportReport:
 def to_onnx(
     module: GraphModule,
     metadata: Mapping[str, str] | None = None,
-    storage_bits: Mapping[int, int] = STORAGE_BITS,
     options: OnnxOptions | None = None,
 ) -> onnx.ModelProto:
     """Return the ONNX model of a simulated or float graph.
@@ -70,45 +71,42 @@ def to_onnx(
     Args:
         module: ATen graph with traced shapes, FakeQuantize modules where it is quantized; it is not changed.
         metadata: texts kept in the file, for example the plan.
-        storage_bits: bits of a weight's grid -> bits it is stored in: 2, 4 or 8.
         options: None for the defaults.
 
     Raises:
         LoweringError: an op has no ONNX form.
         OptionError: `options.weight_only` names a layer that cannot have it.
     """
-    return _model(module, metadata or {}, dict(storage_bits), options or OnnxOptions())[0]
+    return _model(module, metadata or {}, options or OnnxOptions())[0]
 
 
 def _model(
-    module: GraphModule, metadata: Mapping[str, str], storage: dict[int, int], options: OnnxOptions
-) -> tuple[onnx.ModelProto, tuple[str, ...]]:
-    """Return the model, and the layers on blocks."""
+    module: GraphModule, metadata: Mapping[str, str], options: OnnxOptions
+) -> tuple[onnx.ModelProto, tuple[str, ...], tuple[str, ...]]:
+    """Return the model, the layers on blocks, and those whose weights are not packed."""
     blocks, weight_only = to_blocks(module, options.weight_only, options.block_size)
     # OpenVINO computes a layer in float where a reshape separates it from a residual sum.
     for_openvino = options.runtime == "openvino"
     qdq = fuse_integers(to_qdq(blocks), matrices=not for_openvino)
-    if for_openvino:
-        qdq, storage = add_biases(qdq), readable_storage(storage)
-    else:
-        qdq = fold_stems(qdq)
+    qdq = add_biases(qdq) if for_openvino else fold_stems(qdq)
+    names = value_names(module)
+    labels = {node.name: names[node.meta[EDGE]] for node in qdq.graph.nodes if node.meta.get(EDGE) in names}
     known: dict[Node, Piece] = {}
-    # Shared zero-points, which ONNX Runtime must have, keep OpenVINO from integers in layers of one width.
-    model, missing = _attempt(qdq, storage, known, not for_openvino)
+    model, unpacked, missing = _attempt(qdq, known, options, labels)
     if missing:
         known = pieces(qdq, missing, int(model.opset_import[0].version))
-        model, _ = _attempt(qdq, storage, known, not for_openvino)
+        model, unpacked, _ = _attempt(qdq, known, options, labels)
     for key, text in metadata.items():
         model.metadata_props.add(key=key, value=text)
-    return model, weight_only
+    return model, weight_only, unpacked
 
 
 def _attempt(
-    qdq: GraphModule, storage: dict[int, int], known: dict[Node, Piece], weight_zeros: bool
-) -> tuple[onnx.ModelProto, list[Node]]:
-    """Write the graph, and return it with the nodes that neither a table nor `known` can write."""
-    builder = GraphBuilder(_opset(qdq, storage))
-    lowering = Lowering(qdq, builder, storage, weight_zeros)
+    qdq: GraphModule, known: dict[Node, Piece], options: OnnxOptions, labels: Mapping[str, str]
+) -> tuple[onnx.ModelProto, tuple[str, ...], list[Node]]:
+    """Write the graph, and return it, layers that are not packed, and what neither a table nor `known` can write."""
+    builder = GraphBuilder()
+    lowering = Lowering(qdq, builder, options)
     inputs, results, missing = [], list[Node](), list[Node]()
     for node in qdq.graph.nodes:
         if node.op == "placeholder":
@@ -125,7 +123,8 @@ def _attempt(
                 written = written[0] if isinstance(node.meta["val"], Tensor) else written
             lowering.values[node] = written
     outputs = [_output(lowering, node, index) for index, node in enumerate(results)]
-    return builder.model(inputs, outputs, "fxquant"), missing
+    lowering.weights.write()
+    return builder.model(inputs, outputs, "fxquant", labels), tuple(lowering.unpacked), missing
 
 
 def _written(node: Node) -> object:
@@ -143,13 +142,6 @@ def _write(lowering: Lowering, node: Node, known: dict[Node, Piece]) -> str | tu
     if written is None and node.op != "call_function":
         raise LoweringError(f"node {node.name!r} is a {node.op} of {node.target}; only ATen ops can be written")
     return written
-
-
-def _opset(module: GraphModule, storage: Mapping[int, int]) -> int:
-    """Return the lowest operator set that has all types in use."""
-    widths = {storage.get(int(str(n.args[3])), 8) for n in module.graph.nodes if n.target is dequantize_channels}
-    widths |= {storage.get(int(str(n.args[5])), 8) for n in module.graph.nodes if n.target is block_linear}
-    return max([OPSET, *(PACKED[width][1] for width in widths if width in PACKED)])
 
 
 def _value_info(node: Node, name: str) -> onnx.ValueInfoProto:
@@ -211,7 +203,7 @@ def export_onnx(
         OutputError: the folder cannot be written.
     """
     given = options or OnnxOptions()
-    model, weight_only = _model(module, metadata or {}, dict(STORAGE_BITS), given)
+    model, weight_only, unpacked = _model(module, metadata or {}, given)
     counts = Counter(str(node.op_type) for node in model.graph.node)
     size = write_model(model, path, given)
-    return ExportReport(path, size, int(model.opset_import[0].version), dict(counts), weight_only)
+    return ExportReport(path, size, int(model.opset_import[0].version), dict(counts), weight_only, unpacked)

@@ -18,7 +18,8 @@ class OnnxOptions(Options):
     Args:
         runtime: what will read the file. For "onnxruntime" stem convolutions run over blocks of pixels, which
             OpenVINO would only be slowed down by. For "openvino" biases are nodes of their own, without which it may
-            answer wrongly, and weights of 2 bits take 4; ONNX Runtime answers alike, but slower.
+            answer wrongly; ONNX Runtime answers alike, but slower.
+        packed: write weights in their shortest form; without, in a byte each, which loads in less time and memory.
         weight_only: glob over layer names, for example "classifier.*": linear layers of at most 4 bits whose weights
             get one scale per block of inputs and which multiply floats (MatMulNBits). Faster than integers for a single
             row, slower from a few rows on; see docs/deployment.md.
@@ -32,6 +33,7 @@ class OnnxOptions(Options):
     """
 
     runtime: Literal["onnxruntime", "openvino"] = "onnxruntime"
+    packed: bool = True
     weight_only: tuple[str, ...] = ()
     # ONNX Runtime has a kernel for these.
     block_size: Literal[16, 32, 64, 128, 256] = 32

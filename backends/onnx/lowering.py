@@ -8,14 +8,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnx import TensorProto
 from torch.fx import GraphModule, Node
 
 from fxquant.backends.onnx.builder import Array, GraphBuilder
-from fxquant.backends.qdq_ops import dequantize_channels
+from fxquant.backends.onnx.export_options import OnnxOptions
+from fxquant.backends.onnx.packed_weights import PackedWeights
+from fxquant.backends.qdq_ops import dequantize, dequantize_channels
 from fxquant.core.errors import LoweringError
 from fxquant.core.ir import constant, site_name, tensor_at
 
 aten = torch.ops.aten
+
+DEQUANTIZERS = (dequantize, dequantize_channels)
+"""Both have their scale behind the integers."""
+FEW = 48
+"""Zeros that take fewer bytes than an operator that makes them."""
 
 
 def dims(node: object) -> tuple[int | torch.SymInt, ...]:
@@ -41,17 +49,20 @@ class Lowering:
     Args:
         module: the graph that is written.
         builder: takes nodes and constants.
-        storage_bits: bits of a weight's grid -> bits it is stored in.
-        weight_zeros: write the zero-points of weights, which are zeros.
+        options: of the file.
     """
 
-    def __init__(
-        self, module: GraphModule, builder: GraphBuilder, storage_bits: dict[int, int], weight_zeros: bool = True
-    ) -> None:
-        self.module, self.builder, self.storage_bits, self.weight_zeros = module, builder, storage_bits, weight_zeros
+    def __init__(self, module: GraphModule, builder: GraphBuilder, options: OnnxOptions) -> None:
+        self.module, self.builder, self.options = module, builder, options
+        self.for_openvino = options.runtime == "openvino"
+        self.weights = PackedWeights(builder, gather_elements=not self.for_openvino)
         self.values: dict[Node, str | tuple[str, ...]] = {}
         self.layers: dict[str, str] = {}
+        #: layers whose weights would take fewer bytes in a form that the runtime does not fold
+        self.unpacked: list[str] = []
         self._lazy: dict[tuple[Node, bool], str] = {}
+        self._products: dict[tuple[object, ...], str] = {}
+        self._zero_points: dict[int, str] = {}
 
     def value(self, node: Any) -> str:
         """Return the name of a node's value; constants and weights are written when they are first asked for."""
@@ -91,8 +102,13 @@ class Lowering:
         return self.builder.constant(array, name)
 
     def constant_of(self, node: Any, name: str, bits: int = 8) -> str:
-        """Return the name of a constant node's values; int8 weights on a grid of `bits` are packed accordingly."""
-        return self.builder.constant(self._array(node), name, self.storage_bits.get(bits, 8))
+        """Return the name of a constant node's values; whole numbers of at most 4 bits get a type of 2 or 4 bits."""
+        array = self._array(node)
+        if bits > 4:
+            return self.builder.constant(array, name)
+        # OpenVINO 2026.4 reads no INT2.
+        kind = TensorProto.INT2 if bits == 2 and not self.for_openvino else TensorProto.INT4
+        return self.builder.packed(array, kind, array.shape, name)
 
     def number(self, value: float) -> str:
         """Return a float32 scalar."""
@@ -143,28 +159,53 @@ class Lowering:
         return array
 
     def _weight(self, node: Node, transposed: bool) -> str:
-        """Write integer weights, packed where a type for it exists, and their DequantizeLinear."""
+        """Write integers with one scale per channel and their DequantizeLinear."""
         if (node, transposed) in self._lazy:
             return self._lazy[node, transposed]
-        source, scale, axis, bits = node.args
+        source, scale, axis = node.args
         assert isinstance(source, Node)
         assert isinstance(axis, int)
-        assert isinstance(bits, int)
         path = _weight_path(source)
         array = tensor_at(self.module, str(source.target)).detach().numpy()
         if transposed:
             array, axis = array.T, 1 - axis
-        stored = self.storage_bits.get(bits, 0)
-        q = self.builder.constant(array, path, stored if array.dtype == np.int8 else 0)
-        if stored in (2, 4):
-            # ONNX Runtime folds the Cast when it loads, and runs the same kernels as for 8 bits.
-            q = self.builder.node("Cast", [q], f"{path}_i8", to=3)
-        inputs = [q, self.constant(self._array(scale), f"{path}_scale")]
-        if array.dtype == np.int8 and self.weight_zeros:
-            # Without an explicit zero-point Gemm is not fused. Layers of one width share it.
-            inputs.append(self.constant(np.zeros(array.shape[axis], np.int8), f"zeros_{array.shape[axis]}"))
+        inputs = [self._integers(array, axis, path), self._product_of_scales(node) or self.value(scale)]
+        if array.dtype == np.int8 and not self.for_openvino:
+            # Without an explicit zero-point Gemm is not fused; shared ones keep OpenVINO from integers.
+            inputs.append(self._zeros(array.shape[axis]))
         self._lazy[node, transposed] = self.builder.node("DequantizeLinear", inputs, f"{path}_dq", axis=axis)
         return self._lazy[node, transposed]
+
+    def _integers(self, array: Array, axis: int, path: str) -> str:
+        if array.dtype != np.int8 or not self.options.packed:
+            return self.constant(array, path)
+        value, shortest = self.weights.add(array, axis, path)
+        if not shortest:
+            self.unpacked.append(site_name(path))
+        return value
+
+    def _product_of_scales(self, node: Node) -> str | None:
+        """Return the scale of a bias as the product of the two that it is made of, None for other scales."""
+        for user in node.users:
+            scales = [s.args[1] for s in user.args[:2] if isinstance(s, Node) and s.target in DEQUANTIZERS]
+            if len(scales) == 2 and node not in user.args[:2]:
+                one, other = (self._array(scale) for scale in scales)
+                if np.array_equal(one * other, self._array(node.args[1])):
+                    key = tuple(scales)
+                    if key not in self._products:
+                        names = [self.value(scale) for scale in scales]
+                        self._products[key] = self.builder.node("Mul", names, "scale")
+                    return self._products[key]
+        return None
+
+    def _zeros(self, count: int) -> str:
+        """Return zero-points of weights, shared by the layers of one width."""
+        if count < FEW:
+            return self.constant(np.zeros(count, np.int8), "zeros")
+        if count not in self._zero_points:
+            inputs = [self.constant(np.array(0, np.int8), "zero"), self.integers([count])]
+            self._zero_points[count] = self.builder.node("Expand", inputs, "zeros")
+        return self._zero_points[count]
 
 
 def _weight_path(source: Node) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch.fx import GraphModule, Node
 
@@ -16,11 +14,6 @@ aten = torch.ops.aten
 
 BIASED = (*CONVS, aten.conv1d.padding, aten.conv2d.padding, padded_conv)
 """Convolutions; their bias is the third argument."""
-
-
-def readable_storage(storage_bits: Mapping[int, int]) -> dict[int, int]:
-    """Return how wide weights are stored: OpenVINO 2026.4 reads no INT2, so 2 bits take 4."""
-    return {bits: 4 if stored == 2 else stored for bits, stored in storage_bits.items()}
 
 
 def add_biases(module: GraphModule) -> GraphModule:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx
 from onnx import TensorProto
+
+from fxquant.backends.onnx.builder import Array
+from fxquant.backends.onnx.stored_widths import StoredWidths
 
 _BY_WIDTH = {
     2: "INT2 UINT2",
@@ -30,6 +34,9 @@ CONSTANTS = frozenset({"Constant", "ConstantOfShape"})
 CLIPS = frozenset({"Relu", "Clip"})
 """Operators that the saturation of a quantizer behind them can do as well."""
 
+MOST = 1 << 16
+"""Numbers of a constant that says how another is shaped or cut, at most."""
+
 STEPS = 16
 """Operators between an initializer and the op that uses it at most; a damaged file may hold a circle."""
 
@@ -39,9 +46,10 @@ class Origin:
     """Where the value of one input of a node comes from.
 
     Args:
-        stored: element type of the initializer, None where the value is computed.
+        stored: element type of the initializer, None where the value is computed; `INT3` or `INT1.6` for integers that
+            are unpacked, by the bits that one takes in the file.
         quantized: element type of the integers it is dequantized from, None where there are none.
-        cast: whether the integers pass a Cast before they are dequantized.
+        cast: whether the integers pass a Cast, or are unpacked, before they are dequantized.
         blocks: whether there is one scale for each block of values.
     """
 
@@ -51,9 +59,9 @@ class Origin:
     blocks: bool = False
 
     @property
-    def bits(self) -> int:
+    def bits(self) -> float:
         """Width of the values as the file means them, 32 where they are float32."""
-        return WIDTHS.get(self.quantized or self.stored or "FLOAT", 32)
+        return width_of(self.quantized or self.stored or "FLOAT")
 
 
 class Origins:
@@ -71,15 +79,17 @@ class Origins:
         self._outer = outer
         self._made: dict[str, onnx.NodeProto] = {}
         self._read: dict[str, list[onnx.NodeProto]] = {}
-        self._stored = {tensor.name: type_name(tensor.data_type) for tensor in initializers}
+        tensors = {tensor.name: tensor for tensor in initializers}
         for node in nodes:
             self._made |= {name: node for name in node.output if name}
             for name in node.input:
                 self._read.setdefault(name, []).append(node)
             if node.op_type in CONSTANTS:
                 kept = [a.t for a in node.attribute if a.name == "value" and a.HasField("t")]
-                kind = type_name(kept[0].data_type) if kept else "FLOAT"
-                self._stored |= dict.fromkeys(node.output[:1], kind)
+                tensors |= dict.fromkeys(node.output[:1], kept[0] if kept else TensorProto(data_type=TensorProto.FLOAT))
+        self._stored = {name: type_name(tensor.data_type) for name, tensor in tensors.items()}
+        sizes = {name: (tuple(t.dims), WIDTHS.get(self._stored[name], 32)) for name, t in tensors.items()}
+        self._widths = StoredWidths(self._made, sizes, lambda name: _numbers(tensors[name]))
 
     def quantized_next(self, name: str) -> bool:
         """Whether something quantizes a value, behind a clip at most."""
@@ -104,12 +114,16 @@ class Origins:
             if node.op_type == "DequantizeLinear" and not dequantized:
                 dequantized = True
                 blocks = any(a.name == "block_size" and a.i > 0 for a in node.attribute)
-                # Of integers that are cast the file stores others, which are what it means.
-                quantized = None if self._is_cast(node.input[0]) else self._grid(node)
+                # Of integers that are cast or unpacked the file stores others, which are what it means.
+                quantized = None if self._is_unpacked(node.input[0]) else self._grid(node)
             elif node.op_type == "QuantizeLinear" and dequantized:
                 quantized = self._grid(node)
             elif node.op_type not in PASSES_ON:
-                break
+                width = self._widths.of(name) if dequantized else None
+                if width is None:
+                    break
+                unpacked = f"INT{round(width, 2):g}"
+                return Origin(unpacked, quantized or unpacked, True, blocks)
             cast = cast or (node.op_type == "Cast" and dequantized)
             name = node.input[0]
         return Origin(None, (quantized or "UINT8") if dequantized else None, cast, blocks)
@@ -124,9 +138,9 @@ class Origins:
             return self._stored.get(name)
         return self._outer._stored_type(name)
 
-    def _is_cast(self, name: str) -> bool:
+    def _is_unpacked(self, name: str) -> bool:
         node = self._maker(name)
-        return node is not None and node.op_type == "Cast"
+        return node is not None and (node.op_type == "Cast" or self._widths.of(name) is not None)
 
     def _grid(self, node: onnx.NodeProto) -> str | None:
         """Return the integers of a QuantizeLinear or DequantizeLinear, None where it does not say."""
@@ -135,6 +149,20 @@ class Origins:
         if point is not None or node.op_type == "DequantizeLinear":
             return point
         return "UINT8" if asked is None else type_name(asked)
+
+
+def width_of(name: str) -> float:
+    """Return the bits of an element type by its name, `INT2.4` for what is unpacked included; 32 for an unknown one."""
+    digits = name.removeprefix("INT")
+    if name not in WIDTHS and digits != name and digits.replace(".", "", 1).isdigit():
+        return float(digits)
+    return WIDTHS.get(name, 32)
+
+
+def _numbers(tensor: TensorProto) -> Array:
+    if math.prod(tensor.dims) > MOST:
+        raise ValueError(f"{tensor.name!r} has too many numbers for a shape")
+    return onnx.numpy_helper.to_array(tensor)
 
 
 def type_name(code: int) -> str:

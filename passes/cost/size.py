@@ -1,14 +1,16 @@
-"""`size`: bytes really stored for weights, scales, zero-points and biases."""
+"""`size`: bytes of weights, scales and biases as they are stored."""
 
 from __future__ import annotations
 
 from math import ceil
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from fxquant.core.facts import CostTable, Target
-from fxquant.core.ir import Choice, EdgeGroups, Program, Site, Sites, tensor_at
+from fxquant.core.facts import CostTable, Target, WeightGrids
+from fxquant.core.ir import Candidate, Choice, EdgeGroups, Program, Site, Sites, tensor_at
+from fxquant.core.storage import packed_bytes
 from fxquant.passes.cost.registry import COSTS
 
 FLOAT_BYTES = 4
@@ -26,12 +28,32 @@ def stored_bits(site: Site, choice: Choice, target: Target) -> float:
 
 
 def site_bytes(site: Site, choice: Choice, target: Target) -> int:
-    """Return the bytes of one site: stored weights, their scales and zero-points, an int32 bias."""
+    """Return the bytes of one site at the width that the target declares: weights, their scales, an int32 bias."""
     if choice.is_float:
         return FLOAT_BYTES * (site.weight_count + site.bias_count)
-    scales = site.channels if target.per_channel else 1
-    grids = scales * (SCALE_BYTES + ZERO_POINT_BYTES)
-    return ceil(stored_bits(site, choice, target) / 8) + grids + BIAS_BYTES * site.bias_count
+    return ceil(stored_bits(site, choice, target) / 8) + _beside(site, target)
+
+
+def candidate_bytes(program: Program, candidate: Candidate, target: Target) -> int:
+    """Return the bytes of one candidate: its integers in their shortest form where the target stores that.
+
+    Counted are the weights as they were rounded beforehand, to their nearest values where they were not: the table of a
+    codebook, and rows that need fewer bits than their format has, are known from the integers alone.
+    """
+    site = program[Sites].by_name(candidate.site)
+    if candidate.choice.is_float or not target.packs or WeightGrids not in program:
+        return site_bytes(site, candidate.choice, target)
+    grids, weight = program[WeightGrids], candidate.choice.weight
+    grid = grids.at(site.name, weight)
+    with torch.no_grad():
+        q = grid.quantize(grids.rounded.get((site.name, weight), tensor_at(program.module, site.weight)))
+    rows = q.to(torch.int8).movedim(grid.spec.channel_axis or 0, 0).reshape(site.channels, -1)
+    return packed_bytes(rows.contiguous().cpu().numpy()) + _beside(site, target)
+
+
+def _beside(site: Site, target: Target) -> int:
+    """Return the bytes of a site's scales and bias; the zero-points of weights are zeros, which layers share."""
+    return (site.channels if target.per_channel else 1) * SCALE_BYTES + BIAS_BYTES * site.bias_count
 
 
 @COSTS.register("size")
@@ -48,7 +70,10 @@ def size(program: Program, target: Target) -> CostTable:
         if any(user.name not in weighted for user in node.users):
             rest[path] = read[path]
     constant = sum(rest.values()) + len(program[EdgeGroups].producers) * (SCALE_BYTES + ZERO_POINT_BYTES)
-    values = [site_bytes(sites.by_name(c.site), c.choice, target) for c in sites.candidates]
+    # Activations at another width leave a weight as it is.
+    known = {(c.site, c.choice.weight): c for c in sites.candidates}
+    found = {key: candidate_bytes(program, candidate, target) for key, candidate in known.items()}
+    values = [found[c.site, c.choice.weight] for c in sites.candidates]
     return CostTable(
         sites.candidates, np.array(values, dtype=np.float64), float(constant), float(sum(read.values())), "bytes"
     )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -49,27 +51,29 @@ def weight_grid(scale: list[float], bits: int = 8) -> FakeQuantize:
     return FakeQuantize(Grid(weight_spec(bits), torch.tensor(scale), torch.zeros(len(scale), dtype=torch.int32)))
 
 
+def integers_of(module: torch.fx.GraphModule, dtype: torch.dtype) -> list[Any]:
+    """Return what dequantizes weights (int8) or biases (int32)."""
+    found = [node for node in module.graph.nodes if node.target is dequantize_channels]
+    return [node for node in found if tensor_at(module, str(node.args[0].target)).dtype == dtype]
+
+
 @pytest.mark.parametrize("name", QUANTIZED)
 @pytest.mark.parametrize("widths", [(8,), (4, 8, 2)])
 def test_weights_are_the_simulated_ones_as_integers_of_their_width(name: str, widths: tuple[int, ...]) -> None:
     module = simulated(name, widths)
     lowered = to_qdq(module)
     on_weights = [n for n in module.graph.nodes if n.op == "call_module" and n.args[0].op == "get_attr"]
-    weights = {
-        n.args[0].target: module.get_submodule(n.target)(tensor_at(module, n.args[0].target)) for n in on_weights
-    }
-    found = 0
-    for node in lowered.graph.nodes:
-        if node.target is not dequantize_channels or node.args[3] == 32:
-            continue
+    grids = {n.args[0].target: module.get_submodule(n.target) for n in on_weights}
+    for node in integers_of(lowered, torch.int8):
         q, scale = (tensor_at(lowered, str(part.target)) for part in node.args[:2])
         path = str(node.args[0].target).removesuffix("_q")
-        assert q.dtype == torch.int8
-        assert int(q.min()) >= -(2 ** (node.args[3] - 1))
-        assert int(q.max()) < 2 ** (node.args[3] - 1)
-        assert torch.equal(dequantize_channels(q, scale, node.args[2], 8), weights[path])
-        found += 1
-    assert found == len(on_weights) > 0
+        grid = grids.pop(path)
+        assert isinstance(grid, FakeQuantize)
+        assert int(q.min()) >= grid.spec.qmin
+        assert int(q.max()) <= grid.spec.qmax
+        assert torch.equal(dequantize_channels(q, scale, node.args[2]), grid(tensor_at(module, path)))
+    assert on_weights
+    assert not grids
 
 
 def test_without_bias_reference_and_simulation_are_equal() -> None:
@@ -120,9 +124,8 @@ def test_the_bias_of_a_dead_channel_fits_int32() -> None:
     bias = torch.tensor([0.25, 3.0])
     module = one_layer(weight, bias, weight_grid([0.004, 2.0**-40]), input_grid())
     lowered = to_qdq(module)
-    node = next(n for n in lowered.graph.nodes if n.target is dequantize_channels and n.args[3] == 32)
+    (node,) = integers_of(lowered, torch.int32)
     integers = tensor_at(lowered, str(node.args[0].target))
-    assert integers.dtype == torch.int32
     assert 0 < int(integers.abs().max()) <= INT32_LIMIT
     x = torch.randn(3, 2, 3, 3)
     answer = backend("reference").compile(module, (x,))((x,))
@@ -138,7 +141,8 @@ def test_a_bias_behind_a_float_input_stays_float() -> None:
     node.replace_all_uses_with(source)
     module.graph.erase_node(node)
     lowered = to_qdq(finish(module))
-    assert [n.args[3] for n in lowered.graph.nodes if n.target is dequantize_channels] == [8]
+    assert len(integers_of(lowered, torch.int8)) == 1
+    assert not integers_of(lowered, torch.int32)
 
 
 @pytest.mark.parametrize(

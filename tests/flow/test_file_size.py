@@ -82,7 +82,8 @@ def test_the_smallest_file_that_keeps_the_answers() -> None:
     every = [dict(zip(names, picked, strict=True)) for picked in product(*(site.choices for site in sites))]
     assert table.of(plan.choices) == pytest.approx(min(map(table.of, every)))
     assert plan.asked == {"disagreement": 1.0, "minimize": "file_ratio"}
-    assert plan.used["file_ratio"] == pytest.approx(table.of(plan.choices) / table.float_cost, rel=0.01)
+    # Layers of one width share what unpacks them, which weighs in a file of two kilobytes.
+    assert plan.used["file_ratio"] == pytest.approx(table.of(plan.choices) / table.float_cost, rel=0.05)
 
 
 def test_a_file_out_of_reach_is_refused_before_the_scoring(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,11 @@ class Target:
         """Whether weights of a format can be stored and run in integers."""
         return weight.bits in self.weight_bits if weight.kind == "uniform" else weight.kind in self.weight_formats
 
+    @property
+    def packs(self) -> bool:
+        """Whether weights are stored in the shortest form of their integers, instead of at a declared width."""
+        return self.runs_on is None and all(self.storage_bits[bits] == bits for bits in self.weight_bits)
+
     def stored_bits(self, weight: WeightFormat) -> float:
         """Return the bits that store one element of a weight, 32 for float."""
         if weight.is_float or weight.kind != "uniform":

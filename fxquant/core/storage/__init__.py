@@ -22,7 +22,7 @@ from fxquant.core.storage.codecs import (
 from fxquant.core.storage.exported import load_exported, save_exported
 from fxquant.core.storage.files import UNFINISHED, atomic_path, check_writable, flush_to_disk, unwritable, work_folder
 from fxquant.core.storage.lock import HOLDER, LOCK, only_writer
-from fxquant.core.storage.packing import Layout, Part, layout_of, pack, packed_bytes, unpack
+from fxquant.core.storage.packing import Layout, Packed, Part, layout_of, pack, packed_bytes, unpack
 from fxquant.core.storage.pt2_audit import LONGEST, is_arithmetic, is_operator
 from fxquant.core.storage.staging import OUTPUT, READY, RESULT, finish, staged, sweep
 from fxquant.core.storage.symbols import CODES, Code, code_for

@@ -107,7 +107,10 @@ def test_a_copy_prepares_itself_anew_and_new_weights_are_seen() -> None:
     first = module(x)
     twin = copy.deepcopy(module)
     assert torch.equal(twin(x), first)
-    twin.weight = -twin.weight
+    negative = _conv(-module.weight, module.geometry, "call")
+    twin.load_state_dict(negative.state_dict())
+    assert torch.equal(twin.weight, -module.weight)
+    assert torch.equal(twin(x), negative(x))
     assert not torch.equal(twin(x), first)
     assert torch.equal(module(x), first)
 

@@ -20,6 +20,7 @@ from fxquant.backends.int8 import (
     IntegerMaxPool,
     IntegerMul,
     LinearEnd,
+    PackedTensors,
     conv2d_op,
     dequantize_u8,
     kernels,
@@ -94,8 +95,10 @@ def test_conv_is_the_integer_formula_for_any_shape(
         torch.testing.assert_close(made.double(), real, rtol=1e-5, atol=float(real.abs().max()) * 1e-6 + 1e-9)
         integers = kernels.conv2d(x, weight, scales, bias, geometry, ConvGrids(grid, out), None, exact)
         _assert_rounded(integers, real, out)
-    given_to_both = (x, weight, scales, bias, geometry, ConvGrids(grid, out))
-    assert torch.equal(conv2d_op(*given_to_both), kernels.conv2d(*given_to_both))
+    given_to_both = (scales, bias, geometry, ConvGrids(grid, out))
+    assert torch.equal(
+        conv2d_op(x, PackedTensors.of(weight), *given_to_both), kernels.conv2d(x, weight, *given_to_both)
+    )
 
 
 def _assert_rounded(integers: Tensor, real: Tensor, out: ByteGrid) -> None:
@@ -131,8 +134,7 @@ def test_a_second_operand_is_added_before_the_only_rounding(
         made = kernels.conv2d(x, weight, scales, None, geometry, both, other, exact)
         _assert_rounded(made, real, out)
         assert torch.equal(other, before), "the operand is not ours to change"
-        given_to_both = (x, weight, scales, None, geometry, both, other, exact)
-        assert torch.equal(conv2d_op(*given_to_both), made)
+        assert torch.equal(conv2d_op(x, PackedTensors.of(weight), scales, None, geometry, both, other, exact), made)
 
 
 def test_an_addend_needs_a_grid_to_round_to() -> None:
@@ -146,10 +148,11 @@ def test_no_kernel_ends_in_any_activation() -> None:
 
 
 def test_the_op_tells_compilers_the_truth_about_shape_and_strides() -> None:
-    x, weight = _uint8(2, 6, 9, 7), _int8(4, 3, 3, 2)
+    x, packed = _uint8(2, 6, 9, 7), PackedTensors.of(_int8(4, 3, 3, 2))
     for scale, addend in ((0.5, None), (0.0, None), (0.5, _channels_last(_uint8(2, 4, 5, 5)))):
         steps, points = [0.02, scale, 0.1 if addend is not None else 0.0], [7, 3, 0, 15, 9]
-        arguments = (x, addend, weight, torch.rand(4), None, steps, points, [2, 1, 1, 0, 1, 2, 2], False)
+        given = (list(packed.tensors), list(packed.form), torch.rand(4), None)
+        arguments = (x, addend, *given, steps, points, [2, 1, 1, 0, 1, 2, 2], False)
         torch.library.opcheck(
             torch.ops.fxquant.conv2d_u8.default, arguments, test_utils=("test_schema", "test_faketensor")
         )

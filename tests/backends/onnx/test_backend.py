@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from benchmarks.data import data_folder
 from benchmarks.zoo import NETWORKS
 from fxquant.backends import backend
-from fxquant.backends.onnx import GraphBuilder, executable, export_onnx, kernel_report, pack, to_onnx
+from fxquant.backends.exact import value_names
+from fxquant.backends.onnx import GraphBuilder, executable, export_onnx, kernel_report, to_onnx
 from fxquant.capture import capture
 from fxquant.core.errors import FileFormatError, LoweringError, MissingDependencyError, OptionError, OutputError
 from fxquant.core.ir import FakeQuantize, Grid, activation_spec, fork
@@ -28,10 +30,11 @@ from tests.programs import captured, folded
 needs_data = pytest.mark.skipif(data_folder() is None, reason="set FXQUANT_DATA to run the real networks")
 
 RUN = backend("onnxruntime")
+KINDS = (onnx.TensorProto.INT2, onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
 
 
-def written(module: torch.fx.GraphModule, storage_bits: dict[int, int] | None = None) -> bytes:
-    model = to_onnx(module) if storage_bits is None else to_onnx(module, storage_bits=storage_bits)
+def written(module: torch.fx.GraphModule) -> bytes:
+    model = to_onnx(module)
     onnx.checker.check_model(model, full_check=True)
     return bytes(model.SerializeToString())
 
@@ -90,34 +93,33 @@ def _quantized(model: nn.Module, images: Tensor, keep_float: tuple[str, ...] = (
     return plan_of(calibrated(Canonicalize()(capture(model, (images[:2],))), (images,), keep_float), (8,))
 
 
-@pytest.mark.parametrize("name", ["residual", "attention"])
-@pytest.mark.parametrize("width", [2, 4])
-def test_packed_weights_run_as_the_same_integers_on_the_same_kernels(name: str, width: int) -> None:
-    module, inputs = simulated(name, (width,)), example(name, 4)
-    packed, plain = written(module), written(module, storage_bits=dict.fromkeys(range(2, 9), 8))
-    assert torch.equal(executable(packed)(inputs), executable(plain)(inputs))
-    assert kernel_report(packed).operators == kernel_report(plain).operators
-    assert len(packed) < len(plain)
-
-
 @pytest.mark.parametrize(
-    ("widths", "opset", "ir"), [((8,), 20, 9), ((5, 8), 20, 9), ((4, 8), 21, 10), ((3, 8), 21, 10), ((2, 8), 25, 13)]
+    ("name", "widths", "opset", "ir"),
+    [
+        ("residual", (8,), 18, 8),
+        ("residual", (2, 3, 8), 18, 8),
+        ("residual", (4, 8), 21, 10),
+        ("residual", (5, 8), 21, 10),
+        ("sequence", (3,), 20, 9),
+    ],
 )
-def test_the_file_asks_for_no_newer_operator_set_than_its_types_need(
-    widths: tuple[int, ...], opset: int, ir: int
+def test_the_file_asks_for_no_newer_operator_set_than_it_needs(
+    name: str, widths: tuple[int, ...], opset: int, ir: int
 ) -> None:
-    model = to_onnx(simulated("residual", widths))
+    model = to_onnx(simulated(name, widths))
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", opset)]
     assert model.ir_version == ir
+    assert (opset == 20) == ("Gelu" in {node.op_type for node in model.graph.node})
 
 
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1, 3, 4, 7, 16])
-def test_packing_is_what_onnx_reads_back(bits: int, count: int) -> None:
-    values = np.random.default_rng(count).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), count).astype(np.int8)
-    kind = {4: onnx.TensorProto.INT4, 2: onnx.TensorProto.INT2}[bits]
-    tensor = onnx.helper.make_tensor("w", kind, [count], pack(values, bits), raw=True)
-    assert onnx.numpy_helper.to_array(tensor).astype(np.int8).tolist() == values.tolist()
+def test_packing_is_what_onnx_reads_back(kind: int, count: int) -> None:
+    ranges: dict[int, tuple[int, int]] = dict(zip(KINDS, [(-2, 2), (-8, 8), (0, 16)], strict=True))
+    low, high = ranges[kind]
+    values, graph = np.random.default_rng(count).integers(low, high, count), GraphBuilder()
+    _ = graph.packed(values, kind, (count,), "w")
+    assert onnx.numpy_helper.to_array(graph.initializers[0]).astype(np.int8).tolist() == values.tolist()
 
 
 def test_a_layer_kept_in_float_stays_in_float() -> None:
@@ -190,7 +192,11 @@ def test_the_file_holds_names_metadata_and_nothing_torch_adds(tmp_path: Path) ->
     assert report.nodes["Conv"] == 3
     assert {entry.key: entry.value for entry in model.metadata_props} == {"plan": '{"bits": [4, 8]}'}
     assert {node.name for node in model.graph.node if node.name} == {"conv1", "conv2", "conv3", "fc"}
-    assert {"conv1.weight", "conv1.bias", "conv1.weight_scale"} <= {t.name for t in model.graph.initializer}
+    # Layers are called as in the model, integers on quantized edges by their number, all else as shortly as possible.
+    made = {name for node in model.graph.node for name in node.output}
+    assert {f"q{index}" for index in range(5)} <= made
+    others = made - set(value_names(simulated("residual", (4, 8))).values()) - {"output"}
+    assert {len(name) for name in others | {t.name for t in model.graph.initializer}} == {1, 2}
     assert [entry.name for entry in model.graph.output] == ["output"]
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     assert not model.graph.value_info
@@ -200,9 +206,9 @@ def test_the_file_holds_names_metadata_and_nothing_torch_adds(tmp_path: Path) ->
 
 
 def test_equal_constants_are_stored_once() -> None:
-    names = [t.name for t in to_onnx(simulated("shared")).graph.initializer]
-    assert len([name for name in names if name.startswith("zeros_")]) == 1
-    assert len([name for name in names if name.startswith("fc_") and name.endswith(".weight")]) == 1
+    stored = [(t.data_type, tuple(t.dims), t.raw_data) for t in to_onnx(simulated("shared")).graph.initializer]
+    assert len(stored) == len(set(stored))
+    assert len([True for kind, shape, _ in stored if kind == onnx.TensorProto.INT8 and len(shape) == 2]) == 1
 
 
 def test_activations_of_few_bits_are_clipped_to_their_grid() -> None:
@@ -272,7 +278,20 @@ def test_a_real_network_runs_on_integers_alone() -> None:
     assert len(model) <= 0.16 * float_bytes
 
 
-def test_equal_content_of_two_widths_is_stored_twice() -> None:
-    graph, values = GraphBuilder(21), np.zeros((2, 4), np.int8)
-    assert len({graph.constant(values, "weight", bits) for bits in (8, 4, 8)}) == 2
-    assert [tensor.data_type for tensor in graph.initializers] == [onnx.TensorProto.INT8, onnx.TensorProto.INT4]
+def test_equal_content_of_two_types_is_stored_twice() -> None:
+    graph, values = GraphBuilder(), np.zeros((2, 4), np.int8)
+    kinds = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.INT4)
+    assert len({graph.packed(values, kind, (2, 4), "weight") for kind in kinds} | {graph.constant(values, "w")}) == 3
+    assert [tensor.data_type for tensor in graph.initializers] == [*kinds[:2], onnx.TensorProto.INT8]
+
+
+def test_zero_points_and_scales_of_biases_are_made_at_load() -> None:
+    """A bias has the scale `input scale x weight scale`, to the last bit, and zeros take no bytes of their own."""
+    wide = Composed(
+        lambda m, x: m.head(torch.relu(m.conv(x)).mean((2, 3))), conv=nn.Conv2d(3, 200, 3), head=nn.Linear(200, 9)
+    )
+    graph = to_onnx(_quantized(wide, torch.randn(8, 3, 8, 8))).graph
+    operators = Counter(node.op_type for node in graph.node)
+    assert (operators["Mul"], operators["Expand"]) == (2, 1)
+    floats = sum(np.prod(t.dims, dtype=int) for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT)
+    assert floats < 200 + 9 + 10

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from fxquant.backends import to_qdq
-from fxquant.backends.onnx import OnnxOptions, add_biases, executable, fuse_integers, readable_storage, to_onnx
+from fxquant.backends.onnx import OnnxOptions, add_biases, executable, fuse_integers, to_onnx
 from tests.backends.lowered import error_in_steps, example, simulated
+from tests.backends.onnx.test_blocks import simulated as classifier
 
 FOR_OPENVINO = OnnxOptions(runtime="openvino")
 
@@ -24,8 +25,8 @@ def test_biases_are_nodes_and_answers_the_same(name: str) -> None:
     assert float(error_in_steps(run(inputs), expected(inputs)).max()) <= 2.5
 
 
-def test_no_weight_is_stored_in_two_bits() -> None:
-    assert readable_storage({2: 2, 3: 4, 8: 8}) == {2: 4, 3: 4, 8: 8}
-    model = to_onnx(simulated("residual", (2,)), options=FOR_OPENVINO)
+def test_blocks_are_not_stored_in_two_bits() -> None:
+    module, _ = classifier(2)
+    model = to_onnx(module, options=OnnxOptions("openvino", weight_only=("head",)))
     assert onnx.TensorProto.INT2 not in {tensor.data_type for tensor in model.graph.initializer}
     assert model.opset_import[0].version == 21

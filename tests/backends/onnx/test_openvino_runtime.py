@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from fxquant.passes import Canonicalize, FoldBatchnorm
 from tests.backends.lowered import calibrated, error_in_steps, example, plan_of, simulated
 from tests.backends.onnx.test_blocks import simulated as classifier
 from tests.backends.onnx.test_stem import STEMS, quantized
+from tests.backends.onnx.weight_forms import FORMS, OF_EACH_KIND, with_integers
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason='pip install "fxquant[openvino]" to run it'
@@ -55,15 +57,28 @@ def test_both_runtimes_give_the_same_answers(name: str, widths: tuple[int, ...])
     assert float(error.max()) <= 4.0
 
 
-@pytest.mark.parametrize("width", [8, 4, 2])
-def test_packed_weights_are_the_bytes_they_stand_for(width: int) -> None:
-    inputs = example("residual", 16)
+def kernels_and_answer(model: bytes, x: Tensor) -> tuple[list[str], Tensor]:
+    """Return what executes each layer with a weight, and the answer."""
+    import openvino as ov
+
+    core = ov.Core()
+    request = core.compile_model(core.read_model(model), "CPU", {**SETTINGS, "PERF_COUNT": True}).create_infer_request()
+    request.infer([x.numpy()])
+    layers = ("Convolution", "FullyConnected", "MatMul")
+    ran = [step.exec_type for step in request.profiling_info if step.node_type.startswith(layers)]
+    return ran, torch.from_numpy(np.array(request.get_output_tensor(0).data))
+
+
+@pytest.mark.parametrize("form", OF_EACH_KIND)
+def test_every_form_is_unpacked_beforehand_and_runs_on_the_same_kernels(form: str) -> None:
+    module, x = with_integers(FORMS[form])[0], torch.randn(3, 3, 8, 8)
     files = [
-        to_onnx(simulated("residual", (width,)), storage_bits=bits, options=FOR_OPENVINO).SerializeToString()
-        for bits in ({2: 2, 4: 4, 8: 8}, dict.fromkeys(range(2, 9), 8))
+        to_onnx(module, options=replace(FOR_OPENVINO, packed=packed)).SerializeToString() for packed in (True, False)
     ]
-    one, other = (openvino(file)(inputs) for file in files)
-    assert torch.equal(one, other)
+    (ran, answer), (expected, same) = (kernels_and_answer(file, x) for file in files)
+    assert ran == expected
+    assert sum(kernel.lower().endswith("_i8") for kernel in ran) >= 5, ran
+    assert torch.equal(answer, same)
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

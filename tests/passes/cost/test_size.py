@@ -21,7 +21,7 @@ def site(weights: int, channels: int, biases: int) -> Site:
 
 
 @pytest.mark.parametrize(
-    ("choice", "weights"), [(W2, 256), (W4, 512), (W8, 1024), (W3, 512), (W5, 1024), (Choice(4, 4), 512)]
+    ("choice", "weights"), [(W2, 256), (W4, 512), (W8, 1024), (W3, 384), (W5, 640), (Choice(4, 4), 512)]
 )
 def test_packed_weights_scales_zero_points_and_biases(choice: Choice, weights: int) -> None:
     assert site_bytes(site(1024, 16, 16), choice, REFERENCE) == weights + 16 * (4 + 1) + 16 * 4
