@@ -22,6 +22,6 @@ from fxquant.backends.int8.modules import (
     IntegerPad,
     Quantize,
 )
-from fxquant.backends.int8.packed_layer import PackedTensors
+from fxquant.backends.int8.packed_layer import PackedLayer, packed_weight, unpacked_weight
 from fxquant.backends.int8.rules import INTEGER_OPS, IntegerOp
 from fxquant.backends.int8.scale_order import conv_joins_scales

@@ -24,6 +24,7 @@ from fxquant.backends.int8.linear import IntegerLinear
 from fxquant.backends.int8.modules import Dequantize, IntegerAdd, Quantize
 from fxquant.backends.int8.rules import INTEGER_OPS, Ending, IntegerOp, Maker, OpCall
 from fxquant.backends.kernel_rows import target_of
+from fxquant.backends.reference import STORAGE_BITS
 from fxquant.core.errors import LoweringError
 from fxquant.core.facts import Target
 from fxquant.core.ir import (
@@ -63,8 +64,8 @@ class FxInt8Backend:
     @property
     def target(self) -> Target:
         """What the rows of `INTEGER_OPS` run on integers."""
-        # PyTorch has no arithmetic on packed integers for this CPU: narrower weights are kept as int8.
-        return target_of(NAME, INTEGER_OPS, WIDTHS, WIDTHS, dict.fromkeys(WIDTHS, 8))
+        # Kernels here multiply int8; the state dict and exported programs hold weights packed.
+        return target_of(NAME, INTEGER_OPS, WIDTHS, WIDTHS, STORAGE_BITS)
 
     def lower(self, module: GraphModule, batch: int = 1) -> GraphModule:
         """Return the graph that computes in integers; weights are packed on its first call.

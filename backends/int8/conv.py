@@ -92,14 +92,14 @@ class IntegerConv(PackedLayer):
         #: whether the second operand is not read after this, so that the sum may take its place in memory
         self.may_overwrite = False
         self._call = OnFirstUse[ConvCall]()
-        if self.traced != "call":
-            self._rescaling(1.0 if grids.out is None else grids.out.scale)
         self.shape = None if shape is None else tuple(shape)
         self._packed = _Packed()
         self.prepare()
 
     def prepare(self) -> None:
         """Bring the weight into the order in which compiled code reads it."""
+        if self.traced != "call":
+            self._rescaling(1.0 if self.grids.out is None else self.grids.out.scale)
         if self.shape is not None and self._is_packed():
             given = (self.weight, self.scales, self.grids.source, self.geometry, self.shape)
             self._packed.weight = kernels.packed_conv(*given)
@@ -119,8 +119,8 @@ class IntegerConv(PackedLayer):
         shift = -self.grids.source.zero_point * self.weight.sum(dim=(1, 2, 3), dtype=torch.int64).double() * factors
         if self.bias is not None:
             shift = shift + self.bias.double() / step
-        self.register_buffer("factors", factors.float())
-        self.register_buffer("offsets", shift.float())
+        self.register_buffer("factors", factors.float(), persistent=False)
+        self.register_buffer("offsets", shift.float(), persistent=False)
 
     @property
     def out(self) -> ByteGrid | None:
@@ -167,7 +167,7 @@ class IntegerConv(PackedLayer):
         if self.traced == "call" or exporting:
             packed = None if exporting else self._packed.weight
             if packed is None:
-                given = (self.packed, self.scales, self.bias, self.geometry, self.grids, other, self.exact)
+                given = (self.packed, self.form, self.scales, self.bias, self.geometry, self.grids, other, self.exact)
                 return conv2d_op(x, *given)
             # A sum costs less in the loop behind than in a custom op, which a compiler calls through Python.
             grids = self.grids if other is None else ConvGrids(self.grids.source, None)

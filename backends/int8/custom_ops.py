@@ -1,7 +1,7 @@
 """Integer layers and padding as ops of `torch.ops.fxquant`, for compilers that trace.
 
 Inductor and torch.export cannot see through oneDNN's packed weights: these ops take the weight as it is saved, with
-numbers that say its form (`PackedTensors`), and keep beside it what kernels want. Grids travel as three lists, because
+numbers that say its form (`packed_weight`), and keep beside it what kernels want. Grids travel as three lists, because
 every argument of an op that is written in Python costs a microsecond of each call:
 
     steps     scale of the input, of the output (0 for float32), of the addend (0 for none)
@@ -27,23 +27,23 @@ from fxquant.backends.int8.kernels import (
     pad_u8,
     prepared_conv,
 )
-from fxquant.backends.int8.packed_layer import PackedTensors, unpacked
+from fxquant.backends.int8.packed_layer import unpacked_weight
 
 torch.library.define(
     "fxquant::conv2d_u8",
-    "(Tensor x, Tensor? addend, Tensor[] weight, int[] form, Tensor scales, Tensor? bias, float[] steps, "
+    "(Tensor x, Tensor? addend, Tensor weight, int[] form, Tensor scales, Tensor? bias, float[] steps, "
     "int[] points, int[] geometry, bool exact) -> Tensor",
 )
 
 _CALLS: MutableMapping[Tensor, dict[object, ConvCall]] = WeakTensorKeyDictionary()
-"""First tensor of a packed weight -> what was prepared for it, by everything else; it lives as long as the tensor."""
+"""Packed weight -> what was prepared for it, by everything else; an entry lives as long as the weight."""
 
 
 @torch.library.impl("fxquant::conv2d_u8", "CPU")
 def _conv2d_op(
     x: Tensor,
     addend: Tensor | None,
-    weight: list[Tensor],
+    weight: Tensor,
     form: list[int],
     scales: Tensor,
     bias: Tensor | None,
@@ -52,16 +52,16 @@ def _conv2d_op(
     geometry: list[int],
     exact: bool,
 ) -> Tensor:
-    known = _CALLS.get(weight[0])
+    known = _CALLS.get(weight)
     if known is None:
-        known = _CALLS[weight[0]] = {}
+        known = _CALLS[weight] = {}
     # The prepared call holds scales and bias, so that their addresses name them as long as it lives.
     key = (id(scales), id(bias), *steps, *points, *geometry, exact)
     call = known.get(key)
     if call is None:
         shape, grids = ConvGeometry(*_pairs(geometry), geometry[6]), _grids(steps, points)
         exact = exact or not conv_kernel_is_exact()
-        call = known[key] = prepared_conv(unpacked(weight, form), scales, bias, shape, grids, x.shape, exact)
+        call = known[key] = prepared_conv(unpacked_weight(weight, form), scales, bias, shape, grids, x.shape, exact)
     # An op that a compiler may move or repeat must not write over its arguments.
     return call(x, None if addend is None else addend.clone(memory_format=torch.channels_last))
 
@@ -79,7 +79,7 @@ def _grids(steps: Sequence[float], points: Sequence[int]) -> ConvGrids:
 def _conv2d_fake(
     x: Tensor,
     addend: Tensor | None,
-    weight: list[Tensor],
+    weight: Tensor,
     form: list[int],
     scales: Tensor,
     bias: Tensor | None,
@@ -105,7 +105,8 @@ torch.library.register_fake("fxquant::conv2d_u8", _conv2d_fake)
 
 def conv2d_op(
     x: Tensor,
-    weight: PackedTensors,
+    weight: Tensor,
+    form: Sequence[int],
     scales: Tensor,
     bias: Tensor | None,
     geometry: ConvGeometry,
@@ -119,26 +120,25 @@ def conv2d_op(
     steps = [source.scale, out.scale if out else 0.0, addend.scale if addend else 0.0]
     points = [source.zero_point, written.zero_point, written.low, written.high, addend.zero_point if addend else 0]
     sizes = [*(number for size in geometry.sizes for number in size), geometry.groups]
-    given = (list(weight.tensors), list(weight.form), scales, bias, steps, points, sizes, exact)
-    made: Tensor = torch.ops.fxquant.conv2d_u8(x, other, *given)
+    made: Tensor = torch.ops.fxquant.conv2d_u8(x, other, weight, form, scales, bias, steps, points, sizes, exact)
     return made
 
 
-torch.library.define("fxquant::matmul_u8", "(Tensor x, Tensor[] weight, int[] form, bool exact) -> Tensor")
+torch.library.define("fxquant::matmul_u8", "(Tensor x, Tensor weight, int[] form, bool exact) -> Tensor")
 
 _WHOLE: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
-"""First tensor of a packed weight -> the int8 weight; an entry lives as long as that tensor."""
+"""Packed weight -> the int8 weight; an entry lives as long as the packed one."""
 
 
 @torch.library.impl("fxquant::matmul_u8", "CPU")
-def _matmul_op(x: Tensor, weight: list[Tensor], form: list[int], exact: bool) -> Tensor:
-    whole = _WHOLE.get(weight[0])
+def _matmul_op(x: Tensor, weight: Tensor, form: list[int], exact: bool) -> Tensor:
+    whole = _WHOLE.get(weight)
     if whole is None:
-        whole = _WHOLE[weight[0]] = unpacked(weight, form)
+        whole = _WHOLE[weight] = unpacked_weight(weight, form)
     return matmul(x, whole, exact or not matmul_kernel_is_exact()).to(torch.float64 if exact else torch.int32)
 
 
-def _matmul_fake(x: Tensor, weight: list[Tensor], form: list[int], exact: bool) -> Tensor:
+def _matmul_fake(x: Tensor, weight: Tensor, form: list[int], exact: bool) -> Tensor:
     del weight
     return torch.empty(x.shape[0], form[1], dtype=torch.float64 if exact else torch.int32, device=x.device)
 
@@ -146,9 +146,9 @@ def _matmul_fake(x: Tensor, weight: list[Tensor], form: list[int], exact: bool) 
 torch.library.register_fake("fxquant::matmul_u8", _matmul_fake)
 
 
-def matmul_op(x: Tensor, weight: PackedTensors, exact: bool = False) -> Tensor:
+def matmul_op(x: Tensor, weight: Tensor, form: Sequence[int], exact: bool = False) -> Tensor:
     """Return `matmul` of uint8 and a packed weight as one call, int32 or float64."""
-    made: Tensor = torch.ops.fxquant.matmul_u8(x, list(weight.tensors), list(weight.form), exact)
+    made: Tensor = torch.ops.fxquant.matmul_u8(x, weight, form, exact)
     return made
 
 

@@ -55,19 +55,23 @@ class IntegerLinear(PackedLayer):
         self.grid, self.end = grid, end
         self.exact = exact or not kernels.matmul_kernel_is_exact()
         self.in_one_call = packed and not self.exact and kernels.conv_kernel_is_exact()
-        # In units of the output grid where nothing but the rounding follows, in real units otherwise.
-        self.unit = end.out.scale if end.out is not None and end.activation == "none" else 1.0
-        # The zero-point's share of every sum is known beforehand, in integers: z_x * sum(w).
-        step = grid.scale * scales.double() / self.unit
-        shift = -grid.zero_point * weight.sum(dim=1, dtype=torch.int64).double() * step
-        if bias is not None:
-            shift = shift + bias.double() / self.unit
         self.keep(weight)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
-        self.register_buffer("factors", step.float())
-        self.register_buffer("offsets", shift.float())
+        self.prepare()
         self._call = OnFirstUse[Callable[[Tensor], Tensor]]()
+
+    def prepare(self) -> None:
+        """Keep `y / unit = sums * factors + offsets`: the zero-point's share of every sum is known beforehand."""
+        out = self.end.out
+        # In units of the output grid where nothing but the rounding follows, in real units otherwise.
+        unit = out.scale if out is not None and self.end.activation == "none" else 1.0
+        step = self.grid.scale * self.scales.double() / unit
+        shift = -self.grid.zero_point * self.weight.sum(dim=1, dtype=torch.int64).double() * step
+        if self.bias is not None:
+            shift = shift + self.bias.double() / unit
+        self.register_buffer("factors", step.float(), persistent=False)
+        self.register_buffer("offsets", shift.float(), persistent=False)
 
     @property
     def out(self) -> ByteGrid | None:
@@ -96,7 +100,7 @@ class IntegerLinear(PackedLayer):
 
     def _sums(self, rows: Tensor) -> Tensor:
         if torch.compiler.is_exporting():
-            sums = matmul_op(rows, self.packed, self.exact).float()
+            sums = matmul_op(rows, self.packed, self.form, self.exact).float()
         else:
             sums = kernels.as_float(kernels.matmul(rows, self.weight, self.exact))
         if torch.compiler.is_compiling():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,81 +14,78 @@ from fxquant.core.errors import LoweringError
 from fxquant.core.storage import Layout, Packed, Part, pack, unpack
 
 
-@dataclass(frozen=True, eq=False)
-class PackedTensors:
-    """An int8 weight in its shortest form, as tensors and numbers that an op of PyTorch can be given.
+def packed_weight(weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Return an int8 weight in its shortest form: bytes, and numbers that say what they are.
 
     Args:
-        tensors: of each part its planes, then its tables if it has any; at last the order of rows if there are parts.
-        form: number of axes, their sizes, and for each part its rows, bits, tables and levels of a table.
+        weight: of at least two axes, the first of which counts channels.
+
+    Returns:
+        uint8 vector: of each part its planes, then its tables if it has any; at last the order of rows if there is one.
+        And the number of axes, their sizes, and for each part its rows, bits, tables, and levels of a table.
+    """
+    packed, arrays, form = pack(weight.reshape(len(weight), -1).numpy()), list[Any](), [weight.dim(), *weight.shape]
+    for part, data in zip(packed.layout.parts, packed.data, strict=True):
+        tables, levels = (0, 0) if part.table is None else part.table.shape
+        arrays += [*data, *([] if part.table is None else [part.table])]
+        form += [part.rows, part.bits, tables, levels]
+    arrays += [] if packed.layout.order is None else [packed.layout.order]
+    whole = np.concatenate([np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in arrays])
+    return torch.from_numpy(whole), tuple(form)
+
+
+def unpacked_weight(data: Tensor, form: Sequence[int]) -> Tensor:
+    """Return the int8 weight that was packed; integers in bytes share the memory.
 
     Raises:
-        LoweringError: a form that describes no weight.
+        LoweringError: bytes that the form does not describe.
     """
+    shape, described = form[1 : 1 + form[0]], form[1 + form[0] :]
+    cut = _cutter(data)
+    parts, arrays = list[Part](), list[tuple[Any, ...]]()
+    for rows, bits, tables, levels in zip(*(iter(described),) * 4, strict=True):
+        # The table lies behind the planes, whose sizes its levels say.
+        table = np.zeros((tables, levels), np.int8) if tables else None
+        planes = tuple(cut(size) for size in Part(rows, prod(shape[1:]), bits, table).sizes)
+        table = cut(tables * levels).view(np.int8).reshape(tables, levels) if tables else None
+        parts.append(Part(rows, prod(shape[1:]), bits, table))
+        arrays.append((planes[0].view(np.int8),) if bits == 8 else planes)
+    rows = sum(part.rows for part in parts)
+    order = cut(rows * (place := np.min_scalar_type(rows - 1)).itemsize).view(place) if len(parts) > 1 else None
+    if len(cut(-1)):
+        raise LoweringError(f"{len(data)} bytes are not a weight of the form {tuple(form)}; lower the graph again")
+    if len(parts) == 1 and parts[0].bits == 8:
+        # Not a view of the tensor, which would keep alive what caches look up weakly.
+        return data.data.view(torch.int8).view(*shape)
+    return torch.from_numpy(unpack(Packed(Layout(tuple(parts), order), tuple(arrays)))).view(*shape)
 
-    tensors: tuple[Tensor, ...]
-    form: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        axes = self.form[0] if self.form else 0
-        if axes < 1 or len(self.form) <= axes or (len(self.form) - 1 - axes) % 4 or not self.tensors:
-            raise LoweringError(f"{self.form} is no form of a packed weight; make it with PackedTensors.of")
+def _cutter(data: Tensor) -> Callable[[int], Any]:
+    """Return a function that cuts off so many bytes; -1 for all that are left."""
+    left = data.numpy()
 
-    @staticmethod
-    def of(weight: Tensor) -> PackedTensors:
-        """Return a weight of at least two axes, the first of which counts channels, in its shortest form."""
-        packed, tensors, form = pack(weight.reshape(len(weight), -1).numpy()), list[Tensor](), [weight.dim()]
-        form += weight.shape
-        for part, data in zip(packed.layout.parts, packed.data, strict=True):
-            table = [] if part.table is None else [part.table]
-            tensors += [torch.from_numpy(array) for array in (*data, *table)]
-            form += [part.rows, part.bits, *(part.table.shape if part.table is not None else (0, 0))]
-        if packed.layout.order is not None:
-            tensors.append(torch.from_numpy(packed.layout.order))
-        return PackedTensors(tuple(tensors), tuple(form))
+    def cut(size: int) -> Any:
+        nonlocal left
+        size = len(left) if size < 0 else size
+        found, left = left[:size], left[size:]
+        return found
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        return self.form[1 : 1 + self.form[0]]
-
-    def weight(self) -> Tensor:
-        """Return the int8 weight; it shares memory with what is stored in bytes."""
-        left, parts, data = list(self.tensors), list[Part](), list[tuple[Any, ...]]()
-        columns, described = prod(self.shape[1:]), self.form[1 + self.form[0] :]
-        for rows, bits, tables, levels in zip(*(iter(described),) * 4, strict=True):
-            table = torch.zeros(tables, levels, dtype=torch.int8).numpy() if tables else None
-            count = sum(1 if code.bits == 8 else 2 for code in Part(rows, columns, bits, table).codes) or 1
-            taken, left = left[: count + bool(tables)], left[count + bool(tables) :]
-            parts.append(Part(rows, columns, bits, taken[-1].numpy() if tables else None))
-            data.append(tuple(tensor.numpy() for tensor in taken[:count]))
-        if len(parts) == 1 and parts[0].bits == 8:
-            # Not a view of it, which would keep alive what caches look up weakly.
-            return self.tensors[0].data.view(self.shape)
-        layout = Layout(tuple(parts), left[0].numpy() if left else None)
-        return torch.from_numpy(unpack(Packed(layout, tuple(data)))).view(self.shape)
+    return cut
 
 
 class PackedLayer(nn.Module):
     """A layer whose state dict, pickle and exported program hold its weight in the shortest form."""
 
+    packed: Tensor
     weight: Tensor
     form: tuple[int, ...]
 
     def keep(self, weight: Tensor) -> None:
         """Take an int8 weight, channels first."""
-        packed = PackedTensors.of(weight)
-        self.form = packed.form
-        for index, tensor in enumerate(packed.tensors):
-            self.register_buffer(f"weight{index}", tensor)
+        data, self.form = packed_weight(weight)
+        self.register_buffer("packed", data)
         # A plain attribute: nothing saves it.
-        self.weight = self.packed.weight()
-
-    @property
-    def packed(self) -> PackedTensors:
-        """The weight as it is saved."""
-        count = sum(name.startswith("weight") and name[6:].isdigit() for name in self._buffers)
-        return PackedTensors(tuple(self.get_buffer(f"weight{index}") for index in range(count)), self.form)
+        self.weight = unpacked_weight(data, self.form)
 
     def prepare(self) -> None:
         """Make what follows from the weight and is not saved; called whenever the weight was loaded."""
@@ -108,11 +105,6 @@ class PackedLayer(nn.Module):
         self._unpack()
 
     def _unpack(self) -> None:
-        # Another tensor, for what was prepared from the old one is looked up by it.
-        self.weight = self.packed.weight()
+        # Another tensor each time, for what was prepared from the old one is looked up by it.
+        self.weight = unpacked_weight(self.packed, self.form)
         self.prepare()
-
-
-def unpacked(tensors: Sequence[Tensor], form: Sequence[int]) -> Tensor:
-    """Return the int8 weight of packed tensors and their form."""
-    return PackedTensors(tuple(tensors), tuple(form)).weight()

@@ -153,7 +153,8 @@ def calibrate(program: Program, images: CalibrationSet | None, reporter: Reporte
         raise OptionError(
             f"scoring_rounding={settings.scoring_rounding!r} needs calibration images; give them, or use 'nearest'"
         )
-    return run(program, RoundWeights(images, settings.scoring_rounding, reporter))
+    # What was rounded well may take other bytes than its nearest values.
+    return run(program, RoundWeights(images, settings.scoring_rounding, reporter), EstimateCost(program[Target]))
 
 
 def scaling(target: Target) -> tuple[Pass, Pass]:

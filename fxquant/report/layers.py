@@ -57,8 +57,19 @@ def most_sensitive(program: Program) -> dict[str, Any] | None:
 
 def model_bytes(program: Program, choices: Mapping[str, Choice]) -> float:
     """Return the bytes of a plan, layers put in float by hand included."""
-    sites, target = program[Sites].sites, program[Target]
-    return program[CostTables]["size"].constant + sum(site_bytes(site, choices[site.name], target) for site in sites)
+    sites = program[Sites].sites
+    return program[CostTables]["size"].constant + sum(_bytes(program, site, choices[site.name]) for site in sites)
+
+
+def _bytes(program: Program, site: Site, choice: Choice) -> float:
+    """Return the bytes of a layer at a precision, one that no candidate has (float by hand) included."""
+    table = program[CostTables]["size"]
+    found = [
+        value
+        for c, value in zip(table.candidates, table.values, strict=True)
+        if (c.site, c.choice) == (site.name, choice)
+    ]
+    return float(found[0]) if found else site_bytes(site, choice, program[Target])
 
 
 def average_bits(program: Program, plan: BitAllocation) -> float | None:
@@ -81,7 +92,7 @@ def _row(program: Program, site: Site, target: Target) -> dict[str, Any]:
     columns = {c.choice.label: k for k, c in enumerate(matrix.candidates) if c.site == site.name}
     chosen = np.array([choices.get(c.site) == c.choice for c in matrix.candidates], dtype=np.float64)
     at = columns.get(choice.label)
-    used = site_bytes(site, choice, target)
+    used = _bytes(program, site, choice)
     return {
         "name": site.name,
         "kind": site.kind,
@@ -96,20 +107,18 @@ def _row(program: Program, site: Site, target: Target) -> dict[str, Any]:
         "stored_bits": target.stored_bits(choice.weight),
         "bytes": used,
         "float_bytes": FLOAT_BYTES * (site.weight_count + site.bias_count),
-        "saved_bytes": site_bytes(site, site.choices[-1], target) - used,
+        "saved_bytes": _bytes(program, site, site.choices[-1]) - used,
         "losses": {label: float(matrix.values[k, k]) for label, k in columns.items()},
         "stderr": {label: finite(matrix.stderr[k, k]) for label, k in columns.items()},
         "loss": 0.0 if at is None else float(matrix.values[at, at]),
         "contribution": 0.0 if at is None else float(matrix.values[at] @ chosen),
-        "next_step": None if at is None else _next_step(matrix, site, choice, chosen, target),
+        "next_step": None if at is None else _next_step(program, site, choice, chosen),
     }
 
 
-def _next_step(
-    matrix: SensitivityMatrix, site: Site, choice: Choice, chosen: np.ndarray[Any, Any], target: Target
-) -> dict[str, Any] | None:
+def _next_step(program: Program, site: Site, choice: Choice, chosen: np.ndarray[Any, Any]) -> dict[str, Any] | None:
     """Return what the next wider precision of a site would save in modelled loss, all else equal, and cost in bytes."""
-    wider = next((c for c in site.choices if c > choice), None)
+    matrix, wider = program[SensitivityMatrix], next((c for c in site.choices if c > choice), None)
     if wider is None:
         return None
     moved = chosen.copy()
@@ -119,5 +128,5 @@ def _next_step(
     return {
         "choice": wider.label,
         "loss_saved": float(chosen @ matrix.values @ chosen - moved @ matrix.values @ moved),
-        "extra_bytes": site_bytes(site, wider, target) - site_bytes(site, choice, target),
+        "extra_bytes": _bytes(program, site, wider) - _bytes(program, site, choice),
     }

@@ -35,7 +35,7 @@ def calibrated(
     program: Program,
     inputs: tuple[Tensor, ...],
     keep_float: tuple[str, ...] = (),
-    widths: tuple[int, ...] = WIDTHS,
+    widths: tuple[int | str, ...] = WIDTHS,
     target: Target = TARGET,
     activation_bits: int = 8,
 ) -> Program:

@@ -32,7 +32,7 @@ def test_a_table_read_by_an_embedding_is_stored_twice() -> None:
     table = tables("tokens")["size"]
     plan = uniform(FindSites(TARGET, bits=(8,), activation_bits=(8,))(tied("tokens")), 8)
     # fc 36 + 6 scales + 6 biases, out 66 + 11 scales, the float table, 2 activation grids
-    assert table.of(plan) == (36 + 6 * 5 + 6 * 4) + (66 + 11 * 5) + 4 * 66 + 2 * 5
+    assert table.of(plan) == (36 + 6 * 4 + 6 * 4) + (66 + 11 * 4) + 4 * 66 + 2 * 5
 
 
 @pytest.mark.parametrize("name", ["residual", "shared", "attention"])

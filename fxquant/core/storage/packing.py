@@ -67,8 +67,14 @@ class Part:
     @property
     def bytes(self) -> int:
         """What is stored, tables included."""
-        planes = sum(code.bytes(self.count) for code in self.codes) if self.codes else self.count
-        return planes + (0 if self.table is None else self.table.size)
+        return sum(self.sizes) + (0 if self.table is None else self.table.size)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes of each array of its planes, or of its integers as they are."""
+        if not self.codes:
+            return (self.count,)
+        return tuple(size for code in self.codes for size in code.sizes(self.count))
 
     def digits(self, q: Array) -> list[Array]:
         """Return the planes of digits of int8 rows, each flat uint8."""

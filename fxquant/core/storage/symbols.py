@@ -51,10 +51,10 @@ class Code:
         powers: Array = self.levels ** np.arange(self.per)
         return powers
 
-    def bytes(self, count: int) -> int:
-        """Return the bytes of `count` digits."""
+    def sizes(self, count: int) -> tuple[int, ...]:
+        """Return the bytes of each array that `encode` makes of `count` digits."""
         symbols = -(-count // self.per)
-        return symbols if self.bits == 8 else symbols + -(-symbols // 2)
+        return (symbols,) if self.bits == 8 else (symbols, -(-symbols // 2))
 
     def encode(self, digits: Array) -> tuple[Array, ...]:
         """Return digits as uint8: the low bytes of their symbols, then the upper halves where there are any."""

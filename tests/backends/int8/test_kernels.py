@@ -20,10 +20,10 @@ from fxquant.backends.int8 import (
     IntegerMaxPool,
     IntegerMul,
     LinearEnd,
-    PackedTensors,
     conv2d_op,
     dequantize_u8,
     kernels,
+    packed_weight,
     quantize_u8,
 )
 from fxquant.core.errors import LoweringError
@@ -95,10 +95,8 @@ def test_conv_is_the_integer_formula_for_any_shape(
         torch.testing.assert_close(made.double(), real, rtol=1e-5, atol=float(real.abs().max()) * 1e-6 + 1e-9)
         integers = kernels.conv2d(x, weight, scales, bias, geometry, ConvGrids(grid, out), None, exact)
         _assert_rounded(integers, real, out)
-    given_to_both = (scales, bias, geometry, ConvGrids(grid, out))
-    assert torch.equal(
-        conv2d_op(x, PackedTensors.of(weight), *given_to_both), kernels.conv2d(x, weight, *given_to_both)
-    )
+    by_op = conv2d_op(x, *packed_weight(weight), scales, bias, geometry, ConvGrids(grid, out))
+    assert torch.equal(by_op, kernels.conv2d(x, weight, scales, bias, geometry, ConvGrids(grid, out)))
 
 
 def _assert_rounded(integers: Tensor, real: Tensor, out: ByteGrid) -> None:
@@ -134,7 +132,7 @@ def test_a_second_operand_is_added_before_the_only_rounding(
         made = kernels.conv2d(x, weight, scales, None, geometry, both, other, exact)
         _assert_rounded(made, real, out)
         assert torch.equal(other, before), "the operand is not ours to change"
-        assert torch.equal(conv2d_op(x, PackedTensors.of(weight), scales, None, geometry, both, other, exact), made)
+        assert torch.equal(conv2d_op(x, *packed_weight(weight), scales, None, geometry, both, other, exact), made)
 
 
 def test_an_addend_needs_a_grid_to_round_to() -> None:
@@ -148,11 +146,10 @@ def test_no_kernel_ends_in_any_activation() -> None:
 
 
 def test_the_op_tells_compilers_the_truth_about_shape_and_strides() -> None:
-    x, packed = _uint8(2, 6, 9, 7), PackedTensors.of(_int8(4, 3, 3, 2))
+    x, weight = _uint8(2, 6, 9, 7), packed_weight(_int8(4, 3, 3, 2))
     for scale, addend in ((0.5, None), (0.0, None), (0.5, _channels_last(_uint8(2, 4, 5, 5)))):
         steps, points = [0.02, scale, 0.1 if addend is not None else 0.0], [7, 3, 0, 15, 9]
-        given = (list(packed.tensors), list(packed.form), torch.rand(4), None)
-        arguments = (x, addend, *given, steps, points, [2, 1, 1, 0, 1, 2, 2], False)
+        arguments = (x, addend, *weight, torch.rand(4), None, steps, points, [2, 1, 1, 0, 1, 2, 2], False)
         torch.library.opcheck(
             torch.ops.fxquant.conv2d_u8.default, arguments, test_utils=("test_schema", "test_faketensor")
         )

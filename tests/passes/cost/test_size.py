@@ -23,14 +23,14 @@ def site(weights: int, channels: int, biases: int) -> Site:
 @pytest.mark.parametrize(
     ("choice", "weights"), [(W2, 256), (W4, 512), (W8, 1024), (W3, 384), (W5, 640), (Choice(4, 4), 512)]
 )
-def test_packed_weights_scales_zero_points_and_biases(choice: Choice, weights: int) -> None:
-    assert site_bytes(site(1024, 16, 16), choice, REFERENCE) == weights + 16 * (4 + 1) + 16 * 4
-    assert site_bytes(site(1024, 16, 0), choice, REFERENCE) == weights + 16 * 5
+def test_weights_at_their_width_scales_and_biases(choice: Choice, weights: int) -> None:
+    assert site_bytes(site(1024, 16, 16), choice, REFERENCE) == weights + 16 * 4 + 16 * 4
+    assert site_bytes(site(1024, 16, 0), choice, REFERENCE) == weights + 16 * 4
 
 
 @pytest.mark.parametrize(("choice", "weights"), [(W2, 7), (W4, 14), (W8, 27)])
 def test_odd_counts_fill_the_last_byte(choice: Choice, weights: int) -> None:
-    assert site_bytes(site(27, 3, 0), choice, REFERENCE) == weights + 15
+    assert site_bytes(site(27, 3, 0), choice, REFERENCE) == weights + 12
 
 
 def test_float_keeps_neither_scale_nor_zero_point() -> None:
@@ -47,7 +47,7 @@ def test_a_whole_network_by_hand() -> None:
     # conv1 27*8 weights (its bias comes from the batch norm), conv2 72*8, conv3 8*8, fc 8*5.
     weights, channels, biases = [216, 576, 64, 40], [8, 8, 8, 5], [8, 8, 8, 5]
     found, table = plan_bytes("residual", 4)
-    by_hand = sum(-(-w // 2) for w in weights) + 5 * sum(channels) + 4 * sum(biases)
+    by_hand = sum(-(-w // 2) for w in weights) + 4 * sum(channels) + 4 * sum(biases)
     grids = table.constant
     assert found - grids == by_hand
     assert table.float_cost == 4 * (sum(weights) + sum(biases))
@@ -69,7 +69,7 @@ def test_a_weight_used_twice_is_stored_once() -> None:
     found, table = plan_bytes("shared", 8)
     convolution, linear = 4 * 4 * 9, 4 * 4
     linear_bias = 4 * calibrated("shared")[Sites].by_name("fc_b").bias_count
-    assert found - table.constant == (convolution + 4 * 5 + 4 * 4) + (linear + 4 * 5 + linear_bias)
+    assert found - table.constant == (convolution + 4 * 4 + 4 * 4) + (linear + 4 * 4 + linear_bias)
     assert [s.name for s in calibrated("shared")[Sites].sites] == ["conv", "fc_b"]
 
 
@@ -90,4 +90,4 @@ def test_more_bits_are_more_bytes_and_float_is_the_float_model(name: str) -> Non
 
 def test_a_width_without_a_type_takes_the_next() -> None:
     wide = Target("wide", {"conv": "k"}, frozenset(), (2, 4), (8,), {2: 4, 4: 4})
-    assert site_bytes(site(64, 1, 0), W2, wide) == site_bytes(site(64, 1, 0), W4, wide) == 32 + 5
+    assert site_bytes(site(64, 1, 0), W2, wide) == site_bytes(site(64, 1, 0), W4, wide) == 32 + 4
