@@ -27,7 +27,7 @@ from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
 from fxquant import flow
 from fxquant.api import capture, prepare
-from fxquant.core.facts import CHEAP, BitAllocation, Budget, Finalists, Settings, Surrogates
+from fxquant.core.facts import BitAllocation, Budget, Finalists, Settings, Surrogates
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet, kl, model_outputs
 from fxquant.core.storage import read_json, write_json
@@ -98,7 +98,16 @@ CASES = {
         False,
     ),
     "mobilenet_v2": Case((4, 6, 8), (5.0, 5.5, 6.0), ("0",), 24, 32, 400, ("hybrid", *SINGLES, *BASELINES), False),
-    "deit_tiny": Case((3, 4, 8), (4.0, 4.5, 5.0), ("0",), 16, 32, 128, (*SINGLES, *CHEAP, "mpqco", "sqnr"), False),
+    "deit_tiny": Case(
+        (3, 4, 8),
+        (4.0, 4.5, 5.0),
+        ("0",),
+        16,
+        32,
+        128,
+        (*SINGLES, "fit", "fisher_out", "weight_mse", "mpqco", "sqnr"),
+        False,
+    ),
 }
 """All pairs of the larger networks would take from half an hour to days on this machine: see `sensitivity_cost`."""
 

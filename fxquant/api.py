@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from fxquant.core.errors import CalibrationError
 from fxquant.core.facts import EFFORTS, BitAllocation, Budget, BudgetCurve, BudgetLike, EffortName, Settings, Target
 from fxquant.core.host import ALONE, Reporter, Shards
 from fxquant.core.ir import Program
-from fxquant.core.run import collect, images_for
+from fxquant.core.run import CalibrationSet, collect, images_for
 from fxquant.core.storage import work_folder
-from fxquant.flow import algorithms, choose, round_plan, round_with_feedback
+from fxquant.flow import algorithms, choose, judged_on, round_plan, round_with_feedback, rounded_best
 from fxquant.passes import simulate, widest_plan
 from fxquant.result import Result
 
@@ -47,7 +47,7 @@ def quantize(
         model: trained module or exported program; it is copied, never modified, moved or switched to eval.
         calibration: iterable of Tensor | tuple | dict batches, or a tensor of images; a label that follows the inputs
             is ignored unless the loss needs it. At least two images, a few hundred are good. A quarter of them is held
-            out from scoring, to measure plans on.
+            out from scoring: limits on answers and roundings are checked on them.
         budget: limits on costs, on answers or both: a `Budget`, `{"average_bits": 4}` or "average_bits=4". None only
             scores and leaves every layer at its widest integer precision, for `resolve` to choose from later.
         bits: candidate weight formats, by default 2, 4 and 8: bits of evenly spaced levels, "2c" for a codebook, "3p"
@@ -57,14 +57,14 @@ def quantize(
         effort: "fast", "default" or "best".
         keep_float: patterns of layers (glob, "re:..." or "type:Conv2d") that stay in float.
         rounding: how the plan's weights are rounded: "nearest", "gptq", "pdquant" or another algorithm, or several
-            joined by "+"; by default the effort's. Kept only where the held-out loss falls.
+            joined by "+"; by default the effort's. Kept only where the loss on held-out images falls.
         workdir: folder that keeps finished scores; the same call goes on where a killed one stopped.
         progress: bars on a terminal, elsewhere a line on stderr for each stage.
         options: all other settings, as a `Settings` or as name -> value: `{"seed": 1, "pins": {"stem": "W8A8"}}`. What
             is given by name above replaces what is given here.
 
     Returns:
-        The result, whose plan was measured on the held-out images.
+        The result, whose plan was measured with the weights it ships, on calibration images mixed in pairs.
 
     Raises:
         InputError: the model, the calibration data or an option cannot be used.
@@ -102,16 +102,33 @@ def quantize(
         flow.check_budget(program, limits)
     program = flow.measure_sensitivity(program, scoring, folder, reporter, shards)
     if limits is None:
+        judging = judged_on(program, scoring, held_out)
+        assert judging is not None
         plain = flow.impose(program, widest_plan(program))
-        curve = [flow.measure_curve(program, None, held_out, reporter)] if shards.is_first else []
-        return Result(plain.with_facts(*curve), held_out)
+        curve = [flow.measure_curve(program, None, judging, reporter)] if shards.is_first else []
+        return Result(plain.with_facts(*curve), held_out, scoring)
+    finish = _finish(settings, scoring, held_out, reporter, place)
+    return Result(choose(program, limits, held_out, reporter, scoring, folder, finish), held_out, scoring)
+
+
+def _finish(
+    settings: Settings,
+    scoring: CalibrationSet | None,
+    held_out: CalibrationSet | None,
+    reporter: Reporter,
+    folder: Path | None = None,
+) -> Callable[[Program], Program]:
+    """Return what is done to a solved plan: its weights are rounded as the settings say, where there are images."""
+    chain = settings.rounding or "nearest"
+
+    def rounded(solved: Program) -> Program:
+        assert scoring is not None
+        return round_plan(solved, chain, scoring, held_out, folder, reporter, settings.rounding_options)
 
     def finish(solved: Program) -> Program:
-        if settings.rounding == "nearest":
-            return solved
-        return round_plan(solved, settings.rounding, scoring, held_out, place, reporter, settings.rounding_options)
+        return solved if scoring is None or chain == "nearest" else rounded_best(solved, rounded)
 
-    return Result(choose(program, limits, held_out, reporter, scoring, folder, finish), held_out)
+    return finish
 
 
 def capture(model: nn.Module | ExportedProgram, calibration: object, dynamic_image: bool = False) -> Program:
@@ -273,35 +290,56 @@ def reconstruct(
         raise CalibrationError("calibration holds one image; give at least two, so that one can be held out")
     scoring, held_out = images.split(known.program[Settings].held_out, known.program[Settings].seed)
     program = round_with_feedback(known.program, rounding, scoring, held_out, feedback, folder, reporter, options)
-    return replace(known, program=program, held_out=held_out)
+    return replace(known, program=program, held_out=held_out, scoring=scoring)
 
 
 def resolve(
-    result: Result | str | Path, budget: BudgetLike, held_out: object | None = None, progress: bool = True
+    result: Result | str | Path,
+    budget: BudgetLike,
+    held_out: object | None = None,
+    progress: bool = True,
+    *,
+    calibration: object | None = None,
 ) -> Result:
-    """Solve another budget from the saved scores: no new forward passes but those of verification.
-
-    A new plan's weights are rounded to nearest, or as they were scored; `reconstruct` rounds them better.
+    """Solve another budget from the saved scores: plans are measured, and the chosen one's weights rounded, anew.
 
     Args:
         result: a result, or the folder it was saved in.
         budget: the new limits.
-        held_out: batches to measure plans on; None takes the held-out images that came with the result.
+        held_out: batches to measure plans on; None takes the images that came with the result.
+        calibration: the images that were given to `quantize`, for a result that was saved without them. A plan's
+            weights are rounded on them as in `quantize`; without images they stay as they were scored.
         progress: bars on a terminal, elsewhere a line on stderr for each stage.
 
     Raises:
         InfeasibleBudgetError: no plan keeps the budget.
     """
     known = result if isinstance(result, Result) else Result.load(result)
-    images = known.held_out if held_out is None else images_for(known.program.module, held_out)
-    # Losses on other images do not compare with those of the curve, which is measured again.
-    start = known.program if held_out is None else known.program.without(BudgetCurve)
-    program = choose(start, Budget.of(budget), images, Reporter(progress))
-    return replace(known, program=program, held_out=images)
+    program, settings, reporter = known.program, known.program[Settings], Reporter(progress)
+    if calibration is not None:
+        images = images_for(program.module, calibration)
+        scoring, unseen = images.split(settings.held_out, settings.seed)
+        known = replace(known, scoring=scoring, held_out=unseen)
+    if held_out is not None:
+        known = replace(known, held_out=images_for(program.module, held_out))
+    if held_out is not None or calibration is not None:
+        # Losses on other images do not compare with those of the curve, which is measured again.
+        program = program.without(BudgetCurve)
+    finish = _finish(settings, known.scoring, known.held_out, reporter)
+    judging = judged_on(program, None if held_out is not None else known.scoring, known.held_out)
+    solved = choose(program, Budget.of(budget), known.held_out, reporter, finish=finish, judging=judging)
+    return replace(known, program=solved)
 
 
-def pareto(result: Result | str | Path, budgets: Iterable[BudgetLike]) -> list[BitAllocation]:
-    """Return the plan of each budget, in the order given.
+def pareto(
+    result: Result | str | Path, budgets: Iterable[BudgetLike], calibration: object | None = None
+) -> list[BitAllocation]:
+    """Return the plan of each budget, in the order given, measured with its weights rounded as by `resolve`.
+
+    Args:
+        result: a result, or the folder it was saved in.
+        budgets: the limits of each.
+        calibration: as for `resolve`.
 
     Raises:
         InfeasibleBudgetError: one of them cannot be kept.
@@ -310,7 +348,7 @@ def pareto(result: Result | str | Path, budgets: Iterable[BudgetLike]) -> list[B
     # All of them are read before the first is solved.
     limits = [Budget.of(budget) for budget in budgets]
     known = result if isinstance(result, Result) else Result.load(result)
-    return [resolve(known, limit).allocation for limit in limits]
+    return [resolve(known, limit, calibration=calibration).allocation for limit in limits]
 
 
 def load(folder: str | Path) -> Result:

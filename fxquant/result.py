@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,7 +16,7 @@ from fxquant import flow
 from fxquant.backends import is_known_by_name, lower
 from fxquant.backends.onnx import write_onnx
 from fxquant.capture import capture
-from fxquant.core.errors import FileFormatError, OptionError, PipelineError
+from fxquant.core.errors import FileFormatError, OptionError
 from fxquant.core.facts import (
     SUFFIX,
     BitAllocation,
@@ -38,7 +36,7 @@ from fxquant.core.facts import (
     usage,
     write_target,
 )
-from fxquant.core.ir import Candidate, Program, Sites
+from fxquant.core.ir import Program, Sites
 from fxquant.core.run import CalibrationSet, model_outputs
 from fxquant.core.storage import (
     RESULT,
@@ -53,6 +51,7 @@ from fxquant.core.storage import (
 from fxquant.passes import measured_loss, simulate
 from fxquant.qat import METHOD, TrainedValues, gather, trainable, with_values
 from fxquant.report import content, one_line, page, summary, write_page
+from fxquant.saved_parts import file_name, images_that_fit, load_matrix, plan_digest, with_rounding
 
 if TYPE_CHECKING:
     from fxquant.backends.onnx import ExportReport, OnnxOptions
@@ -60,9 +59,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 TARGET_FILE = "target.json"
 """Name under which a result keeps a target that its name alone does not say."""
-HELD_OUT = "held_out.safetensors"
-HELD_OUT_LIMIT = 64 * 10**6
-"""Bytes of held-out images that a saved result carries at most, so that it can verify new plans."""
+HELD_OUT, SCORING = "held_out.safetensors", "scoring.safetensors"
 
 
 @dataclass(frozen=True)
@@ -72,10 +69,17 @@ class Result:
     Args:
         program: calibrated float graph with all facts, the plan among them.
         held_out: calibration images that were not used for scoring; None if they were not kept.
+        scoring: the other calibration images, which new plans are measured and rounded on; None if they were not kept.
     """
 
     program: Program = field(repr=False)
     held_out: CalibrationSet | None = field(default=None, repr=False)
+    scoring: CalibrationSet | None = field(default=None, repr=False)
+
+    @cached_property
+    def judging(self) -> CalibrationSet | None:
+        """The images that plans are measured on: all calibration images that were kept, mixed in pairs."""
+        return flow.judged_on(self.program, self.scoring, self.held_out)
 
     @property
     def allocation(self) -> BitAllocation:
@@ -188,7 +192,7 @@ class Result:
         """Return this result with what was trained in a copy of its graph: weights, biases, steps and all else.
 
         Its `simulated` answers as the copy does, but that biases are rounded as kernels have them; it lowers, exports
-        and saves like any other, and can be trained on. The held-out loss is measured again. The float model, other
+        and saves like any other, and can be trained on. The loss is measured again. The float model, other
         plans and `resolve` know nothing of the training.
 
         Args:
@@ -198,12 +202,12 @@ class Result:
             OptionError: a copy of another result or plan, a value that is not finite, or a step not above 0.
         """
         made = replace(self, program=self.program.with_facts(*gather(self.simulated_program, module)))
-        if self.held_out is None:
+        if self.judging is None:
             return made
-        loss = flow.loss_name(self.program, self.held_out)
-        reference = model_outputs(self.program.module, self.held_out.inputs)
-        measured = measured_loss(made.simulated, self.held_out, reference, loss)
-        return replace(made, program=made.program.with_facts(self.allocation.remeasured(measured, len(self.held_out))))
+        loss = flow.loss_name(self.program, self.judging)
+        reference = model_outputs(self.program.module, self.judging.inputs)
+        measured = measured_loss(made.simulated, self.judging, reference, loss)
+        return replace(made, program=made.program.with_facts(self.allocation.remeasured(measured, len(self.judging))))
 
     def to_onnx(self, path: str | Path, options: OnnxOptions | None = None) -> ExportReport:
         """Write the model as ONNX with quantize and dequantize nodes, weights packed, batch dynamic.
@@ -230,14 +234,14 @@ class Result:
         return tuple(torch.zeros(2, *(int(s) for s in v.shape[1:]), dtype=v.dtype) for v in values)
 
     @property
-    def _held_out_images(self) -> int | None:
-        return None if self.held_out is None else len(self.held_out)
+    def _judging_images(self) -> int | None:
+        return None if self.held_out is None else len(self.held_out) + (len(self.scoring) if self.scoring else 0)
 
     def __repr__(self) -> str:
         return one_line(self.program)
 
     def _repr_html_(self) -> str:
-        return page(self.program, self._held_out_images)
+        return page(self.program, self._judging_images)
 
     def summary(self) -> str:
         """Return the plan as a table for the terminal."""
@@ -252,7 +256,7 @@ class Result:
         Raises:
             OptionError: an extra of unknown name.
         """
-        return content(self.program, self.simulated_program, self._held_out_images, extras)
+        return content(self.program, self.simulated_program, self._judging_images, extras)
 
     def report(self, path: str | Path) -> Path:
         """Write the self-contained HTML page and return its path.
@@ -271,15 +275,17 @@ class Result:
         """
         folder, program = Path(folder), self.program
         target = program[Target].name if is_known_by_name(program[Target]) else TARGET_FILE
-        kept = self.held_out if self.held_out is not None and self.held_out.bytes <= HELD_OUT_LIMIT else None
+        kept = images_that_fit({HELD_OUT: self.held_out, SCORING: self.scoring})
         document = {
             "settings": program[Settings].to_json() | {"target": target},
             "costs": {name: table.to_json() for name, table in self.costs.tables.items()},
             "estimators": list(program[Surrogates].matrices),
             "finalists": {name: plan.to_json() for name, plan in self.finalists.items()},
             "curve": {name: plan.to_json() for name, plan in self._curve.items()},
-            "plan": _plan_digest(self.allocation),
-            "held_out": kept is not None,
+            "plan": plan_digest(self.allocation),
+            "held_out": HELD_OUT in kept,
+            "scoring": SCORING in kept,
+            "bank": bool(program[WeightGrids].rounded),
             "rounding": Rounding in program,
             "trained": TrainedValues in program,
             "graph": text_digest(str(program.module.graph)),
@@ -289,7 +295,7 @@ class Result:
             self._write(staging, document, kept)
         return folder
 
-    def _write(self, folder: Path, document: dict[str, Any], held_out: CalibrationSet | None) -> None:
+    def _write(self, folder: Path, document: dict[str, Any], images: Mapping[str, CalibrationSet]) -> None:
         program = self.program
         self.allocation.to_json(folder / "plan.json")
         if not is_known_by_name(program[Target]):
@@ -298,9 +304,9 @@ class Result:
             matrix.save(folder / f"sensitivity_{name}.npz")
         program[Ranges].save(folder / "ranges.npz")
         save_exported(program[ExportedProgram], folder / "model.pt2")
-        if held_out is not None:
-            held_out.save(folder / HELD_OUT)
-        if program[Settings].scoring_rounding != "nearest":
+        for name, each in images.items():
+            each.save(folder / name)
+        if program[WeightGrids].rounded:
             program[WeightGrids].save_rounded(folder / "rounded_weights.npz")
         if Rounding in program:
             program[Rounding].save(folder / "rounding.npz")
@@ -333,8 +339,8 @@ class Result:
                     "captures differently; quantize again"
                 )
             candidates = program[Sites].candidates
-            names = [_file_name(name) for name in document["estimators"]]
-            matrices = {n: _load_matrix(folder / f"sensitivity_{n}.npz", candidates) for n in names}
+            names = [file_name(name) for name in document["estimators"]]
+            matrices = {n: load_matrix(folder / f"sensitivity_{n}.npz", candidates) for n in names}
             preferred, with_images = matrices[names[0]], bool(document["held_out"])
             finalists = {name: BitAllocation.from_json(plan) for name, plan in document["finalists"].items()}
             curve = {name: BitAllocation.from_json(plan) for name, plan in document.get("curve", {}).items()}
@@ -356,42 +362,18 @@ class Result:
             BudgetCurve(curve),
         )
         if rounded:
-            program = _with_rounding(program, folder / "rounding.npz")
+            program = with_rounding(program, folder / "rounding.npz")
         program = flow.run(program, flow.scaling(program[Target])[0])
-        if settings.scoring_rounding != "nearest":
+        if bool(document.get("bank", settings.scoring_rounding != "nearest")):
             program = program.with_facts(program[WeightGrids].with_rounded(folder / "rounded_weights.npz"))
         plan = BitAllocation.from_json(folder / "plan.json")
-        held_out = CalibrationSet.load(folder / HELD_OUT) if with_images else None
+        held_out, scoring = (
+            CalibrationSet.load(folder / name) if kept else None
+            for name, kept in ((HELD_OUT, with_images), (SCORING, bool(document.get("scoring", False))))
+        )
         if trained:
             known = Rounding.load(folder / "trained.npz")
             program = program.with_facts(TrainedValues(known.choices, known.parameters))
-        result = Result(flow.impose(program, plan), held_out)
+        result = Result(flow.impose(program, plan), held_out, scoring)
         # A person may edit plan.json; what the solver proved does not hold for another plan.
-        return result if _plan_digest(plan) == digest else result.with_plan(plan)
-
-
-def _plan_digest(plan: BitAllocation) -> str:
-    return text_digest(json.dumps(plan.to_json()["choices"], sort_keys=True))
-
-
-def _file_name(name: str) -> str:
-    """Return an estimator's name if it can be part of a file name, since `save` uses it as one."""
-    if not isinstance(name, str) or not re.fullmatch(r"[\w+-]+", name):
-        raise ValueError(f"estimator {name!r}")
-    return name
-
-
-def _load_matrix(path: Path, candidates: tuple[Candidate, ...]) -> SensitivityMatrix:
-    matrix = SensitivityMatrix.load(path)
-    if matrix.candidates != candidates:
-        raise FileFormatError(f"{path} belongs to another model or other settings; restore it or quantize again")
-    return matrix
-
-
-def _with_rounding(program: Program, path: Path) -> Program:
-    """Restore a rounding and the float parameters it changed; to be done before weights get their scales."""
-    rounding = Rounding.load(path)
-    try:
-        return with_values(program, rounding.parameters).with_facts(rounding)
-    except (OptionError, PipelineError) as error:
-        raise FileFormatError(f"{path} belongs to another model ({error}); restore it or quantize again") from error
+        return result if plan_digest(plan) == digest else result.with_plan(plan)

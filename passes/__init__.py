@@ -17,7 +17,8 @@ from fxquant.passes.insert_fake_quant import InsertFakeQuant, group_bits
 from fxquant.passes.insert_observers import CollectRanges, InsertObservers
 from fxquant.passes.measure_latency import CHOSEN_RATIOS, MeasureLatency, chosen_plans, mixed_plans
 from fxquant.passes.measure_sensitivity import MeasureSensitivity
+from fxquant.passes.meter import Meter, is_better, measured_loss
 from fxquant.passes.scale_weights import ScaleWeights
 from fxquant.passes.simulation import simulate, site_passes, widest_plan
 from fxquant.passes.tie_edges import TieEdges, UnionFind
-from fxquant.passes.verify_and_refine import Meter, VerifyAndRefine, is_better, measured_loss
+from fxquant.passes.verify_and_refine import VerifyAndRefine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -65,6 +66,9 @@ class AllocateBits(Pass):
         """Return the program with its plans; the preferred surrogate's is the `BitAllocation`."""
         limits, sites = self.budget.limits, program[Sites].sites
         matrices, borders = program[Surrogates].matrices, borders_of(program, self.requantization_cost)
+        if all(len(site.choices) == 1 for site in sites):
+            only = self._only(program, matrices, borders)
+            return program.with_facts(only, Finalists({only.estimator: only})), 0
         plans = {name: self._solve(program, matrix, borders) for name, matrix in matrices.items()}
         for name, matrix in matrices.items():
             filled = self._filled(program, plans[name], matrix, borders)
@@ -76,6 +80,18 @@ class AllocateBits(Pass):
                 plan = modelled_plan(program, choices, matrices[preferred], borders, limits)
                 plans[name] = replace(plan, estimator=name, status="uniform")
         return program.with_facts(plans[preferred], Finalists(plans)), 0
+
+    def _only(
+        self, program: Program, matrices: Mapping[str, SensitivityMatrix], borders: NDArray[np.float64]
+    ) -> BitAllocation:
+        """Return the only plan there is."""
+        limits, choices = self.budget.limits, {site.name: site.choices[0] for site in program[Sites].sites}
+        if not fits(choices, limits, program[CostTables]):
+            raise InfeasibleBudgetError(infeasible_message(self.budget, program[Sites], program[CostTables]))
+        name, matrix = next(iter(matrices.items()))
+        plan = modelled_plan(program, choices, matrix, borders, limits)
+        bound = plan.objective + plan.border_cost
+        return replace(plan, estimator=name, status="optimal", bound=bound, gap=0.0)
 
     def _solve(self, program: Program, matrix: SensitivityMatrix, borders: NDArray[np.float64]) -> BitAllocation:
         limits, tables, sites = self.budget.limits, program[CostTables], program[Sites]

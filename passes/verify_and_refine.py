@@ -1,20 +1,21 @@
-"""Pick the finalist of least measured loss on held-out calibration images, and improve it by swaps."""
+"""Pick the finalist of least measured loss, and improve it by measured swaps that a corrected model proposes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
-from torch import Tensor
-from torch.fx import GraphModule
+from numpy.typing import NDArray
 
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import (
     BitAllocation,
     CostTables,
     Finalists,
+    SensitivityMatrix,
     Settings,
     Surrogates,
     agrees,
@@ -24,81 +25,28 @@ from fxquant.core.facts import (
 )
 from fxquant.core.host import SILENT, Reporter
 from fxquant.core.ir import Choice, Program, QuantizedEdges, Sites
-from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
-from fxquant.passes.allocation import borders_of, modelled_plan, one_hot, swaps
+from fxquant.core.run import CalibrationSet
+from fxquant.passes.allocation import LossModel, borders_of, descent, modelled_plan, one_hot, swaps
 from fxquant.passes.base import Pass
-from fxquant.passes.simulation import simulate
+from fxquant.passes.meter import Meter, is_better
 
 REFINED = "refined"
 """Name of the improved plan among the finalists."""
-
-
-def image_losses(module: GraphModule, images: CalibrationSet, reference: Tensor, loss: str, batch: int = 32) -> Tensor:
-    """Return the loss of a simulated graph against the float answers, float64 of shape (images,)."""
-    return LOSSES[loss](reference, model_outputs(module, images.inputs, batch), images.labels)
-
-
-def measured_loss(module: GraphModule, images: CalibrationSet, reference: Tensor, loss: str, batch: int = 32) -> float:
-    """Return the mean loss of a simulated graph against the float answers, over all images."""
-    return float(image_losses(module, images, reference, loss, batch).mean())
-
-
-def is_better(now: Tensor, then: Tensor, surcharge: float = 0.0) -> bool:
-    """Whether losses fall by more than the noise of these images: `mean(d) - surcharge > std(d) / sqrt(images)`.
-
-    Args:
-        now: losses of the plan at hand, shape (images,).
-        then: losses of the other plan on the same images; d is `now - then`.
-        surcharge: what the other plan costs more, in the unit of the loss.
-    """
-    fall = now - then
-    if len(fall) < 2:
-        # One image says nothing about its noise.
-        return False
-    return bool(fall.mean() - surcharge > fall.std(correction=1) / math.sqrt(len(fall)))
-
-
-class Meter:
-    """Measures plans of a program by simulation, each of them once.
-
-    Args:
-        program: calibrated.
-        images: the images to measure on.
-        loss: name of the loss.
-    """
-
-    def __init__(self, program: Program, images: CalibrationSet, loss: str) -> None:
-        self._program, self._images, self._loss = program, images, loss
-        self._reference = model_outputs(program.module, images.inputs, 32)
-        self._known: dict[frozenset[tuple[str, str]], Tensor] = {}
-
-    def knows(self, choices: Mapping[str, Choice]) -> bool:
-        """Whether these choices have been measured."""
-        return _key(choices) in self._known
-
-    def losses(self, plan: BitAllocation) -> Tensor:
-        """Return the loss of each image, float64 of shape (images,)."""
-        key = _key(plan.choices)
-        if key not in self._known:
-            module = simulate(self._program, plan).module
-            self._known[key] = image_losses(module, self._images, self._reference, self._loss)
-        return self._known[key]
-
-
-def _key(choices: Mapping[str, Choice]) -> frozenset[tuple[str, str]]:
-    return frozenset((site, choice.label) for site, choice in choices.items())
+DEPTH = 3
+"""Swaps that one proposal makes at most, one after the other, each of one site or two."""
 
 
 @dataclass(frozen=True)
 class VerifyAndRefine(Pass):
-    """Rewrite `BitAllocation` with the finalist of least measured loss, improved; ties go to the surrogates' own order.
+    """Rewrite `BitAllocation` with the finalist of least measured loss, improved; the first finalist wins ties.
 
-    Improved means: of the plans that differ at one site or two and keep the limits, those that the surrogates rank
-    highest are measured; one that is better beyond the noise replaces the plan, and the ranking starts again.
-    What requantization between neighbours costs counts with the loss.
+    Improved means: what was measured so far corrects the model of the loss (`LossModel`); a draw from it proposes a
+    plan a few swaps away that keeps the limits; one that is better beyond the noise replaces the plan at hand. A
+    proposal is run on all images only if it is not clearly worse on the first of them. What requantization between
+    neighbours costs counts with the loss.
 
     Args:
-        images: calibration images that were not used for scoring.
+        images: the images to measure on.
         loss: name of the loss.
         reporter: shows progress.
         moves: plans measured at most to improve the best finalist; 0 leaves it as it is.
@@ -113,9 +61,9 @@ class VerifyAndRefine(Pass):
     loss: str = "kl"
     reporter: Reporter = field(default=SILENT, repr=False)
     moves: int = 0
-    patience: int = 8
+    patience: int = 24
     requantization_cost: float = 0.0
-    reads = (Finalists, QuantizedEdges, Sites, Surrogates, CostTables, Settings)
+    reads = (Finalists, QuantizedEdges, Sites, Surrogates, SensitivityMatrix, CostTables, Settings)
     writes = (BitAllocation,)
 
     def __post_init__(self) -> None:
@@ -137,19 +85,28 @@ class VerifyAndRefine(Pass):
 
     def _refined(self, program: Program, start: BitAllocation, meter: Meter) -> BitAllocation:
         """Return a plan that is measurably better, or `start`."""
-        borders, plan = borders_of(program, self.requantization_cost), start
-        matrices = program[Surrogates].matrices
+        borders, plan, rejected = borders_of(program, self.requantization_cost), start, 0
+        matrices, candidates = program[Surrogates].matrices, program[Sites].candidates
         matrix = matrices.get(start.estimator.split(",")[0], next(iter(matrices.values())))
-        trials, rejected = self._trials(program, plan), 0
+        if one_hot(candidates, start.choices).sum() != len(program[Sites].sites):
+            # A plan edited by hand may hold precisions that are no candidates.
+            return start
+        model = LossModel(next(iter(matrices.values())).values, program[Settings].seed)
+        for each in program[Finalists].plans.values():
+            model.add(one_hot(candidates, each.choices), float(meter.losses(each).mean()))
         for _ in self.reporter.track(range(self.moves), "refine plan", self.moves):
+            trials = self._trials(program, plan, model.draw() + borders)
             choices = next((found for found in trials if not meter.knows(found)), None)
             if choices is None:
                 break
             modelled = modelled_plan(program, choices, matrix, borders, start.limits)
             trial = replace(modelled, estimator=f"{start.estimator}, {REFINED}", status="measured")
-            if is_better(meter.losses(plan), meter.losses(trial), trial.border_cost - plan.border_cost):
+            now, surcharge = meter.losses(plan), trial.border_cost - plan.border_cost
+            then = meter.race(trial, now, surcharge)
+            found = float(now.mean()) + meter.lost(trial) if then is None else float(then.mean())
+            model.add(one_hot(candidates, choices), found)
+            if then is not None and is_better(now, then, surcharge):
                 plan, rejected = trial, 0
-                trials = self._trials(program, plan)
                 continue
             rejected += 1
             if rejected == self.patience:
@@ -162,22 +119,17 @@ class VerifyAndRefine(Pass):
     def _measured(self, plan: BitAllocation, loss: float, finalists: dict[str, float]) -> BitAllocation:
         return replace(plan, measured_loss=loss, loss=self.loss, images=len(self.images), finalists=finalists)
 
-    def _trials(self, program: Program, plan: BitAllocation) -> Iterator[dict[str, Choice]]:
-        """Yield the choices of plans near this one that keep its limits, most promising first."""
-        sites, tables, matrices = program[Sites], program[CostTables], list(program[Surrogates].matrices.values())
+    def _trials(
+        self, program: Program, plan: BitAllocation, values: NDArray[np.float64]
+    ) -> Iterator[dict[str, Choice]]:
+        """Yield the choices of plans near this one that keep its limits: several swaps away, then one, best first."""
+        sites, tables = program[Sites], program[CostTables]
         (costs, bounds), (ties, sides) = limit_rows(plan.limits, tables, sites), tie_rows(sites)
-        borders, picked = borders_of(program, self.requantization_cost), one_hot(sites.candidates, plan.choices)
-        if picked.sum() != len(sites.sites):
-            # A plan edited by hand may hold precisions that are no candidates.
-            return
-        near = swaps(
-            [matrix.values + borders for matrix in matrices],
-            matrices[0].groups,
-            np.concatenate([costs, ties]),
-            np.concatenate([bounds, sides]),
-            picked,
-        )
-        for chosen in near:
+        rows, sums = np.concatenate([costs, ties]), np.concatenate([bounds, sides])
+        groups, picked = program[SensitivityMatrix].groups, one_hot(sites.candidates, plan.choices)
+        for chosen in chain(
+            descent(values, groups, rows, sums, picked, DEPTH), swaps([values], groups, rows, sums, picked)
+        ):
             choices = {c.site: c.choice for c, taken in zip(sites.candidates, chosen, strict=True) if taken}
             # The rows allow the solver's tolerance; the budget does not.
             if fits(choices, plan.limits, tables) and agrees(sites.sites, choices):

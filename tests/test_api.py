@@ -70,7 +70,7 @@ def test_what_people_change_often_is_named_and_the_rest_is_in_options() -> None:
         settings = fxquant.quantize(plain_net(), IMAGES, None, bits=(4,), effort="fast", options=options).program[
             Settings
         ]
-        assert (settings.bits, settings.seed, settings.estimators) == ((4,), 3, ("diagonal",))
+        assert (settings.bits, settings.seed, settings.estimators) == ((4,), 3, ("fisher_out",))
 
 
 def test_importing_it_imports_no_runtime() -> None:
@@ -166,9 +166,9 @@ def test_own_data_through_the_prepared_graph() -> None:
     with torch.no_grad():
         program.module(IMAGES)
     own = fxquant.calibrate(program)
-    fed = fxquant.calibrate(
-        fxquant.prepare(fxquant.capture(plain_net(), IMAGES), Settings(target="reference", bits=(8,))), IMAGES
-    )
+    # Without images weights are rounded to nearest.
+    settings = Settings(target="reference", bits=(8,), scoring_rounding="nearest")
+    fed = fxquant.calibrate(fxquant.prepare(fxquant.capture(plain_net(), IMAGES), settings), IMAGES)
     plan = fxquant.BitAllocation({site.name: Choice(8, 8) for site in own[Sites].sites})
     assert torch.equal(fxquant.convert(own, plan).module(IMAGES), fxquant.convert(fed, plan).module(IMAGES))
 
@@ -201,8 +201,9 @@ def test_effort(effort: EffortName) -> None:
 
 def test_around_the_widest_integers_only_what_can_be_scored_there() -> None:
     result = quantize(context="widest")
-    assert {"gram", "diagonal", "fisher"} <= set(result.finalists)
+    assert {"gram", "diagonal"} <= set(result.finalists)
     assert not any(name in result.finalists for name, each in ESTIMATORS.items() if each.float_only)
+    assert quantize(context="widest", effort="fast").allocation.estimator.startswith(("diagonal", "uniform"))
     with pytest.raises(OptionError, match="'fit' is defined around the float network only"):
         quantize(context="widest", estimators=("fit",))
 
@@ -235,7 +236,8 @@ def test_every_kind_of_budget(budget: Budget) -> None:
     plan = fxquant.resolve(quantized(), budget, progress=False).allocation
     assert plan.limits == budget.limits
     assert all(plan.used[name] <= limit * (1 + 1e-9) for name, limit in budget.limits.items())
-    assert plan.measured_loss == min(plan.finalists.values())
+    compared = plan.measured_loss if plan.compared_loss is None else plan.compared_loss
+    assert compared == pytest.approx(min(plan.finalists.values()), rel=1e-4)
 
 
 @pytest.mark.parametrize("budget", [{"average_bits": 4.5}, "average_bits=4.5", ["average_bits=4.5"]])
@@ -266,7 +268,7 @@ def test_options_that_make_no_sense() -> None:
         ({"effort": "max"}, "unknown effort"),
         ({"pins": {"conv1": "8 bits"}}, "write W4A8"),
         ({"pins": {"stem": "W8A8"}}, "matches no site"),
-        ({"bits": (9,)}, "does not execute"),
+        ({"bits": (9,)}, "out of range"),
         ({"observer": "mxe"}, "mse"),
         ({"loss": "l2"}, "unknown loss|kl"),
     ):

@@ -23,6 +23,7 @@ FLOORS = (
     ("passes", "backends"),
     ("capture", "flow", "qat"),
     ("report",),
+    ("saved_parts",),
     ("result",),
     ("bench", "outputs", "parity", "parts"),
     ("api",),

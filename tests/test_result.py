@@ -22,15 +22,19 @@ from tests.scoring import inputs, plain_net
 
 IMAGES = inputs("plain", 24)[0]
 BUDGET = Budget(average_bits=4.5)
-FILES = [
-    "held_out.safetensors",
-    "model.pt2",
-    "plan.json",
-    "ranges.npz",
-    "result.json",
-    "rounding.npz",
-    *sorted(f"sensitivity_{name}.npz" for name in EFFORTS["default"].estimators),
-]
+FILES = sorted(
+    [
+        "held_out.safetensors",
+        "model.pt2",
+        "plan.json",
+        "ranges.npz",
+        "result.json",
+        "rounded_weights.npz",
+        "rounding.npz",
+        "scoring.safetensors",
+        *sorted(f"sensitivity_{name}.npz" for name in EFFORTS["default"].estimators),
+    ]
+)
 
 
 @cache
@@ -228,7 +232,7 @@ def test_the_example_has_the_shapes_of_the_model() -> None:
 def test_views_of_one_result_agree() -> None:
     result = quantized()
     assert result.simulated is result.simulated
-    assert result.sensitivity is result.program[Surrogates].matrices["gram"]
+    assert result.sensitivity is result.program[Surrogates].matrices["diagonal"]
     measured = result.allocation.finalists
     assert result.allocation.choices == result.finalists[min(measured, key=measured.__getitem__)].choices
     assert set(measured) == set(result.finalists)

@@ -18,5 +18,5 @@ from fxquant.flow.pipeline import (
     run,
     scaling,
 )
-from fxquant.flow.round_weights import algorithms, realised, round_plan, round_with_feedback
-from fxquant.flow.score import loss_name, measure_sensitivity, score_identity
+from fxquant.flow.round_weights import algorithms, realised, round_plan, round_with_feedback, rounded_best
+from fxquant.flow.score import judged_on, loss_name, measure_sensitivity, score_identity

@@ -28,7 +28,7 @@ from fxquant.core.host import SILENT, Reporter, time_runs, warn_if_busy
 from fxquant.core.ir import Program, Sites
 from fxquant.core.run import CalibrationSet
 from fxquant.flow.latency import measure_latency
-from fxquant.flow.score import loss_name, score
+from fxquant.flow.score import has_choice, loss_name, score
 from fxquant.passes import AllocateBits, Meter, VerifyAndRefine, is_better, simulate
 from fxquant.passes.allocation import trust_region
 
@@ -46,7 +46,7 @@ RADIUS_SHARE = 0.25
 def allocate(
     program: Program,
     budget: Budget,
-    held_out: CalibrationSet | None = None,
+    judging: CalibrationSet | None = None,
     reporter: Reporter = SILENT,
     scoring: CalibrationSet | None = None,
     folder: Path | None = None,
@@ -56,7 +56,7 @@ def allocate(
     Args:
         program: with sensitivity, and latency where the budget needs it.
         budget: the limits.
-        held_out: images not used for scoring; None takes the preferred surrogate's plan unmeasured.
+        judging: images that plans are measured on; None takes the preferred surrogate's plan unmeasured.
         reporter: shows progress.
         scoring: images to score around the plan with, at most `Settings.rounds` times; None does not.
         folder: keeps those scores, from which a killed run resumes; None keeps none.
@@ -66,13 +66,13 @@ def allocate(
         CalibrationError: the budget needs milliseconds and there is no image to measure them with.
     """
     if budget.needs_latency and "latency" not in program[CostTables].tables:
-        if held_out is None:
+        if judging is None:
             raise CalibrationError("a latency budget needs one image to measure with; give calibration images")
-        program = measure_latency(program, held_out, reporter)
-    solved = _solve(program, budget, held_out, reporter, scoring, folder)
+        program = measure_latency(program, judging, reporter)
+    solved = _solve(program, budget, judging, reporter, scoring, folder)
     # Times that a target file gives are those of other hardware, which no clock here can check.
-    if budget.needs_latency and held_out is not None and not program[Target].latency:
-        solved = _keep_measured_latency(program, solved, budget, held_out, reporter)
+    if budget.needs_latency and judging is not None and not program[Target].latency:
+        solved = _keep_measured_latency(program, solved, budget, judging, reporter)
     if all(choice.is_float for choice in solved[BitAllocation].choices.values()):
         raise OptionError(f"budget {budget} is met by the float model as it is; tighten it, or leave 32 out of bits")
     return solved
@@ -81,23 +81,23 @@ def allocate(
 def _solve(
     program: Program,
     budget: Budget,
-    held_out: CalibrationSet | None,
+    judging: CalibrationSet | None,
     reporter: Reporter,
     scoring: CalibrationSet | None = None,
     folder: Path | None = None,
 ) -> Program:
     settings = program[Settings]
     program = _allocator(settings, budget)(program)
-    if held_out is None:
+    if judging is None:
         return program
-    loss = loss_name(program, held_out)
+    loss = loss_name(program, judging)
     step = VerifyAndRefine(
-        held_out, loss, reporter, settings.refine_moves, requantization_cost=settings.requantization_cost
+        judging, loss, reporter, settings.refine_moves, requantization_cost=settings.requantization_cost
     )
     solved = step(program)
-    if scoring is None or not settings.rounds:
+    if scoring is None or not settings.rounds or not has_choice(program):
         return solved
-    return rescore_around(solved, budget, scoring, held_out, reporter, folder)
+    return rescore_around(solved, budget, scoring, judging, reporter, folder)
 
 
 def _allocator(settings: Settings, budget: Budget, near: tuple[BitAllocation, int] | None = None) -> AllocateBits:
@@ -110,7 +110,7 @@ def rescore_around(
     program: Program,
     budget: Budget,
     scoring: CalibrationSet,
-    held_out: CalibrationSet,
+    judging: CalibrationSet,
     reporter: Reporter = SILENT,
     folder: Path | None = None,
 ) -> Program:
@@ -123,13 +123,13 @@ def rescore_around(
         program: with a verified plan.
         budget: the limits.
         scoring: images to score with.
-        held_out: images that decide; a plan is accepted only if its loss there, the cost of requantization included,
+        judging: images that decide; a plan is accepted only if its loss there, the cost of requantization included,
             falls by more than the noise.
         reporter: shows progress.
         folder: keeps finished scores; None keeps none.
     """
-    settings, loss = program[Settings], loss_name(program, held_out)
-    meter = Meter(program, held_out, loss)
+    settings, loss = program[Settings], loss_name(program, judging)
+    meter = Meter(program, judging, loss)
 
     def solve(model: Surrogates, plan: BitAllocation, radius: int) -> BitAllocation | None:
         near = _allocator(settings, budget, (plan, radius))
@@ -156,7 +156,7 @@ def rescore_around(
     if best is not start:
         named = f"{best.estimator} around the plan"
         best = replace(best, measured_loss=float(meter.losses(best).mean()), estimator=named)
-    known = replace(best, loss=loss, images=len(held_out), finalists={**start.finalists, **tried})
+    known = replace(best, loss=loss, images=len(judging), finalists={**start.finalists, **tried})
     return program.with_facts(known)
 
 

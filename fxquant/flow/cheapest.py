@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -27,9 +26,9 @@ from fxquant.core.run import CalibrationSet, keeps, model_outputs, quality
 from fxquant.flow import allocate as search
 from fxquant.flow.curve import measure_curve
 from fxquant.flow.file_size import kept_in_file, measure_file
-from fxquant.flow.judged_images import check_answers, compared_images, learned_note
+from fxquant.flow.judged_images import check_answers, learned_note
 from fxquant.flow.latency import measure_latency
-from fxquant.flow.score import loss_name
+from fxquant.flow.score import judged_on, loss_name
 from fxquant.passes import simulate
 from fxquant.passes.rounding import accepted
 
@@ -84,18 +83,19 @@ def choose(
     scoring: CalibrationSet | None = None,
     folder: Path | None = None,
     finish: Finish = lambda solved: solved,
+    judging: CalibrationSet | None = None,
 ) -> Program:
     """Choose the plan: the best within limits on costs, or the cheapest within limits on quality.
 
     Args:
         program: with sensitivity.
         budget: the limits.
-        held_out: images that scoring did not see. Plans are compared on as many of the first as the effort holds out;
-            quality is measured on all.
+        held_out: images that scoring did not see, on which limits on answers are measured.
         reporter: shows progress.
         scoring: images to score around the plan with; None does not.
         folder: keeps those scores.
         finish: applied to the plan that is returned, and to every plan before its quality is measured.
+        judging: images that plans are compared on; None for `judged_on` scoring and held-out images.
 
     Raises:
         InfeasibleBudgetError: no plan keeps the limits; names the best that was measured.
@@ -108,32 +108,38 @@ def choose(
         program = measure_file(program, reporter)
     if budget.needs_latency and "latency" not in program[CostTables].tables and held_out is not None:
         program = measure_latency(program, held_out, reporter)
-    compared = held_out if held_out is None or not budget.quality else compared_images(held_out, settings)
+    judging = judged_on(program, scoring, held_out) if judging is None else judging
 
-    def solve(limits: Budget, around: CalibrationSet | None = scoring) -> Program:
-        return search.allocate(program, limits, compared, reporter, around, folder)
+    def solve(limits: Budget) -> Program:
+        return search.allocate(program, limits, judging, reporter, scoring, folder)
 
-    if held_out is None or compared is None:
+    def sketch(limits: Budget) -> Program:
+        """Solve a step of the bisection: with fewer swaps, as there are several steps."""
+        fewer = replace(settings, refine_moves=(settings.refine_moves or 0) // STEPS)
+        return search.allocate(program.with_facts(fewer), limits, judging, reporter).with_facts(settings)
+
+    if held_out is None or judging is None:
         return kept_in_file(program, budget, solve, finish)[1]
     if budget.quality:
-        chosen = _cheapest(program, budget, held_out, solve, finish, reporter, scoring)
+        chosen = _cheapest(program, budget, held_out, (sketch, solve), finish, reporter, scoring)
     else:
         chosen = kept_in_file(program, budget, solve, finish)[1]
     plan = chosen[BitAllocation]
     chosen = chosen.with_facts(replace(plan, notes=(*plan.notes, *learned_note(program, held_out))))
     # Other budgets of one result share the curve.
-    return chosen if BudgetCurve in chosen else chosen.with_facts(measure_curve(program, budget, compared, reporter))
+    return chosen if BudgetCurve in chosen else chosen.with_facts(measure_curve(program, budget, judging, reporter))
 
 
 def _cheapest(
     program: Program,
     budget: Budget,
     held_out: CalibrationSet,
-    solve: Callable[..., Program],
+    solvers: tuple[Callable[[Budget], Program], Callable[[Budget], Program]],
     finish: Finish,
     reporter: Reporter,
     scoring: CalibrationSet | None,
 ) -> Program:
+    """Return the cheapest plan that keeps the limits on answers; `solvers` are for the steps and for the end."""
     check_answers(budget, held_out, program[Settings])
     loss = loss_name(program, held_out)
     judge = Judge(budget, held_out, model_outputs(program.module, held_out.inputs, 32), loss)
@@ -144,7 +150,7 @@ def _cheapest(
     def attempt(bound: float, around: CalibrationSet | None = None) -> Program | None:
         limit = Budget.of({**budget.limits, budget.minimize: bound * (1 + 1e-9)})
         try:
-            solved, finished = kept_in_file(program, limit, partial(solve, around=around), finish)
+            solved, finished = kept_in_file(program, limit, solvers[around is not None], finish)
         except InfeasibleBudgetError:
             return None
         judged = judge.verdict(finished)

@@ -105,7 +105,7 @@ def settled(settings: Settings) -> Settings:
     """
     estimators = EFFORTS[settings.effort].estimators
     if settings.context != "float":
-        estimators = tuple(name for name in estimators if not ESTIMATORS[name].float_only)
+        estimators = tuple(name for name in estimators if not ESTIMATORS[name].float_only) or ("diagonal",)
     return settings.settled(estimators=estimators, rounding="nearest")
 
 
@@ -150,11 +150,10 @@ def calibrate(program: Program, images: CalibrationSet | None, reporter: Reporte
     if settings.scoring_rounding == "nearest":
         return program
     if images is None:
-        raise OptionError(
-            f"scoring_rounding={settings.scoring_rounding!r} needs calibration images; give them, or use 'nearest'"
-        )
+        reporter.say("weights are scored rounded to nearest, for want of calibration images; give them to calibrate()")
+        return program
     # What was rounded well may take other bytes than its nearest values.
-    return run(program, RoundWeights(images, settings.scoring_rounding, reporter), EstimateCost(program[Target]))
+    return run(program, RoundWeights(images, reporter), EstimateCost(program[Target]))
 
 
 def scaling(target: Target) -> tuple[Pass, Pass]:

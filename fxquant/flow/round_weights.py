@@ -1,9 +1,9 @@
-"""Round a plan with a chain of algorithms, kept only if the held-out loss falls."""
+"""Round a plan with a chain of algorithms, kept only if the loss falls on images that it did not see."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from fxquant.core.errors import OptionError
 from fxquant.core.facts import (
     BitAllocation,
     Budget,
+    Finalists,
     Rounding,
     SensitivityMatrix,
     Settings,
@@ -24,11 +25,13 @@ from fxquant.core.run import CalibrationSet, model_outputs
 from fxquant.core.storage import ScoreStore, text_digest
 from fxquant.flow import allocate as search
 from fxquant.flow.pipeline import JOIN
-from fxquant.flow.score import loss_name, score_identity
+from fxquant.flow.score import judged_on, judging, loss_name, score_identity
 from fxquant.passes import measured_loss, simulate
 from fxquant.passes.rounding import ROUNDERS, RoundingTask, accepted, rejection
 from fxquant.passes.rounding.learned import Reconstruction
 
+CLOSE = 1.5
+"""A uniform plan whose loss is at most this many times the chosen plan's is rounded to the end too."""
 LESS_MEMORY = "give fewer images, or a smaller memory_mb or batch among the rounding options"
 
 
@@ -65,7 +68,8 @@ def round_plan(
         program: calibrated, with the plan.
         chain: names of algorithms joined by "+", each starting at the result of the one before it.
         images: to tune on.
-        held_out: images that decide whether each unit, and the chain, is accepted; None accepts everything.
+        held_out: images that decide, mixed in pairs, whether each unit, and the chain, is accepted; None accepts
+            everything.
         folder: keeps finished units, from which a killed run resumes; None keeps none.
         reporter: shows progress.
         overrides: settings of the reconstruction engine -> value, which replaces the algorithm's own.
@@ -77,6 +81,9 @@ def round_plan(
     """
     names, settings, plan = algorithms(chain, overrides), program[Settings], program[BitAllocation]
     loss = loss_name(program, images)
+    # What decides between plans, held-out images included, measures the plan again at the end.
+    judged = judged_on(program, images, held_out)
+    held_out = held_out if held_out is None else judging(program, held_out)
     known = score_identity(program, images, loss) if folder is not None else {}
     if corrections is None:
         corrections = ScoreStore(None if folder is None else folder / "corrections", _fields(known, "model", "data"))
@@ -97,7 +104,41 @@ def round_plan(
         reporter.say(note)
         left = Rounding.of(program, plan.choices)
         return program.with_facts(replace(left, notes=(*left.notes, note)))
-    return rounded if held_out is None else _better(program, rounded, chain, held_out, loss, reporter)
+    if held_out is None or judged is None:
+        return rounded
+    return _better(program, rounded, chain, held_out, judged, loss, reporter)
+
+
+def rounded_best(solved: Program, finish: Callable[[Program], Program]) -> Program:
+    """Return the solved plan finished, or the uniform plan where that has less loss once it is finished too.
+
+    Plans are chosen by weights of the bank. What another rounding gains differs from plan to plan, so a uniform plan
+    that came close is finished as well, and the measured loss decides.
+
+    Args:
+        solved: with `Finalists` and their measured losses.
+        finish: rounds the weights of a program's plan and measures it again.
+    """
+    plan, plans = solved[BitAllocation], solved[Finalists].plans
+    rivals = {
+        name: loss + plans[name].border_cost
+        for name, loss in plan.finalists.items()
+        if name in plans and plans[name].status == "uniform" and plans[name].choices != plan.choices
+    }
+    finished, best = finish(solved), min(rivals, key=rivals.__getitem__, default=None)
+    if (
+        best is None
+        or plan.measured_loss is None
+        or not rivals[best] <= CLOSE * (plan.measured_loss + plan.border_cost)
+    ):
+        return finished
+    rival = replace(plans[best], measured_loss=plan.finalists[best], loss=plan.loss, finalists=plan.finalists)
+    other = finish(solved.with_facts(rival))
+    return other if _total(other) < _total(finished) else finished
+
+
+def _total(program: Program) -> float:
+    return _loss(program) + program[BitAllocation].border_cost
 
 
 def round_with_feedback(
@@ -137,7 +178,7 @@ def round_with_feedback(
         # Starts at the network as calibrated: the chain will change it again.
         measured = realised(best)
         program = program.with_facts(measured[Surrogates], measured[SensitivityMatrix])
-        again = search.allocate(program, Budget.of(plan.limits), held_out, reporter)
+        again = search.allocate(program, Budget.of(plan.limits), judged_on(program, images, held_out), reporter)
         if again[BitAllocation].choices == plan.choices:
             break
         tried = round_plan(again, chain, images, held_out, folder, reporter, overrides)
@@ -163,23 +204,32 @@ def _fields(identity: Mapping[str, str], *names: str) -> dict[str, str]:
 
 
 def _better(
-    program: Program, rounded: Program, chain: str, held_out: CalibrationSet, loss: str, reporter: Reporter
+    program: Program,
+    rounded: Program,
+    chain: str,
+    held_out: CalibrationSet,
+    judged: CalibrationSet,
+    loss: str,
+    reporter: Reporter,
 ) -> Program:
-    """Return the rounded program if it is accepted, else the program; the plan records both losses."""
-    plan, reference = program[BitAllocation], model_outputs(program.module, held_out.inputs, 32)
+    """Return the rounded program if it is accepted, else the program; with its losses as plans are judged."""
+    plan = program[BitAllocation]
 
-    def loss_of(candidate: Program) -> float:
-        return measured_loss(simulate(candidate, plan).module, held_out, reference, loss)
+    def losses_of(images: CalibrationSet, *candidates: Program) -> list[float]:
+        reference = model_outputs(program.module, images.inputs, 32)
+        return [measured_loss(simulate(each, plan).module, images, reference, loss) for each in candidates]
 
-    before, after = loss_of(program), loss_of(rounded)
+    before, after = losses_of(held_out, program, rounded)
     reason = rejection(before, after, loss)
     reporter.say(f"{chain}: held-out loss {before:.4g} -> {after:.4g}{', rejected' if reason else ''}")
     if not reason:
-        return rounded.with_facts(replace(plan, measured_loss=before).remeasured(after, len(held_out)))
+        before, after = losses_of(judged, program, rounded)
+        compared = replace(plan, measured_loss=before, compared_loss=None)
+        return rounded.with_facts(compared.remeasured(after, len(judged)))
     note = f"{chain} was rejected: {reason}"
     known = Rounding.of(program, plan.choices)
     kept = replace(known, units=rounded[Rounding].units, notes=(*known.notes, *rounded[Rounding].notes, note))
-    return program.with_facts(kept, replace(plan, measured_loss=before))
+    return program.with_facts(kept, replace(plan, measured_loss=losses_of(judged, program)[0], images=len(judged)))
 
 
 def realised(program: Program, lowest: float = 0.1, highest: float = 10.0) -> Program:

@@ -6,7 +6,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from fxquant.core.facts import (
+    EFFORTS,
     BitAllocation,
     Ranges,
     SensitivityMatrix,
@@ -18,9 +21,13 @@ from fxquant.core.facts import (
 )
 from fxquant.core.host import ALONE, SILENT, Reporter, Shards
 from fxquant.core.ir import Program, Sites
-from fxquant.core.run import LOSSES, CalibrationSet, default_loss, model_outputs
+from fxquant.core.run import LOSSES, UNITS, CalibrationSet, default_loss, judging_images, model_outputs
 from fxquant.core.storage import ScoreStore, tensor_digest, text_digest
+from fxquant.flow.judged_images import compared_images
 from fxquant.passes import MeasureSensitivity, simulate, widest_plan
+
+NOT_SCORED = "none"
+"""Stands for an estimator where there is nothing to choose."""
 
 
 def loss_name(program: Program, images: CalibrationSet) -> str:
@@ -30,6 +37,22 @@ def loss_name(program: Program, images: CalibrationSet) -> str:
         _ = LOSSES[asked]
         return asked
     return default_loss(model_outputs(program.module, images.slice(0, 1).inputs))
+
+
+def judging(program: Program, images: CalibrationSet) -> CalibrationSet:
+    """Return the images that plans of a program are measured on, made of calibration images: `judging_images`."""
+    return judging_images(images, loss_name(program, images), program[Settings].seed, moving=False)
+
+
+def judged_on(
+    program: Program, scoring: CalibrationSet | None, held_out: CalibrationSet | None
+) -> CalibrationSet | None:
+    """Return the images that plans are measured on; None where there are none that scoring did not see."""
+    if held_out is None:
+        return None
+    # Where answers are limited, more images are held out than it takes to compare plans.
+    held_out = compared_images(held_out, program[Settings])
+    return judging(program, held_out if scoring is None else scoring.joined(held_out))
 
 
 def measure_sensitivity(
@@ -48,10 +71,25 @@ def measure_sensitivity(
         FileFormatError, WorkerError: as for `score`.
     """
     settings = program[Settings]
+    if not has_choice(program):
+        return program.with_facts(*_unscored(program, loss_name(program, images)))
     context = widest_plan(program) if settings.context == "widest" else None
     scored = score(program, images, settings.estimators, context, folder, reporter, shards)
     # The log gets the time of scoring, but its simulated graph is dropped.
     return replace(program.with_facts(scored[SensitivityMatrix], scored[Surrogates]), log=scored.log)
+
+
+def has_choice(program: Program) -> bool:
+    """Whether any site has more than one choice."""
+    return any(len(site.choices) > 1 for site in program[Sites].sites)
+
+
+def _unscored(program: Program, loss: str) -> tuple[SensitivityMatrix, Surrogates]:
+    """Return scores of nothing, for programs in which there is nothing to choose."""
+    candidates = program[Sites].candidates
+    nothing, unknown = np.zeros((len(candidates),) * 2), np.full((len(candidates),) * 2, np.nan)
+    matrix = SensitivityMatrix(candidates, nothing, unknown, NOT_SCORED, 0.0, UNITS[loss])
+    return matrix, Surrogates({NOT_SCORED: matrix})
 
 
 def score(
@@ -67,7 +105,7 @@ def score(
 
     Args:
         program: calibrated.
-        images: the images to score on.
+        images: calibration images; as many of them as the effort says, moved and mixed in pairs, are scored on.
         estimators: names, the preferred one first.
         context: the plan that everything else is quantized by; None leaves everything else in float.
         folder: keeps finished scores, from which a killed run resumes; None keeps none.
@@ -79,6 +117,7 @@ def score(
         WorkerError: another process that shares the work was lost, or was given something else.
     """
     loss, seed, device = loss_name(program, images), program[Settings].seed, images.inputs[0].device
+    images = judging_images(_some(images, EFFORTS[program[Settings].effort].scored), loss, seed)
     with shards.group(device):
         known = score_identity(program, images, loss) if folder is not None or shards.world_size > 1 else {}
         # Compared before any process writes: a folder that all of them found empty is still empty here.
@@ -87,6 +126,13 @@ def score(
         # Without rounded biases, nothing but the substitutions differs from the float network.
         simulated = simulate(program, widest_plan(program), round_biases=False)
         return MeasureSensitivity(images, estimators, loss, store, reporter, seed, shards, context)(simulated)
+
+
+def _some(images: CalibrationSet, most: int) -> CalibrationSet:
+    """Return at most so many of the images, evenly spread: loaders may yield class by class."""
+    if len(images) <= most:
+        return images
+    return images.take([k * len(images) // most for k in range(most)])
 
 
 def score_identity(program: Program, images: CalibrationSet, loss: str) -> dict[str, str]:

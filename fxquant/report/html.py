@@ -154,9 +154,9 @@ def tiles(data: Mapping[str, Any]) -> list[dict[str, str]]:
         shown.append({"label": "Accuracy", "value": percent_text(mixed["accuracy"]), "note": against})
     elif outcome["measured_loss"] is not None:
         images = outcome["held_out_images"]
-        note = f"on {images} held-out images; 0 is the float model" if images else "0 is the float model"
+        note = f"on {images} calibration images; 0 is the float model" if images else "0 is the float model"
         value = f"{loss_text(outcome['measured_loss'])} {outcome['loss_unit'].split()[-1]}"
-        shown.append({"label": f"Held-out {outcome['loss_unit'].split()[0]} loss", "value": value, "note": note})
+        shown.append({"label": f"Measured {outcome['loss_unit'].split()[0]} loss", "value": value, "note": note})
     ratio = outcome["size_ratio"]
     note = f"{1 / ratio:.3g}× smaller than float ({bytes_text(outcome['float_bytes'])})"
     shown.append({"label": "Parameters", "value": bytes_text(outcome["bytes"]), "note": note})

@@ -21,7 +21,7 @@ def one_line(program: Program) -> str:
     if outcome["average_bits"] is not None:
         parts.append(f"{outcome['average_bits']:.4g} stored bits a weight")
     if outcome["measured_loss"] is not None:
-        parts.append(f"held-out loss {loss_text(outcome['measured_loss'])} {outcome['loss_unit']}")
+        parts.append(f"measured loss {loss_text(outcome['measured_loss'])} {outcome['loss_unit']}")
     return printable(f"Result({', '.join(parts)}, {outcome['status']})")
 
 

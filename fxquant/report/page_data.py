@@ -51,8 +51,8 @@ PACKAGES = ("fxquant", "torch", "numpy", "onnx", "onnxruntime", "PuLP")
 STATUS = {
     "optimal": "proved: by the model of {model} no plan within the limits{cost} has a lower loss{borders}",
     "feasible": "the best that the solver found by the model of {model}{borders}; a better plan is not ruled out",
-    "measured": "chosen by its loss on held-out images among the plans that were tried; nothing is proved of others",
-    "uniform": "one precision everywhere; no plan that was compared had a clearly lower loss on the held-out images",
+    "measured": "chosen by its measured loss among the plans that were tried; nothing is proved of others",
+    "uniform": "one precision everywhere; no plan that was compared had a clearly lower measured loss",
     "manual": "made by hand or for analysis only; nothing was optimised",
 }
 """Status of a plan -> what it means."""

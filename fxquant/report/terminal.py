@@ -86,7 +86,7 @@ def _headline(data: Mapping[str, Any]) -> list[str]:
     if outcome["latency"] is not None:
         lines.append(latency_text(outcome["latency"]))
     if outcome["measured_loss"] is not None:
-        line = f"Held-out loss {loss_text(outcome['measured_loss'])} {outcome['loss_unit']}"
+        line = f"Measured loss {loss_text(outcome['measured_loss'])} {outcome['loss_unit']}"
         before = outcome["compared_loss"]
         lines.append(line if before is None else f"{line}; {loss_text(before)} before the last rounding, as below")
     gap = "" if outcome["gap"] is None else f", gap {percent_text(outcome['gap'])}"
@@ -123,4 +123,4 @@ def _plans(data: Mapping[str, Any]) -> str:
         for row in data["plans"]
     ]
     modelled = f"modelled by {data['sensitivity']['estimator']}"
-    return table_text(("plan (* chosen)", "held-out loss", modelled, "bytes", "stored bits"), rows)
+    return table_text(("plan (* chosen)", "measured loss", modelled, "bytes", "stored bits"), rows)

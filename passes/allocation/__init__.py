@@ -20,7 +20,8 @@ from fxquant.passes.allocation.leftover import fill
 from fxquant.passes.allocation.linear_program import add_choices
 from fxquant.passes.allocation.linearise import solve_linearised
 from fxquant.passes.allocation.local_search import LocalSearch
-from fxquant.passes.allocation.plan_swaps import swaps
+from fxquant.passes.allocation.loss_model import LossModel
+from fxquant.passes.allocation.plan_swaps import descent, swaps
 from fxquant.passes.allocation.presolve import reduce
 from fxquant.passes.allocation.registry import SOLVERS
 from fxquant.passes.allocation.relaxation import cold, relax

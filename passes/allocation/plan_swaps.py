@@ -39,11 +39,46 @@ def swaps(
         return
     ranks = np.array([_ranks(_change(each.values, each.group_of, plan, first, second)) for each in problems])
     for move in np.lexsort((ranks.mean(axis=0), ranks.min(axis=0))):
-        changed = choice.copy()
-        for index in (first[move], second[move]):
-            changed[plan[problem.group_of[index]]] = False
-            changed[index] = True
-        yield changed
+        yield _moved(problem, plan, choice, first[move], second[move])
+
+
+def descent(
+    values: FloatArray,
+    groups: Sequence[IndexArray],
+    costs: FloatArray,
+    limits: FloatArray,
+    choice: BoolArray,
+    steps: int,
+) -> Iterator[BoolArray]:
+    """Yield the plan that the best swaps one after the other lead to, by `x' values x`; none where no swap lowers it.
+
+    Args:
+        values: (n, n) symmetric.
+        groups, costs, limits, choice: as for `swaps`.
+        steps: swaps at most, of one or two groups each.
+
+    Raises:
+        OptionError: unusable arrays.
+    """
+    problem, found = Problem.checked(values, groups, costs, limits), choice
+    for _ in range(steps):
+        plan = np.array([group[found[group]][0] for group in problem.groups], dtype=np.intp)
+        first, second = _moves(problem, plan)
+        change = _change(problem.values, problem.group_of, plan, first, second)
+        if not len(change) or change.min() >= 0:
+            break
+        best = int(change.argmin())
+        found = _moved(problem, plan, found, first[best], second[best])
+    if found is not choice:
+        yield found
+
+
+def _moved(problem: Problem, plan: IndexArray, choice: BoolArray, first: int, second: int) -> BoolArray:
+    changed = choice.copy()
+    for index in (first, second):
+        changed[plan[problem.group_of[index]]] = False
+        changed[index] = True
+    return changed
 
 
 def _moves(problem: Problem, plan: IndexArray) -> tuple[IndexArray, IndexArray]:

@@ -160,7 +160,7 @@ def test_corrupt_files_are_bad_input(folder: Path, capsys: Captured) -> None:
         "result.json": b"{",
         "model.pt2": b"PK",
         "ranges.npz": b"",
-        "sensitivity_diagonal.npz": b"no",
+        "sensitivity_fisher_out.npz": b"no",
         "held_out.safetensors": b"\xff" * 40,
     }
     for name, garbage in spoilt.items():

@@ -23,7 +23,7 @@ from fxquant.core.facts import (
     WeightGrids,
 )
 from fxquant.core.ir import FLOAT, Choice, EdgeGroups, Program, QuantizedEdges, Sites, show
-from fxquant.core.run import CalibrationSet, kl, model_outputs
+from fxquant.core.run import CalibrationSet, judging_images, kl, model_outputs
 from fxquant.flow import Pipeline
 from fxquant.passes import (
     AllocateBits,
@@ -229,6 +229,7 @@ def test_scores_may_be_taken_around_the_widest_integers() -> None:
     images = CalibrationSet(inputs("plain", 6))
     settings = replace(program[Settings], context="widest", estimators=("gram", "fisher"))
     found = flow.measure_sensitivity(program.with_facts(settings), images)[Surrogates].matrices
+    images = judging_images(images, "kl", settings.seed)
     widest = widest_plan(program)
     module = simulate(program, widest, round_biases=False).module
     answer, reference = (model_outputs(each, images.inputs) for each in (module, program.module))

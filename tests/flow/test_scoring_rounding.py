@@ -9,7 +9,7 @@ import torch
 
 import fxquant
 from fxquant.core.errors import FileFormatError, OptionError
-from fxquant.core.facts import Settings, WeightGrids
+from fxquant.core.facts import WeightGrids
 from fxquant.core.run import model_outputs
 from fxquant.result import Result
 from tests.small import images, small
@@ -47,10 +47,13 @@ def test_nearest_has_no_rounded_weights_and_one_digest() -> None:
     assert one.program[WeightGrids].digest() != quantized("gptq").program[WeightGrids].digest()
 
 
-def test_an_unknown_method_and_missing_images_are_refused() -> None:
+def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(OptionError, match="unknown scoring_rounding 'gtpq'"):
         quantized("gtpq")
-    program = fxquant.prepare(fxquant.capture(small(), images()), Settings(scoring_rounding="gptq"))
+
+
+def test_without_images_weights_are_scored_at_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    program = fxquant.prepare(fxquant.capture(small(), images()))
     _ = program.module(images())
-    with pytest.raises(OptionError, match="needs calibration images"):
-        fxquant.calibrate(program, progress=False)
+    assert not fxquant.calibrate(program)[WeightGrids].rounded
+    assert "for want of calibration images" in capsys.readouterr().err

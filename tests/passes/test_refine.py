@@ -16,7 +16,7 @@ from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation, Budget, CostTables, Finalists, Surrogates, agrees, fits, usage
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet
-from fxquant.passes import AllocateBits, VerifyAndRefine, is_better, verify_and_refine
+from fxquant.passes import AllocateBits, VerifyAndRefine, is_better, meter
 from fxquant.passes.allocation import border_cost, borders_of, one_hot
 from tests.programs import check_pass
 from tests.scoring import inputs, scored
@@ -65,8 +65,8 @@ def refined(
     monkeypatch: pytest.MonkeyPatch, losses: Losses, program: Program, **options: Any
 ) -> tuple[BitAllocation, Measured]:
     measured = Measured(losses)
-    monkeypatch.setattr(verify_and_refine, "image_losses", measured.losses)
-    monkeypatch.setattr(verify_and_refine, "simulate", measured.simulate)
+    monkeypatch.setattr(meter, "image_losses", measured.losses)
+    monkeypatch.setattr(meter, "simulate", measured.simulate)
     step = replace(VerifyAndRefine(IMAGES, moves=50), **options)
     return step(program)[BitAllocation], measured
 

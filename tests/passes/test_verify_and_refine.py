@@ -11,7 +11,7 @@ from fxquant.core.errors import PipelineError
 from fxquant.core.facts import BitAllocation, Budget, Finalists
 from fxquant.core.ir import FakeQuantize, Program
 from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
-from fxquant.passes import AllocateBits, VerifyAndRefine, measured_loss, simulate, verify_and_refine
+from fxquant.passes import AllocateBits, VerifyAndRefine, measured_loss, meter, simulate
 from tests.programs import check_pass, uniform
 from tests.scoring import inputs, scored, traced
 
@@ -54,7 +54,7 @@ def test_equal_plans_are_measured_once_and_the_first_wins(monkeypatch: pytest.Mo
         measured.append(plan)
         return simulate(program, plan)
 
-    monkeypatch.setattr(verify_and_refine, "simulate", counted)
+    monkeypatch.setattr(meter, "simulate", counted)
     plan = VerifyAndRefine(IMAGES)(with_plans(first=4, second=4))[BitAllocation]
     assert len(measured) == 1
     assert plan.finalists["first"] == plan.finalists["second"]
@@ -70,7 +70,7 @@ def test_a_plan_without_a_loss_is_never_the_best_and_can_be_saved(monkeypatch: p
                     each.register_forward_hook(lambda _module, _inputs, output: torch.full_like(output, math.nan))
         return simulated
 
-    monkeypatch.setattr(verify_and_refine, "simulate", break_one)
+    monkeypatch.setattr(meter, "simulate", break_one)
     found = VerifyAndRefine(IMAGES)(with_plans(broken=8, sound=4))[BitAllocation]
     assert math.isnan(found.finalists["broken"])
     assert found.estimator == "sound"

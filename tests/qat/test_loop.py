@@ -27,7 +27,11 @@ IMAGES = inputs("plain", 24)[0]
 
 @cache
 def low_bit() -> Result:
-    return fxquant.quantize(plain_net(), IMAGES, Budget(average_bits=2.5), target="reference", effort="fast")
+    # Rounded to nearest there is most to gain.
+    options = {"scoring_rounding": "nearest"}
+    return fxquant.quantize(
+        plain_net(), IMAGES, Budget(average_bits=2.5), target="reference", effort="fast", options=options
+    )
 
 
 @cache

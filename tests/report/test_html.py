@@ -140,7 +140,7 @@ def test_page_of_an_analysis_and_of_a_net_with_float_layers() -> None:
 
 def test_headline_prefers_what_was_measured() -> None:
     plain = {tile["label"]: tile["value"] for tile in tiles(small_result().report_data())}
-    assert "Held-out KL loss" in plain
+    assert "Measured KL loss" in plain
     measured = {tile["label"]: tile for tile in tiles(small_result().report_data({"comparison": COMPARISON}))}
     assert measured["Accuracy"]["value"] == "98.0 %"
     assert measured["Accuracy"]["note"] == "float 99.0 %"

@@ -33,7 +33,7 @@ def test_a_prompt_shows_one_line() -> None:
     assert shown == one_line(result.program)
     assert re.fullmatch(
         r"Result\(3 of 3 layers quantized, [\d.]+ k?B \([\d.]+ of float\), [\d.]+ stored bits a weight, "
-        r"held-out loss [\d.e-]+ KL nats, \w+\)",
+        r"measured loss [\d.e-]+ KL nats, \w+\)",
         shown,
     )
     assert repr(small_result(budget=None)).endswith(", manual)")

@@ -75,11 +75,12 @@ def test_noise_of_weights_is_that_of_their_grid() -> None:
         bits = result.allocation.choices[site.name].weight_bits
         top = 2 ** (bits - 1) - 1
         by_channel = weight.flatten(1)
-        # The grid of least squared error is no noisier than the one that holds the largest weight.
+        # The grid of least squared error is hardly noisier than the one that holds the largest weight, though the
+        # weights are rounded for the least error of outputs.
         step = (by_channel.abs().amax(1, keepdim=True) / top).clamp_min(1e-12)
         plain = torch.round(by_channel / step) * step
         assert shown[site.name] is not None
-        assert float(shown[site.name] or 0) >= decibels(by_channel, plain) - 0.5
+        assert float(shown[site.name] or 0) >= decibels(by_channel, plain) - 2.0
         quantizer = result.simulated.get_submodule(f"quantize_{site.name}_weight")
         assert shown[site.name] == pytest.approx(decibels(weight, quantizer(weight)), abs=1e-3)
 

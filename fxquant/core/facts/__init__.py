@@ -25,7 +25,7 @@ from fxquant.core.facts.plan import BitAllocation, BudgetCurve, Finalists
 from fxquant.core.facts.ranges import BINS, Histogram, Ranges, clip_error, merged, mse_range
 from fxquant.core.facts.rounding import Rounding, UnitRecord
 from fxquant.core.facts.sensitivity_matrix import SensitivityMatrix, Surrogates
-from fxquant.core.facts.settings import CHEAP, EFFORTS, EffortName, ScoringRounding, Settings
+from fxquant.core.facts.settings import EFFORTS, EffortName, ScoringRounding, Settings
 from fxquant.core.facts.target import LatencyRow, Target
 from fxquant.core.facts.target_file import SUFFIX, read_target, target_to_json, write_target
 from fxquant.core.facts.weight_grids import WeightGrids

@@ -35,7 +35,7 @@ class BitAllocation:
             "uniform" (one precision everywhere, of least measured loss) or "manual".
         used: limit name -> what the plan uses, in the limit's unit; what was minimized too.
         limits: limit name -> what was allowed.
-        measured_loss: real loss on calibration images not used for scoring; None if not measured.
+        measured_loss: real loss on the images that decide between plans; None if not measured.
         compared_loss: the same before the weights got their final rounding, as in `finalists`; None where that changed
             nothing.
         loss: name of the loss that was measured, "" if it is not known.
@@ -97,7 +97,7 @@ class BitAllocation:
         return {"fxquant_plan": json.dumps(labels, separators=(",", ":"))}
 
     def remeasured(self, loss: float, images: int) -> BitAllocation:
-        """Return the plan with the held-out loss of better weights; the one it was compared by stays beside it."""
+        """Return the plan with the loss of better weights; the one it was compared by stays beside it."""
         compared = self.measured_loss if self.compared_loss is None else self.compared_loss
         return replace(self, measured_loss=loss, images=images, compared_loss=compared)
 
@@ -112,7 +112,7 @@ class BitAllocation:
             ("Modelled loss", _shown(self.objective), f"proven bound {_shown(self.bound)}"),
         ]
         if self.measured_loss is not None:
-            numbers.append(("Held-out loss", _shown(self.measured_loss), "0 is the float model"))
+            numbers.append(("Measured loss", _shown(self.measured_loss), "0 is the float model"))
         for name, limit in self.limits.items():
             numbers.append((name, _shown(self.used.get(name, math.nan)), f"of {_shown(limit)}"))
         for name, limit in self.quality_limits.items():

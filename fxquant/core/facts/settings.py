@@ -14,7 +14,7 @@ from fxquant.core.ir import Choice, WeightFormat
 
 EffortName = Literal["fast", "default", "best"]
 Context = Literal["float", "widest"]
-ScoringRounding = Literal["nearest", "gptq", "gpfq"]
+ScoringRounding = Literal["gptq", "nearest"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class Effort:
     """How much is measured.
 
     Args:
-        estimators: sensitivity estimators, the preferred one first.
-        images: calibration images used at most, scoring and verification together.
+        estimators: sensitivity estimators, the preferred one first, which the search starts from.
+        images: calibration images used at most.
+        scored: images that layers are scored on at most; all of them measure plans.
         refine_moves: plans measured at most to improve the best finalist.
         rounds: times the plan is scored again around itself at most.
         rounding: algorithms that round the plan's weights.
@@ -32,20 +33,18 @@ class Effort:
 
     estimators: tuple[str, ...]
     images: int
+    scored: int
     refine_moves: int
     rounds: int
     rounding: str
     curve: int
 
 
-CHEAP = ("fit", "fisher_out", "weight_mse")
-"""Estimators of a few passes: worse models of the loss, but plans of another kind, and the measured loss decides."""
-
 EFFORTS: dict[EffortName, Effort] = {
-    "fast": Effort(("diagonal",), 96, 0, 0, "nearest", 0),
-    "default": Effort(("gram", "diagonal", "fisher", *CHEAP), 384, 16, 1, "gptq", 9),
+    "fast": Effort(("fisher_out",), 96, 64, 8, 0, "nearest", 0),
+    "default": Effort(("diagonal", "gram", "fisher_out"), 384, 96, 48, 0, "gptq_rescaled", 9),
     "best": Effort(
-        ("shrunk", "monotone", "pairs", "gram", "diagonal", "fisher", "hawq", *CHEAP), 1024, 48, 3, "gptq_rescaled", 13
+        ("diagonal", "gram", "monotone", "pairs", "fisher", "fisher_out"), 1024, 256, 256, 2, "gptq_rescaled", 13
     ),
 }
 """Preset name -> what it measures."""
@@ -80,8 +79,8 @@ class Settings(Options):
             their activations at unlike widths, or one of them in float.
         refine_moves: plans measured at most to improve the best one by swaps; by default that of the effort.
         rounds: times at most the plan is scored again around itself and solved near it; by default that of the effort.
-        scoring_rounding: how weights are rounded when layers are scored; "gptq" and "gpfq" round them well, so that low
-            widths are not thought worse than they will be.
+        scoring_rounding: how weights are rounded before there is a plan, in every candidate format: plans are scored,
+            solved, measured and compared with these weights. "nearest" thinks low widths worse than they will be.
         curve: plans at other budgets that are solved and measured, to show what more or less room would bring; by
             default that of the effort.
         rounding: algorithms that round the plan's weights, joined by "+"; by default that of the effort. A rounding is
@@ -115,7 +114,7 @@ class Settings(Options):
     requantization_cost: float = field(default=0.0, metadata=rules(least=0))
     refine_moves: int = field(default=BY_EFFORT, metadata=rules(least=0))
     rounds: int = field(default=BY_EFFORT, metadata=rules(least=0))
-    scoring_rounding: ScoringRounding = "nearest"
+    scoring_rounding: ScoringRounding = "gptq"
     curve: int = field(default=BY_EFFORT, metadata=rules(least=0))
     rounding: str = BY_EFFORT
     rounding_options: Mapping[str, object] = field(default_factory=dict, metadata=rules(flag="rounding_option"))

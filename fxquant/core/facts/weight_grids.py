@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxquant.core.errors import FileFormatError, OptionError
 from fxquant.core.ir import Grid, WeightFormat
-from fxquant.core.storage import read_arrays, tensor_digest, write_arrays
+from fxquant.core.storage import read_arrays, text_digest, write_arrays
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,11 @@ class WeightGrids:
         return grids[weight]
 
     def digest(self) -> str:
-        """Return a digest of the rounded weights, the same for all grids that round to nearest."""
-        return tensor_digest({f"{site}:{weight.label}": tensor for (site, weight), tensor in self.rounded.items()})
+        """Return a digest of what is rounded better than to nearest, the same wherever model and images are.
+
+        The weights themselves would differ in a step between machines that sum in another order.
+        """
+        return text_digest(str(sorted((site, weight.label) for site, weight in self.rounded)))
 
     def save_rounded(self, path: Path) -> None:
         """Write the rounded weights as integers, with the grids they lie on.

@@ -21,8 +21,10 @@ JUDGED_UNSURE = {"kl"}
 """Losses that say more where the float network is unsure: those that compare class probabilities without labels."""
 
 
-def judging_images(images: CalibrationSet, loss: str, seed: int) -> CalibrationSet:
+def judging_images(images: CalibrationSet, loss: str, seed: int, moving: bool = True) -> CalibrationSet:
     """Return as many images for scoring and judging plans: each moved, then mixed with another one.
+
+    Scores gain by moving, verdicts on plans do not (`benchmarks.verdict`).
 
     The float answer to compare with is the network's answer to the mixed image. Images are returned as they are where
     the loss needs their labels or is not about classes, where an input holds integers, or where there is but one.
@@ -31,11 +33,12 @@ def judging_images(images: CalibrationSet, loss: str, seed: int) -> CalibrationS
         images: calibration images.
         loss: name of the loss.
         seed: of the shifts and pairs.
+        moving: whether images are moved before they are mixed.
     """
     floating = all(tensor.is_floating_point() for tensor in images.inputs)
     if loss not in JUDGED_UNSURE or not floating or len(images) < 2:
         return images
-    return CalibrationSet(tuple(mixed(moved(tensor, seed), seed) for tensor in images.inputs))
+    return CalibrationSet(tuple(mixed(moved(t, seed) if moving else t, seed) for t in images.inputs))
 
 
 def moved(images: Tensor, seed: int) -> Tensor:

@@ -24,7 +24,15 @@ LIST = "files.json"
 FORMAT_VERSION = 1
 
 RESULT = (
-    *("result.json", "plan.json", "ranges.npz", "model.pt2", "held_out.safetensors", "sensitivity_*.npz"),
+    *(
+        "result.json",
+        "plan.json",
+        "ranges.npz",
+        "model.pt2",
+        "held_out.safetensors",
+        "scoring.safetensors",
+        "sensitivity_*.npz",
+    ),
     *("rounded_weights.npz", "rounding.npz", "trained.npz", "target.json"),
 )
 """Patterns of the files of a saved result."""

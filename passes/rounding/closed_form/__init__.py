@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxquant.passes.rounding.closed_form.bank import METHODS, RoundWeights
+from fxquant.passes.rounding.closed_form.bank import RoundWeights
 from fxquant.passes.rounding.closed_form.bias_correction import channel_means
 from fxquant.passes.rounding.closed_form.chains import ScaleChain, scale_chains
 from fxquant.passes.rounding.closed_form.descent import refined, rescaled_to, swept

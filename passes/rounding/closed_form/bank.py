@@ -11,19 +11,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fxquant.core.errors import OptionError
 from fxquant.core.facts import WeightGrids
 from fxquant.core.host import SILENT, Reporter
 from fxquant.core.ir import Program, RowGrid, Sites, WeightFormat, tensor_at
 from fxquant.core.run import CalibrationSet
 from fxquant.passes.base import Pass
 from fxquant.passes.formats import RowProblem, grid_of, rows_of
-from fxquant.passes.rounding.closed_form import gpfq, gptq
-from fxquant.passes.rounding.closed_form.layerwise import RowAlgorithm, moments_of, on_grid
+from fxquant.passes.rounding.closed_form.gptq import gptq_rows
+from fxquant.passes.rounding.closed_form.layerwise import moments_of, on_grid
 from fxquant.passes.rounding.closed_form.prefix import Prefix, fitting
-
-METHODS: dict[str, RowAlgorithm] = {"gptq": gptq.gptq_rows, "gpfq": gpfq.gpfq_rows}
-"""Name -> algorithm, which rounds a weight on any grid given the moments of its input."""
 
 
 @dataclass(frozen=True)
@@ -32,32 +28,23 @@ class RoundWeights(Pass):
 
     Args:
         images: calibration images.
-        method: "gptq" or "gpfq" (which on inputs without error is GPFQ for the weights alone).
         reporter: shows progress.
-
-    Raises:
-        OptionError: unknown method.
     """
 
     images: CalibrationSet = field(repr=False)
-    method: str = "gptq"
     reporter: Reporter = field(default=SILENT, repr=False)
     reads = (Sites, WeightGrids)
     writes = (WeightGrids,)
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise OptionError(f"unknown weight rounding {self.method!r}; known: {', '.join(METHODS)}")
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with rounded weights and the grids they lie on; the graph does not change."""
         sites, known = program[Sites].sites, program[WeightGrids].grids
         grids, rounded = {site: dict(own) for site, own in known.items()}, dict[tuple[str, WeightFormat], Tensor]()
         walk = Prefix(program.module, fitting(program.module, self.images))
-        for site in self.reporter.track(sites, f"{self.method} at every width", len(sites)):
+        for site in self.reporter.track(sites, "round weights in every format", len(sites)):
             walk.to(site.nodes[0])
             moments = moments_of(site, program.module, walk)
-            rounder, weight = METHODS[self.method](moments), tensor_at(program.module, site.weight)
+            rounder, weight = gptq_rows(moments), tensor_at(program.module, site.weight)
             groups = len(moments.gram)
             # Even spacing is found already; other levels are better when found under the method.
             even = {c: RowGrid.of(g, groups, len(weight)) for c, g in grids[site.name].items() if g.levels is None}

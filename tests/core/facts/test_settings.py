@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from fxquant.core.errors import OptionError
-from fxquant.core.facts import EFFORTS, Settings, literals, options_of
+from fxquant.core.facts import EFFORTS, Settings
 from fxquant.core.ir import Choice
-from fxquant.passes.rounding.closed_form import METHODS
 from fxquant.passes.sensitivity import ESTIMATORS
 
 
@@ -47,10 +46,6 @@ def test_values_out_of_range(change: dict[str, Any], message: str) -> None:
 def test_values_are_brought_to_their_type() -> None:
     settings = Settings.of({"bits": [8, 2, 8], "target": Path("npu.json"), "forbid": {"fc": "W2A8"}})
     assert (settings.bits, settings.target, settings.forbid) == ((2, 8), "npu.json", {"fc": (Choice(2, 8),)})
-
-
-def test_weights_are_scored_as_every_method_of_the_bank_rounds_them() -> None:
-    assert literals(options_of(Settings)["scoring_rounding"].kind) == ("nearest", *METHODS)
 
 
 def test_the_effort_fills_in_what_is_not_given() -> None:

@@ -6,23 +6,21 @@ import pytest
 import torch
 
 from fxquant import flow
-from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation, SensitivityMatrix, WeightGrids
 from fxquant.core.ir import Program, Sites, WeightFormat, tensor_at
 from fxquant.core.run import CalibrationSet, model_outputs
 from fxquant.passes import simulate
 from fxquant.passes.formats import rows_of, squared_error
-from fxquant.passes.rounding.closed_form import METHODS, Prefix, RoundWeights, moments_of
+from fxquant.passes.rounding.closed_form import Prefix, RoundWeights, moments_of
 from tests import scoring
 from tests.passes.rounding.tasks import images, plan_of
 from tests.programs import check_pass
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("name", ["plain", "shared", "separable"])
-def test_every_site_is_rounded_on_its_grid_at_every_width(method: str, name: str) -> None:
+def test_every_site_is_rounded_on_its_grid_at_every_width(name: str) -> None:
     program = scoring.calibrated(name)
-    done = check_pass(RoundWeights(images(name), method), program)
+    done = check_pass(RoundWeights(images(name)), program)
     for site in program[Sites].sites:
         weight = tensor_at(program.module, site.weight)
         assert {chosen.label for chosen in done[WeightGrids].grids[site.name]} == {"2", "4", "8"}
@@ -70,8 +68,3 @@ def test_scores_and_simulation_take_the_rounded_weights() -> None:
     low = [k for k, c in enumerate(program[Sites].candidates) if c.choice.weight_bits == 2]
     assert scores[1].diagonal()[low].sum() < scores[0].diagonal()[low].sum()
     assert BitAllocation not in banked
-
-
-def test_an_unknown_method_is_named() -> None:
-    with pytest.raises(OptionError, match="unknown weight rounding 'best'; known: gptq, gpfq"):
-        RoundWeights(images("plain"), "best")

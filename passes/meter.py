@@ -1,0 +1,105 @@
+"""Measured losses of plans, image by image, and when one plan is better than another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxquant.core.facts import BitAllocation
+from fxquant.core.ir import Choice, Program
+from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
+from fxquant.passes.simulation import simulate
+
+FIRST_SHARE = 4
+"""One image in this many is run first; a plan that is clearly worse on those is run on no other."""
+FEWEST_FIRST = 8
+"""Images that are enough to drop a plan."""
+
+
+def image_losses(module: GraphModule, images: CalibrationSet, reference: Tensor, loss: str, batch: int = 32) -> Tensor:
+    """Return the loss of a simulated graph against the float answers, float64 of shape (images,)."""
+    return LOSSES[loss](reference, model_outputs(module, images.inputs, batch), images.labels)
+
+
+def measured_loss(module: GraphModule, images: CalibrationSet, reference: Tensor, loss: str, batch: int = 32) -> float:
+    """Return the mean loss of a simulated graph against the float answers, over all images."""
+    return float(image_losses(module, images, reference, loss, batch).mean())
+
+
+def is_better(now: Tensor, then: Tensor, surcharge: float = 0.0) -> bool:
+    """Whether losses fall by more than the noise of these images: `mean(d) - surcharge > std(d) / sqrt(images)`.
+
+    Args:
+        now: losses of the plan at hand, shape (images,).
+        then: losses of the other plan on the same images; d is `now - then`.
+        surcharge: what the other plan costs more, in the unit of the loss.
+    """
+    fall = now - then
+    if len(fall) < 2:
+        # One image says nothing about its noise.
+        return False
+    return bool(fall.mean() - surcharge > fall.std(correction=1) / math.sqrt(len(fall)))
+
+
+class Meter:
+    """Measures plans of a program by simulation, each of them once.
+
+    Args:
+        program: calibrated.
+        images: the images to measure on.
+        loss: name of the loss.
+    """
+
+    def __init__(self, program: Program, images: CalibrationSet, loss: str) -> None:
+        self._program, self._loss = program, loss
+        every = torch.arange(len(images))
+        first, rest = (every[matches] for matches in (every % FIRST_SHARE == 0, every % FIRST_SHARE != 0))
+        #: positions of the images that are run together, in the order of running
+        self._parts = [first, rest] if len(first) >= FEWEST_FIRST else [every]
+        self._images = [images.take(part.tolist()) for part in self._parts]
+        self._references = [model_outputs(program.module, part.inputs, 32) for part in self._images]
+        self._known: dict[frozenset[tuple[str, str]], Tensor] = {}
+        #: plan -> how much more than its rival it lost on the first images
+        self._dropped: dict[frozenset[tuple[str, str]], float] = {}
+
+    def knows(self, choices: Mapping[str, Choice]) -> bool:
+        """Whether these choices have been measured, or dropped after a share of the images."""
+        return _key(choices) in self._known or _key(choices) in self._dropped
+
+    def lost(self, plan: BitAllocation) -> float:
+        """Return how much more a plan that was dropped lost than its rival, on the first images."""
+        return self._dropped[_key(plan.choices)]
+
+    def losses(self, plan: BitAllocation) -> Tensor:
+        """Return the loss of each image, float64 of shape (images,)."""
+        found = self.race(plan, None)
+        assert found is not None
+        return found
+
+    def race(self, plan: BitAllocation, rival: Tensor | None, surcharge: float = 0.0) -> Tensor | None:
+        """Return the loss of each image, or None once the first of them show that the plan is worse than a rival.
+
+        Args:
+            plan: to measure.
+            rival: losses of the plan at hand; None for no race.
+            surcharge: what the plan costs more than its rival, in the unit of the loss.
+        """
+        key = _key(plan.choices)
+        if key not in self._known:
+            module = simulate(self._program, plan).module
+            found: list[Tensor] = []
+            for images, reference in zip(self._images, self._references, strict=True):
+                if found and rival is not None and is_better(found[0], rival[self._parts[0]], -surcharge):
+                    self._dropped[key] = float((found[0] - rival[self._parts[0]]).mean())
+                    return None
+                found.append(image_losses(module, images, reference, self._loss))
+            self._known[key] = torch.cat(found)[torch.cat(self._parts).argsort()] if len(found) > 1 else found[0]
+        return self._known[key]
+
+
+def _key(choices: Mapping[str, Choice]) -> frozenset[tuple[str, str]]:
+    return frozenset((site, choice.label) for site, choice in choices.items())
