@@ -56,8 +56,8 @@ def quantize(
         target: what will run the model, by default "onnxruntime": a name, the path of a target file, or a `Target`.
         effort: "fast", "default" or "best".
         keep_float: patterns of layers (glob, "re:..." or "type:Conv2d") that stay in float.
-        rounding: how the plan's weights are rounded: "nearest", "gptq", "pdquant" or another algorithm, or several
-            joined by "+"; by default the effort's. Kept only where the loss on held-out images falls.
+        rounding: how the plan's weights are rounded: "nearest", "qronos", "pdquant" or another algorithm, or several
+            joined by "+"; by default the effort's. Kept only where the held-out loss falls.
         workdir: folder that keeps finished scores; the same call goes on where a killed one stopped.
         progress: bars on a terminal, elsewhere a line on stderr for each stage.
         options: all other settings, as a `Settings` or as name -> value: `{"seed": 1, "pins": {"stem": "W8A8"}}`. What

@@ -57,7 +57,14 @@ def test_the_effort_fills_in_what_is_not_given() -> None:
 
 def test_settings_that_an_earlier_result_holds_are_read() -> None:
     searched = {"bits": [4, 8], "pins": {"fc": "W8A8"}, "forbid": {"conv": ["W2A8", "float"]}, "keep_float": ["head"]}
-    measured = {"estimators": ["gram"], "refine_moves": 16, "rounds": 1, "rounding": "gptq", "curve": 9, "loss": None}
+    measured = {
+        "estimators": ["gram"],
+        "refine_moves": 16,
+        "rounds": 1,
+        "rounding": "qronos_rescaled",
+        "curve": 9,
+        "loss": None,
+    }
     saved = searched | measured
     read = Settings.of(saved)
     assert read.forbid == {"conv": (Choice(2, 8), Choice(32, 32))}
