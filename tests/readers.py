@@ -189,7 +189,7 @@ READERS = {
     ),
     "ranges": Reader("ranges.npz", Ranges.load, copied, f"{CORE}/facts/ranges.py:load"),
     "sensitivity": Reader(
-        "sensitivity_diagonal.npz",
+        "sensitivity_fisher_out.npz",
         SensitivityMatrix.load,
         copied,
         f"{CORE}/facts/sensitivity_matrix.py:load",

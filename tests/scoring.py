@@ -91,7 +91,14 @@ def traced(name: str) -> Program:
 @cache
 def calibrated(name: str, bits: tuple[int | str, ...] = (2, 4, 8), activation_bits: tuple[int, ...] = (8,)) -> Program:
     """Return it prepared for the reference target and calibrated on 8 images."""
-    settings = Settings(bits=bits, activation_bits=activation_bits, target="reference", estimators=("gram", "diagonal"))
+    # Rounded to nearest, as the oracles here are.
+    settings = Settings(
+        bits=bits,
+        activation_bits=activation_bits,
+        target="reference",
+        estimators=("gram", "diagonal"),
+        scoring_rounding="nearest",
+    )
     return flow.calibrate(flow.prepare(traced(name), settings), CalibrationSet(inputs(name, 8)))
 
 

@@ -104,7 +104,7 @@ def test_a_result_folder_of_pickles(folder: Path, tmp_path: Path) -> None:
 
 def test_names_in_a_result_do_not_lead_outside(folder: Path, tmp_path: Path) -> None:
     (folder / "sensitivity_x").mkdir()
-    shutil.copy(folder / "sensitivity_diagonal.npz", tmp_path / "outside.npz")
+    shutil.copy(folder / "sensitivity_fisher_out.npz", tmp_path / "outside.npz")
     document = json.loads((folder / "result.json").read_text())
     document["estimators"] = ["x/../../outside"]
     (folder / "result.json").write_text(json.dumps(document))
