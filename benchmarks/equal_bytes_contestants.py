@@ -6,6 +6,7 @@ uses nothing but the face of fxquant that it finds: so the same lines measure an
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -65,9 +66,15 @@ CONTESTANTS: Mapping[str, Write] = {"default": default, "before": before, "unifo
 
 
 def main() -> None:
-    """Write one contestant's files: `python -m benchmarks.equal_bytes_contestants name folder seed threads`."""
-    name, folder, seed, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    torch.set_num_threads(threads)
+    """Write one contestant's files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=CONTESTANTS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("threads", type=int)
+    given = parser.parse_args()
+    name, folder, seed = given.name, given.folder, given.seed
+    torch.set_num_threads(given.threads)
     program = torch.export.load(folder / "model.pt2")
     with np.load(folder / "calibration.npz", allow_pickle=False) as arrays:
         images = torch.from_numpy(arrays["images"])

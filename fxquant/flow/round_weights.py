@@ -126,15 +126,12 @@ def rounded_best(solved: Program, finish: Callable[[Program], Program]) -> Progr
         if name in plans and plans[name].status == "uniform" and plans[name].choices != plan.choices
     }
     finished, best = finish(solved), min(rivals, key=rivals.__getitem__, default=None)
-    if (
-        best is None
-        or plan.measured_loss is None
-        or not rivals[best] <= CLOSE * (plan.measured_loss + plan.border_cost)
-    ):
+    near = math.nan if plan.measured_loss is None else CLOSE * (plan.measured_loss + plan.border_cost)
+    if best is None or not rivals[best] <= near:
         return finished
     rival = replace(plans[best], measured_loss=plan.finalists[best], loss=plan.loss, finalists=plan.finalists)
     other = finish(solved.with_facts(rival))
-    return other if _total(other) < _total(finished) else finished
+    return other if accepted(_total(finished), _total(other)) else finished
 
 
 def _total(program: Program) -> float:

@@ -27,10 +27,10 @@ def refined(problem: RowProblem, grid: RowGrid, integers: Tensor, rounds: int = 
     """
     integers = swept(problem, grid, integers)
     for _ in range(rounds):
-        tried = rescaled_to(problem, grid, integers)
-        moved = swept(problem, tried, integers)
-        better = _error(problem, tried, moved) < _error(problem, grid, integers)
-        grid, integers = grid.chosen(tried, better), torch.where(better.unsqueeze(2), moved, integers)
+        candidate = rescaled_to(problem, grid, integers)
+        moved = swept(problem, candidate, integers)
+        better = _error(problem, candidate, moved) < _error(problem, grid, integers)
+        grid, integers = grid.chosen(candidate, better), torch.where(better.unsqueeze(2), moved, integers)
     return grid, integers
 
 

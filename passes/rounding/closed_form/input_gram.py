@@ -168,9 +168,9 @@ class GramAccumulator:
         others = None if reference is None else patches(reference, geometry)
         for piece in patches(x, geometry):
             transposed = piece.transpose(1, 2)
-            self._gram = _added(self._gram, transposed @ piece)
+            self._gram = _added(self._gram, transposed, piece)
             if others is not None:
-                self._cross = _added(self._cross, transposed @ next(others))
+                self._cross = _added(self._cross, transposed, next(others))
 
     def moments(self) -> Moments:
         """Return the moments of all batches.
@@ -184,6 +184,9 @@ class GramAccumulator:
         return Moments(gram, gram if self._cross is None else self._cross)
 
 
-def _added(total: Tensor | None, product: Tensor) -> Tensor:
-    wide = product.double()
+def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    wide = (left @ right).double()
+    if not bool(torch.isfinite(wide).all()):
+        # Squares of large values leave the range of float32, those of float64 do not.
+        wide = left.double() @ right.double()
     return wide if total is None else total.add_(wide)
