@@ -26,7 +26,7 @@ def curve(frontier: Mapping[str, Any]) -> dict[str, Any]:
 
     def placed(point: Mapping[str, Any]) -> dict[str, Any]:
         used = f"{frontier['axis']} {limit_text(frontier['axis'], point['used'])}, {bytes_text(point['bytes'])}"
-        title = f"{point['name']}\n{used}\nheld-out loss {loss_text(point['loss'])} {frontier['unit']}"
+        title = f"{point['name']}\n{used}\nmeasured loss {loss_text(point['loss'])} {frontier['unit']}"
         kind = "hot" if point["chosen"] else "bf" if point["uniform"] else "accent"
         place = {"x": across.at(point["used"]), "y": HEIGHT - up.at(max(point["loss"], lowest))}
         return {**place, "title": title, "kind": kind, "label": point["name"] if point["uniform"] else ""}

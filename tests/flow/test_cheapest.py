@@ -164,9 +164,11 @@ def test_answers_are_judged_as_the_plan_is_handed_back() -> None:
 
 
 def test_a_plan_scored_around_itself_that_breaks_the_limit_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    limit, solve = loss_at(average_bits=4.5) * 1.001, cheapest.search.allocate
+    limit, solve = loss_at(average_bits=4.5) * 4, cheapest.search.allocate
 
-    def breaking(program: Program, budget: Budget, held_out: Any, reporter: Any, around: Any, folder: Any) -> Program:
+    def breaking(
+        program: Program, budget: Budget, held_out: Any, reporter: Any, around: Any = None, folder: Any = None
+    ) -> Program:
         solved = solve(program, budget, held_out, reporter, None, folder)
         narrow = {site.name: Choice(2, 8) for site in program[Sites].sites}
         return solved if around is None else solved.with_facts(replace(solved[BitAllocation], choices=narrow))
@@ -189,7 +191,7 @@ def test_from_the_front_door_to_the_summary() -> None:
     result = fxquant.quantize(small(), images(56), budget, target="reference", effort="fast", progress=False)
     plan = result.allocation
     assert plan.quality["disagreement"] < plan.quality_bounds["disagreement"] <= 0.2
-    assert (plan.quality_images, plan.images) == (28, 24)
+    assert (plan.quality_images, plan.images) == (28, 52)
     assert "at 95 % confidence from 28 images" in " ".join(summary(result.program).split())
     again = BitAllocation.from_json(result.allocation.to_json())
     assert again.quality == result.allocation.quality
