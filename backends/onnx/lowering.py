@@ -55,7 +55,7 @@ class Lowering:
     def __init__(self, module: GraphModule, builder: GraphBuilder, options: OnnxOptions) -> None:
         self.module, self.builder, self.options = module, builder, options
         self.for_openvino = options.runtime == "openvino"
-        self.weights = PackedWeights(builder, gather_elements=not self.for_openvino)
+        self.weights = PackedWeights(builder, folds_all=not self.for_openvino)
         self.values: dict[Node, str | tuple[str, ...]] = {}
         self.layers: dict[str, str] = {}
         #: layers whose weights would take fewer bytes in a form that the runtime does not fold

@@ -59,13 +59,13 @@ class PackedWeights:
 
     Args:
         builder: takes nodes and constants.
-        gather_elements: whether the runtime folds GatherElements and Transpose, see `Unpacking`; where it does not,
-            what would have to be transposed is stored as int8.
+        folds_all: whether the runtime folds more than OpenVINO does, see `Unpacking`; where it does not, what would
+            have to be transposed is stored as int8.
     """
 
-    def __init__(self, builder: GraphBuilder, gather_elements: bool = True) -> None:
-        self.builder, self.transposes = builder, gather_elements
-        self.unpacking = Unpacking(builder, gather_elements)
+    def __init__(self, builder: GraphBuilder, folds_all: bool = True) -> None:
+        self.builder, self.transposes = builder, folds_all
+        self.unpacking = Unpacking(builder, folds_all)
         self._forms: dict[object, list[_Member]] = {}
         self._joined: list[_Joined] = []
         self._known: dict[object, str] = {}

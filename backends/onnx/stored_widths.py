@@ -83,7 +83,7 @@ class StoredWidths:
             return _Constant(shape, first.bits * math.prod(shape) / max(1, first.size))
         if op in TABLES:
             return _Constant(self._shape(node, _broadcast(inputs)), 0.0)
-        if op == "Add":
+        if op in ("Add", "BitwiseOr"):
             return _Constant(_broadcast(inputs), sum(constant.bits for constant in inputs))
         if op == "Concat":
             length = sum(constant.shape[axis] for constant in inputs)
@@ -93,10 +93,13 @@ class StoredWidths:
             length = int(self._numbers(node.input[1])[list(node.output).index(name)])
             shape = (*first.shape[:axis], length, *first.shape[axis + 1 :])
             return _Constant(shape, first.bits * length / first.shape[axis])
-        if op in ("Gather", "GatherElements"):
+        if op in ("Gather", "GatherElements", "GatherND"):
             index = inputs[1]
             if op == "GatherElements":
                 return _Constant(index.shape, index.bits)
+            if op == "GatherND":
+                # Of the forms with one index for each table, which weights are written in.
+                return _Constant((*index.shape[:-1], *first.shape[2:]), index.bits)
             shape = (*first.shape[:axis], *index.shape, *first.shape[axis + 1 :])
             maker = self._makers.get(node.input[0])
             # What is looked up takes its indices; rows that are put in order take what they are.

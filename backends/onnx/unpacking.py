@@ -27,12 +27,12 @@ class Unpacking:
 
     Args:
         builder: takes nodes and constants.
-        gather_elements: whether tables for several rows are looked up with GatherElements, the fastest way; otherwise
-            with Add and Gather, for a runtime that does not fold it.
+        folds_all: whether the runtime folds GatherElements, the fastest way to look up tables for several rows, and
+            BitwiseOr, which older ONNX Runtimes have for int8; otherwise Add and Gather take their place.
     """
 
-    def __init__(self, builder: GraphBuilder, gather_elements: bool) -> None:
-        self.builder, self.gather_elements = builder, gather_elements
+    def __init__(self, builder: GraphBuilder, folds_all: bool) -> None:
+        self.builder, self.folds_all = builder, folds_all
         self._made: dict[object, str] = {}
 
     def integers(self, part: Part, planes: Sequence[Array], counts: Sequence[int]) -> list[str]:
@@ -56,7 +56,7 @@ class Unpacking:
         value, shape = self._looked_up(code, top, levels)
         if len(planes) == 2:
             low = self._cast(self._typed(planes[0], False, shape))
-            value = self._node("Add", low, value)
+            value = self._node("BitwiseOr" if self.folds_all else "Add", low, value)
         return self._pieces(value, counts, prod(shape))
 
     def of_four_bits(self, digits: Array, shape: Sequence[int], output: str) -> None:
@@ -72,16 +72,32 @@ class Unpacking:
         """
         count, levels = tables.shape
         shape, code = (count, len(digits) // count), code_for(levels)
+        if self._pays_symbol_by_symbol(code, shape):
+            return self._symbols_in_tables(code, tables, digits)
         if code == FOUR_BITS:
             index = self._cast(self._typed(digits, False, shape), TensorProto.INT32)
         else:
             value, padded = self._looked_up(code, digits, np.arange(code.levels, dtype=np.int8))
             (value,) = self._pieces(value, [len(digits)], prod(padded))
             index = self._cast(self.reshaped(value, shape), TensorProto.INT32)
-        if self.gather_elements:
+        if self.folds_all:
             return self._node("GatherElements", self._constant(tables, "tables"), index, axis=1)
         starts = self._column(self._range(count * levels, levels))
         return self._node("Gather", self._constant(tables.reshape(-1), "tables"), self._node("Add", index, starts))
+
+    def _pays_symbol_by_symbol(self, code: Code, shape: Sequence[int]) -> bool:
+        """Whether tables of whole symbols are smaller than the index of each integer that they save."""
+        whole = code.bits == 8 and shape[1] % code.per == 0
+        return self.folds_all and whole and code != FOUR_BITS and (code.per << 8) <= shape[1]
+
+    def _symbols_in_tables(self, code: Code, tables: Array, digits: Array) -> str:
+        """Return int8 values `(tables, symbols, per)`, each symbol looked up as a whole."""
+        fill = np.repeat(tables[:, -1:], code.levels - tables.shape[1], axis=1)
+        known = self._constant(np.concatenate([tables, fill], axis=1), "tables")
+        symbols = self._node("Gather", known, self._digits(code), axis=1)
+        (low,) = code.encode(digits)
+        index = self._cast(self._constant(low.reshape(len(tables), -1, 1), "packed"), TensorProto.INT64)
+        return self._node("GatherND", symbols, index, batch_dims=1)
 
     def rows_of(self, value: str, counts: Sequence[int]) -> list[str]:
         """Return a value cut along its first axis."""

@@ -29,10 +29,10 @@ PLAIN = OnnxOptions(packed=False)
 INTEGERS = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
 
 
-def unpacked(weights: list[tuple[Rows, int]], gather_elements: bool = True) -> tuple[list[Rows], onnx.ModelProto]:
+def unpacked(weights: list[tuple[Rows, int]], folds_all: bool = True) -> tuple[list[Rows], onnx.ModelProto]:
     """Return what ONNX Runtime makes of weights with their axes of channels, and the file."""
     builder = GraphBuilder()
-    packed = PackedWeights(builder, gather_elements)
+    packed = PackedWeights(builder, folds_all)
     outputs = []
     for index, (weight, axis) in enumerate(weights):
         value, _ = packed.add(weight, axis, "w")
@@ -45,14 +45,14 @@ def unpacked(weights: list[tuple[Rows, int]], gather_elements: bool = True) -> t
     return session.run(None, {}), model
 
 
-@pytest.mark.parametrize("gather_elements", [True, False])
+@pytest.mark.parametrize("folds_all", [True, False])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_comes_back(form: str, gather_elements: bool) -> None:
-    shapes = [(64, 150), (64, 150), (24, 7, 3, 3), (10, 31), (1, 1), (300, 260)]
+def test_every_form_comes_back(form: str, folds_all: bool) -> None:
+    shapes = [(64, 150), (64, 150), (24, 7, 3, 3), (10, 31), (1, 1), (300, 260), (4, 3840)]
     weights = [
         (FORMS[form](shape[0], int(np.prod(shape[1:])), seed).reshape(shape), 0) for seed, shape in enumerate(shapes)
     ]
-    found, _ = unpacked(weights, gather_elements)
+    found, _ = unpacked(weights, folds_all)
     for (weight, _), back in zip(weights, found, strict=True):
         assert np.array_equal(back, weight)
 
@@ -67,7 +67,7 @@ def test_channels_may_be_on_another_axis(form: str) -> None:
     found, _ = unpacked(weights)
     assert all(np.array_equal(back, weight) for (weight, _), back in zip(weights, found, strict=True))
     # Only what is the same in any order is unpacked without a transposition, which OpenVINO does not fold.
-    packed = PackedWeights(GraphBuilder(), gather_elements=False)
+    packed = PackedWeights(GraphBuilder(), folds_all=False)
     assert packed.add(*weights[0], "w")[1] == (form in ("3 bits", "4 levels"))
 
 
