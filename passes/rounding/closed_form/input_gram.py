@@ -185,8 +185,14 @@ class GramAccumulator:
 
 
 def _added(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    wide = wide_product(left, right)
+    return wide if total is None else total.add_(wide)
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the matrix product in float64, taken in the type of the values where that can hold it."""
     wide = (left @ right).double()
     if not bool(torch.isfinite(wide).all()):
         # Squares of large values leave the range of float32, those of float64 do not.
         wide = left.double() @ right.double()
-    return wide if total is None else total.add_(wide)
+    return wide

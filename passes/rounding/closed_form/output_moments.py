@@ -16,7 +16,7 @@ from torch.fx import Node
 from fxquant.core.errors import PipelineError
 from fxquant.core.ir import Program, constant, rule_of, shape_of
 from fxquant.passes.formats import squared_error
-from fxquant.passes.rounding.closed_form.input_gram import channel_axis, geometry_of, patches
+from fxquant.passes.rounding.closed_form.input_gram import channel_axis, geometry_of, patches, wide_product
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,9 @@ def output_moments(node: Node, inputs: Sequence[Tensor], outputs: Sequence[Tenso
         for piece in patches(x, geometry):
             part = rows[:, start : start + piece.shape[1]]
             start += piece.shape[1]
-            transposed = piece.transpose(1, 2)
-            products = [transposed @ piece, transposed @ part]
-            plain = [part.square(), piece, part]
-            found = [p.double() for p in products] + [p.sum(dim=1, dtype=torch.float64) for p in plain]
+            transposed, plain = piece.transpose(1, 2), (part.double().square(), piece, part)
+            found = [wide_product(transposed, other) for other in (piece, part)]
+            found += [each.sum(dim=1, dtype=torch.float64) for each in plain]
             sums = [total.add_(each) for total, each in zip(sums, found, strict=True)] if sums else found
         count += start
     if not sums:

@@ -230,3 +230,11 @@ def test_rows_that_miss_the_outputs_are_rounded_to_nearest() -> None:
         weight = tensor_at(task.program.module, site.weight).detach()
         grid = task.rounding.grid_of(site.name, task.program[WeightGrids])
         assert torch.equal(found.weights[site.name], grid.round_trip(weight))
+
+
+def test_moments_of_values_whose_squares_leave_float32_are_finite() -> None:
+    x = 1e25 * seeded(20, 3).float()
+    node = op_node(torch.ops.aten.linear.default, x, torch.ones(2, 3))
+    found = output_moments(node, [x], [x[:, :2]])
+    assert all(torch.isfinite(getattr(found, name)).all() for name in ("gram", "cross", "power"))
+    assert torch.allclose(found.power[0], centred(x[None, :, :2].double()).square().sum(dim=1)[0], rtol=1e-6)
