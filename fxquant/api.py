@@ -92,14 +92,33 @@ def quantize(
         raise CalibrationError("calibration holds one image; give at least two, so that one can be held out")
     scoring, held_out = flow.split_images(images, limits, settings)
     flow.check_answers(limits, held_out, settings)
-    captured = capture_program(model, images.slice(0, 2).inputs)
+    with reporter.stages(flow.stages(settings, limits)):
+        reporter.stage(flow.CAPTURE)
+        captured = capture_program(model, images.slice(0, 2).inputs)
+        return _search(captured, limits, settings, scoring, held_out, reporter, shards, (folder, place))
+
+
+def _search(
+    captured: Program,
+    limits: Budget | None,
+    settings: Settings,
+    scoring: CalibrationSet,
+    held_out: CalibrationSet,
+    reporter: Reporter,
+    shards: Shards,
+    folders: tuple[Path | None, Path | None],
+) -> Result:
+    """Return the result of the stages after capture; `folders` keep finished scores and finished roundings."""
+    folder, place = folders
     for note in flow.learned_note(captured, held_out):
         reporter.say(note)
+    reporter.stage(flow.CALIBRATE)
     program = flow.prepare(captured, settings)
     program = flow.calibrate(program, scoring, reporter)
     if limits is not None:
         program = flow.measure_file(program, reporter) if limits.needs_file else program
         flow.check_budget(program, limits)
+    reporter.stage(flow.SCORE)
     program = flow.measure_sensitivity(program, scoring, folder, reporter, shards)
     if limits is None:
         judging = judged_on(program, scoring, held_out)
@@ -126,7 +145,10 @@ def _finish(
         return round_plan(solved, chain, scoring, held_out, folder, reporter, settings.rounding_options)
 
     def finish(solved: Program) -> Program:
-        return solved if scoring is None or chain == "nearest" else rounded_best(solved, rounded)
+        if scoring is None or chain == "nearest":
+            return solved
+        reporter.stage(flow.ROUND)
+        return rounded_best(solved, rounded)
 
     return finish
 

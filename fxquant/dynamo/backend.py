@@ -5,8 +5,8 @@
     {"result": "folder"}                                       use a result that `Result.save` wrote
     {}                                                         linear layers on int8, activations scaled dynamically
 
-`"inductor": False` runs the integer graph eagerly. With a budget, every option of `fxquant.quantize` is taken by its
-name, for example `"effort": "fast"`.
+What is being done is said on stderr; `"progress": False` keeps quiet. `"inductor": False` runs the integer graph
+eagerly. With a budget, every option of `fxquant.quantize` is taken by its name, for example `"effort": "fast"`.
 
 A graph is quantized at its first call, and again when its weights change. A graph in training mode, or one that does
 not export, runs unchanged, with a warning. Answers carry no gradient.
@@ -14,9 +14,11 @@ not export, runs unchanged, with a warning. Answers carry no gradient.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from fxquant.backends.int8 import compiled, lower_dynamic
 from fxquant.capture import capture
 from fxquant.core.errors import CalibrationError, CaptureError, OptionError, first_line
 from fxquant.core.facts import BitAllocation, Budget, BudgetLike, Settings, options_of
+from fxquant.core.host import SILENT, Reporter, seconds_text
 from fxquant.core.ir import Sites, rule_of
 from fxquant.core.registry import unknown
 from fxquant.core.run import CalibrationSet, collect
@@ -50,7 +53,10 @@ Run = Callable[..., Any]
 KEPT = 8
 """Integer graphs in the cache, so that a recompilation for another batch size does not quantize again."""
 
-CALL = ("workdir", "progress")
+COMPILE = "compile the integer graph with Inductor"
+"""What takes from seconds to minutes at the first call."""
+
+CALL = ("workdir",)
 """Arguments of `fxquant.quantize` that are not settings."""
 
 
@@ -63,6 +69,7 @@ class CompileOptions:
         calibration: as in `fxquant.quantize`; every graph iterates over it once.
         plan: a plan or the path of a plan.json.
         result: a result or the folder of one.
+        progress: say on stderr what is being done.
         inductor: compile the integer graph with Inductor; where that fails it runs eagerly, with a warning.
         quantize: options of `fxquant.quantize` by name; in `options=` they are given next to the others.
 
@@ -74,6 +81,7 @@ class CompileOptions:
     calibration: object = None
     plan: BitAllocation | str | Path | None = None
     result: Result | str | Path | None = None
+    progress: bool = True
     inductor: bool = True
     quantize: Mapping[str, Any] = field(default_factory=dict)
 
@@ -169,7 +177,7 @@ class CompiledGraph:
         except CaptureError as error:
             _warn(f"a graph stays in float: {error}")
             made = module
-        run = _Inductor(made) if options.inductor else made
+        run = _Inductor(made, Reporter(options.progress)) if options.inductor else made
         # Dynamo expects a flat tuple.
         return lambda *inputs: tuple(pytree.tree_leaves(run(*inputs)))
 
@@ -183,6 +191,7 @@ def _integer_graph(options: CompileOptions, module: GraphModule, inputs: tuple[T
     if options.result is not None:
         known = options.result if isinstance(options.result, Result) else Result.load(options.result)
         return graph_of(known, module)
+    Reporter(options.progress).say(f"capture a graph of {len(module.graph.nodes)} ops for torch.compile")
     images = _images(options, module, inputs)
     freed = free_batch(module, inputs, inputs if images is None else images.inputs)
     captured = capture(freed, tuple(t[:2] for t in (inputs if images is None else images.inputs)))
@@ -207,9 +216,9 @@ def _integer_graph(options: CompileOptions, module: GraphModule, inputs: tuple[T
         if options.plan is not None:
             _LOWERED[key] = _planned(options.plan, exported, images)
         else:
-            settings = {"target": TARGET, "progress": False, **options.quantize}
+            settings = {"target": TARGET, **options.quantize}
             call = {name: settings.pop(name) for name in CALL if name in settings}
-            result = quantize(exported, images, options.budget, **call, options=settings)
+            result = quantize(exported, images, options.budget, **call, progress=options.progress, options=settings)
             _LOWERED[key] = lower(TARGET, result.simulated)
         if len(_LOWERED) > KEPT:
             _LOWERED.popitem(last=False)
@@ -281,15 +290,16 @@ def _version(tensor: Tensor) -> int:
 class _Inductor:
     """Runs a graph through Inductor, and eagerly after its first failure."""
 
-    def __init__(self, graph: GraphModule) -> None:
+    def __init__(self, graph: GraphModule, reporter: Reporter) -> None:
         self._eager, self._compiled = graph, compiled(graph)
-        self._works = True
+        self._works, self._reporter = True, reporter
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Return the graph's output."""
         if self._works:
             try:
-                return self._compiled(*inputs)
+                with self._first_call():
+                    return self._compiled(*inputs)
             except Exception as error:
                 self._works = False
                 _warn(
@@ -297,6 +307,16 @@ class _Inductor:
                     "'inductor': False skips it"
                 )
         return self._eager(*inputs)
+
+    @contextmanager
+    def _first_call(self) -> Iterator[None]:
+        """Say that the graph is compiled, which takes from seconds to minutes, and how long it took."""
+        reporter, self._reporter = self._reporter, SILENT
+        began = time.monotonic()
+        with reporter.stages((COMPILE,)):
+            reporter.stage(COMPILE)
+            yield
+        reporter.say(f"compiled in {seconds_text(time.monotonic() - began)}")
 
 
 def _warn(message: str) -> None:

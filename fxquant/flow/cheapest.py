@@ -29,6 +29,7 @@ from fxquant.flow.file_size import kept_in_file, measure_file
 from fxquant.flow.judged_images import check_answers, learned_note
 from fxquant.flow.latency import measure_latency
 from fxquant.flow.score import judged_on, loss_name
+from fxquant.flow.stages import CHOOSE, CURVE, LATENCY
 from fxquant.passes import simulate
 from fxquant.passes.rounding import accepted
 
@@ -107,8 +108,10 @@ def choose(
     if budget.needs_file and "file" not in program[CostTables].tables:
         program = measure_file(program, reporter)
     if budget.needs_latency and "latency" not in program[CostTables].tables and held_out is not None:
+        reporter.stage(LATENCY)
         program = measure_latency(program, held_out, reporter)
     judging = judged_on(program, scoring, held_out) if judging is None else judging
+    reporter.stage(CHOOSE)
 
     def solve(limits: Budget) -> Program:
         return search.allocate(program, limits, judging, reporter, scoring, folder)
@@ -126,8 +129,11 @@ def choose(
         chosen = kept_in_file(program, budget, solve, finish)[1]
     plan = chosen[BitAllocation]
     chosen = chosen.with_facts(replace(plan, notes=(*plan.notes, *learned_note(program, held_out))))
-    # Other budgets of one result share the curve.
-    return chosen if BudgetCurve in chosen else chosen.with_facts(measure_curve(program, budget, judging, reporter))
+    if BudgetCurve in chosen:
+        # Other budgets of one result share the curve.
+        return chosen
+    reporter.stage(CURVE)
+    return chosen.with_facts(measure_curve(program, budget, judging, reporter))
 
 
 def _cheapest(

@@ -13,6 +13,7 @@ from fxquant.core.errors import InfeasibleBudgetError, OptionError
 from fxquant.core.facts import BitAllocation, Budget, CostTable, CostTables, Target, unit_of, usage
 from fxquant.core.host import SILENT, Reporter
 from fxquant.core.ir import Program, Sites
+from fxquant.flow.stages import MEASURE_FILE
 from fxquant.passes import simulate, uniform_plans
 
 ROUNDS = 4
@@ -48,6 +49,7 @@ def measure_file(program: Program, reporter: Reporter = SILENT) -> Program:
     Raises:
         OptionError: the target's runtime reads no file.
     """
+    reporter.stage(MEASURE_FILE)
     sites, size = program[Sites], program[CostTables]["size"]
     plans = [BitAllocation(choices) for choices in uniform_plans(sites.sites).values()]
     choices = sorted({candidate.choice for candidate in sites.candidates})

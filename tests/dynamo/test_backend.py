@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import copy
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.core.errors import CalibrationError, InfeasibleBudgetError, OptionError
+from fxquant.core.host import Reporter
 from fxquant.core.run import CalibrationSet, first_tensor
 from fxquant.dynamo import backend as compiling
 from fxquant.dynamo import compile_graph
@@ -249,18 +251,30 @@ def test_a_saved_result_runs_and_another_models_is_refused(tmp_path: Path) -> No
         compiled(other, result=known)(images(5))
 
 
-def test_where_inductor_fails_the_graph_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_inductor_fails_the_graph_runs_eagerly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def failing(*_: Any) -> Tensor:
         raise RuntimeError("no compiler\nanywhere")
 
     model = small()
     graph = fxquant.capture(model, images()).module
     monkeypatch.setattr(compiling, "compiled", lambda _: failing)
-    run = compiling._Inductor(graph)
+    run = compiling._Inductor(graph, Reporter())
     with pytest.warns(UserWarning, match=r"runs eagerly instead \(no compiler\)"):
         made = run(images(2))
     assert torch.equal(first_tensor(made), model(images(2)))
     run(images(2))
+    assert capsys.readouterr().err.splitlines() == ["1 of 1: compile the integer graph with Inductor"]
+
+
+def test_what_is_done_is_said_unless_told_not_to(capsys: pytest.CaptureFixture[str]) -> None:
+    _ = compiled(small(), **OPTIONS)(images(2))
+    assert re.search(r"1 of \d: capture the graph\n.*\d of \d: choose a plan\n", capsys.readouterr().err, re.DOTALL)
+    compiling._LOWERED.clear()
+    torch._dynamo.reset()
+    _ = compiled(small(), progress=False, **OPTIONS)(images(2))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow

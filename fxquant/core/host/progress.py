@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO, TypeVar
 
@@ -31,6 +32,37 @@ class Reporter:
         # A program without a console has no stderr at all.
         self.enabled = enabled and sys.stderr is not None
         self.on_terminal = self.enabled and sys.stderr.isatty()
+        self._stages: tuple[str, ...] = ()
+        self._title, self._began, self._spoke, self._bars = "", 0.0, 0.0, 0
+
+    @contextmanager
+    def stages(self, names: Sequence[str]) -> Iterator[None]:
+        """Number the stages that `stage` announces in this block; whatever is silent for 30 seconds is named again.
+
+        Args:
+            names: what will be done, in order.
+        """
+        done = threading.Event()
+        watcher = threading.Thread(target=self._watch, args=(done,), daemon=True)
+        self._stages = tuple(names) if self.enabled else ()
+        try:
+            if self.enabled:
+                watcher.start()
+            yield
+        finally:
+            done.set()
+            if self.enabled:
+                watcher.join()
+            self._stages, self._title = (), ""
+
+    def stage(self, name: str) -> None:
+        """Say that a stage begins, as `3 of 7: score layers`; nothing if it is none of the numbered ones."""
+        if name in self._stages:
+            self._title, self._began = (
+                f"{self._stages.index(name) + 1} of {len(self._stages)}: {name}",
+                time.monotonic(),
+            )
+            self.say(self._title)
 
     def track(self, items: Iterable[T], title: str, total: int) -> Iterator[T]:
         """Yield the items and show how many are done.
@@ -43,11 +75,12 @@ class Reporter:
         if not self.enabled:
             return iter(items)
         if self.on_terminal:
-            return self._bars(items, title, total)
-        return _lines(items, title, total, sys.stderr, time.monotonic())
+            return self._with_bar(items, title, total)
+        return self._with_lines(items, title, total, time.monotonic())
 
     def say(self, text: str) -> None:
         """Print one line on stderr; in silence, log it as information."""
+        self._spoke = time.monotonic()
         if self.on_terminal:
             Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
         elif self.enabled:
@@ -55,15 +88,14 @@ class Reporter:
         else:
             log.info("%s", text)
 
-    def _bars(self, items: Iterable[T], title: str, total: int) -> Iterator[T]:
-        with self._bar() as bar:
-            task = bar.add_task(title, total=total)
-            for item in items:
-                yield item
-                bar.advance(task)
+    def _watch(self, done: threading.Event) -> None:
+        """Name the stage again after each half minute in which nothing was said and no bar was moving."""
+        while not done.wait(LINE_EVERY / 10):
+            now = time.monotonic()
+            if self._title and not self._bars and now - self._spoke >= LINE_EVERY:
+                self.say(f"{self._title}, {seconds_text(now - self._began)} so far")
 
-    @contextmanager
-    def _bar(self) -> Iterator[Progress]:
+    def _with_bar(self, items: Iterable[T], title: str, total: int) -> Iterator[T]:
         columns = (
             TextColumn("{task.description:<28}"),
             BarColumn(),
@@ -72,29 +104,36 @@ class Reporter:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            yield bar
+        self._bars += 1
+        try:
+            with Progress(*columns, console=Console(stderr=True)) as bar:
+                task = bar.add_task(title, total=total)
+                for item in items:
+                    yield item
+                    bar.advance(task)
+        finally:
+            self._bars -= 1
+            self._spoke = time.monotonic()
 
+    def _with_lines(self, items: Iterable[T], title: str, total: int, started: float) -> Iterator[T]:
+        """Yield the items; say at the end, or where the loop is left, how many there were and how long they took.
 
-def _lines(items: Iterable[T], title: str, total: int, stream: TextIO, started: float) -> Iterator[T]:
-    """Yield the items; say at the end, or where the loop is left, how many there were and how long they took.
-
-    The work of an item may be done before it is asked for, so time counts from when the stage was announced.
-    """
-    said, done = started, 0
-    try:
-        for item in items:
-            yield item
-            done += 1
-            now = time.monotonic()
-            if now - said >= LINE_EVERY and done < total:
-                said = now
-                left = (now - started) / done * (total - done)
-                time_text = f"{seconds_text(now - started)}, about {seconds_text(left)} left"
-                _write(stream, f"{title}: {done} of {total} after {time_text}")
-    finally:
-        if total:
-            _write(stream, f"{title}: {done} of {total} in {seconds_text(time.monotonic() - started)}")
+        The work of an item may be done before it is asked for, so time counts from when the stage was announced.
+        """
+        said, done = started, 0
+        try:
+            for item in items:
+                yield item
+                done += 1
+                now = time.monotonic()
+                if now - said >= LINE_EVERY and done < total:
+                    said = now
+                    left = (now - started) / done * (total - done)
+                    time_text = f"{seconds_text(now - started)}, about {seconds_text(left)} left"
+                    self.say(f"{title}: {done} of {total} after {time_text}")
+        finally:
+            if total:
+                self.say(f"{title}: {done} of {total} in {seconds_text(time.monotonic() - started)}")
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -4,6 +4,7 @@ import io
 import logging
 import re
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -74,6 +75,50 @@ def test_work_done_before_an_item_is_asked_for_counts(
     clock.now += 20
     assert list(stage) == ["cell"]
     assert capsys.readouterr().err == "measure: 1 of 1 in 20 s\n"
+
+
+def test_stages_are_numbered_and_long_silence_is_broken(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, reporter = Clock(monkeypatch), Reporter()
+
+    class Waiting(threading.Event):
+        """Is asked every 3 seconds, of 100."""
+
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            clock.now += timeout
+            return clock.now > 200
+
+    with reporter.stages(("capture", "score")):
+        reporter.stage("capture")
+        reporter.stage("unheard of")
+        reporter.stage("score")
+        reporter._watch(Waiting())
+    reporter.stage("score")
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == ["1 of 2: capture", "2 of 2: score"]
+    assert said[2:] == [f"2 of 2: score, {text} so far" for text in ("30 s", "1 min 00 s", "1 min 30 s")]
+    assert not [thread for thread in threading.enumerate() if "_watch" in thread.name]
+
+
+def test_a_block_of_stages_ends_with_its_watcher_and_says_nothing_in_silence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = threading.active_count()
+
+    def failing() -> None:
+        with Reporter().stages(("capture",)):
+            assert threading.active_count() == before + 1
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
+    with Reporter(False).stages(("capture",)):
+        SILENT.stage("capture")
+        assert threading.active_count() == before
+    assert threading.active_count() == before
+    assert capsys.readouterr().err == ""
 
 
 def test_a_loop_that_is_left_says_how_far_it_came(capsys: pytest.CaptureFixture[str]) -> None:
