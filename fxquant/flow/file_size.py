@@ -17,7 +17,9 @@ from fxquant.flow.stages import MEASURE_FILE
 from fxquant.passes import simulate, uniform_plans
 
 ROUNDS = 4
-"""Plans whose file is measured at most; after each that is too large the limit is tightened."""
+"""Finished plans whose file is measured at most; after each that is too large the limit is tightened."""
+CLOSE = 0.99
+"""Share of the limit that a file uses at least for a plan to be finished as it is."""
 
 
 def file_bytes(program: Program, plan: BitAllocation) -> int:
@@ -71,7 +73,10 @@ def measure_file(program: Program, reporter: Reporter = SILENT) -> Program:
 def kept_in_file(
     program: Program, budget: Budget, solve: Callable[[Budget], Program], finish: Callable[[Program], Program]
 ) -> tuple[Program, Program]:
-    """Return the solved plan as it is and finished, solved again for less while its file is larger than allowed.
+    """Return the solved plan as it is and finished, whose file keeps the limits.
+
+    What the table misses at the solved plan is taken from the limits, and the plan solved again: for more where files
+    are smaller than predicted, for less where they are larger, and for less again while the finished plan's is.
 
     Args:
         program: with costs, of the file too where the budget limits it.
@@ -85,29 +90,45 @@ def kept_in_file(
     """
     limits = {name: limit for name, limit in budget.limits.items() if name.startswith("file")}
     solved = solve(budget)
-    finished, tries, tables = finish(solved), [math.inf], program[CostTables]
     if not limits:
-        return solved, finished
-    for attempt in range(ROUNDS):
-        plan = finished[BitAllocation]
-        size = file_bytes(finished, plan)
-        tries.append(size)
-        used = {name: size / unit_of(name, tables) for name in limits}
-        known = replace(plan, used={**plan.used, **used}, limits=budget.limits)
-        if attempt:
-            # Proved for tighter limits than were asked for.
-            known = replace(known, status="measured", bound=math.nan, gap=math.nan)
-        if all(used[name] <= limit for name, limit in limits.items()):
-            return solved, finished.with_facts(known)
-        predicted = usage(plan.choices, limits, tables)
-        tighter = {name: limit - (used[name] - predicted[name]) for name, limit in limits.items()}
-        if attempt + 1 == ROUNDS or min(tighter.values()) <= 0:
-            break
+        return solved, finish(solved)
+    tables, tries, asked = program[CostTables], [math.inf], budget
+
+    def used(candidate: Program) -> dict[str, float]:
+        tries.append(file_bytes(candidate, candidate[BitAllocation]))
+        return {name: tries[-1] / unit_of(name, tables) for name in limits}
+
+    def again(candidate: Program, found: dict[str, float]) -> tuple[Program, Budget] | None:
+        """Return the plan within the budget less what this plan's file takes beyond its prediction, if there is one."""
+        predicted = usage(candidate[BitAllocation].choices, limits, tables)
+        left = {name: limit - (found[name] - predicted[name]) for name, limit in limits.items()}
+        if min(left.values()) <= 0:
+            return None
+        within = Budget.of({**budget.limits, **left})
         try:
-            solved = solve(Budget.of({**budget.limits, **tighter}))
+            return solve(within), within
         except InfeasibleBudgetError:
-            break
+            return None
+
+    # Before the plan is finished, which may take long.
+    found = used(solved)
+    if any(not CLOSE * limit <= found[name] <= limit for name, limit in limits.items()):
+        other = again(solved, found)
+        if other is not None and other[0][BitAllocation].choices != solved[BitAllocation].choices:
+            solved, asked = other
+    for _ in range(ROUNDS):
         finished = finish(solved)
+        found = used(finished)
+        if all(found[name] <= limit for name, limit in limits.items()):
+            plan = finished[BitAllocation]
+            known = replace(plan, used={**plan.used, **found}, limits=budget.limits)
+            # What was proved for other limits than those asked for proves nothing.
+            unproved = replace(known, status="measured", bound=math.nan, gap=math.nan)
+            return solved, finished.with_facts(known if asked is budget else unproved)
+        other = again(finished, found)
+        if other is None:
+            break
+        solved, asked = other
     raise InfeasibleBudgetError(
         f"no plan was found whose file keeps {budget}; the smallest of {len(tries) - 1} took {min(tries):.0f} bytes; "
         "raise the limit or allow narrower bits"

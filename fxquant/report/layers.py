@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from fxquant.core.facts import BitAllocation, CostTables, SensitivityMatrix, Target
-from fxquant.core.ir import Choice, Program, Site, Sites
-from fxquant.passes.cost import FLOAT_BYTES, counted_bits, site_bytes
+from fxquant.core.facts import BitAllocation, CostTable, CostTables, SensitivityMatrix, Target
+from fxquant.core.ir import Candidate, Choice, Program, Site, Sites
+from fxquant.passes.cost import FLOAT_BYTES, site_bytes, stored_bits
 
 SHARE = 0.5
 """Share of the loss that the most sensitive layers make up at least."""
@@ -63,21 +63,25 @@ def model_bytes(program: Program, choices: Mapping[str, Choice]) -> float:
 
 def _bytes(program: Program, site: Site, choice: Choice) -> float:
     """Return the bytes of a layer at a precision, one that no candidate has (float by hand) included."""
-    table = program[CostTables]["size"]
-    found = [
-        value
-        for c, value in zip(table.candidates, table.values, strict=True)
-        if (c.site, c.choice) == (site.name, choice)
-    ]
-    return float(found[0]) if found else site_bytes(site, choice, program[Target])
+    found = _cost(program[CostTables]["size"], site, choice)
+    return site_bytes(site, choice, program[Target]) if found is None else found
+
+
+def _cost(table: CostTable, site: Site, choice: Choice) -> float | None:
+    """Return what a layer's precision costs, None where it is no candidate."""
+    column = Candidate(site.name, choice)
+    return float(table.values[table.candidates.index(column)]) if column in table.candidates else None
 
 
 def average_bits(program: Program, plan: BitAllocation) -> float | None:
     """Return the stored bits per weight over the layers a plan quantizes, None if it quantizes none."""
-    target = program[Target]
-    integer = [site for site in program[Sites].sites if not plan.choices[site.name].is_float]
-    weights = sum(site.weight_count for site in integer)
-    stored = sum(counted_bits(site, plan.choices[site.name], target) for site in integer)
+    sites, table = program[Sites].sites, program[CostTables]["average_bits"]
+    integer = {site: plan.choices[site.name] for site in sites if not plan.choices[site.name].is_float}
+    weights, every = (sum(site.weight_count for site in known) for known in (integer, sites))
+    stored = 0.0
+    for site, choice in integer.items():
+        share = _cost(table, site, choice)
+        stored += stored_bits(site, choice, program[Target]) if share is None else share * every
     return stored / weights if weights else None
 
 

@@ -35,20 +35,26 @@ def site_bytes(site: Site, choice: Choice, target: Target) -> int:
 
 
 def candidate_bytes(program: Program, candidate: Candidate, target: Target) -> int:
-    """Return the bytes of one candidate: its integers in their shortest form where the target stores that.
+    """Return the bytes of one candidate: its integers in their shortest form where the target stores that."""
+    site, packed = program[Sites].by_name(candidate.site), shortest_bytes(program, candidate, target)
+    return site_bytes(site, candidate.choice, target) if packed is None else packed + _beside(site, target)
+
+
+def shortest_bytes(program: Program, candidate: Candidate, target: Target) -> int | None:
+    """Return the bytes of one candidate's integers in their shortest form, None where the target does not store that.
 
     Counted are the weights as they were rounded beforehand, to their nearest values where they were not: the table of a
     codebook, and rows that need fewer bits than their format has, are known from the integers alone.
     """
     site = program[Sites].by_name(candidate.site)
     if candidate.choice.is_float or not target.packs or WeightGrids not in program:
-        return site_bytes(site, candidate.choice, target)
+        return None
     grids, weight = program[WeightGrids], candidate.choice.weight
     grid = grids.at(site.name, weight)
     with torch.no_grad():
         q = grid.quantize(grids.rounded.get((site.name, weight), tensor_at(program.module, site.weight)))
     rows = q.to(torch.int8).movedim(grid.spec.channel_axis or 0, 0).reshape(site.channels, -1)
-    return packed_bytes(rows.contiguous().cpu().numpy()) + _beside(site, target)
+    return packed_bytes(rows.contiguous().cpu().numpy())
 
 
 def _beside(site: Site, target: Target) -> int:

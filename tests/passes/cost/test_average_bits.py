@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from fxquant.core.facts import Target
 from fxquant.core.ir import FLOAT, Choice, Sites
 from fxquant.passes.cost import COSTS
 from tests.programs import TARGET, calibrated
@@ -33,3 +34,13 @@ def test_float_counts_32() -> None:
     table = average_bits(program, TARGET)
     assert table.of(dict.fromkeys((s.name for s in program[Sites].sites), FLOAT)) == pytest.approx(32)
     assert table.float_cost == 32
+
+
+def test_a_codebook_counts_with_its_tables() -> None:
+    program = for_reference("plain", ("2c", 8))
+    table = average_bits(program, program[Target])
+    sites = program[Sites].sites
+    plan = {site.name: Choice(2, 8, "codebook") for site in sites}
+    # A table of int8 levels for the layer at least; more tables only where they are worth their bits.
+    least = sum(2 * site.weight_count + 8 * 3 for site in sites) / sum(site.weight_count for site in sites)
+    assert least < table.of(plan) < 8
