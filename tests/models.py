@@ -263,6 +263,25 @@ class NameClashNet(nn.Module):
         return answer
 
 
+class UpsamplingNet(nn.Module):
+    """Transposed convolutions of several forms, one of them twice; pixel shuffles in both directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(12, 6, 3, padding=1)
+        self.up = nn.ConvTranspose2d(6, 4, 4, 2, 1, groups=2, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.same = nn.ConvTranspose2d(4, 4, 3, padding=1)
+        self.uneven = nn.ConvTranspose2d(4, 3, (3, 2), (2, 1), (1, 0), output_padding=(1, 0))
+        self.dilated = nn.ConvTranspose2d(3, 2, 2, dilation=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.norm(self.up(torch.relu(self.down(F.pixel_unshuffle(x, 2))))))
+        x = self.uneven(torch.relu(self.same(self.same(x))))
+        answer: Tensor = self.dilated(x).mean(dim=(2, 3))
+        return answer
+
+
 class WeightlessNet(nn.Module):
     """Nothing to quantize."""
 
@@ -362,6 +381,7 @@ MODELS: dict[str, Case] = {
     "token_norm": Case(TokenNormNet, _images(6, 6)),
     "bias_elsewhere": Case(BiasElsewhereNet, _images(3, 5, 5)),
     "name_clash": Case(NameClashNet, _images(3, 4, 4)),
+    "upsampling": Case(UpsamplingNet, _images(3, 8, 8)),
     "weightless": Case(WeightlessNet, _images(3, 4, 4)),
 }
 """Name -> a network that exports."""

@@ -35,7 +35,10 @@ FLOORS = (
 """Rooms from the ground up. A room imports from lower floors only; `passes` and `backends` share one, so neither sees
 the other."""
 
-ATEN = {"fxquant/core/ir/ops.py", "passes/canonicalize.py", "passes/fold_batchnorm.py", "fxquant/capture/trace.py"}
+ATEN = {
+    *("fxquant/core/ir/ops.py", "fxquant/capture/trace.py"),
+    *("passes/canonicalize.py", "passes/fold_batchnorm.py", "passes/rewrite_transposed.py"),
+}
 """Files that may name ATen overloads, in addition to the lowering tables of the backends."""
 
 FACE_IMPORT = re.compile(r"from (fxquant[\w.]*) import (\([^)]*\)|[^\n(]*)")

@@ -108,6 +108,14 @@ def _space_to_depth(lowering: Lowering, node: Node) -> str | None:
     return lowering.write(node, "SpaceToDepth", [lowering.value(node.args[0])], blocksize=BLOCK)
 
 
+@emits(aten.pixel_shuffle.default)
+def _pixel_shuffle(lowering: Lowering, node: Node) -> str | None:
+    if len(dims(node)) != 4:
+        return None
+    x, block = node.args
+    return lowering.write(node, "DepthToSpace", [lowering.value(x)], blocksize=block, mode="CRD")
+
+
 @emits(aten.pad.default, aten.constant_pad_nd.default)
 def _pad(lowering: Lowering, node: Node) -> str | None:
     given = arguments(node)

@@ -21,6 +21,7 @@ from fxquant.passes import (
     FoldConstants,
     InsertObservers,
     Pass,
+    RewriteTransposed,
     ScaleWeights,
     site_passes,
 )
@@ -117,7 +118,8 @@ def find_sites(program: Program, settings: Settings) -> Program:
     """
     settings = settled(settings)
     target = backend(settings.target).target
-    program = run(program, Canonicalize(), FoldConstants(), FoldBatchnorm()).with_facts(settings, target)
+    program = run(program, Canonicalize(), FoldConstants(), RewriteTransposed(), FoldBatchnorm())
+    program = program.with_facts(settings, target)
     program = run(program, *site_passes(target, settings, {}))
     names = [site.name for site in program[Sites].sites]
     types = site_types(program.module.graph, program[Sites].sites)

@@ -12,6 +12,7 @@ from fxquant.core.ir.graphs import (
     erase_dead,
     finish,
     fork,
+    free_path,
     insert_after,
     is_constant,
     nodes_by_name,
@@ -20,6 +21,7 @@ from fxquant.core.ir.graphs import (
     set_parameter,
     show,
     tensor_at,
+    trace,
     trace_line,
 )
 from fxquant.core.ir.grid import SMALLEST_SCALE, Grid

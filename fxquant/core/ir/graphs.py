@@ -6,11 +6,14 @@ import copy
 import re
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from fxquant.core.errors import PipelineError
 from fxquant.core.ir.spec import Edge
@@ -120,6 +123,27 @@ def set_parameter(
     padded = list(consumer.args) + [None] * (position + 1 - len(consumer.args))
     padded[position] = node
     consumer.args = tuple(padded)
+
+
+def free_path(module: nn.Module, path: str) -> str:
+    """Return `path`, with a number behind it where the module has something there."""
+    *parents, leaf = path.split(".")
+    holder, free, number = module.get_submodule(".".join(parents)), leaf, 0
+    while hasattr(holder, free):
+        number += 1
+        free = f"{leaf}_{number}"
+    return ".".join([*parents, free])
+
+
+def trace(node: Node) -> Node:
+    """Note what a new node computes, as its inputs were traced, and return it."""
+    args: Any = map_arg(node.args, lambda source: source.meta["val"])
+    kwargs: Any = map_arg(node.kwargs, lambda source: source.meta["val"])
+    assert callable(node.target)
+    modes = [mode for source in node.all_input_nodes if (mode := getattr(source.meta["val"], "fake_mode", None))]
+    with modes[0] if modes else nullcontext():
+        node.meta["val"] = node.target(*args, **kwargs)
+    return node
 
 
 def insert_after(module: GraphModule, producer: Node, name: str, inserted: nn.Module, users: Iterable[Node]) -> Node:

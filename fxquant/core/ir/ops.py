@@ -194,6 +194,9 @@ OPS: dict[object, OpRule] = {
     aten.permute.default: _TRANSPOSE,
     aten.transpose.int: _TRANSPOSE,
     aten.t.default: _TRANSPOSE,
+    aten.pixel_shuffle.default: OpRule("pixel_shuffle", ScaleRule.KEEP),
+    aten.pixel_unshuffle.default: OpRule("pixel_shuffle", ScaleRule.KEEP),
+    aten.channel_shuffle.default: OpRule("channel_shuffle", ScaleRule.KEEP),
     aten.clone.default: replace(_RESHAPE, is_view=False),
     aten.contiguous.default: replace(_RESHAPE, is_view=False),
     aten.relu.default: OpRule("relu", ScaleRule.ABSORB, clips=(0.0, inf), homogeneous=True),
@@ -213,8 +216,10 @@ OPS: dict[object, OpRule] = {
 
 REFUSED: dict[object, str] = {
     aten.embedding.default: "a table look-up does no arithmetic; its rows stay in float",
-    aten.conv_transpose1d.default: "no runtime here has an integer transposed convolution",
-    aten.conv_transpose2d.input: "no runtime here has an integer transposed convolution",
+    **dict.fromkeys(
+        (aten.conv_transpose1d.default, aten.conv_transpose2d.input),
+        "with both stride and dilation, or a computed weight, a transposed convolution has no integer form",
+    ),
     aten.conv3d.default: "3-d convolution has no integer kernel here",
     aten.conv_transpose3d.input: "no runtime here has an integer transposed convolution",
     **dict.fromkeys(

@@ -116,7 +116,7 @@ KEEPS: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     (aten.select.int, (2, 1)),
     (aten.view.default, ([2, -1],)),
     (aten.reshape.default, ([-1, 4],)),
-    (aten._unsafe_view.default, ([2, 48],)),
+    (aten._unsafe_view.default, ([2, 64],)),
     (aten.flatten.using_ints, (1,)),
     (aten.unsqueeze.default, (1,)),
     (aten.squeeze.dim, (0,)),
@@ -124,6 +124,9 @@ KEEPS: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     (aten.permute.default, ([0, 2, 3, 1],)),
     (aten.transpose.int, (1, 2)),
     (aten.t.default, ()),
+    (aten.pixel_shuffle.default, (2,)),
+    (aten.pixel_unshuffle.default, (2,)),
+    (aten.channel_shuffle.default, (2,)),
     (aten.clone.default, ()),
     (aten.contiguous.default, ()),
 ]
@@ -132,7 +135,7 @@ KEEPS: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
 def example_for(op: object) -> Tensor:
     if op is aten.t.default:
         return rand(4, 6)
-    return rand(3, 4, 8) if op is aten.max_pool1d.default else rand(2, 3, 4, 4)
+    return rand(3, 4, 8) if op is aten.max_pool1d.default else rand(2, 4, 4, 4)
 
 
 @pytest.mark.parametrize(("op", "args"), KEEPS, ids=[name_of(op) for op, _ in KEEPS])
