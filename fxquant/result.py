@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from fxquant import flow
@@ -40,10 +39,9 @@ from fxquant.core.ir import Program, Sites
 from fxquant.core.run import CalibrationSet, model_outputs
 from fxquant.core.storage import (
     RESULT,
+    StoredProgram,
     finish,
-    load_exported,
     read_json,
-    save_exported,
     staged,
     text_digest,
     write_json,
@@ -303,7 +301,7 @@ class Result:
         for name, matrix in program[Surrogates].matrices.items():
             matrix.save(folder / f"sensitivity_{name}.npz")
         program[Ranges].save(folder / "ranges.npz")
-        save_exported(program[ExportedProgram], folder / "model.pt2")
+        program[StoredProgram].save(folder / "model.pt2")
         for name, each in images.items():
             each.save(folder / name)
         if program[WeightGrids].rounded:
@@ -332,7 +330,7 @@ class Result:
             described = str(document["settings"]["target"]).endswith(SUFFIX)
             target = read_target(folder / TARGET_FILE) if described else None
             settings = Settings.of(document["settings"], target=target)
-            program = flow.find_sites(capture(load_exported(folder / "model.pt2"), ()), settings)
+            program = flow.find_sites(capture(StoredProgram.load(folder / "model.pt2"), ()), settings)
             if text_digest(str(program.module.graph)) != document["graph"]:
                 raise FileFormatError(
                     f"{folder} was saved with torch {document['torch']}, whose graph torch {torch.__version__} "

@@ -157,8 +157,8 @@ NO_FILE = "missing folder device pipe"
 """Without its list a move is over, and a folder holds other images."""
 
 CORE, CODECS, CELLS = "fxquant/core", "fxquant/core/storage/codecs.py", "fxquant/core/storage/cells.py"
-EXPORTED = "fxquant/cli/inputs.py:load_model fxquant/core/storage/exported.py:load_exported"
-EXPORTED += " fxquant/core/storage/pt2_audit.py:_check_samples"
+EXPORTED = " ".join(f"fxquant/core/storage/exported.py:{name}" for name in ("load", "load_exported", "_read"))
+EXPORTED += " fxquant/cli/inputs.py:load_model fxquant/core/storage/pt2_audit.py:_check_samples"
 ONNX = "backends/onnx/contents.py:inspect_onnx backends/onnx/contents.py:_bytes fxquant/cli/inspect_onnx.py:_plan"
 IMAGE = ImageOptions((4, 4))
 READERS = {

@@ -38,7 +38,16 @@ FUZZ = settings(
 """`FXQUANT_FUZZ=5000` searches at length, from another seed each time."""
 
 
-OPENERS = {"read_json", "read_arrays", "read_array", "read_tensors", "load_exported", "load_file", "read_text"}
+OPENERS = {
+    "read_json",
+    "read_arrays",
+    "read_array",
+    "read_tensors",
+    "load_exported",
+    "StoredProgram.load",
+    "load_file",
+    "read_text",
+}
 OPENERS |= {"read_bytes", "parse_json", "unpack_arrays"}
 OPENERS |= {"np.load", "torch.load", "torch.export.load", "onnx.load", "onnx.load_model", "onnx.load_model_from_string"}
 OPENERS |= {"Image.open"}

@@ -19,7 +19,7 @@ from torch.nn import functional
 from fxquant.backends.onnx.rewrites import argument, padded_conv, spread
 from fxquant.backends.qdq_ops import dequantize, dequantize_channels, quantize
 from fxquant.core.errors import LoweringError
-from fxquant.core.ir import finish, tensor_at
+from fxquant.core.ir import finish, tensor_at, traced
 
 aten = torch.ops.aten
 
@@ -130,10 +130,10 @@ def _fold(module: GraphModule, conv: Node) -> None:
         missing = [0, axes[1].missing, 0, axes[0].missing]
         if any(missing):
             padded = graph.call_function(aten.constant_pad_nd.default, (image, missing))
-            padded.meta = {**image.meta, "val": functional.pad(image.meta["val"], missing)}
+            padded.meta = {**image.meta, "val": traced(lambda x: functional.pad(x, missing), image.meta["val"])}
             image = padded
         blocks = graph.call_function(space_to_depth, (image,))
-        blocks.meta = {**image.meta, "val": space_to_depth(image.meta["val"])}
+        blocks.meta = {**image.meta, "val": traced(space_to_depth, image.meta["val"])}
     quantizer.args = (blocks, *quantizer.args[1:])
     for node in (quantizer, source):
         assert isinstance(node, Node)

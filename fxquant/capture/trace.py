@@ -22,6 +22,7 @@ from fxquant.capture.model_outputs import plain_answer
 from fxquant.capture.weights import check_finite, check_storage
 from fxquant.core.errors import CaptureError, first_line
 from fxquant.core.ir import Program, differentiable
+from fxquant.core.storage import StoredProgram
 
 
 def input_names(model: nn.Module | ExportedProgram) -> list[str]:
@@ -79,7 +80,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {torch.ops.aten.scaled_dot_produ
 
 
 def capture(
-    model: nn.Module | ExportedProgram,
+    model: nn.Module | ExportedProgram | StoredProgram,
     example_inputs: Sequence[Tensor],
     dynamic_batch: bool = True,
     dynamic_image: bool = False,
@@ -87,7 +88,8 @@ def capture(
     """Trace a model to a functional ATen graph; the caller's model is neither modified nor switched to eval.
 
     Args:
-        model: a module, or an ExportedProgram, which is taken as it is.
+        model: a module, or an ExportedProgram, which is taken as it is; a StoredProgram gives the graph it was stored
+            from.
         example_inputs: one tensor per input, images along axis 0; two images at least are traced so that the batch
             stays dynamic.
         dynamic_batch: False keeps the example's batch size.
@@ -98,21 +100,27 @@ def capture(
         CaptureError: the model does not export, holds weights that are not finite, or needs images of one size though
             `dynamic_image` was asked for.
     """
-    exported = model
-    if not isinstance(model, ExportedProgram):
-        exported = _export(model, tuple(example_inputs), dynamic_batch, dynamic_image)
-    assert isinstance(exported, ExportedProgram)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module = exported.run_decompositions(DECOMPOSITIONS).module(check_guards=False)
-    except Exception as error:
-        raise CaptureError(f"the exported program cannot be brought to functional ATen: {_summary(error)}") from error
+    stored = model
+    if not isinstance(model, StoredProgram):
+        exported = model
+        if not isinstance(model, ExportedProgram):
+            exported = _export(model, tuple(example_inputs), dynamic_batch, dynamic_image)
+        assert isinstance(exported, ExportedProgram)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                stored = StoredProgram.of(exported.run_decompositions(DECOMPOSITIONS))
+        except Exception as error:
+            raise CaptureError(
+                f"the exported program cannot be brought to functional ATen: {_summary(error)}"
+            ) from error
+    assert isinstance(stored, StoredProgram)
+    module = stored.exported.module(check_guards=False)
     assert isinstance(module, GraphModule)
     check_storage(module)
     check_finite(module)
     _leave_inference_mode(module)
-    return Program(GraphModule(module, module.graph), {ExportedProgram: exported})
+    return Program(GraphModule(module, module.graph), {StoredProgram: stored})
 
 
 def _leave_inference_mode(module: GraphModule) -> None:

@@ -41,7 +41,7 @@ from fxquant.core.host import SILENT, Reporter, seconds_text
 from fxquant.core.ir import Sites, rule_of
 from fxquant.core.registry import unknown
 from fxquant.core.run import CalibrationSet, collect
-from fxquant.core.storage import tensor_digest, text_digest
+from fxquant.core.storage import StoredProgram, tensor_digest, text_digest
 from fxquant.dynamo.boundary import DynamoGraph, caller_arguments, free_batch
 from fxquant.dynamo.transfer import graph_of, input_nodes, renamed
 from fxquant.passes import simulate
@@ -212,7 +212,7 @@ def _integer_graph(options: CompileOptions, module: GraphModule, inputs: tuple[T
     calibration = {f"input {k}": tensor for k, tensor in enumerate(images.inputs)}
     key = text_digest(" ".join(map(str, request))) + tensor_digest(names) + tensor_digest(calibration)
     if key not in _LOWERED:
-        exported = captured[ExportedProgram]
+        exported = captured[StoredProgram].exported
         if options.plan is not None:
             _LOWERED[key] = _planned(options.plan, exported, images)
         else:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
@@ -16,6 +15,7 @@ from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation
 from fxquant.core.ir import fork
 from fxquant.core.run import placeholders
+from fxquant.core.storage import StoredProgram
 from fxquant.result import Result
 
 
@@ -78,7 +78,7 @@ def check_same_model(result: Result, module: GraphModule) -> None:
     Raises:
         OptionError: names the first weight that differs.
     """
-    exported = result.program[ExportedProgram]
+    exported = result.program[StoredProgram].exported
     there = {name: exported.state_dict[name] for name in exported.graph_signature.parameters}
     here = dict(module.named_parameters())
     for name, tensor in here.items():

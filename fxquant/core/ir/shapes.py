@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
 import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node
 
 
@@ -21,6 +24,19 @@ def _hint(size: int | torch.SymInt) -> int:
         return size
     hint = size.node.hint
     return int(hint) if hint is not None else 1
+
+
+def traced(compute: Callable[..., Tensor], value: Tensor) -> Tensor:
+    """Return what a computation makes of a node's traced value, free sizes kept free.
+
+    Outside of the mode that traced it, some ops ask a value for its sizes as numbers, and torch then fixes them in the
+    whole graph and in everything made of it.
+    """
+    mode = getattr(value, "fake_mode", None)
+    if mode is None:
+        return compute(value)
+    with mode, enable_python_dispatcher():
+        return compute(value)
 
 
 def images_axis(node: Node) -> int | None:

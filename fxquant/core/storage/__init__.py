@@ -19,7 +19,7 @@ from fxquant.core.storage.codecs import (
     write_json_once,
     write_tensors,
 )
-from fxquant.core.storage.exported import load_exported, save_exported
+from fxquant.core.storage.exported import StoredProgram, load_exported
 from fxquant.core.storage.files import UNFINISHED, atomic_path, check_writable, flush_to_disk, unwritable, work_folder
 from fxquant.core.storage.lock import HOLDER, LOCK, only_writer
 from fxquant.core.storage.packing import Layout, Packed, Part, layout_of, pack, packed_bytes, unpack
