@@ -110,7 +110,7 @@ def _search(
 ) -> Result:
     """Return the result of the stages after capture; `folders` keep finished scores and finished roundings."""
     folder, place = folders
-    for note in flow.learned_note(captured, held_out):
+    for note in (*flow.answer_note(captured), *flow.learned_note(captured, held_out)):
         reporter.say(note)
     reporter.stage(flow.CALIBRATE)
     program = flow.prepare(captured, settings)

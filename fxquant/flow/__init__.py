@@ -19,5 +19,5 @@ from fxquant.flow.pipeline import (
     scaling,
 )
 from fxquant.flow.round_weights import algorithms, realised, round_plan, round_with_feedback, rounded_best
-from fxquant.flow.score import judged_on, loss_name, measure_sensitivity, score_identity
+from fxquant.flow.score import answer_note, judged_on, loss_name, measure_sensitivity, score_identity
 from fxquant.flow.stages import CALIBRATE, CAPTURE, ROUND, SCORE, stages

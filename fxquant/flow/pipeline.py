@@ -11,7 +11,7 @@ from fxquant.core.facts import EFFORTS, Settings, Target, found, matching, site_
 from fxquant.core.host import SILENT, Reporter
 from fxquant.core.ir import PlanEdges, Program, Sites
 from fxquant.core.registry import Registry, unknown
-from fxquant.core.run import LOSSES, OBSERVERS, CalibrationSet
+from fxquant.core.run import LOSSES, OBSERVERS, CalibrationSet, find_answers
 from fxquant.passes import (
     Calibrate,
     Canonicalize,
@@ -140,7 +140,12 @@ def find_sites(program: Program, settings: Settings) -> Program:
 
 
 def prepare(program: Program, settings: Settings) -> Program:
-    """Find what to quantize and insert an observer on each edge."""
+    """Find what to quantize and insert an observer on each edge.
+
+    Raises:
+        CaptureError: the model returns nothing that losses can compare.
+    """
+    _ = find_answers(program.module.graph)
     return run(find_sites(program, settings), InsertObservers(settings.observer))
 
 

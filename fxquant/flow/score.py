@@ -21,7 +21,7 @@ from fxquant.core.facts import (
 )
 from fxquant.core.host import ALONE, SILENT, Reporter, Shards
 from fxquant.core.ir import Program, Sites
-from fxquant.core.run import LOSSES, UNITS, CalibrationSet, default_loss, judging_images, model_outputs
+from fxquant.core.run import LOSSES, UNITS, CalibrationSet, default_loss, find_answers, judging_images, model_outputs
 from fxquant.core.storage import ScoreStore, tensor_digest, text_digest
 from fxquant.flow.judged_images import compared_images
 from fxquant.passes import MeasureSensitivity, simulate, widest_plan
@@ -36,7 +36,20 @@ def loss_name(program: Program, images: CalibrationSet) -> str:
     if asked is not None:
         _ = LOSSES[asked]
         return asked
-    return default_loss(model_outputs(program.module, images.slice(0, 1).inputs))
+    answer = model_outputs(program.module, images.slice(0, 1).inputs)
+    several = any(each.rows > 1 for each in find_answers(program.module.graph)[:1])
+    # Rows of class scores, several for one image, are compared row by row.
+    return default_loss(answer[..., 0] if several else answer)
+
+
+def answer_note(program: Program) -> tuple[str, ...]:
+    """Return a note on what losses compare where that is not the model's first output, else nothing.
+
+    Raises:
+        CaptureError: the model returns nothing that can be compared.
+    """
+    notes = [answer.note for answer in find_answers(program.module.graph)[:1]]
+    return tuple(f"losses compare {note}" for note in notes if note)
 
 
 def judging(program: Program, images: CalibrationSet) -> CalibrationSet:

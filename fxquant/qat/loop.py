@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from fxquant.core.errors import CalibrationError, FailureError, OptionError
 from fxquant.core.ir import FakeQuantize, is_constant
-from fxquant.core.run import LOSSES, Runner, collect, default_loss, first_tensor, placeholders
+from fxquant.core.run import LOSSES, Runner, answer_graph, collect, default_loss, first_tensor, placeholders
 from fxquant.qat.training_graph import put_tensor
 
 STATISTICS = ("running_mean", "running_var")
@@ -80,8 +80,8 @@ def distill_step(
     """
     inputs = images if isinstance(images, tuple) else (images,)
     with torch.no_grad():
-        reference = first_tensor(teacher(*inputs))
-    value = LOSSES[loss or default_loss(reference)](reference, first_tensor(module(*inputs)), None).mean()
+        reference = first_tensor(_answering(teacher)(*inputs))
+    value = LOSSES[loss or default_loss(reference)](reference, first_tensor(_answering(module)(*inputs)), None).mean()
     found = float(value.detach())
     if not math.isfinite(found):
         raise FailureError(f"the loss is {found}; start again with lower learning rates")
@@ -89,6 +89,10 @@ def distill_step(
     torch.autograd.backward(value)
     optimizer.step()
     return found
+
+
+def _answering(model: Callable[..., Any]) -> Callable[..., Any]:
+    return answer_graph(model) if isinstance(model, GraphModule) else model
 
 
 def reestimate(module: GraphModule, images: object, batch: int = 64) -> int:

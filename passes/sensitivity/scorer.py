@@ -20,7 +20,7 @@ from torch import Tensor
 from fxquant.core.facts import BitAllocation, FakeQuantNodes
 from fxquant.core.host import ALONE, SILENT, Reporter, Shards
 from fxquant.core.ir import Candidate, Program, Sites, rule_of, shape_of
-from fxquant.core.run import LOSSES, CalibrationSet, Environment, GraphReplay
+from fxquant.core.run import LOSSES, CalibrationSet, Environment, GraphReplay, answer_graph
 from fxquant.core.storage import Arrays, ScoreStore, text_digest
 from fxquant.passes.sensitivity.cell_sweep import Cell, Gathered, Memory, Work, sweep
 from fxquant.passes.sensitivity.columns import Column, Replacement, Replacements, columns_of
@@ -96,7 +96,7 @@ class Scorer:
         self.shards = shards
         self.costs = {node.name: _node_cost(node) for node in program.module.graph.nodes}
         self.network_cost = sum(self.costs.values())
-        self.replay = GraphReplay(program.module, self.costs)
+        self.replay = GraphReplay(answer_graph(program.module), self.costs)
         nodes = program[FakeQuantNodes]
         every = (*nodes.weights.values(), *nodes.activations.values())
         self.off: dict[str, Replacement] = {name: _identity for names in every for name in names}

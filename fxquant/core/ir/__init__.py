@@ -39,7 +39,15 @@ from fxquant.core.ir.ops import (
 )
 from fxquant.core.ir.program import PassRecord, Program
 from fxquant.core.ir.row_grid import RowGrid
-from fxquant.core.ir.shapes import images_axis, sample_elements, sample_shape, shape_of, traced, traced_images
+from fxquant.core.ir.shapes import (
+    counts_images,
+    images_axis,
+    sample_elements,
+    sample_shape,
+    shape_of,
+    traced,
+    traced_images,
+)
 from fxquant.core.ir.spec import (
     FLOAT,
     Candidate,

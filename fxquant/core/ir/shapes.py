@@ -41,7 +41,17 @@ def traced(compute: Callable[..., Tensor], value: Tensor) -> Tensor:
 
 def images_axis(node: Node) -> int | None:
     """Return the axis of a node's tensor that counts images, None where they do not show."""
-    return next((k for k, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)), None)
+    sizes = node.meta["val"].shape
+    return next((k for k, s in enumerate(sizes) if not isinstance(s, int) and counts_images(s, node.graph)), None)
+
+
+def counts_images(size: int | torch.SymInt, graph: Graph) -> bool:
+    """Whether a size grows with the number of images; in a graph that takes one number of them, whether it is that."""
+    counted_in = _images_symbols(graph)
+    if isinstance(size, int):
+        return not counted_in and size == traced_images(graph)
+    # A free height or width is no number of images.
+    return not counted_in or bool(counted_in & _symbols(size))
 
 
 def traced_images(graph: Graph) -> int:
@@ -57,11 +67,10 @@ def sample_shape(node: Node) -> tuple[int, ...]:
 
 def _one_of(value: object, graph: Graph) -> tuple[int, ...]:
     sizes = value.shape if isinstance(value, torch.Tensor) else ()
-    images, counted_in = traced_images(graph), _images_symbols(graph)
+    images = traced_images(graph)
 
     def of_one(size: int | torch.SymInt) -> int:
-        # A free height or width is no number of images.
-        counts = not isinstance(size, int) and (not counted_in or bool(counted_in & _symbols(size)))
+        counts = not isinstance(size, int) and counts_images(size, graph)
         return max(1, _hint(size) // images) if counts else _hint(size)
 
     return tuple(of_one(size) for size in sizes)

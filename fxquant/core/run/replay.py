@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxquant.core.errors import CaptureError
+from fxquant.core.run.answer_graph import answer_graph
 from fxquant.core.run.footprint import Footprint, storages
 from fxquant.core.run.runner import Runner, Substitution, dependents
 
@@ -164,8 +165,12 @@ def _flatten(value: Any) -> list[Any]:
 
 
 def model_outputs(module: GraphModule, inputs: tuple[Tensor, ...], batch: int = 64) -> Tensor:
-    """Return the answer of a graph over many images, shape (images, ...), run in batches without gradient."""
-    count = int(inputs[0].shape[0])
+    """Return what losses compare (`answer_graph`) over many images, shape (images, ...), in batches, no gradient.
+
+    Raises:
+        CaptureError: the graph returns nothing of that kind.
+    """
+    count, module = int(inputs[0].shape[0]), answer_graph(module)
     with torch.no_grad():
         parts = [first_tensor(module(*(t[start : start + batch] for t in inputs))) for start in range(0, count, batch)]
     return torch.cat(parts)

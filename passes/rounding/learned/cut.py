@@ -7,7 +7,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.core.ir import Site
 from fxquant.core.run import Span, cut_span, is_tensor
-from fxquant.passes.rounding.learned.units import Unit
+from fxquant.passes.rounding.learned.units import Unit, counts_along_first
 
 
 class Cut:
@@ -47,8 +47,8 @@ def answer_of(module: GraphModule) -> str:
 
 
 def feature_of(module: GraphModule, sites: tuple[Site, ...]) -> str | None:
-    """Return the name of the input of the last weighted op, None if there is only one."""
+    """Return the name of the input of the last weighted op, None for a single op and without images along axis 0."""
     if len(sites) < 2:
         return None
     source = next(node for node in module.graph.nodes if node.name == sites[-1].nodes[-1]).args[0]
-    return source.name if isinstance(source, Node) else None
+    return source.name if isinstance(source, Node) and counts_along_first(source) else None

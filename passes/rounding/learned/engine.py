@@ -14,7 +14,7 @@ from torch.fx import Node
 from fxquant.core.errors import CalibrationError
 from fxquant.core.facts import FakeQuantNodes, NormStatistics, Statistics, UnitRecord, WeightGrids
 from fxquant.core.ir import Program
-from fxquant.core.run import LOSSES, CalibrationSet, Span, cut_span, varying_nodes
+from fxquant.core.run import LOSSES, CalibrationSet, Span, answer_graph, cut_span, varying_nodes
 from fxquant.core.storage import Arrays, tensor_digest, text_digest
 from fxquant.passes.rounding.acceptance import record_of, rejection
 from fxquant.passes.rounding.learned.correction import corrected_inputs, has_statistics
@@ -64,7 +64,7 @@ class Reconstructor:
                 f"give at least {options.batch}, or a smaller batch"
             )
         bare = task.bare()
-        self.module, nodes = bare.module, bare[FakeQuantNodes]
+        self.module, nodes = answer_graph(bare.module), bare[FakeQuantNodes]
         self.quantizers = UnitQuantizers(self.module, nodes, task.sites, _earlier(task))
         self.units = find_units(self.module, task.sites, options.unit)
         self.answer = answer_of(self.module)

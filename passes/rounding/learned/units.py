@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from fxquant.core.errors import OptionError
-from fxquant.core.ir import ScaleRule, Site, rule_of, shape_of, traced_images
+from fxquant.core.ir import ScaleRule, Site, images_axis, rule_of, shape_of, traced_images
 from fxquant.core.run import is_quantizer, is_size, is_tensor, placeholders, varying_nodes
 
 LARGEST = 8
@@ -74,6 +74,11 @@ def find_units(module: GraphModule, sites: tuple[Site, ...], granularity: str = 
     if granularity == "stage":
         return cutter.units(cutter.between_sizes(blocks))
     return cutter.units(blocks[:: int(granularity)] if granularity.isdigit() else blocks)
+
+
+def counts_along_first(node: Node) -> bool:
+    """Whether axis 0 of a node's tensor counts images and nothing else."""
+    return shape_of(node)[:1] == (traced_images(node.graph),) and images_axis(node) in (0, None)
 
 
 class _Cutter:
@@ -138,8 +143,7 @@ class _Cutter:
         return not function and not is_quantizer(self.module, node) and self._cacheable(boundary)
 
     def _cacheable(self, boundary: int) -> bool:
-        images = traced_images(self.module.graph)
-        return all(is_tensor(node) and shape_of(node)[:1] == (images,) for node in self.live[boundary])
+        return all(is_tensor(node) and counts_along_first(node) for node in self.live[boundary])
 
     def _layers(self, start: int, stop: int) -> int:
         return sum(node.name in self.site_of for node in self.nodes[start:stop])

@@ -1,0 +1,246 @@
+"""The value of a graph that losses compare: floating-point, one entry for each image along axis 0.
+
+Models return class numbers, masks, images of bytes, or arrays in which axis 0 counts time steps. Losses and their
+derivatives need the last floating-point values in front of those, image by image.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils._pytree import tree_structure
+
+from fxquant.core.errors import CaptureError
+from fxquant.core.ir import (
+    ScaleRule,
+    counts_images,
+    finish,
+    fork,
+    is_constant,
+    nodes_by_name,
+    rule_of,
+    shape_of,
+    trace_line,
+    traced_images,
+)
+from fxquant.core.run.runner import dependents, placeholders
+
+STEPS = frozenset({"round", "floor", "ceil", "trunc", "sign", "sgn", "heaviside"})
+"""Ops on floats that are constant between jumps, by the name of their packet: their derivative is 0."""
+FLOATS_ONLY = (
+    "the model returns {kinds} and no floating-point value that depends on its layers, so there is nothing to compare "
+    "a quantized answer with; return class scores, or what the integers are made of, too"
+)
+BEHIND, OTHER = "{line!r} ({name}), the last floats in front of the model's answer", "output {index} of the model"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What losses compare.
+
+    Args:
+        node: its value.
+        axis: the axis that counts images.
+        rows: how many entries of that axis belong to one image: 1, or more where axes were merged.
+        images_first: whether an image's entries follow each other; else image 0 comes again after the last one.
+        note: what is said where this is not the model's first output, else "".
+
+    Raises:
+        CaptureError: no axis counts images.
+    """
+
+    node: Node
+    axis: int
+    rows: int = 1
+    images_first: bool = True
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.axis < len(shape_of(self.node)):
+            raise CaptureError(
+                f"{self.node.name!r} has shape {shape_of(self.node)}, in which no axis counts images; "
+                "return one answer for each image"
+            )
+
+
+def find_answers(graph: Graph) -> list[Answer]:
+    """Return what losses compare, and then the same of the other outputs; nothing where the graph has no traced values.
+
+    An output that is floating-point, can be differentiated and has an axis of images is compared itself, any other by
+    the last value of that kind in front of it. The first of the former comes first, or else the first of the latter.
+
+    Raises:
+        CaptureError: there is none.
+    """
+    outputs = list(dict.fromkeys(graph.output_node().all_input_nodes))
+    if any("val" not in node.meta for node in outputs):
+        return []
+    outputs = [node for node in outputs if isinstance(node.meta["val"], Tensor)]
+    smooth, found = _smooth_nodes(graph), dict[Node, Answer]()
+    for node in sorted(outputs, key=lambda node: not _usable(node, smooth)):
+        value = next((source for source in _backwards([node]) if _usable(source, smooth)), None)
+        if value is not None and value not in found:
+            note = "" if value is outputs[0] else OTHER if value is node else BEHIND
+            said = note.format(line=trace_line(value), name=value.name, index=outputs.index(node))
+            found[value] = _answer(value, said)
+    if not found:
+        # Says which shape has no axis of images.
+        left = [Answer(node, -1) for node in outputs if node in smooth]
+        assert not left
+        kinds = ", ".join(dict.fromkeys(str(node.meta["val"].dtype).removeprefix("torch.") for node in outputs))
+        raise CaptureError(FLOATS_ONLY.format(kinds=kinds))
+    return list(found.values())
+
+
+def answer_graph(module: GraphModule) -> GraphModule:
+    """Return a graph whose outputs are what losses compare, shape (images, ...); the graph itself where it is that.
+
+    Several rows per image become the last axis, so that classes stay on axis 1.
+
+    Args:
+        module: a float or simulated graph; it is not changed, parameters are shared.
+
+    Raises:
+        CaptureError: it returns nothing that losses can compare.
+    """
+    answers = find_answers(module.graph)
+    outputs = [node for node in module.graph.output_node().all_input_nodes if isinstance(node.meta.get("val"), Tensor)]
+    plain = all(answer.axis == 0 and answer.rows == 1 for answer in answers)
+    if not answers or (plain and [answer.node for answer in answers] == outputs):
+        return module
+    made = fork(module)
+    known, output = nodes_by_name(made.graph), made.graph.output_node()
+    with made.graph.inserting_before(output):
+        values = tuple(_by_image(known[answer.node.name], answer) for answer in answers)
+    output.args = (values,)
+    codegen = made.graph._codegen
+    if isinstance(codegen, _PyTreeCodeGen):
+        # Called as before; the answer is a tuple now, whatever structure the model's own has.
+        codegen.pytree_info = codegen.pytree_info._replace(out_spec=tree_structure((0,) * len(values)))
+    return finish(made)
+
+
+def _usable(node: Node, smooth: set[Node]) -> bool:
+    return node in smooth and isinstance(node.meta["val"], Tensor) and _images_at(node) is not None
+
+
+def _by_image(value: Node, answer: Answer) -> Node:
+    """Append what brings images to axis 0 and the rows of an image to the end."""
+    axis = answer.axis
+    if answer.rows > 1:
+        sizes = [-1, answer.rows] if answer.images_first else [answer.rows, -1]
+        value = _call(torch.unflatten, value, axis, sizes)
+        value = _call(torch.movedim, value, axis + answer.images_first, -1)
+    return _call(torch.movedim, value, axis, 0) if axis else value
+
+
+def _call(function: Any, value: Node, *args: Any) -> Node:
+    node = value.graph.call_function(function, (value, *args))
+    node.meta["val"] = function(value.meta["val"], *args)
+    return node
+
+
+def _answer(node: Node, note: str) -> Answer:
+    axis = _images_at(node)
+    assert axis is not None
+    rows = max(1, shape_of(node)[axis] // traced_images(node.graph))
+    return Answer(node, axis, rows, rows == 1 or _images_vary_slowest(node, axis), note)
+
+
+def _images_at(node: Node) -> int | None:
+    """Return the axis of a tensor that counts images, the first one that counts nothing else if there is one."""
+    sizes = node.meta["val"].shape
+    counting = [axis for axis, size in enumerate(sizes) if counts_images(size, node.graph)]
+    images = traced_images(node.graph)
+    alone = [axis for axis in counting if shape_of(node)[axis] == images]
+    return next(iter(alone or counting), None)
+
+
+def _images_vary_slowest(node: Node, axis: int) -> bool:
+    """Whether the rows of an axis of images and something else begin with all of the first image.
+
+    They do not where images follow each other along the second of two merged axes, or where batches are joined.
+    """
+    size = node.meta["val"].shape[axis]
+    while True:
+        sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor) and not is_constant(n)]
+        same = [n for n in sources if n.meta["val"].dim() > axis and n.meta["val"].shape[axis] == size]
+        if not same:
+            break
+        node = same[0]
+    if not sources or _images_at(sources[0]) is None:
+        return True
+    rule = rule_of(node)
+    if rule is not None and rule.scale is ScaleRule.SHARE:
+        return False
+    # Merged axes: the first of them has as many elements before it as the merged one.
+    before, at = prod(shape_of(node)[:axis]), _images_at(sources[0])
+    assert at is not None
+    return prod(shape_of(sources[0])[:at]) == before
+
+
+def _smooth_nodes(graph: Graph) -> set[Node]:
+    """Return the floats that depend on the input such that a small change of weights changes them a little.
+
+    Not those that class numbers or masks alone are turned into, nor what is rounded, before another layer reads it.
+    """
+    varying = dependents(graph.nodes, placeholders(graph))
+    computed, smooth = set[Node](), set[Node]()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node not in varying or node.op == "output":
+            continue
+        read = [source for source in node.all_input_nodes if source in varying]
+        floats = [source for source in read if _is_float(source.meta.get("val"))]
+        #: values computed from floats, whatever their type
+        if floats or any(source in computed for source in read):
+            computed.add(node)
+        if node.op == "placeholder" or not _is_float(value):
+            smooth.update([node] if node.op == "placeholder" and _is_float(value) else [])
+        elif _packet(node) not in STEPS and (
+            any(source in smooth for source in floats)
+            # Rows of a table that are chosen by given numbers, as words are.
+            or (not floats and not any(source in computed for source in read))
+            or (floats and _has_weights(node))
+        ):
+            smooth.add(node)
+    return smooth - set(placeholders(graph))
+
+
+def _has_weights(node: Node) -> bool:
+    return any(is_constant(n) and n.meta["val"].dim() > 1 for n in _unquantized(node) if "val" in n.meta)
+
+
+def _unquantized(node: Node) -> Iterator[Node]:
+    """Yield what a node reads, and what fake-quant nodes that it reads quantize."""
+    for source in node.all_input_nodes:
+        yield from source.all_input_nodes if source.op == "call_module" else (source,)
+
+
+def _packet(node: Node) -> str:
+    return str(getattr(node.target, "overloadpacket", node.target)).rpartition(".")[2]
+
+
+def _is_float(value: object) -> bool:
+    """Whether a value is a tensor of floats, or several of which one is."""
+    tensors = value if isinstance(value, tuple | list) else [value]
+    return any(isinstance(t, Tensor) and t.is_floating_point() for t in tensors)
+
+
+def _backwards(nodes: Iterable[Node]) -> Iterator[Node]:
+    """Yield nodes and all that they are computed from, the nearest first."""
+    waiting, seen = deque(nodes), set[Node]()
+    while waiting:
+        node = waiting.popleft()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            waiting.extend(node.all_input_nodes)
