@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fxquant.core.ir import Program, erase_dead, is_constant, shape_of
+from fxquant.core.ir import Program, erase_dead, is_constant, shape_of, sizes
 from fxquant.passes.base import Pass
+from fxquant.passes.core_aten import as_layer
+from fxquant.passes.linear_layers import RESHAPES, as_linear
 
 aten = torch.ops.aten
 
@@ -21,6 +23,12 @@ def _whole_slice(node: Node) -> bool:
     end = node.args[3] if len(node.args) > 3 else None
     step = node.args[4] if len(node.args) > 4 else 1
     return start in (0, None) and end in (None, sys.maxsize) and bool(step == 1)
+
+
+def _keeps_shape(node: Node) -> bool:
+    source = node.args[0]
+    traced = isinstance(source, Node) and "val" in source.meta and "val" in node.meta
+    return isinstance(source, Node) and traced and sizes(source) == sizes(node)
 
 
 def _always(node: Node) -> bool:
@@ -35,6 +43,7 @@ IDENTITIES: dict[object, Callable[[Node], bool]] = {
     aten.lift_fresh_copy.default: _always,
     aten.dropout.default: lambda node: len(node.args) > 2 and node.args[2] is False,
     aten.slice.Tensor: _whole_slice,
+    **dict.fromkeys((*RESHAPES, aten.expand.default), _keeps_shape),
 }
 """Op -> whether a node of it returns its first input unchanged."""
 
@@ -51,12 +60,12 @@ SPELLINGS: dict[object, Callable[..., Any]] = {
 @dataclass(frozen=True)
 class Canonicalize(Pass):
     """Erase identities and dead nodes, move keyword arguments into position, spell "same" padding as numbers and
-    products with a parameter as linear layers."""
+    products with a parameter as linear layers, and layers that were taken apart as layers again."""
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program in canonical form."""
         module = program.module
-        rewrites = sum(_canonical(module, node) for node in list(module.graph.nodes))
+        rewrites = sum(_canonical(module, node) for node in module.graph.nodes)
         rewrites += erase_dead(module)
         return program, rewrites
 
@@ -65,7 +74,7 @@ def _canonical(module: GraphModule, node: Node) -> int:
     if node.op != "call_function":
         return 0
     # Arguments first: what follows reads them by position.
-    rewrites = _positional(node)
+    rewrites = _positional(node) + as_layer(node)
     identity = IDENTITIES.get(node.target)
     if identity is not None and identity(node):
         source = node.args[0]
@@ -77,7 +86,7 @@ def _canonical(module: GraphModule, node: Node) -> int:
     if spelling is not None:
         node.target = spelling
         rewrites += 1
-    return rewrites + _explicit_padding(node) + _as_linear(module, node)
+    return rewrites + _explicit_padding(node) + as_linear(module, node)
 
 
 def _positional(node: Node) -> int:
@@ -93,21 +102,6 @@ def _positional(node: Node) -> int:
     last = max(names.index(name) for name in movable)
     node.args = tuple(values[name] for name in names[: max(last + 1, len(node.args))])
     node.kwargs = {name: value for name, value in node.kwargs.items() if name not in movable}
-    return 1
-
-
-def _as_linear(module: GraphModule, node: Node) -> int:
-    """Rewrite a product with a parameter on its right as the linear layer that it is: `x W = linear(x, W')`."""
-    if node.target is not aten.matmul.default or not is_constant(node.args[1]) or is_constant(node.args[0]):
-        return 0
-    matrix = node.args[1]
-    assert isinstance(matrix, Node)
-    if len(shape_of(matrix)) != 2 or len(shape_of(node.args[0])) < 2:
-        return 0
-    with module.graph.inserting_before(node):
-        weight = module.graph.call_function(aten.t.default, (matrix,))
-    weight.meta = {"val": matrix.meta["val"].t()}
-    node.target, node.args = aten.linear.default, (node.args[0], weight)
     return 1
 
 

@@ -37,7 +37,8 @@ the other."""
 
 ATEN = {
     *("fxquant/core/ir/ops.py", "fxquant/capture/trace.py"),
-    *("passes/canonicalize.py", "passes/fold_batchnorm.py", "passes/rewrite_transposed.py"),
+    *("passes/canonicalize.py", "passes/core_aten.py", "passes/linear_layers.py"),
+    *("passes/fold_batchnorm.py", "passes/rewrite_transposed.py"),
 }
 """Files that may name ATen overloads, in addition to the lowering tables of the backends."""
 

@@ -75,7 +75,25 @@ def _attention(
     return torch.matmul(torch.softmax(scores, dim=-1), value)
 
 
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {torch.ops.aten.scaled_dot_product_attention.default: _attention}
+def _processor_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Write the kernel that torch makes of attention on processors; only training reads its second result."""
+    answer = _attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
+    return answer, query.new_zeros(query.shape[:-1])
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.scaled_dot_product_attention.default: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _processor_attention,
+}
 """Ops taken apart at capture, so that their parts can be quantized."""
 
 

@@ -45,6 +45,7 @@ from fxquant.core.ir.shapes import (
     sample_elements,
     sample_shape,
     shape_of,
+    sizes,
     traced,
     traced_images,
 )

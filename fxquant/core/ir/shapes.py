@@ -39,6 +39,11 @@ def traced(compute: Callable[..., Tensor], value: Tensor) -> Tensor:
         return compute(value)
 
 
+def sizes(node: Node) -> tuple[object, ...]:
+    """Return the sizes of a node's tensor to compare with those of another: numbers, free ones as expressions."""
+    return tuple(size if isinstance(size, int) else size.node.expr for size in node.meta["val"].shape)
+
+
 def images_axis(node: Node) -> int | None:
     """Return the axis of a node's tensor that counts images, None where they do not show."""
     sizes = node.meta["val"].shape
