@@ -6,7 +6,7 @@ explicit (`to_qdq`), exact (`exact_graph`) and lowered to PyTorch's kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 from fxquant.backends.qdq_ops import EDGE
 from fxquant.core.ir import FakeQuantize, ScaleRule, is_constant, rule_of, site_name
 
+EXACT = "exact_"
+"""In front of the name of a node of the exact graph that takes the place of another one."""
 BATCH = 16
 """Images that are traced at once."""
 Integers = dict[str, Tensor]
@@ -32,11 +34,13 @@ class Trace:
         output: the first output, float32.
         edges: what was on the edges.
         others: the further outputs, float32.
+        leading: the values in front of answers that jump, by name, as far as they were seen.
     """
 
     output: Tensor
     edges: Integers = field(default_factory=dict)
     others: tuple[Tensor, ...] = ()
+    leading: dict[str, Tensor] = field(default_factory=dict)
 
 
 Tracer = Callable[[tuple[Tensor, ...]], Trace]
@@ -94,7 +98,13 @@ def _fake(module: GraphModule, node: Node) -> FakeQuantize | None:
     return found if isinstance(found, FakeQuantize) and not is_constant(node.args[0]) else None
 
 
-def run_traced(module: GraphModule, inputs: tuple[Tensor, ...], forced: Integers | None = None) -> Trace:
+def run_traced(
+    module: GraphModule,
+    inputs: tuple[Tensor, ...],
+    forced: Integers | None = None,
+    leading: Collection[str] = (),
+    change: Callable[[Node, Tensor], Tensor] | None = None,
+) -> Trace:
     """Run a simulated, explicit or exact graph and return the integers on its edges.
 
     Args:
@@ -102,11 +112,13 @@ def run_traced(module: GraphModule, inputs: tuple[Tensor, ...], forced: Integers
         inputs: its inputs.
         forced: integers to put on edges in the place of what was computed, after that was noted: then every layer
             computes from these (teacher forcing), and a difference is its own.
+        leading: names of values in the simulated graph that are returned too.
+        change: takes each node and its tensor, returns what later nodes read.
     """
     with torch.no_grad():
-        interpreter = _Reader(module, forced or {})
+        interpreter = _Reader(module, forced or {}, leading, change)
         first, *others = outputs(interpreter.run(*inputs))
-    return Trace(first, interpreter.edges, tuple(others))
+    return Trace(first, interpreter.edges, tuple(others), interpreter.leading)
 
 
 def outputs(answer: object) -> list[Tensor]:
@@ -115,12 +127,28 @@ def outputs(answer: object) -> list[Tensor]:
 
 
 class _Reader(Interpreter):
-    def __init__(self, module: GraphModule, forced: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        module: GraphModule,
+        forced: Mapping[str, Tensor],
+        leading: Collection[str],
+        change: Callable[[Node, Tensor], Tensor] | None,
+    ) -> None:
         super().__init__(module)
         self.source, self.forced, self.edges = module, forced, Integers()
+        self.leading, self._wanted, self._change = dict[str, Tensor](), leading, change
 
     def run_node(self, node: Node) -> Any:
-        value = super().run_node(node)
+        value = self._on_edge(node, super().run_node(node))
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        lead = node.name.removeprefix(EXACT)
+        if lead in self._wanted:
+            self.leading[lead] = value
+        return value if self._change is None else self._change(node, value)
+
+    def _on_edge(self, node: Node, value: Any) -> Any:
+        """Note an edge's integers and return what is put in their place."""
         fake = _fake(self.source, node)
         name = node.name if fake is not None else node.meta.get(EDGE)
         if not isinstance(name, str):

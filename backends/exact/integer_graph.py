@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxquant.backends.affine import UINT8_MAX, ByteGrid
+from fxquant.backends.exact.edge_trace import EXACT
 from fxquant.backends.exact.requantize import LayerFormula, Requantization, Sums
 from fxquant.backends.explicit_graph import to_qdq
 from fxquant.backends.qdq_ops import dequantize, dequantize_channels, quantize
@@ -164,7 +165,7 @@ def _replace_quantize(exact: GraphModule, node: Node, rule: Requantization) -> N
 def _call(exact: GraphModule, node: Node, made: nn.Module, inputs: tuple[Node, ...]) -> Node:
     exact.add_submodule(f"exact.{node.name}", made)
     with exact.graph.inserting_before(node):
-        return exact.graph.create_node("call_module", f"exact.{node.name}", inputs, name=f"exact_{node.name}")
+        return exact.graph.create_node("call_module", f"exact.{node.name}", inputs, name=f"{EXACT}{node.name}")
 
 
 def _number(exact: GraphModule, node: object) -> float:

@@ -9,6 +9,7 @@ from torch.fx import Graph, GraphModule, Node
 from fxquant.backends.exact import Trace, Tracer, activation_quantizers, outputs
 from fxquant.backends.int8.inductor import compiled
 from fxquant.core.ir import ScaleRule, finish, fork, rule_of
+from fxquant.core.run import leading_names
 
 
 def lowered_edges(module: GraphModule, lowered: GraphModule) -> dict[str, str]:
@@ -51,19 +52,20 @@ def lowered_tracer(module: GraphModule, lowered: GraphModule, inductor: bool = F
             vars(part)["may_overwrite"] = False
     graph: Graph = watched.graph
     by_name = {node.name: node for node in graph.nodes}
-    edges = lowered_edges(module, lowered)
+    edges, leads = lowered_edges(module, lowered), [n for n in leading_names(module.graph) if n in by_name]
     (output,) = (node for node in graph.nodes if node.op == "output")
-    output.args = ((output.args[0], tuple(by_name[name] for name in edges.values())),)
-    # The answer is a pair now, whatever structure the model's own has.
+    output.args = ((output.args[0], *(tuple(by_name[name] for name in names) for names in (edges.values(), leads))),)
+    # The answer is a tuple now, whatever structure the model's own has.
     graph.set_codegen(torch.fx.graph.CodeGen())
     finish(watched)
     call = compiled(watched) if inductor else watched
 
     def run(inputs: tuple[Tensor, ...]) -> Trace:
         with torch.no_grad():
-            answer, integers = call(*inputs)
+            answer, integers, values = call(*inputs)
         seen = {name: value for name, value in zip(edges, integers, strict=True) if value.dtype is torch.uint8}
         first, *others = outputs(answer)
-        return Trace(first, seen, tuple(others))
+        leading = {name: value for name, value in zip(leads, values, strict=True) if value.is_floating_point()}
+        return Trace(first, seen, tuple(others), leading)
 
     return run

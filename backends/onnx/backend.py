@@ -18,6 +18,7 @@ from fxquant.backends.kernel_rows import target_of
 from fxquant.backends.onnx.export_options import OnnxOptions
 from fxquant.backends.onnx.runtime_kernels import RUNTIME_KERNELS, runtime_formulas
 from fxquant.backends.reference import STORAGE_BITS
+from fxquant.core.run import leading_names
 
 if TYPE_CHECKING:
     from fxquant.backends.onnx.export import ExportReport
@@ -94,7 +95,7 @@ def _trace(module: GraphModule, model: bytes | None, threads: int | None) -> Tra
     check_packages()
     from fxquant.backends.onnx.runtime_trace import onnx_tracer
 
-    return onnx_tracer(model or _model(module), value_names(module), threads)
+    return onnx_tracer(model or _model(module), value_names(module), threads, leading_names(module.graph))
 
 
 def _formulas(module: GraphModule) -> Requantization:

@@ -29,6 +29,7 @@ from fxquant.backends.onnx.splice import Piece, insert, pieces, result_count
 from fxquant.backends.onnx.stem import fold_stems
 from fxquant.backends.qdq_ops import EDGE, dequantize_channels
 from fxquant.core.errors import LoweringError, OptionError
+from fxquant.core.run import leading_names
 
 LAZY = (dequantize_channels, torch.ops.aten.sym_size.int)
 
@@ -91,18 +92,24 @@ def _model(
     qdq = add_biases(qdq) if for_openvino else fold_stems(qdq)
     names = value_names(module)
     labels = {node.name: names[node.meta[EDGE]] for node in qdq.graph.nodes if node.meta.get(EDGE) in names}
+    # What is in front of answers that jump can be compared where the answers cannot; OpenVINO's biases move it.
+    leading = {} if for_openvino else leading_names(module.graph)
     known: dict[Node, Piece] = {}
-    model, unpacked, missing = _attempt(qdq, known, options, labels)
+    model, unpacked, missing = _attempt(qdq, known, options, labels, leading)
     if missing:
         known = pieces(qdq, missing, int(model.opset_import[0].version))
-        model, unpacked, _ = _attempt(qdq, known, options, labels)
+        model, unpacked, _ = _attempt(qdq, known, options, labels, leading)
     for key, text in metadata.items():
         model.metadata_props.add(key=key, value=text)
     return model, weight_only, unpacked
 
 
 def _attempt(
-    qdq: GraphModule, known: dict[Node, Piece], options: OnnxOptions, labels: Mapping[str, str]
+    qdq: GraphModule,
+    known: dict[Node, Piece],
+    options: OnnxOptions,
+    labels: Mapping[str, str],
+    leading: Mapping[str, str],
 ) -> tuple[onnx.ModelProto, tuple[str, ...], list[Node]]:
     """Write the graph, and return it, layers that are not packed, and what neither a table nor `known` can write."""
     builder = GraphBuilder()
@@ -124,7 +131,9 @@ def _attempt(
             lowering.values[node] = written
     outputs = [_output(lowering, node, index) for index, node in enumerate(results)]
     lowering.weights.write()
-    return builder.model(inputs, outputs, "fxquant", labels), tuple(lowering.unpacked), missing
+    values = {lowering.values.get(node): leading.get(node.name) for node in qdq.graph.nodes}
+    called = {value: name for value, name in values.items() if isinstance(value, str) and name is not None}
+    return builder.model(inputs, outputs, "fxquant", {**called, **labels}), tuple(lowering.unpacked), missing
 
 
 def _written(node: Node) -> object:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -26,35 +27,41 @@ ROUNDING = 1e-5
 """What float kernels that are laid out otherwise may differ by, against the largest answer."""
 
 
-def onnx_tracer(model: bytes, names: Mapping[str, str], threads: int | None = None) -> Tracer:
+def onnx_tracer(
+    model: bytes,
+    names: Mapping[str, str],
+    threads: int | None = None,
+    leading: Mapping[str, str] = MappingProxyType({}),
+) -> Tracer:
     """Return what runs a QDQ model and reports its edges, without those whose value the optimizer dropped.
 
     Args:
         model: the file.
         names: edge -> name of the value with its integers (`edge_trace.value_names`).
         threads: threads of the runtime, None for its default.
+        leading: value in front of an answer that jumps -> its name in the file.
 
     Raises:
         LoweringError: ONNX Runtime refuses the model.
     """
     session = open_session(model, session_options(threads))
-    watched, edges = _watched(model, names, threads)
+    watched, edges, leads = _watched(model, names, leading, threads)
     blocks = _blocked(model, edges)
     entries, results = ([entry.name for entry in ends] for ends in (session.get_inputs(), session.get_outputs()))
 
     def run(inputs: tuple[Tensor, ...]) -> Trace:
         arrays = {n: t.detach().cpu().contiguous().numpy() for n, t in zip(entries, inputs, strict=True)}
         answers = [np.asarray(answer) for answer in session.run(results, arrays)]
-        watched_answers = watched.run([*results, *edges.values()], arrays)
+        watched_answers = watched.run([*results, *edges.values(), *leads.values()], arrays)
         # If the answers differ, the names in the fused graph do not describe this run.
         same = all(_alike(one, other) for one, other in zip(answers, watched_answers, strict=False))
-        integers = watched_answers[len(results) :]
-        found = dict(zip(edges, map(torch.from_numpy, integers), strict=True)) if same else {}
+        values = [torch.from_numpy(np.asarray(value)) for value in watched_answers[len(results) :]] if same else []
+        found, led = dict(zip(edges, values, strict=False)), dict(zip(leads, values[len(edges) :], strict=False))
         for name, size in blocks.items():
             if name in found:
                 found[name] = pixels(found[name], size)[..., : inputs[0].shape[-2], : inputs[0].shape[-1]]
         first, *others = (torch.from_numpy(answer).float() for answer in answers)
-        return Trace(first, found, tuple(others))
+        return Trace(first, found, tuple(others), led)
 
     return run
 
@@ -66,9 +73,9 @@ def _alike(one: Array, other: Array) -> bool:
 
 
 def _watched(
-    model: bytes, names: Mapping[str, str], threads: int | None
-) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
-    """Return a session of the fused graph with its edges as outputs, and edge -> output."""
+    model: bytes, names: Mapping[str, str], leading: Mapping[str, str], threads: int | None
+) -> tuple[onnxruntime.InferenceSession, dict[str, str], dict[str, str]]:
+    """Return a session of the fused graph with edges and leading values as outputs, and what of each is output as."""
     levels = onnxruntime.GraphOptimizationLevel
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "fused.onnx"
@@ -83,11 +90,13 @@ def _watched(
     known = {entry.name for entry in fused.graph.output}
     edges = {edge: clipped.get(name, name) for edge, name in names.items()}
     edges = {edge: name for edge, name in edges.items() if name in made and name not in known}
-    for name in dict.fromkeys(edges.values()):
-        fused.graph.output.append(helper.make_tensor_value_info(name, TensorProto.UINT8, None))
+    leads = {lead: name for lead, name in leading.items() if name in made and name not in known}
+    kinds = dict.fromkeys(edges.values(), TensorProto.UINT8) | dict.fromkeys(leads.values(), TensorProto.FLOAT)
+    for name, kind in kinds.items():
+        fused.graph.output.append(helper.make_tensor_value_info(name, kind, None))
     options = session_options(threads)
     options.graph_optimization_level = levels.ORT_DISABLE_ALL
-    return open_session(fused.SerializeToString(), options), edges
+    return open_session(fused.SerializeToString(), options), edges, leads
 
 
 def _blocked(model: bytes, edges: Mapping[str, str]) -> dict[str, int]:

@@ -2,4 +2,5 @@
 
 from __future__ import annotations
 
-from fxquant.parity.edge_check import AGREEMENT, Pair, Parity, as_json, check, compare, default_runtimes
+from fxquant.parity.answer_steps import AGREEMENT
+from fxquant.parity.edge_check import Pair, Parity, as_json, check, compare, default_runtimes

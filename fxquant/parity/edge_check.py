@@ -24,20 +24,14 @@ from fxquant.backends import backends, runtimes
 from fxquant.backends.exact import BATCH, Integers, Trace, Tracer, edge_labels, exact_graph, run_traced
 from fxquant.core.errors import FileFormatError, OptionError, ParityError
 from fxquant.core.host import printable
-from fxquant.core.run import CalibrationSet, images_for
+from fxquant.core.run import CalibrationSet, images_for, leading_names
+from fxquant.parity.answer_steps import AGREEMENT, OUTPUT, STEPS, Answers, Kind, answer_kinds, ties
 from fxquant.report import percent_text, table_text
 from fxquant.result import Result
 
 FORMAT_VERSION = 1
-STEPS = 1
-"""Steps that a layer may differ by when it gets the same integers."""
-AGREEMENT = 0.995
-"""Share of images on which a runtime and its exact reference must name the same class."""
 SHARE = 0.001
 """Share of an edge's values that may differ, by a step, before two free runs count as diverged there."""
-ROUNDING = 2.0**-18
-"""What an output that hardly varies may be off by, relative to its size: a few of float32's own roundings."""
-OUTPUT = "output"
 SHOWN = 30
 """Letters of an edge's label that the table shows at most."""
 
@@ -49,8 +43,10 @@ class Pair:
     Args:
         reference: `exact` (the runtime's own rounding) or `simulated` (float32 fake-quant).
         runtime: what it was compared with.
-        agreement: share of images with the same top-1 class, None where the output is not one row per image.
-        mean_step: mean difference of the outputs, in steps of 1/255 of their range.
+        agreement: share of images with the same top-1 class; of equal values where the output is class numbers or
+            jumps otherwise; None where it is neither.
+        mean_step: mean difference of the outputs, in steps of 1/255 of their range; of the values that lead to them
+            where they jump.
         max_step: the largest.
         layer_step: largest difference of an edge, or of any output, when every layer gets the runtime's integers.
         layer: where that is, None where there is none.
@@ -225,31 +221,34 @@ def compare(
     unknown = [name for name in against if name not in known]
     if unknown or not against:
         raise OptionError(f"unknown runtime {', '.join(unknown) or '(none)'}; known: {', '.join(known)}")
-    labels, runs = edge_labels(simulated), list[_Run]()
-    answers = {"simulated": _Answers()}
+    labels, runs, kinds = edge_labels(simulated), list[_Run](), answer_kinds(simulated.graph)
+    leading = leading_names(simulated.graph)
+    answers = {"simulated": Answers(kinds)}
     for name in dict.fromkeys(against):
         found, runtime = known[name], known[name].runtimes[name]
         run = _Run(
             name,
             runtime.trace(simulated, models.get(found.suffix), threads),
-            _Comparison("exact", f"exact {name}", name, exact_graph(simulated, runtime.formulas(simulated))),
-            _Comparison("simulated", "simulated", name, simulated),
+            _Comparison("exact", f"exact {name}", name, exact_graph(simulated, runtime.formulas(simulated)), kinds),
+            _Comparison("simulated", "simulated", name, simulated, kinds),
         )
         runs.append(run)
-        answers |= {run.exact.answer: _Answers(), name: _Answers()}
+        answers |= {run.exact.answer: Answers(kinds), name: Answers(kinds)}
     for part in images.batches(BATCH):
-        rounded = run_traced(simulated, part.inputs)
-        answers["simulated"].add(rounded.output)
+        rounded = run_traced(simulated, part.inputs, None, leading)
+        answers["simulated"].add(rounded)
         for run in runs:
-            traced, expected = run.tracer(part.inputs), run_traced(run.exact.graph, part.inputs)
-            answers[run.name].add(traced.output)
-            answers[run.exact.answer].add(expected.output)
-            run.exact.add(part.inputs, expected, traced)
-            run.simulated.add(part.inputs, rounded, traced)
+            traced, expected = run.tracer(part.inputs), run_traced(run.exact.graph, part.inputs, None, leading)
+            answers[run.name].add(traced)
+            answers[run.exact.answer].add(expected)
+            tied = ties(simulated, kinds, part.inputs, traced.edges)
+            run.exact.add(part.inputs, expected, traced, tied)
+            run.simulated.add(part.inputs, rounded, traced, tied)
     pairs = tuple(compared.pair(answers, labels) for run in runs for compared in (run.exact, run.simulated))
     accuracy = {}
-    if images.labels is not None and answers["simulated"].parts[0].dim() == 2:
-        right = {name: found.joined.argmax(1) == images.labels for name, found in answers.items()}
+    if images.labels is not None:
+        named = {name: found.classes for name, found in answers.items()}
+        right = {name: classes == images.labels for name, classes in named.items() if classes is not None}
         accuracy = {name: float(hits.double().mean()) for name, hits in right.items()}
     return Parity(len(images), len(labels), pairs, accuracy)
 
@@ -262,20 +261,6 @@ def _cut(label: str) -> str:
 def as_json(parity: Parity) -> str:
     """Return what was found as JSON of ASCII letters."""
     return json.dumps(parity.to_json(), indent=2, ensure_ascii=True)
-
-
-class _Answers:
-    """The outputs of one computation, batch by batch."""
-
-    def __init__(self) -> None:
-        self.parts: list[Tensor] = []
-
-    def add(self, output: Tensor) -> None:
-        self.parts.append(output.flatten(1) if output.dim() > 2 else output)
-
-    @property
-    def joined(self) -> Tensor:
-        return torch.cat(self.parts)
 
 
 @dataclass
@@ -300,36 +285,33 @@ class _Difference:
 class _Comparison:
     """Collects the differences of one reference and one runtime."""
 
-    def __init__(self, kind: str, answer: str, runtime: str, graph: GraphModule) -> None:
+    def __init__(self, kind: str, answer: str, runtime: str, graph: GraphModule, kinds: Sequence[Kind]) -> None:
         self.kind, self.answer, self.runtime, self.graph = kind, answer, runtime, graph
         self.forced, self.free = dict[str, _Difference](), dict[str, _Difference]()
-        self.forced_outputs, self.runtime_outputs = list[_Answers](), list[_Answers]()
+        self.held, self.reached = Answers(kinds), Answers(kinds)
 
-    def add(self, inputs: tuple[Tensor, ...], free: Trace, runtime: Trace) -> None:
-        held = run_traced(self.graph, inputs, runtime.edges)
-        _add(self.forced_outputs, held)
-        _add(self.runtime_outputs, runtime)
+    def add(self, inputs: tuple[Tensor, ...], free: Trace, runtime: Trace, tied: Sequence[Tensor | None]) -> None:
+        held = run_traced(self.graph, inputs, runtime.edges, runtime.leading)
+        self.held.add(held)
+        self.reached.add(runtime, tied)
         _collect(self.free, free.edges, runtime.edges)
         _collect(self.forced, held.edges, runtime.edges)
 
-    def pair(self, answers: dict[str, _Answers], labels: dict[str, str]) -> Pair:
-        expected, answer = answers[self.answer].joined, answers[self.runtime].joined
-        apart = _apart(answer, expected)
-        agreement = None
-        if answers[self.answer].parts[0].dim() == 2 and expected.shape[1] > 1:
-            agreement = float((answer.argmax(1) == expected.argmax(1)).double().mean())
+    def pair(self, answers: dict[str, Answers], labels: dict[str, str]) -> Pair:
+        expected, answer = answers[self.answer], answers[self.runtime]
+        apart, agreement = answer.distance(expected), answer.agreement(expected)
         order = [name for name in labels if name in self.forced]
         steps = dict[str, float]()
         for name in order:
             # A module that is called twice gives two edges one label.
             steps[labels[name]] = max(steps.get(labels[name], 0.0), float(self.forced[name].largest))
-        for index, (mine, its) in enumerate(zip(self.forced_outputs, self.runtime_outputs, strict=True)):
-            own = _apart(its.joined, mine.joined)
-            steps[f"{OUTPUT} {index}" if index else OUTPUT] = float(own.max()) if own.numel() else 0.0
+        steps |= self.reached.steps(self.held)
         layer = max(steps, key=lambda name: steps[name])
         broken = next((name for name, largest in steps.items() if largest > STEPS), None)
-        others = 0 if agreement is None else round((1 - agreement) * len(expected))
-        alike = self.kind == "simulated" or others <= math.ceil((1 - AGREEMENT) * len(expected))
+        # An answer that jumped was judged by what leads to it.
+        judged = self.kind == "exact" and agreement is not None and not answer.jumped(expected)
+        others = round((1 - (agreement or 0.0)) * len(expected)) if judged else 0
+        alike = others <= math.ceil((1 - AGREEMENT) * len(expected))
         return Pair(
             reference=self.kind,
             runtime=self.runtime,
@@ -343,22 +325,6 @@ class _Comparison:
             edges=len(order),
             within=broken is None and alike,
         )
-
-
-def _add(answers: list[_Answers], trace: Trace) -> None:
-    every = (trace.output, *trace.others)
-    answers += [_Answers() for _ in every[len(answers) :]]
-    for answer, output in zip(answers, every, strict=True):
-        answer.add(output)
-
-
-def _apart(answer: Tensor, expected: Tensor) -> Tensor:
-    """Return how far an output is from what is expected, in steps of 1/255 of the range expected.
-
-    An output that is nearly constant has no range; there a step is what float32 sums are apart by themselves.
-    """
-    step = (expected.max() - expected.min()) / 255
-    return (answer - expected).abs() / step.clamp(min=max(float(expected.abs().max()) * ROUNDING, 1e-12))
 
 
 def _collect(found: dict[str, _Difference], one: Integers, other: Integers) -> None:

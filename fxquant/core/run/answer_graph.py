@@ -31,10 +31,9 @@ from fxquant.core.ir import (
     trace_line,
     traced_images,
 )
+from fxquant.core.run.discrete_answers import is_float, is_step
 from fxquant.core.run.runner import dependents, placeholders
 
-STEPS = frozenset({"round", "floor", "ceil", "trunc", "sign", "sgn", "heaviside"})
-"""Ops on floats that are constant between jumps, by the name of their packet: their derivative is 0."""
 FLOATS_ONLY = (
     "the model returns {kinds} and no floating-point value that depends on its layers, so there is nothing to compare "
     "a quantized answer with; return class scores, or what the integers are made of, too"
@@ -199,13 +198,13 @@ def _smooth_nodes(graph: Graph) -> set[Node]:
         if node not in varying or node.op == "output":
             continue
         read = [source for source in node.all_input_nodes if source in varying]
-        floats = [source for source in read if _is_float(source.meta.get("val"))]
+        floats = [source for source in read if is_float(source.meta.get("val"))]
         #: values computed from floats, whatever their type
         if floats or any(source in computed for source in read):
             computed.add(node)
-        if node.op == "placeholder" or not _is_float(value):
-            smooth.update([node] if node.op == "placeholder" and _is_float(value) else [])
-        elif _packet(node) not in STEPS and (
+        if node.op == "placeholder" or not is_float(value):
+            smooth.update([node] if node.op == "placeholder" and is_float(value) else [])
+        elif not is_step(node) and (
             any(source in smooth for source in floats)
             # Rows of a table that are chosen by given numbers, as words are.
             or (not floats and not any(source in computed for source in read))
@@ -223,16 +222,6 @@ def _unquantized(node: Node) -> Iterator[Node]:
     """Yield what a node reads, and what fake-quant nodes that it reads quantize."""
     for source in node.all_input_nodes:
         yield from source.all_input_nodes if source.op == "call_module" else (source,)
-
-
-def _packet(node: Node) -> str:
-    return str(getattr(node.target, "overloadpacket", node.target)).rpartition(".")[2]
-
-
-def _is_float(value: object) -> bool:
-    """Whether a value is a tensor of floats, or several of which one is."""
-    tensors = value if isinstance(value, tuple | list) else [value]
-    return any(isinstance(t, Tensor) and t.is_floating_point() for t in tensors)
 
 
 def _backwards(nodes: Iterable[Node]) -> Iterator[Node]:
