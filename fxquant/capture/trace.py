@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,11 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.nn import functional
 
+from fxquant.capture.exporting import summary, traced
+from fxquant.capture.free_batch import freed, one_batch_size, with_free_batch
 from fxquant.capture.model_outputs import plain_answer
 from fxquant.capture.weights import check_finite, check_storage
-from fxquant.core.errors import CaptureError, first_line
+from fxquant.core.errors import CaptureError
 from fxquant.core.ir import Program, differentiable
 from fxquant.core.storage import StoredProgram
 
@@ -46,6 +46,12 @@ def input_names(model: nn.Module | ExportedProgram) -> list[str]:
 def _require_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise CaptureError(f"model is a {type(model).__name__}; give a torch.nn.Module or an ExportedProgram")
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{path or 'the model'} is TorchScript, which does not export to a graph; give the Python module that "
+                "it was scripted or traced from, its weights loaded with load_state_dict(scripted.state_dict())"
+            )
 
 
 def _attention(
@@ -106,8 +112,8 @@ def capture(
     """Trace a model to a functional ATen graph; the caller's model is neither modified nor switched to eval.
 
     Args:
-        model: a module, or an ExportedProgram, which is taken as it is; a StoredProgram gives the graph it was stored
-            from.
+        model: a module, or an ExportedProgram, which is taken as it is, but that its batch is freed; a StoredProgram
+            gives the graph it was stored from.
         example_inputs: one tensor per input, images along axis 0; two images at least are traced so that the batch
             stays dynamic.
         dynamic_batch: False keeps the example's batch size.
@@ -123,6 +129,8 @@ def capture(
         exported = model
         if not isinstance(model, ExportedProgram):
             exported = _export(model, tuple(example_inputs), dynamic_batch, dynamic_image)
+        elif dynamic_batch and example_inputs and one_batch_size(model):
+            exported = freed(model, tuple(example_inputs))
         assert isinstance(exported, ExportedProgram)
         try:
             with warnings.catch_warnings():
@@ -130,7 +138,7 @@ def capture(
                 stored = StoredProgram.of(exported.run_decompositions(DECOMPOSITIONS))
         except Exception as error:
             raise CaptureError(
-                f"the exported program cannot be brought to functional ATen: {_summary(error)}"
+                f"the exported program cannot be brought to functional ATen: {summary(error)}"
             ) from error
     assert isinstance(stored, StoredProgram)
     module = stored.exported.module(check_guards=False)
@@ -158,61 +166,23 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, d
     try:
         own = copy.deepcopy(model).eval()
     except Exception as error:
-        raise CaptureError(f"the model cannot be copied: {_summary(error)}; fxquant works on a copy of it") from error
+        raise CaptureError(f"the model cannot be copied: {summary(error)}; fxquant works on a copy of it") from error
     _ = own.register_forward_hook(lambda *given: plain_answer(given[-1]))
     # Export specialises sizes 0 and 1, so a single image is doubled to keep the batch free.
     inputs = tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in inputs)
     free = [[0] * (dynamic_batch and t.dim() > 0) + [2, 3] * (dynamic_image and t.dim() == 4) for t in inputs]
     shapes = _dynamic_shapes(own, [dict.fromkeys(axes, Dim.AUTO) or None for axes in free])
     try:
-        exported = _traced(own, inputs, shapes, strict=False)
+        exported = traced(own, inputs, shapes, strict=False)
     except CaptureError:
         raise
     except Exception as error:
         raise CaptureError(_export_advice(model, inputs, error)) from error
-    if dynamic_batch and _one_batch_size(exported):
-        exported = _with_free_batch(own, inputs, shapes)
+    if dynamic_batch and one_batch_size(exported):
+        exported = with_free_batch(own, inputs, shapes)
     if dynamic_image:
         _check_sizes(exported, inputs)
     return exported
-
-
-def _traced(model: nn.Module, inputs: tuple[Tensor, ...], shapes: tuple[Any, ...], strict: bool) -> ExportedProgram:
-    # Where export fails, torch prints the graph so far; what a user can act on is in the error.
-    with torch.no_grad(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=strict)
-
-
-def _one_batch_size(exported: ExportedProgram) -> bool:
-    """Whether the program takes as many images as it was traced with and no other number."""
-    inputs = set(exported.graph_signature.user_inputs)
-    values = [node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder" and node.name in inputs]
-    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
-    # A size that was fixed while tracing may still be a symbolic one, whose value is a number.
-    return bool(sizes) and all(isinstance(size, int) or not size.node.expr.free_symbols for size in sizes)
-
-
-def _with_free_batch(model: nn.Module, inputs: tuple[Tensor, ...], shapes: tuple[Any, ...]) -> ExportedProgram:
-    """Trace a model that fixed the batch by reading the bytecode, which follows `len(x)` where plain calls cannot.
-
-    Raises:
-        CaptureError: the batch is fixed all the same.
-    """
-    try:
-        exported = _traced(model, inputs, shapes, strict=True)
-    except Exception as error:
-        raise CaptureError(_fixed_advice(inputs, _summary(error))) from error
-    if _one_batch_size(exported):
-        raise CaptureError(_fixed_advice(inputs, "the graph holds it as a number"))
-    return exported
-
-
-def _fixed_advice(inputs: tuple[Tensor, ...], reason: str) -> str:
-    return (
-        f"the model takes {inputs[0].shape[0] if inputs[0].dim() else 1} images at a time and no other number "
-        f"({reason}); use x.shape[0] or -1 where it writes the number of images into a shape, not len(x) or int(...)"
-    )
 
 
 LARGER = 32
@@ -231,7 +201,7 @@ def _check_sizes(exported: ExportedProgram, inputs: tuple[Tensor, ...]) -> None:
     except Exception as error:
         size = "x".join(str(s) for s in next(t.shape[2:] for t in inputs if t.dim() == 4))
         raise CaptureError(
-            f"the model takes images of {size} only ({_summary(error)}); leave dynamic_image off"
+            f"the model takes images of {size} only ({summary(error)}); leave dynamic_image off"
         ) from error
 
 
@@ -252,20 +222,15 @@ def _export_advice(model: nn.Module, inputs: tuple[Tensor, ...], error: Exceptio
             copy.deepcopy(model).eval()(*inputs)
     except Exception as eager:
         return (
-            f"the model does not run on inputs of shape {shapes} and type {types}: {_summary(eager)}; "
+            f"the model does not run on inputs of shape {shapes} and type {types}: {summary(eager)}; "
             "check the shape and type of the calibration images"
         )
     line = _user_line(error)
     return (
-        f"the model does not export to a graph{f' at {line}' if line else ''}: {_summary(error)}; "
+        f"the model does not export to a graph{f' at {line}' if line else ''}: {summary(error)}; "
         "replace control flow that depends on tensor values by torch.where or torch.cond, "
         "or keep that part outside the model"
     )
-
-
-def _summary(error: BaseException) -> str:
-    """Return the first line of an error that says something, without torch's log hints."""
-    return f"{type(error).__name__}: {first_line(error, 300)}"
 
 
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
