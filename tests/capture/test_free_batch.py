@@ -25,7 +25,7 @@ class Flat(nn.Module):
         self.conv, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(512, 4)
 
     def forward(self, image: Tensor) -> Tensor:
-        return torch.as_tensor(self.head(functional.relu_(self.conv(image)).view(len(image), -1)))
+        return torch.as_tensor(self.head(functional.relu_(self.conv(image)).view(image.shape[0], -1)))
 
 
 class Tokens(nn.Module):
