@@ -138,7 +138,7 @@ def test_images_of_another_size_are_refused() -> None:
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_torchscript_is_refused_by_name(inside: bool) -> None:
-    scripted: nn.Module = torch.jit.trace(Flat(), IMAGES)  # type: ignore[no-untyped-call]
+    scripted: nn.Module = torch.jit.trace(nn.Conv2d(3, 4, 3), IMAGES)  # type: ignore[no-untyped-call]
     model = nn.Sequential(nn.Identity(), scripted) if inside else scripted
     with pytest.raises(CaptureError, match=f"{'1' if inside else 'the model'} is TorchScript.*the Python module"):
         fxquant.quantize(model, IMAGES, None)
