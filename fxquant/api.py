@@ -36,6 +36,7 @@ def quantize(
     target: str | Path | Target | None = None,
     effort: EffortName | None = None,
     keep_float: Sequence[str] | None = None,
+    dynamic_image: bool | None = None,
     rounding: str | None = None,
     workdir: str | Path | None = None,
     progress: bool = True,
@@ -56,6 +57,7 @@ def quantize(
         target: what will run the model, by default "onnxruntime": a name, the path of a target file, or a `Target`.
         effort: "fast", "default" or "best".
         keep_float: patterns of layers (glob, "re:..." or "type:Conv2d") that stay in float.
+        dynamic_image: True leaves height and width of images free, where the model takes images of any size.
         rounding: how the plan's weights are rounded: "nearest", "qronos", "pdquant" or another algorithm, or several
             joined by "+"; by default the effort's. Kept only where the held-out loss falls.
         workdir: folder that keeps finished scores; the same call goes on where a killed one stopped.
@@ -74,12 +76,12 @@ def quantize(
     """
     limits = None if budget is None else Budget.of(budget)
     named = {"bits": bits, "activation_bits": activation_bits, "target": target, "effort": effort}
-    settings = Settings.of(options, **named, keep_float=keep_float, rounding=rounding)
+    others = {"keep_float": keep_float, "dynamic_image": dynamic_image, "rounding": rounding}
+    settings = Settings.of(options, **named, **others)
     preset = EFFORTS[settings.effort]
-    if settings.rounding is None:
-        settings = replace(settings, rounding=preset.rounding)
+    settings = replace(settings, rounding=settings.rounding or preset.rounding)
     flow.check_names(settings)
-    _ = algorithms(settings.rounding, settings.rounding_options)
+    _ = algorithms(settings.rounding or "", settings.rounding_options)
     shards = Shards.from_environment() if settings.distributed else ALONE
     reporter = Reporter(progress and shards.is_first)
     # Checked before hours of work whose results are to be kept there.
@@ -94,7 +96,7 @@ def quantize(
     flow.check_answers(limits, held_out, settings)
     with reporter.stages(flow.stages(settings, limits)):
         reporter.stage(flow.CAPTURE)
-        captured = capture_program(model, images.slice(0, 2).inputs)
+        captured = capture_program(model, images.slice(0, 2).inputs, dynamic_image=settings.dynamic_image)
         return _search(captured, limits, settings, scoring, held_out, reporter, shards, (folder, place))
 
 
@@ -275,8 +277,7 @@ def export_onnx(program: Program, path: str | Path) -> Path:
         OutputError: the path cannot be written.
         MissingDependencyError: the onnx extra is not installed.
     """
-    write_onnx(program.module, Path(path))
-    return Path(path)
+    return write_onnx(program.module, Path(path)).path
 
 
 def reconstruct(

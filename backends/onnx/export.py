@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,15 +11,16 @@ import onnx
 import torch
 from onnx import helper
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from fxquant.backends.exact import value_names
 from fxquant.backends.explicit_graph import to_qdq
 from fxquant.backends.onnx.blocks import to_blocks
 from fxquant.backends.onnx.builder import GraphBuilder
+from fxquant.backends.onnx.entries import output_names, value_info
 from fxquant.backends.onnx.export_options import OnnxOptions
-from fxquant.backends.onnx.lowering import Lowering, dims
+from fxquant.backends.onnx.lowering import Lowering
 from fxquant.backends.onnx.model_file import write_model
 from fxquant.backends.onnx.openvino import add_biases
 from fxquant.backends.onnx.rewrites import fuse_integers
@@ -31,6 +31,7 @@ from fxquant.backends.qdq_ops import EDGE, dequantize_channels
 from fxquant.core.errors import LoweringError, OptionError
 from fxquant.core.run import leading_names
 
+NO_VALUE = ("placeholder", "output", "get_attr")
 LAZY = (dequantize_channels, torch.ops.aten.sym_size.int)
 
 
@@ -114,22 +115,26 @@ def _attempt(
     """Write the graph, and return it, layers that are not packed, and what neither a table nor `known` can write."""
     builder = GraphBuilder()
     lowering = Lowering(qdq, builder, options)
-    inputs, results, missing = [], list[Node](), list[Node]()
+    results, missing = list[Node](), list[Node]()
+    map_arg(qdq.graph.output_node().args, results.append)
+    # What others know by name goes before what only this file calls so.
+    for text in (*labels.values(), *leading.values()):
+        _ = builder.unique(text)
+    # A graph's own name for an input avoids words of Python, such as input.
+    entries = {node: builder.unique(str(node.target)) for node in qdq.graph.nodes if node.op == "placeholder"}
+    inputs = [value_info(node, name) for node, name in entries.items() if isinstance(node.meta.get("val"), Tensor)]
+    lowering.values.update(entries)
+    names = [builder.unique(name) for name in output_names(qdq.graph)]
     for node in qdq.graph.nodes:
-        if node.op == "placeholder":
-            lowering.values[node] = builder.unique(node.name)
-            if isinstance(node.meta.get("val"), Tensor):
-                inputs.append(_value_info(node, node.name))
-        elif node.op == "output":
-            map_arg(node.args, results.append)
-        elif node.op != "get_attr" and node.target not in LAZY and isinstance(_written(node), Tensor | tuple | list):
-            written = _write(lowering, node, known)
-            if written is None:
-                missing.append(node)
-                written = tuple(builder.unique(node.name) for _ in range(result_count(node)))
-                written = written[0] if isinstance(node.meta["val"], Tensor) else written
-            lowering.values[node] = written
-    outputs = [_output(lowering, node, index) for index, node in enumerate(results)]
+        if node.op in NO_VALUE or node.target in LAZY or not isinstance(_written(node), Tensor | tuple | list):
+            continue
+        written = _write(lowering, node, known)
+        if written is None:
+            missing.append(node)
+            written = tuple(builder.unique(node.name) for _ in range(result_count(node)))
+            written = written[0] if isinstance(node.meta["val"], Tensor) else written
+        lowering.values[node] = written
+    outputs = [_output(lowering, node, name) for node, name in zip(results, names, strict=True)]
     lowering.weights.write()
     values = {lowering.values.get(node): leading.get(node.name) for node in qdq.graph.nodes}
     called = {value: name for value, name in values.items() if isinstance(value, str) and name is not None}
@@ -153,46 +158,12 @@ def _write(lowering: Lowering, node: Node, known: dict[Node, Piece]) -> str | tu
     return written
 
 
-def _value_info(node: Node, name: str) -> onnx.ValueInfoProto:
-    called = _symbols(node.graph)
-    # The leading size is the batch.
-    shape = [
-        size
-        if isinstance(size, int)
-        else "batch"
-        if axis == 0
-        else re.sub(r"s\d+", lambda m: called.get(m[0], m[0]), str(size))
-        for axis, size in enumerate(dims(node))
-    ]
-    try:
-        kind = helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=node.meta["val"].dtype).numpy().dtype)
-    except TypeError as error:
-        dtype = str(node.meta["val"].dtype).removeprefix("torch.")
-        raise LoweringError(
-            f"input or output {name!r} of the model is {dtype}, which the ONNX Runtime backend does not support; "
-            "let the model take and return float32"
-        ) from error
-    return helper.make_tensor_value_info(name, kind, shape)
-
-
-def _symbols(graph: Graph) -> dict[str, str]:
-    """Return what torch calls free sizes (s0, s77, ...) of an image -> what they are."""
-    images = [node for node in graph.nodes if node.op == "placeholder" and isinstance(node.meta.get("val"), Tensor)]
-    sizes = [
-        zip(dims(node), ("batch", "channels", "height", "width"), strict=True)
-        for node in images
-        if len(dims(node)) == 4
-    ]
-    return {str(size): word for pairs in reversed(sizes) for size, word in pairs if not isinstance(size, int)}
-
-
-def _output(lowering: Lowering, node: Node, index: int) -> onnx.ValueInfoProto:
+def _output(lowering: Lowering, node: Node, name: str) -> onnx.ValueInfoProto:
     """Name the graph's result; inputs, constants and results returned twice keep theirs and are copied."""
     value, builder = lowering.value(node), lowering.builder
-    name = builder.unique("output" if index == 0 else f"output_{index}")
     if not builder.rename(value, name):
         builder.nodes.append(helper.make_node("Identity", [builder.named(value)], [name]))
-    return _value_info(node, name)
+    return value_info(node, name)
 
 
 def export_onnx(

@@ -126,12 +126,16 @@ def capture(
     """
     stored = model
     if not isinstance(model, StoredProgram):
+        # Export specialises sizes 0 and 1, so a single image is doubled to keep the batch free.
+        inputs = tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in example_inputs)
         exported = model
         if not isinstance(model, ExportedProgram):
-            exported = _export(model, tuple(example_inputs), dynamic_batch, dynamic_image)
-        elif dynamic_batch and example_inputs and one_batch_size(model):
-            exported = freed(model, tuple(example_inputs))
+            exported = _export(model, inputs, dynamic_batch, dynamic_image)
+        elif dynamic_batch and inputs and one_batch_size(model):
+            exported = freed(model, inputs)
         assert isinstance(exported, ExportedProgram)
+        if dynamic_image:
+            _check_sizes(exported, inputs)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -168,8 +172,6 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, d
     except Exception as error:
         raise CaptureError(f"the model cannot be copied: {summary(error)}; fxquant works on a copy of it") from error
     _ = own.register_forward_hook(lambda *given: plain_answer(given[-1]))
-    # Export specialises sizes 0 and 1, so a single image is doubled to keep the batch free.
-    inputs = tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in inputs)
     free = [[0] * (dynamic_batch and t.dim() > 0) + [2, 3] * (dynamic_image and t.dim() == 4) for t in inputs]
     shapes = _dynamic_shapes(own, [dict.fromkeys(axes, Dim.AUTO) or None for axes in free])
     try:
@@ -180,8 +182,6 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, d
         raise CaptureError(_export_advice(model, inputs, error)) from error
     if dynamic_batch and one_batch_size(exported):
         exported = with_free_batch(own, inputs, shapes)
-    if dynamic_image:
-        _check_sizes(exported, inputs)
     return exported
 
 
@@ -201,7 +201,8 @@ def _check_sizes(exported: ExportedProgram, inputs: tuple[Tensor, ...]) -> None:
     except Exception as error:
         size = "x".join(str(s) for s in next(t.shape[2:] for t in inputs if t.dim() == 4))
         raise CaptureError(
-            f"the model takes images of {size} only ({summary(error)}); leave dynamic_image off"
+            f"the model takes images of {size} only ({summary(error)}); leave dynamic_image off, or export the program "
+            "with free sizes"
         ) from error
 
 

@@ -53,7 +53,7 @@ def failure(arguments: list[str], code: int, capsys: Captured) -> str:
     assert printed.out == ""
     *stages, last = printed.err.splitlines()
     assert last.startswith("fxquant: error: ")
-    assert all(re.search(r": \d+ of \d+ in |cells, |candidates, ", line) for line in stages), stages
+    assert all(re.search(r"^\d+ of \d+: |: \d+ of \d+ in |cells, |candidates, ", line) for line in stages), stages
     return last
 
 

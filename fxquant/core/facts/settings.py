@@ -60,6 +60,8 @@ class Settings(Options):
         activation_bits: candidate activation bits.
         target: what will run the model: a name, the path of a target file (.json), or a `Target`.
         effort: how much is measured.
+        dynamic_image: leave height and width of images free; for fully convolutional models, or those that pool to one
+            pixel.
         pins: pattern of layers -> the only precision allowed there.
         pin_ends: pin the first and the last layer to 8 bits.
         keep_float: pattern of layers that stay in float.
@@ -99,6 +101,7 @@ class Settings(Options):
     activation_bits: tuple[int, ...] = (8,)
     target: str | Path | Target = "onnxruntime"
     effort: EffortName = "default"
+    dynamic_image: bool = False
     pins: Mapping[str, Choice] = field(default_factory=dict, metadata=rules(flag="pin"))
     pin_ends: bool = False
     keep_float: tuple[str, ...] = ()
