@@ -27,11 +27,12 @@ if TYPE_CHECKING:
         session_options,
         stray_conversions,
     )
+    from fxquant.backends.onnx.shape_emitters import EMITTERS
     from fxquant.backends.onnx.stem import Axis, block_weight, fold_stems, space_to_depth
 
 _LAZY = (
     *("blocks", "builder", "contents", "export", "model_file", "openvino"),
-    *("origins", "packed_weights", "rewrites", "session", "stem"),
+    *("origins", "packed_weights", "rewrites", "session", "shape_emitters", "stem"),
 )
 """Modules that need the ONNX packages: imported when one of their names is first asked for."""
 
@@ -46,6 +47,7 @@ def __getattr__(name: str) -> object:
 
 __all__ = [
     "ALIGNMENT",
+    "EMITTERS",
     "LARGEST_FILE",
     "RUNTIME_KERNELS",
     "SMALLEST",

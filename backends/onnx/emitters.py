@@ -22,7 +22,7 @@ from fxquant.backends.qdq_ops import dequantize, quantize
 from fxquant.core.ir import arguments, clip_bounds
 
 aten = torch.ops.aten
-Emitter = Callable[[Lowering, Node], str | None]
+Emitter = Callable[[Lowering, Node], str | tuple[str, ...] | None]
 
 EMITTERS: dict[object, Emitter] = {}
 """ATen overload, or function of this package -> how it is written."""
@@ -92,7 +92,7 @@ def _dequantize(lowering: Lowering, node: Node) -> str | None:
 def _pad_integers(lowering: Lowering, node: Node) -> str | None:
     q, widths, zero_point = node.args
     assert isinstance(widths, list | tuple)
-    pads = lowering.pads(node, [int(str(w)) for w in widths])
+    pads = lowering.integers(lowering.pads(node, [int(str(w)) for w in widths]))
     return lowering.write(node, "Pad", [lowering.value(q), pads, lowering.zero_point(zero_point)])
 
 
@@ -243,6 +243,8 @@ def _layer_norm(lowering: Lowering, node: Node) -> str | None:
     given = arguments(node)
     shape = given["normalized_shape"]
     gain = given["weight"]
+    if any(not isinstance(size, int) for size in shape):
+        return None
     ones = np.ones(tuple(shape), np.float32)
     inputs = [lowering.value(node.args[0]), lowering.constant(ones, "ones") if gain is None else lowering.value(gain)]
     if given["bias"] is not None:

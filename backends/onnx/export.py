@@ -25,11 +25,12 @@ from fxquant.backends.onnx.model_file import write_model
 from fxquant.backends.onnx.openvino import add_biases
 from fxquant.backends.onnx.rewrites import fuse_integers
 from fxquant.backends.onnx.shape_emitters import EMITTERS
+from fxquant.backends.onnx.size_check import check_sizes
 from fxquant.backends.onnx.splice import Piece, insert, pieces, result_count
 from fxquant.backends.onnx.stem import fold_stems
 from fxquant.backends.qdq_ops import EDGE, dequantize_channels
 from fxquant.core.errors import LoweringError, OptionError
-from fxquant.core.run import leading_names
+from fxquant.core.run import is_size, leading_names
 
 NO_VALUE = ("placeholder", "output", "get_attr")
 LAZY = (dequantize_channels, torch.ops.aten.sym_size.int)
@@ -150,7 +151,13 @@ def _written(node: Node) -> object:
 
 def _write(lowering: Lowering, node: Node, known: dict[Node, Piece]) -> str | tuple[str, ...] | None:
     emitter = EMITTERS.get(node.target)
-    written = emitter(lowering, node) if emitter is not None else None
+    try:
+        written = emitter(lowering, node) if emitter is not None else None
+    except (TypeError, AssertionError):
+        if not any(is_size(source) for source in node.all_input_nodes):
+            raise
+        # An argument that is a number elsewhere depends on the input here; the exporter says whether it can be written.
+        written = None
     if written is None and node in known:
         return insert(lowering, node, known[node])
     if written is None and node.op != "call_function":
@@ -178,12 +185,13 @@ def export_onnx(
         options: None for the defaults.
 
     Raises:
-        LoweringError: an op has no ONNX form, or the checker of onnx refuses the model.
+        LoweringError: an op has no ONNX form, the checker of onnx refuses the model, or the file does not answer as
+            PyTorch does at other sizes of its free axes.
         OptionError: `options.weight_only` names a layer that cannot have it.
         OutputError: the folder cannot be written.
     """
     given = options or OnnxOptions()
     model, weight_only, unpacked = _model(module, metadata or {}, given)
     counts = Counter(str(node.op_type) for node in model.graph.node)
-    size = write_model(model, path, given)
+    size = write_model(model, path, given, lambda file: check_sizes(module, file, given.runtime == "onnxruntime"))
     return ExportReport(path, size, int(model.opset_import[0].version), dict(counts), weight_only, unpacked)

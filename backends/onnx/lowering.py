@@ -61,6 +61,8 @@ class Lowering:
         #: layers whose weights would take fewer bytes in a form that the runtime does not fold
         self.unpacked: list[str] = []
         self._lazy: dict[tuple[Node, bool], str] = {}
+        #: values of numbers that the graph computes of sizes
+        self.sizes: dict[Node, str] = {}
         self._products: dict[tuple[object, ...], str] = {}
         self._zero_points: dict[int, str] = {}
 
@@ -122,16 +124,16 @@ class Lowering:
         """Return the int64 vector of length 1 that holds a dynamic size."""
         source, axis = node.args
         assert isinstance(axis, int)
-        if (node, False) not in self._lazy:
-            self._lazy[node, False] = self.write(node, "Shape", [self.value(source)], start=axis, end=axis + 1)
-        return self._lazy[node, False]
+        if node not in self.sizes:
+            self.sizes[node] = self.write(node, "Shape", [self.value(source)], start=axis, end=axis + 1)
+        return self.sizes[node]
 
-    def pads(self, node: Node, widths: Sequence[int]) -> str:
+    def pads(self, node: Node, widths: Sequence[Any]) -> list[Any]:
         """Return pad widths in the order of ONNX: all axes before, then all axes behind."""
         rank = len(dims(node))
         pairs = [(widths[i], widths[i + 1]) for i in range(0, len(widths), 2)]
         pairs += [(0, 0)] * (rank - len(pairs))
-        return self.integers([before for before, _ in reversed(pairs)] + [behind for _, behind in reversed(pairs)])
+        return [before for before, _ in reversed(pairs)] + [behind for _, behind in reversed(pairs)]
 
     def zero_point(self, node: Any) -> str:
         """Return an activation's zero-point as uint8."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -19,13 +20,14 @@ SMALLEST = 1024
 """Bytes from which on a tensor leaves the graph; what is smaller stays readable there."""
 
 
-def write_model(model: onnx.ModelProto, path: Path, options: OnnxOptions) -> int:
+def write_model(model: onnx.ModelProto, path: Path, options: OnnxOptions, accept: Callable[[Path], None]) -> int:
     """Write and check a model; nothing is left behind on failure.
 
     Args:
         model: it loses its large tensors if they go to a file of their own, `<path>.data`.
         path: the file to write.
         options: says when weights go there.
+        accept: raises an error where the file, weights beside it, must not be written.
 
     Returns:
         bytes of the file, or of both.
@@ -43,6 +45,7 @@ def write_model(model: onnx.ModelProto, path: Path, options: OnnxOptions) -> int
                 _move_out(model, data)
             staged.write_bytes(model.SerializeToString())
             _check(staged)
+            accept(staged)
             written = [file for file in (data, staged) if file.exists()]
             size = sum(file.stat().st_size for file in written)
             # The weights first: an old graph with new weights is the shorter of the two wrong moments.

@@ -11,6 +11,7 @@ from torch.fx import Node
 from fxquant.backends.onnx.emitters import EMITTERS, emits
 from fxquant.backends.onnx.lowering import Lowering, dims, static_shape
 from fxquant.backends.onnx.rewrites import spread
+from fxquant.backends.onnx.size_arithmetic import size_value, size_vector
 from fxquant.backends.onnx.stem import BLOCK, space_to_depth
 from fxquant.core.ir import arguments
 
@@ -43,7 +44,8 @@ def _pool(lowering: Lowering, node: Node) -> str | None:
         # Runtimes take less padding than a kernel; only dilated windows, of the maximum, reach out further.
         widths = [width for pair in zip(reversed(padding), reversed(ends), strict=True) for width in pair]
         lowest = lowering.number(float(np.finfo(np.float32).min))
-        x = [lowering.write(node, "Pad", [*x, lowering.pads(node, widths), lowest], mode="constant")]
+        pads = lowering.integers(lowering.pads(node, widths))
+        x = [lowering.write(node, "Pad", [*x, pads, lowest], mode="constant")]
         padding = ends = [0] * axes
     shape: dict[str, Any] = {"kernel_shape": kernel, "strides": stride, "pads": padding + ends}
     if node.target in (aten.max_pool1d.default, aten.max_pool2d.default):
@@ -65,28 +67,68 @@ def _pool(lowering: Lowering, node: Node) -> str | None:
     return lowering.write(node, "Mul", [pooled, factor])
 
 
-@emits(aten.adaptive_avg_pool2d.default)
+@emits(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default)
 def _adaptive_pool(lowering: Lowering, node: Node) -> str | None:
-    if spread(node.args[1], 2) != [1, 1] or len(dims(node.args[0])) != 4:
-        return None
-    return lowering.write(node, "GlobalAveragePool", [lowering.value(node.args[0])])
+    axes = 1 if "1d" in str(node.target) else 2
+    if _all_of(node, axes) and len(dims(node.args[0])) == 4:
+        return lowering.write(node, "GlobalAveragePool", [lowering.value(node.args[0])])
+    # Of images of one size, the exporter knows the windows.
+    free = -1 in static_shape(node.args[0])[-axes:]
+    return _windows(lowering, node, "ReduceMean", axes) if free else None
 
 
-@emits(aten.adaptive_max_pool2d.default)
+def _all_of(node: Node, axes: int) -> bool:
+    sizes = node.args[1]
+    return axes == 2 and isinstance(sizes, list | tuple) and [*sizes, *sizes][:2] == [1, 1]
+
+
+@emits(aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default)
 def _adaptive_max_pool(lowering: Lowering, node: Node) -> str | None:
-    size, wanted = static_shape(node.args[0]), spread(node.args[1], 2)
     # Which pixel won has no form here.
-    if -1 in size[-2:] or any(user.args[1] != 0 for user in node.users):
+    if any(user.args[1] != 0 for user in node.users):
         return None
-    x = lowering.value(node.args[0])
-    for axis, count in zip((len(size) - 2, len(size) - 1), wanted, strict=True):
-        ends = [(k * size[axis] // count, -(-(k + 1) * size[axis] // count)) for k in range(count)]
-        # Windows of unlike sizes are taken one by one.
-        parts = [[lowering.integers([end]) for end in (*window, axis)] for window in ends]
-        cut = [lowering.write(node, "Slice", [x, *window]) for window in parts]
-        axes = lowering.integers([axis])
-        x = lowering.write(node, "Concat", [lowering.write(node, "ReduceMax", [c, axes]) for c in cut], axis=axis)
+    return _windows(lowering, node, "ReduceMax", 1 if "1d" in str(node.target) else 2)
+
+
+def _windows(lowering: Lowering, node: Node, reduce: str, axes: int) -> str | None:
+    """Write an adaptive pooling, axis by axis: window k of n reaches from `k s // n` to `-(-(k + 1) s // n)`.
+
+    Windows are rectangles, so the mean of a window is the mean of its rows' means, and their maximum likewise.
+    """
+    source, wanted = node.args[:2]
+    assert isinstance(wanted, list | tuple)
+    size, rank = dims(source), len(dims(source))
+    x = lowering.value(source)
+    for axis, count in zip(range(rank - axes, rank), [*wanted, *wanted][:axes], strict=True):
+        if not isinstance(count, int):
+            # Asked for as many windows as there are pixels, the axis stays as it is.
+            if count.meta["val"] != size[axis]:
+                return None
+            continue
+        place, parts = lowering.integers([axis]), []
+        ends = _ends(lowering, node, source, axis, count)
+        for k in range(count):
+            cut = lowering.write(node, "Slice", [x, *(end[k] for end in ends), place]) if count > 1 else x
+            parts.append(lowering.write(node, reduce, [cut, place]))
+        x = lowering.write(node, "Concat", parts, axis=axis) if count > 1 else parts[0]
     return x
+
+
+def _ends(lowering: Lowering, node: Node, source: Any, axis: int, count: int) -> tuple[list[str], list[str]]:
+    """Return where the windows of an axis begin and end, each an int64 vector of length 1."""
+    size = static_shape(source)[axis]
+    if size != -1:
+        begins, stops = ([k * size // count for k in range(count)], [-(-(k + 1) * size // count) for k in range(count)])
+        return [lowering.integers([k]) for k in begins], [lowering.integers([k]) for k in stops]
+    free = lowering.write(node, "Shape", [lowering.value(source)], start=axis, end=axis + 1)
+    whole = lowering.integers([count])
+
+    def times(factor: int, more: int) -> str:
+        product = lowering.write(node, "Mul", [free, lowering.integers([factor])])
+        raised = lowering.write(node, "Add", [product, lowering.integers([more])]) if more else product
+        return lowering.write(node, "Div", [raised, whole])
+
+    return [times(k, 0) for k in range(count)], [times(k + 1, count - 1) for k in range(count)]
 
 
 @emits(aten.mean.dim)
@@ -120,9 +162,10 @@ def _pixel_shuffle(lowering: Lowering, node: Node) -> str | None:
 def _pad(lowering: Lowering, node: Node) -> str | None:
     given = arguments(node)
     mode = PAD_MODES.get(given.get("mode", "constant"))
-    if mode is None or any(not isinstance(w, int) for w in given["pad"]) or node.meta["val"].dtype != torch.float32:
+    pads = size_vector(lowering, lowering.pads(node, given["pad"]))
+    if mode is None or pads is None or node.meta["val"].dtype != torch.float32:
         return None
-    inputs = [lowering.value(node.args[0]), lowering.pads(node, given["pad"])]
+    inputs = [lowering.value(node.args[0]), pads]
     if mode == "constant":
         inputs.append(lowering.number(given.get("value") or 0.0))
     return lowering.write(node, "Pad", inputs, mode=mode)
@@ -140,11 +183,23 @@ def _cat(lowering: Lowering, node: Node) -> str | None:
 def _slice(lowering: Lowering, node: Node) -> str | None:
     given = arguments(node)
     start, end = given["start"] or 0, 2**63 - 1 if given["end"] is None else given["end"]
-    parts = (start, end, given["dim"], given["step"])
-    if any(not isinstance(part, int) for part in parts):
+    parts = [size_vector(lowering, [part]) for part in (start, end, given["dim"], given["step"])]
+    if None in parts:
         return None
-    starts, ends, axes, steps = (lowering.integers([part]) for part in parts)
-    return lowering.write(node, "Slice", [lowering.value(node.args[0]), starts, ends, axes, steps])
+    return lowering.write(node, "Slice", [lowering.value(node.args[0]), *filter(None, parts)])
+
+
+@emits(aten.split.Tensor)
+def _split(lowering: Lowering, node: Node) -> tuple[str, ...] | None:
+    """Write pieces of one size, the last one possibly smaller, as slices; others are written as their sizes are."""
+    given, count = arguments(node), len(node.meta["val"])
+    size = size_value(lowering, given["split_size"])
+    if size is None or isinstance(given["split_size"], int):
+        return None
+    axes = lowering.integers([given["dim"]])
+    ends = [lowering.builder.node("Mul", [size, lowering.integers([k])], f"{node.name}_end") for k in range(count + 1)]
+    x = lowering.value(node.args[0])
+    return tuple(lowering.write(node, "Slice", [x, ends[k], ends[k + 1], axes]) for k in range(count))
 
 
 @emits(aten.select.int)
@@ -168,9 +223,16 @@ def _select(lowering: Lowering, node: Node) -> str | None:
 def _reshape(lowering: Lowering, node: Node) -> str | None:
     shape = static_shape(node)
     # -1 means one unknown size; an empty tensor would make it ambiguous.
-    if shape.count(-1) > 1 or 0 in shape:
+    if 0 in shape:
         return None
-    return lowering.write(node, "Reshape", [lowering.value(node.args[0]), lowering.integers(shape)])
+    sizes = lowering.integers(shape)
+    if shape.count(-1) > 1:
+        given = arguments(node).get("size", arguments(node).get("shape"))
+        found = size_vector(lowering, given) if isinstance(given, list | tuple) else None
+        if found is None:
+            return None
+        sizes = found
+    return lowering.write(node, "Reshape", [lowering.value(node.args[0]), sizes])
 
 
 @emits(aten.permute.default)
@@ -197,11 +259,6 @@ def _transpose(lowering: Lowering, node: Node) -> str | None:
 def _expand(lowering: Lowering, node: Node) -> str | None:
     sizes = node.args[1]
     assert isinstance(sizes, list | tuple)
-    if any(isinstance(size, Node) and size.target is not aten.sym_size.int for size in sizes):
-        return None
     # Expand reads a size of 1 as "keep", as torch reads -1.
-    parts = [
-        lowering.size(s) if isinstance(s, Node) else lowering.integers([1 if s == -1 else int(str(s))]) for s in sizes
-    ]
-    shape = parts[0] if len(parts) == 1 else lowering.write(node, "Concat", parts, axis=0)
-    return lowering.write(node, "Expand", [lowering.value(node.args[0]), shape])
+    shape = size_vector(lowering, [1 if size == -1 else size for size in sizes])
+    return None if shape is None else lowering.write(node, "Expand", [lowering.value(node.args[0]), shape])

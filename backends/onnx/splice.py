@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from fxquant.backends.onnx.lowering import Lowering, dims
 from fxquant.core.errors import LoweringError, first_line
 from fxquant.core.ir import shape_of, trace_line
+from fxquant.core.run import is_size
 
 REGISTRATION_LOG = "torch.onnx._internal.exporter._registration"
 
@@ -61,8 +62,11 @@ def pieces(module: GraphModule, nodes: Sequence[Node], opset: int) -> dict[Node,
             # Only one by one it shows which node is the one.
             return {node: piece for one in nodes for node, piece in pieces(module, [one], opset).items()}
         node = nodes[0]
+        sizes = [source for source in node.all_input_nodes if is_size(source)]
+        reason = "an argument of it depends on the size of the input, " if sizes else ""
         raise LoweringError(
-            f"{node.target} cannot be written in ONNX: {_reason(error)}; replace it at: {trace_line(node)}"
+            f"{node.target} cannot be written in ONNX: {reason}{_reason(error)}; replace it at: {trace_line(node)}; "
+            "PyTorch runs it: Result.simulated, or fxquant.lower(result, 'fx_int8') on integers"
         ) from error
 
 

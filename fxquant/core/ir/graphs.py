@@ -201,8 +201,9 @@ def show(module: GraphModule) -> str:
 
 
 def trace_line(node: Node) -> str:
-    """Return the user's source line that made the node, its target where that is not known."""
+    """Return the user's source line that made the node, `net.py:12: code`; its target where that is not known."""
     trace = node.meta.get("stack_trace")
-    frames = re.findall(r'File "([^"]+)", line \d+, in [^\n]*\n\s*([^\n]+)', trace) if isinstance(trace, str) else []
-    lines = [line.strip() for file, line in frames if not file.startswith(TORCH_FOLDER)]
+    found = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]+)', trace) if isinstance(trace, str) else []
+    frames = [(Path(file), number, code) for file, number, code in found if not file.startswith(TORCH_FOLDER)]
+    lines = [f"{file.name}:{number}: {code.strip()}" for file, number, code in frames]
     return lines[-1] if lines else str(node.target)

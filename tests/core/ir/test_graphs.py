@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -162,7 +164,7 @@ def test_show_is_one_line_per_computed_node() -> None:
 
 def test_nodes_know_the_users_line() -> None:
     conv = resolve(captured("residual").module.graph, "conv2d")
-    assert "self.bn1(self.conv1(x))" in trace_line(conv)
+    assert re.search(r"^\w+\.py:\d+: .*self\.bn1\(self\.conv1\(x\)\)", trace_line(conv))
     assert trace_line(resolve(two_inputs().graph, "a")) == "a"
 
 
