@@ -19,6 +19,7 @@ from torch.nn import functional
 from fxquant.capture.exporting import summary, traced
 from fxquant.capture.free_batch import freed, one_batch_size, with_free_batch
 from fxquant.capture.model_outputs import plain_answer
+from fxquant.capture.unusable_ops import check_ops
 from fxquant.capture.weights import check_finite, check_storage
 from fxquant.core.errors import CaptureError
 from fxquant.core.ir import Program, differentiable
@@ -134,6 +135,7 @@ def capture(
         elif dynamic_batch and inputs and one_batch_size(model):
             exported = freed(model, inputs)
         assert isinstance(exported, ExportedProgram)
+        check_ops(exported.graph)
         if dynamic_image:
             _check_sizes(exported, inputs)
         try:

@@ -39,51 +39,49 @@ class Net(nn.Module):
         return self.head(self, x)
 
 
-def padded_and_cut(n: Net, x: Tensor) -> Tensor:
+def padded_and_cut(n: Net, x: Tensor) -> Any:
     h, w = x.shape[-2:]
-    answer: Tensor = n.one(F.pad(x, (0, -w % 16, 0, -h % 16)))[:, :, :h, :w]
-    return answer
+    return n.one(F.pad(x, (0, -w % 16, 0, -h % 16)))[:, :, :h, :w]
 
 
-def pyramid(n: Net, x: Tensor) -> Tensor:
+def pyramid(n: Net, x: Tensor) -> Any:
     y = n.one(x)
     pooled = [F.adaptive_avg_pool2d(y, k) for k in (1, 2, 3, 6)]
     return torch.cat([y, *(F.interpolate(p, size=y.shape[2:], mode="bilinear") for p in pooled)], 1)
 
 
-def patches(n: Net, x: Tensor) -> Tensor:
+def patches(n: Net, x: Tensor) -> Any:
     y = n.one(x)
     c, h, w = y.shape[1], y.shape[2] // 4, y.shape[3] // 4
     cut = y[:, :, : h * 4, : w * 4].reshape(-1, c, h, 4, w, 4)
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, h * w, c * 16)
 
 
-def middle(n: Net, x: Tensor) -> Tensor:
+def middle(n: Net, x: Tensor) -> Any:
     y = n.one(x)
     h, w = y.shape[2:]
-    cut: Tensor = y[:, :, h // 4 : h - h // 4, 1 : w // 2 + 1]
-    return cut
+    return y[:, :, h // 4 : h - h // 4, 1 : w // 2 + 1]
 
 
-def halves(n: Net, x: Tensor) -> Tensor:
+def halves(n: Net, x: Tensor) -> Any:
     left, right = n.one(x).chunk(2, dim=3)
     return torch.cat([right, left], 3)
 
 
-def attention(n: Net, x: Tensor) -> Tensor:
+def attention(n: Net, x: Tensor) -> Any:
     y = F.avg_pool2d(n.one(x), 4)
     t = y.flatten(2).transpose(1, 2)
     return F.scaled_dot_product_attention(t, t, t).transpose(1, 2).reshape(y.shape)
 
 
-def padded_to(n: Net, x: Tensor) -> Tensor:
+def padded_to(n: Net, x: Tensor) -> Any:
     y = n.one(x)
     q = F.interpolate(n.two(F.max_pool2d(y, 2)), scale_factor=2.0)
     down, right = y.shape[2] - q.shape[2], y.shape[3] - q.shape[3]
     return y + F.pad(q, (right // 2, right - right // 2, down // 2, down - down // 2))
 
 
-def pixels(n: Net, x: Tensor) -> Tensor:
+def pixels(n: Net, x: Tensor) -> Any:
     y = n.one(x)
     return y + torch.arange(y.shape[3]) * 0.01 - y.shape[2] * 0.1
 
