@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fxquant.backends.onnx.lowering import Lowering, dims
 from fxquant.core.errors import LoweringError, first_line
-from fxquant.core.ir import shape_of, trace_line
+from fxquant.core.ir import recurrent_shapes, shape_of, trace_line
 from fxquant.core.run import is_size
 
 REGISTRATION_LOG = "torch.onnx._internal.exporter._registration"
@@ -133,7 +133,7 @@ def _exported(module: GraphModule, nodes: Sequence[Node], opset: int) -> dict[No
         {axis: Dim.AUTO for axis, size in enumerate(dims(source)) if not isinstance(size, int)}
         for source in entries.values()
     )
-    with _quiet(), torch.no_grad():
+    with _quiet(), recurrent_shapes(), torch.no_grad():
         exported = torch.export.export(GraphModule(module, graph), examples, dynamic_shapes=shapes)
         program = torch.onnx.export(exported, (), dynamo=True, opset_version=opset, verbose=False)
     assert program is not None

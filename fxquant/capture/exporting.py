@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fxquant.core.errors import first_line
+from fxquant.core.ir import recurrent_shapes
 
 
 def traced(model: nn.Module, inputs: tuple[Tensor, ...], shapes: tuple[Any, ...], strict: bool) -> ExportedProgram:
@@ -24,7 +25,7 @@ def traced(model: nn.Module, inputs: tuple[Tensor, ...], shapes: tuple[Any, ...]
         strict: read the bytecode instead of running the model.
     """
     # Where export fails, torch prints the graph so far; what a user can act on is in the error.
-    with torch.no_grad(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+    with torch.no_grad(), recurrent_shapes(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=strict)
 

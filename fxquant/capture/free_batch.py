@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.capture.exporting import summary, traced
 from fxquant.core.errors import CaptureError
-from fxquant.core.ir import arguments, sizes
+from fxquant.core.ir import RECURRENT, arguments, sizes
 
 aten = torch.ops.aten
 
@@ -24,8 +24,6 @@ SIZES: dict[object, int] = {
     **dict.fromkeys(FILLS, 0),
 }
 """Op -> argument position of the sizes it makes."""
-RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
-"""Ops whose first states count layers before images; their kernels do not check it."""
 HOW = "torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.AUTO},)) on two images or more"
 """How to export with a free batch."""
 CLOSE = 1e-3
@@ -182,6 +180,7 @@ def _loosened(exported: ExportedProgram, count: int) -> GraphModule:
             node.target = aten.reshape.default
         loose = [first, *made[1:]]
         if any(user.target in RECURRENT for user in node.users):
+            # States count layers before images, and kernels do not check it.
             loose = [size if axis == 1 and known == count else known for axis, known in enumerate(made)]
         node.args = (*node.args[:position], loose, *node.args[position + 1 :])
     module.recompile()

@@ -22,7 +22,7 @@ from fxquant.capture.model_outputs import plain_answer
 from fxquant.capture.unusable_ops import check_ops
 from fxquant.capture.weights import check_finite, check_storage
 from fxquant.core.errors import CaptureError
-from fxquant.core.ir import Program, differentiable
+from fxquant.core.ir import Program, differentiable, recurrent_shapes
 from fxquant.core.storage import StoredProgram
 
 
@@ -139,7 +139,7 @@ def capture(
         if dynamic_image:
             _check_sizes(exported, inputs)
         try:
-            with warnings.catch_warnings():
+            with recurrent_shapes(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 stored = StoredProgram.of(exported.run_decompositions(DECOMPOSITIONS))
         except Exception as error:

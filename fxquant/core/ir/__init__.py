@@ -38,6 +38,7 @@ from fxquant.core.ir.ops import (
     rule_of,
 )
 from fxquant.core.ir.program import PassRecord, Program
+from fxquant.core.ir.recurrent_shapes import RECURRENT, recurrent_shapes
 from fxquant.core.ir.row_grid import RowGrid
 from fxquant.core.ir.shapes import (
     counts_images,
