@@ -28,6 +28,7 @@ from fxquant.core.ir.grid import SMALLEST_SCALE, Grid
 from fxquant.core.ir.levels import HIGHEST_LEVEL, LOWEST_LEVEL, nearest_level
 from fxquant.core.ir.ops import (
     OPS,
+    RECURRENT,
     REFUSED,
     OpRule,
     ScaleRule,
@@ -38,7 +39,7 @@ from fxquant.core.ir.ops import (
     rule_of,
 )
 from fxquant.core.ir.program import PassRecord, Program
-from fxquant.core.ir.recurrent_shapes import RECURRENT, recurrent_shapes
+from fxquant.core.ir.recurrent_shapes import recurrent_shapes
 from fxquant.core.ir.row_grid import RowGrid
 from fxquant.core.ir.shapes import (
     counts_images,

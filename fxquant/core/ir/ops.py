@@ -214,6 +214,10 @@ OPS: dict[object, OpRule] = {
 }
 """ATen overload -> its row."""
 
+RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+"""Layers over a sequence: `(input, first states, parameters, has_biases, layers, dropout, train, bidirectional,
+batch_first)`."""
+
 REFUSED: dict[object, str] = {
     aten.embedding.default: "a table look-up does no arithmetic; its rows stay in float",
     **dict.fromkeys(
@@ -222,10 +226,7 @@ REFUSED: dict[object, str] = {
     ),
     aten.conv3d.default: "3-d convolution has no integer kernel here",
     aten.conv_transpose3d.input: "no runtime here has an integer transposed convolution",
-    **dict.fromkeys(
-        (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input),
-        "a recurrent layer runs in float: every step waits for the one before it",
-    ),
+    **dict.fromkeys(RECURRENT, "a recurrent layer runs in float: every step waits for the one before it"),
     aten.bilinear.default: "no runtime here has an integer bilinear layer",
     aten.einsum.default: "a product written as einsum runs in float; write torch.nn.functional.linear or torch.matmul",
     aten.addmm.default: "the weight is an operand, not a parameter of linear; write torch.nn.functional.linear",

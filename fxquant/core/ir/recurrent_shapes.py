@@ -7,18 +7,14 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._C import DispatchKey, _get_dispatch_mode, _TorchDispatchModeKey
 from torch._decomp import decomposition_table
 from torch._ops import OperatorBase
 from torch._subclasses.fake_tensor import FakeTensor
 
-aten = torch.ops.aten
+from fxquant.core.ir.ops import RECURRENT
 
-RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
-"""Layers over a sequence: `(input, first states, parameters, has_biases, layers, dropout, train, bidirectional,
-batch_first)`."""
 Kernel = Callable[..., tuple[Tensor, ...]]
 KEYS = (DispatchKey.Autograd, DispatchKey.CompositeImplicitAutograd, DispatchKey.Meta)
 """Where torch keeps the functions that compute them step by step."""
