@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxquant.backends.qdq_ops import EDGE, INT32_LIMIT, dequantize, dequantize_channels, quantize
+from fxquant.backends.qdq_ops import (
+    EDGE,
+    INT32_LIMIT,
+    dequantize,
+    dequantize_channels,
+    quantize,
+    stored_channels,
+)
 from fxquant.core.errors import LoweringError
 from fxquant.core.ir import FakeQuantize, erase_dead, finish, fork, is_constant, rule_of, tensor_at
 
@@ -76,16 +83,18 @@ def _lower_weight(
         rounded = quantizer(tensor_at(module, path).detach())
         scale = quantizer.scale.detach().clone()
     # A layer whose bias needs coarser weights gets a copy; a shared weight would lose precision for other layers.
-    made: list[tuple[Tensor, Node]] = []
+    made: list[tuple[object, Tensor, Node]] = []
     for user in list(node.users):
         wide = torch.maximum(scale, _needed_scale(module, user, scale, quantizers))
-        weight = next((known for steps, known in made if torch.equal(steps, wide)), None)
+        # Without a row in the op table there is no kernel: the op multiplies in float.
+        form = dequantize_channels if rule_of(user) is not None else stored_channels
+        weight = next((known for kind, steps, known in made if kind is form and torch.equal(steps, wide)), None)
         if weight is None:
             integers = torch.round(rounded / wide.reshape(shape)).to(torch.int8)
             with module.graph.inserting_before(node):
                 weight = _dequantized(module, path, integers, wide, axis)
-            weight.meta = dict(node.meta)
-            made.append((wide, weight))
+            weight.target, weight.meta = form, dict(node.meta)
+            made.append((form, wide, weight))
         user.replace_input_with(node, weight)
         _lower_bias(module, user, wide, quantizers)
     module.graph.erase_node(node)

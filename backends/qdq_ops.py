@@ -40,3 +40,8 @@ def dequantize_channels(q: Tensor, scale: Tensor, axis: int) -> Tensor:
     shape = [1] * q.dim()
     shape[axis] = -1
     return q.to(torch.float32) * scale.reshape(shape)
+
+
+def stored_channels(q: Tensor, scale: Tensor, axis: int) -> Tensor:
+    """Return the same for a weight that is only stored as integers, and that its op multiplies in float."""
+    return dequantize_channels(q, scale, axis)

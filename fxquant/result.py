@@ -139,6 +139,7 @@ class Result:
         """
         known = BitAllocation.from_json(plan) if isinstance(plan, str | Path) else plan
         program = flow.impose(self.program, known)
+        known = replace(known, choices=program[BitAllocation].choices)
         foreign = [s for s in program[Sites].sites if known.choices[s.name] not in s.choices]
         for site in foreign:
             if not known.choices[site.name].is_float:

@@ -166,7 +166,9 @@ def uniform_plans(sites: tuple[Site, ...]) -> dict[str, dict[str, Choice]]:
     Left out are plans in which a pinned site and another one want two widths of the value that both read.
     """
     plans: dict[str, dict[str, Choice]] = {}
-    for choice in sorted({choice for site in sites for choice in site.choices}):
+    # Weights that are only stored follow the layers: their nearest wider choice is that of the same width.
+    named = [site for site in sites if not site.stored] or sites
+    for choice in sorted({choice for site in named for choice in site.choices}):
         plan = {site.name: _nearest(site, choice) for site in sites}
         if agrees(sites, plan):
             plans[f"uniform {choice.label}"] = plan

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch.fx import Node
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation, FakeQuantNodes, Ranges, Rounding, WeightGrids
@@ -23,6 +24,7 @@ from fxquant.core.ir import (
     resolve,
     rule_of,
     set_parameter,
+    stored_weights,
     tensor_at,
 )
 from fxquant.passes.base import Pass
@@ -38,7 +40,7 @@ def group_bits(groups: EdgeGroups, sites: Sites, choices: dict[str, Choice], def
         OptionError: two sites that read one value chose different activation bits.
     """
     by_tie: dict[str, tuple[int, str]] = {}
-    for site in sites.sites:
+    for site in (site for site in sites.sites if not site.stored):
         bits = choices[site.name].activation_bits
         known, other = by_tie.setdefault(site.input_tie, (bits, site.name))
         if known != bits:
@@ -106,7 +108,10 @@ def _set_values(program: Program, site: Site, rounding: Rounding) -> None:
     weight = rounding.weight_of(site.name, program[WeightGrids])
     for node in (resolve(graph, name) for name in site.nodes):
         rule = rule_of(node)
-        assert rule is not None
+        if rule is None:
+            if weight is not None:
+                _replace_stored(module, site.weight, weight)
+            continue
         for position, value in ((rule.weight, weight), (rule.bias, rounding.biases.get(node.name))):
             if position is None or value is None:
                 continue
@@ -115,11 +120,18 @@ def _set_values(program: Program, site: Site, rounding: Rounding) -> None:
             trainable = not isinstance(old, Node) or tensor_at(module, path).requires_grad
             # What others read as well keeps its values for them.
             if isinstance(old, Node) and not _read_only_by(
-                program, path, site.nodes if position == rule.weight else [node.name]
+                program, path, site.readers if position == rule.weight else [node.name]
             ):
                 path = f"{path}_{node.name}"
             set_parameter(module, node, position, path, value.clone(), trainable)
     erase_dead(module)
+
+
+def _replace_stored(module: GraphModule, path: str, weight: Tensor) -> None:
+    """Put a weight in the place of one that nothing but float ops of one site read, wherever among their arguments."""
+    parent, _, leaf = path.rpartition(".")
+    trainable = tensor_at(module, path).requires_grad
+    setattr(module.get_submodule(parent), leaf, nn.Parameter(weight.clone(), requires_grad=trainable))
 
 
 def _read_only_by(program: Program, path: str, names: Iterable[str]) -> bool:
@@ -132,13 +144,11 @@ def _on_weight(program: Program, site: Site, rounding: Rounding) -> tuple[str, .
     graph, names = program.module.graph, []
     name = f"quantize_{site.weight.replace('.', '_')}"
     holders: dict[Node, list[Node]] = {}
-    for reader in (resolve(graph, name) for name in site.nodes):
+    for reader in (resolve(graph, name) for name in site.readers):
         rule = rule_of(reader)
-        assert rule is not None
-        assert rule.weight is not None
-        weight = reader.args[rule.weight]
-        assert isinstance(weight, Node)
-        holders.setdefault(weight, []).append(reader)
+        read = stored_weights(reader) if rule is None else [reader.args[rule.weight or 0]]
+        for weight in (n for n in read if isinstance(n, Node) and (rule is not None or n.target == site.weight)):
+            holders.setdefault(weight, []).append(reader)
     for holder, readers in holders.items():
         names.append(insert_after(program.module, holder, name, inserted, readers).name)
     return tuple(names)
@@ -173,5 +183,5 @@ def _round_bias(program: Program, site: Site, rounding: Rounding) -> None:
 
 
 def _read_by(program: Program, site: Site) -> tuple[str, ...]:
-    sources = (resolve(program.module.graph, name).args[0] for name in site.nodes)
+    sources = (resolve(program.module.graph, name).args[0] for name in (() if site.stored else site.nodes))
     return tuple(dict.fromkeys(source.name for source in sources if isinstance(source, Node)))

@@ -81,7 +81,8 @@ class MeasureLatency(Pass):
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with its latencies."""
-        sites, candidates = program[Sites].sites, program[Sites].candidates
+        # A weight that is only stored is multiplied in float whatever its format.
+        sites, candidates = [s for s in program[Sites].sites if not s.stored], program[Sites].candidates
         module, integer = program.module, _mixed(program, frozenset())
         known: dict[str, list[Timing]] = {}
         alone: dict[str, tuple[float, float]] = {}

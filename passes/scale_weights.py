@@ -33,9 +33,8 @@ class ScaleWeights(Pass):
         grids: dict[str, dict[WeightFormat, Grid]] = {}
         for site in sites:
             rule = rule_of(resolve(program.module.graph, site.nodes[0]))
-            assert rule is not None
-            weight = tensor_at(program.module, site.weight)
-            grids[site.name] = weight_grids(weight, used, rule.channel_axis, self.per_channel)
+            axis = 0 if rule is None else rule.channel_axis
+            grids[site.name] = weight_grids(tensor_at(program.module, site.weight), used, axis, self.per_channel)
         return program.with_facts(WeightGrids(grids)), 0
 
 

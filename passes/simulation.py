@@ -30,7 +30,15 @@ def site_passes(target: Target, settings: Settings, keep_float: Mapping[str, str
     return (
         FindEdges(target, dict(keep_float)),
         TieEdges(),
-        FindSites(target, settings.bits, settings.activation_bits, settings.pins, settings.pin_ends, settings.forbid),
+        FindSites(
+            target,
+            settings.bits,
+            settings.activation_bits,
+            settings.pins,
+            settings.pin_ends,
+            settings.forbid,
+            tuple(keep_float),
+        ),
     )
 
 

@@ -23,6 +23,7 @@ from fxquant.backends.int8.inductor import compiled
 from fxquant.backends.int8.linear import IntegerLinear
 from fxquant.backends.int8.modules import Dequantize, IntegerAdd, Quantize
 from fxquant.backends.int8.rules import INTEGER_OPS, Ending, IntegerOp, Maker, OpCall
+from fxquant.backends.int8.stored_weight import StoredTable, StoredWeight, stored, weight_quantizer
 from fxquant.backends.kernel_rows import target_of
 from fxquant.backends.reference import STORAGE_BITS
 from fxquant.core.errors import LoweringError
@@ -106,10 +107,9 @@ def kernel_report(lowered: GraphModule) -> dict[str, str]:
     """Return which kernel runs each multiply-accumulate op of a lowered graph, or `float: ` and the reason."""
     report = {}
     for node in lowered.graph.nodes:
-        if node.op == "call_module":
-            module = lowered.get_submodule(str(node.target))
-            if isinstance(module, IntegerConv | IntegerLinear):
-                report[node.name] = module.kernel
+        module = lowered.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, IntegerConv | IntegerLinear):
+            report[node.name] = module.kernel
         elif _REASON in node.meta:
             for name in node.meta.get(STANDS_FOR, (node.name,)):
                 report[name] = f"float: {node.meta[_REASON]}"
@@ -182,7 +182,7 @@ class _Lowering:
                 self.graph.output(map_arg(node.args[0], self.as_float))
             elif node.op == "placeholder":
                 self.floats[node] = self.graph.node_copy(node)
-            elif node.op != "get_attr" and not self._in_integers(node):
+            elif node.op != "get_attr" and weight_quantizer(self.source, node) is None and not self._in_integers(node):
                 self._copy(node)
         # Called as the source is, and answering as it does: a tensor, a tuple or a dictionary.
         self.graph.set_codegen(copy.copy(self.source.graph._codegen))
@@ -201,6 +201,8 @@ class _Lowering:
             elif node in self.integers:
                 value, grid = self.integers[node]
                 self.floats[node] = self._call(f"dequantize_{node.name}", Dequantize(grid), (value,), node)
+            elif node.op == "call_module":
+                self.floats[node] = self._call(node.name, stored(self.source, node, StoredWeight), (), node)
             else:
                 self.attributes[str(node.target)] = tensor_at(self.source, str(node.target)).detach()
                 self.floats[node] = self.graph.node_copy(node)
@@ -359,6 +361,11 @@ class _Lowering:
         return True
 
     def _copy(self, node: Node) -> None:
+        if node.target is aten.embedding.default and weight_quantizer(self.source, node.args[0]) is not None:
+            made, index = stored(self.source, node.args[0], StoredTable), self.as_float(node.all_input_nodes[1])
+            self.floats[node] = self._call(node.name, made, (index,), node)
+            self.floats[node].meta[_REASON] = REFUSED[node.target]
+            return
         if node.op == "call_module":
             self.attributes[str(node.target)] = self.source.get_submodule(str(node.target))
         self.floats[node] = copied = self.graph.node_copy(node, self.as_float)

@@ -152,6 +152,28 @@ def matmul_op(x: Tensor, weight: Tensor, form: Sequence[int], exact: bool = Fals
     return made
 
 
+torch.library.define("fxquant::unpack_i8", "(Tensor weight, int[] form) -> Tensor")
+
+
+@torch.library.impl("fxquant::unpack_i8", "CPU")
+def _unpack_op(weight: Tensor, form: list[int]) -> Tensor:
+    # An answer must not share memory with an argument.
+    return unpacked_weight(weight, form).clone()
+
+
+def _unpack_fake(weight: Tensor, form: list[int]) -> Tensor:
+    return torch.empty(form[1 : 1 + form[0]], dtype=torch.int8, device=weight.device)
+
+
+torch.library.register_fake("fxquant::unpack_i8", _unpack_fake)
+
+
+def unpack_op(weight: Tensor, form: Sequence[int]) -> Tensor:
+    """Return the int8 weight that was packed, as one call."""
+    made: Tensor = torch.ops.fxquant.unpack_i8(weight, form)
+    return made
+
+
 torch.library.define("fxquant::pad_u8", "(Tensor x, int[] pads, int value) -> Tensor")
 torch.library.impl("fxquant::pad_u8", "CPU")(pad_u8)
 

@@ -62,8 +62,12 @@ def integer_weight(module: GraphModule, node: Node) -> tuple[Tensor, Tensor] | s
     # Kernels sum x * w without correcting for the weight's zero-point, and rescale once per output channel.
     if bool(fake.zero_point.any()) or not fake.spec.signed or fake.spec.channel_axis not in (None, 0):
         return "integer kernels take weights on signed grids around zero with one scale per output channel"
-    channels = weight.shape[0]
-    scales = fake.scale.detach().float().expand(channels).clone()
+    return integers_of(fake, weight)
+
+
+def integers_of(fake: FakeQuantize, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 integers and float32 scales of a weight whose first axis counts channels, as simulated."""
+    scales = fake.scale.detach().float().expand(weight.shape[0]).clone()
     with torch.no_grad():
         real = fake(weight)
     return torch.round(real / scales.view(-1, *[1] * (weight.dim() - 1))).to(torch.int8), scales

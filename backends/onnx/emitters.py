@@ -13,15 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnx import TensorProto
 from torch.fx import Node
 
 from fxquant.backends.onnx.blocks import block_linear
 from fxquant.backends.onnx.lowering import Lowering, dims, static_shape
 from fxquant.backends.onnx.rewrites import barrier, pad_integers, padded_conv, spread
-from fxquant.backends.qdq_ops import dequantize, quantize
+from fxquant.backends.qdq_ops import dequantize, quantize, stored_channels
 from fxquant.core.ir import arguments, clip_bounds
 
 aten = torch.ops.aten
+FLOAT = TensorProto.FLOAT
 Emitter = Callable[[Lowering, Node], str | tuple[str, ...] | None]
 
 EMITTERS: dict[object, Emitter] = {}
@@ -270,4 +272,11 @@ def _getitem(lowering: Lowering, node: Node) -> str | None:
 
 @emits(aten.embedding.default)
 def _embedding(lowering: Lowering, node: Node) -> str | None:
-    return lowering.write(node, "Gather", [lowering.value(node.args[0]), lowering.value(node.args[1])])
+    table, index = node.args[0], lowering.value(node.args[1])
+    if not isinstance(table, Node) or table.target is not stored_channels:
+        return lowering.write(node, "Gather", [lowering.value(table), index])
+    # Rows are looked up as integers, and only these are made float.
+    integers, scales = lowering.stored_integers(table)
+    rows = lowering.builder.node("Cast", [lowering.write(node, "Gather", [integers, index])], "rows", to=FLOAT)
+    column = lowering.builder.node("Unsqueeze", [scales, lowering.integers([1])], "scales")
+    return lowering.write(node, "Mul", [rows, lowering.write(node, "Gather", [column, index])])

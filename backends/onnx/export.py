@@ -23,17 +23,17 @@ from fxquant.backends.onnx.export_options import OnnxOptions
 from fxquant.backends.onnx.lowering import Lowering
 from fxquant.backends.onnx.model_file import write_model
 from fxquant.backends.onnx.openvino import add_biases
+from fxquant.backends.onnx.recurrent import EMITTERS, drop_zero_states
 from fxquant.backends.onnx.rewrites import fuse_integers
-from fxquant.backends.onnx.shape_emitters import EMITTERS
 from fxquant.backends.onnx.size_check import check_sizes
 from fxquant.backends.onnx.splice import Piece, insert, pieces, result_count
 from fxquant.backends.onnx.stem import fold_stems
-from fxquant.backends.qdq_ops import EDGE, dequantize_channels
+from fxquant.backends.qdq_ops import EDGE, dequantize_channels, stored_channels
 from fxquant.core.errors import LoweringError, OptionError
 from fxquant.core.run import is_size, leading_names
 
 NO_VALUE = ("placeholder", "output", "get_attr")
-LAZY = (dequantize_channels, torch.ops.aten.sym_size.int)
+LAZY = (dequantize_channels, stored_channels, torch.ops.aten.sym_size.int)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _model(
     blocks, weight_only = to_blocks(module, options.weight_only, options.block_size)
     # OpenVINO computes a layer in float where a reshape separates it from a residual sum.
     for_openvino = options.runtime == "openvino"
-    qdq = fuse_integers(to_qdq(blocks), matrices=not for_openvino)
+    qdq = drop_zero_states(fuse_integers(to_qdq(blocks), matrices=not for_openvino))
     qdq = add_biases(qdq) if for_openvino else fold_stems(qdq)
     names = value_names(module)
     labels = {node.name: names[node.meta[EDGE]] for node in qdq.graph.nodes if node.meta.get(EDGE) in names}

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from fxquant.backends.onnx.builder import Array, GraphBuilder
 from fxquant.backends.onnx.export_options import OnnxOptions
 from fxquant.backends.onnx.packed_weights import PackedWeights
-from fxquant.backends.qdq_ops import dequantize, dequantize_channels
+from fxquant.backends.qdq_ops import dequantize, dequantize_channels, stored_channels
 from fxquant.core.errors import LoweringError
 from fxquant.core.ir import constant, site_name, tensor_at
 
@@ -74,10 +74,43 @@ class Lowering:
         if isinstance(found, str):
             return found
         if node.op == "get_attr":
-            return self.constant(self._array(node), str(node.target))
+            return self.constant(self.array(node), str(node.target))
         if node.target is dequantize_channels:
             return self._weight(node, False)
+        if node.target is stored_channels:
+            return self.float_weight(node)
         raise LoweringError(f"node {node.name!r} is read before it is written")
+
+    def float_weight(self, weight: Node, order: Array | None = None) -> str:
+        """Return a weight that a float op reads, its rows in another order if one is given.
+
+        Stored integers are made float by operators that are folded when the file is loaded; a DequantizeLinear would
+        run in every call.
+        """
+        if weight.op == "get_attr":
+            array = self.array(weight)
+            return self.constant(array if order is None else array[order], str(weight.target))
+        if order is None and (weight, False) in self._lazy:
+            return self._lazy[weight, False]
+        integers, scales = self.stored_integers(weight, order)
+        column = self.integers([-1, *[1] * (len(dims(weight)) - 1)])
+        factors = [
+            self.builder.node("Cast", [integers], "weight", to=TensorProto.FLOAT),
+            self.builder.node("Reshape", [scales, column], "scale"),
+        ]
+        value = self.builder.node("Mul", factors, "weight")
+        if order is None:
+            self._lazy[weight, False] = value
+        return value
+
+    def stored_integers(self, weight: Node, order: Array | None = None) -> tuple[str, str]:
+        """Return the int8 values and the scales of a stored weight, rows in another order if one is given."""
+        source, scale, _ = weight.args
+        assert isinstance(source, Node)
+        array, scales = self.array(source), self.array(scale)
+        if order is not None:
+            array, scales = array[order], scales[order]
+        return self._integers(array, 0, _weight_path(source)), self.constant(scales, f"{_weight_path(source)}_scale")
 
     def transposed(self, weight: Any) -> str:
         """Return the value of a 2-d weight stored with its axes exchanged."""
@@ -85,7 +118,7 @@ class Lowering:
         if weight.target is dequantize_channels:
             return self._weight(weight, True)
         if weight.op == "get_attr":
-            return self.constant(self._array(weight).T, str(weight.target))
+            return self.constant(self.array(weight).T, str(weight.target))
         return self.write(weight, "Transpose", [self.value(weight)], perm=[1, 0])
 
     def member(self, source: Any, index: Any) -> str | None:
@@ -105,7 +138,7 @@ class Lowering:
 
     def constant_of(self, node: Any, name: str, bits: int = 8) -> str:
         """Return the name of a constant node's values; whole numbers of at most 4 bits get a type of 2 or 4 bits."""
-        array = self._array(node)
+        array = self.array(node)
         if bits > 4:
             return self.builder.constant(array, name)
         # OpenVINO 2026.4 reads no INT2.
@@ -137,7 +170,7 @@ class Lowering:
 
     def zero_point(self, node: Any) -> str:
         """Return an activation's zero-point as uint8."""
-        array = self._array(node).astype(np.uint8)
+        array = self.array(node).astype(np.uint8)
         return self.constant(array, f"zp{int(array)}")
 
     def layer_name(self, node: Node) -> str:
@@ -153,7 +186,8 @@ class Lowering:
         self.layers[free] = node.name
         return free
 
-    def _array(self, node: Any) -> Array:
+    def array(self, node: Any) -> Array:
+        """Return the values of a constant."""
         tensor = constant(self.module, node)
         if tensor is None:
             raise LoweringError(f"{node} must be a constant of the graph")
@@ -191,8 +225,8 @@ class Lowering:
         for user in node.users:
             scales = [s.args[1] for s in user.args[:2] if isinstance(s, Node) and s.target in DEQUANTIZERS]
             if len(scales) == 2 and node not in user.args[:2]:
-                one, other = (self._array(scale) for scale in scales)
-                if np.array_equal(one * other, self._array(node.args[1])):
+                one, other = (self.array(scale) for scale in scales)
+                if np.array_equal(one * other, self.array(node.args[1])):
                     key = tuple(scales)
                     if key not in self._products:
                         names = [self.value(scale) for scale in scales]

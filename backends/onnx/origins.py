@@ -116,6 +116,9 @@ class Origins:
                 blocks = any(a.name == "block_size" and a.i > 0 for a in node.attribute)
                 # Of integers that are cast or unpacked the file stores others, which are what it means.
                 quantized = None if self._is_unpacked(node.input[0]) else self._grid(node)
+            elif node.op_type == "Mul" and not dequantized and self._casts(node.input[0]):
+                # A weight that is stored as integers and made float when the file is loaded.
+                dequantized = True
             elif node.op_type == "QuantizeLinear" and dequantized:
                 quantized = self._grid(node)
             elif node.op_type not in PASSES_ON:
@@ -127,6 +130,10 @@ class Origins:
             cast = cast or (node.op_type == "Cast" and dequantized)
             name = node.input[0]
         return Origin(None, (quantized or "UINT8") if dequantized else None, cast, blocks)
+
+    def _casts(self, name: str) -> bool:
+        node = self._maker(name)
+        return node is not None and node.op_type == "Cast"
 
     def _maker(self, name: str) -> onnx.NodeProto | None:
         if name in self._made or self._outer is None:

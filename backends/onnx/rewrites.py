@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
-from fxquant.backends.qdq_ops import dequantize, dequantize_channels, quantize
+from fxquant.backends.qdq_ops import dequantize, dequantize_channels, quantize, stored_channels
 from fxquant.core.ir import OPS, ScaleRule, clip_bounds, constant, erase_dead, finish, is_constant, shape_of
 
 aten = torch.ops.aten
@@ -21,7 +21,10 @@ aten = torch.ops.aten
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 CONVS = (aten.conv1d.default, aten.conv2d.default)
 SPATIAL = ({2, 3}, {-2, -1})
-BARRED = (*CONVS, aten.conv1d.padding, aten.conv2d.padding, aten.linear.default, aten.conv_transpose2d.input)
+BARRED = (
+    *(*CONVS, aten.conv1d.padding, aten.conv2d.padding, aten.linear.default, aten.conv3d.default),
+    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+)
 
 
 def padded_conv(
@@ -247,7 +250,7 @@ def _bar(node: Node) -> None:
     per tensor, unasked; a layer that is kept in float must stay so.
     """
     weight = node.args[1]
-    if (isinstance(weight, Node) and weight.target is dequantize_channels) or not is_constant(weight):
+    if not isinstance(weight, Node) or (weight.target is not stored_channels and not is_constant(weight)):
         return
     value = _clipped(node)
     readers = [user for user in value.users if user.target is quantize]

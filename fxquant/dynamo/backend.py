@@ -274,7 +274,9 @@ def _planned(plan: BitAllocation | str | Path, exported: ExportedProgram, images
         raise OptionError("the plan leaves every layer in float; give at least one layer an integer precision")
     settings = Settings(
         bits=tuple(choice.weight.label for choice in known.choices.values()),
-        activation_bits=tuple(sorted({choice.activation_bits for choice in integers})),
+        activation_bits=tuple(
+            sorted({choice.activation_bits for choice in integers if not choice.weights_only} or {8})
+        ),
         target=TARGET,
     )
     program = flow.calibrate(flow.prepare(capture(exported, ()), settings), images)

@@ -259,6 +259,10 @@ def impose(program: Program, plan: BitAllocation, budget: Budget | None = None) 
     Raises:
         OptionError: the plan does not fit the model, or breaks the budget.
     """
+    # A weight that is only stored reads float, whatever width of activations the plan names.
+    stored = {site.name for site in program[Sites].sites if site.stored}
+    choices = {name: choice.alone if name in stored else choice for name, choice in plan.choices.items()}
+    plan = replace(plan, choices=choices)
     missing = sorted({site.name for site in program[Sites].sites} - set(plan.choices))
     if missing:
         raise OptionError(f"the plan lacks sites {', '.join(missing)}; name every one of them")

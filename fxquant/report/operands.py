@@ -23,7 +23,7 @@ def operand_rows(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for layer in layers:
         losses = {Choice.parse(label): loss for label, loss in layer["losses"].items() if label != "float"}
         chosen = Choice.parse(layer["choice"])
-        widths = {choice.activation_bits for choice in losses}
+        widths = {choice.activation_bits for choice in losses if not choice.weights_only}
         if chosen not in losses or len(widths) < 2:
             continue
         narrow_weights = replace(chosen, activation_bits=max(widths))

@@ -205,6 +205,9 @@ def _matrix(program: Program, plan: BitAllocation) -> SensitivityMatrix:
     return program[Surrogates].matrices.get(plan.estimator.split(",")[0], program[SensitivityMatrix])
 
 
+STORED_ONLY = "{kind} computes in float, with weights that are stored as the plan says"
+
+
 def coverage(program: Program) -> dict[str, Any]:
     """Return how many layers are quantized and why the others are not; a layer is a weight or an op that multiplies."""
     sites, choices = program[Sites], program[BitAllocation].choices
@@ -214,6 +217,8 @@ def coverage(program: Program) -> dict[str, Any]:
     for site in sites.sites:
         if choices[site.name].is_float:
             reasons.setdefault("the plan keeps it in float", []).append(site.name)
+        elif site.stored:
+            reasons.setdefault(STORED_ONLY.format(kind=site.kind), []).append(site.name)
     in_float = sum(len(names) for names in reasons.values())
     layers = len(sites.sites) + len(sites.refusals)
     sentence = f"{layers - in_float} of {layers} layers quantized"

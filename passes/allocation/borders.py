@@ -37,7 +37,7 @@ def neighbours(graph: Graph, sites: Iterable[Site], integer_nodes: frozenset[str
         sites: places whose precision is decided.
         integer_nodes: ops with arithmetic that are computed on integers, as in `QuantizedEdges`.
     """
-    site_of = {node: site.name for site in sites for node in site.nodes}
+    site_of = {node: site.name for site in sites if not site.stored for node in site.nodes}
     writers: dict[Node, set[str]] = {}
     found: dict[tuple[str, str], None] = {}
     for node in graph.nodes:

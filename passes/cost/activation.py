@@ -50,7 +50,7 @@ def activation(program: Program, target: Target) -> CostTable:
     moments = len(program.module.graph.nodes)
     ties = [site.input_tie for site in sites.sites for _ in site.choices]
     readers = Counter(site.input_tie for site in sites.sites)
-    widths = [c.choice.activation_bits for c in sites.candidates if not c.choice.is_float]
+    widths = [bits for c in sites.candidates if (bits := c.choice.activation_bits) != FLOAT_BITS]
     widest = max(widths, default=max(target.activation_bits))
     values, constants = np.zeros((moments, len(sites.candidates))), np.zeros(moments)
     whole = np.zeros(moments)

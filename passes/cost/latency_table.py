@@ -93,8 +93,11 @@ class LatencyModel:
         return total
 
     def table(self, candidates: tuple[Candidate, ...]) -> CostTable:
-        """Return the same over candidates: precisions that run on the same kernel cost the same time."""
-        values = [(self.floats if c.choice.is_float else self.integers)[c.site] for c in candidates]
+        """Return the same over candidates: precisions that run on the same kernel cost the same time.
+
+        Sites that the model does not know take the same time at every precision, which is part of the constant.
+        """
+        values = [(self.floats if c.choice.is_float else self.integers).get(c.site, 0.0) for c in candidates]
         products = np.zeros((len(candidates), len(candidates)))
         columns: dict[str, list[int]] = {}
         for index, candidate in enumerate(candidates):
@@ -132,6 +135,8 @@ def fit_latency(
     if not observations:
         raise OptionError("a latency model needs at least one whole network that was measured")
     names = list(alone)
+    if not names:
+        return LatencyModel({}, {}, {}, observations[0].milliseconds)
     terms = _terms(names, places, observations)
     times = np.array([o.milliseconds for o in observations])
     noise = np.array([ENDS_NOISE if len(o.floats) in (0, len(names)) else NOISE for o in observations]) * times

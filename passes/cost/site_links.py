@@ -52,7 +52,7 @@ def site_links(graph: Graph, sites: Iterable[Site]) -> tuple[SiteLink, ...]:
         graph: the float graph.
         sites: places whose precision is decided.
     """
-    site_of = {node: site.name for site in sites for node in site.nodes}
+    site_of = {node: site.name for site in sites if not site.stored for node in site.nodes}
     # Writer -> values it wrote, for what comes straight from it and for what comes through one join.
     straight: dict[Node, dict[str, int]] = {}
     behind: dict[Node, dict[str, int]] = {}

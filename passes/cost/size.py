@@ -66,14 +66,15 @@ def _beside(site: Site, target: Target) -> int:
 def size(program: Program, target: Target) -> CostTable:
     """Return bytes per candidate; the constant is what stays in float and the scales of the activations."""
     sites, module = program[Sites], program.module
-    weighted = {name for site in sites.sites for name in site.nodes}
+    weighted = {name for site in sites.sites if not site.stored for name in site.readers}
+    stored = {site.weight for site in sites.sites if site.stored}
     read: dict[str, int] = {}
     rest: dict[str, int] = {}
     for node in (n for n in module.graph.nodes if n.op == "get_attr"):
         path = str(node.target)
         read[path] = _bytes(tensor_at(module, path))
         # A table that an embedding reads too is stored twice: as it is for the one, on the grid for the other.
-        if any(user.name not in weighted for user in node.users):
+        if path not in stored and any(user.name not in weighted for user in node.users):
             rest[path] = read[path]
     constant = sum(rest.values()) + len(program[EdgeGroups].producers) * (SCALE_BYTES + ZERO_POINT_BYTES)
     # Activations at another width leave a weight as it is.

@@ -47,8 +47,9 @@ class RoundingTask:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The sites that the plan quantizes."""
-        return tuple(site for site in self.program[Sites].sites if not self.choices[site.name].is_float)
+        """The sites that the plan runs on integers; weights that are only stored are rounded to nearest."""
+        found = self.program[Sites].sites
+        return tuple(site for site in found if not site.stored and not self.choices[site.name].is_float)
 
     @property
     def rounding(self) -> Rounding:

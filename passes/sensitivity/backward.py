@@ -47,11 +47,11 @@ class Tape:
         nodes, by_name = scorer.program[FakeQuantNodes], scorer.replay.by_name
         sites = {site.name: site for site in scorer.program[Sites].sites}
         self.ops: dict[str, tuple[Node, ...]] = {
-            name: tuple(by_name[node] for node in site.nodes) for name, site in sites.items()
+            name: tuple(by_name[node] for node in site.readers) for name, site in sites.items()
         }
         self._weights = {node: name for name, each in nodes.weights.items() for node in each}
         quantizers = [by_name[name] for each in nodes.activations.values() for name in each]
-        watched = [*(op for ops in self.ops.values() for op in ops), *quantizers]
+        watched = [*(value for ops in self.ops.values() for op in ops for value in self.values(op)), *quantizers]
         self._watched = [node for node in watched if self.environment[node].requires_grad]
 
     def gradients(self, cotangent: Tensor) -> Gradients:
@@ -72,7 +72,7 @@ class Tape:
             delta = replacement(weight) - weight.detach()
             for op in self.ops[site]:
                 if quantizer in op.all_input_nodes:
-                    yield op, self._apply(op, quantizer, delta)
+                    yield from self._shifts(op, quantizer, delta)
 
     def input_shifts(self, column: Column) -> Iterator[tuple[Node, Tensor]]:
         """Yield dX for every activation node that the column changes."""
@@ -95,6 +95,24 @@ class Tape:
                         if node.name in each:
                             found[k, index] += per_image(node, each[node.name] * shift, self.images)
         return found
+
+    def values(self, op: Node) -> list[Node]:
+        """Return the nodes with the tensors that an op computes: itself, or the members of its answer that are read."""
+        return [op] if isinstance(self.environment[op], Tensor) else list(op.users)
+
+    def _shifts(self, op: Node, quantizer: Node, delta: Tensor) -> Iterator[tuple[Node, Tensor]]:
+        """Yield how far a change of the weight moves each tensor that an op computes."""
+        if rule_of(op) is not None:
+            yield op, self._apply(op, quantizer, delta)
+            return
+        # A recurrent layer is not linear in its weights.
+        values = {**{n: self.environment[n] for n in op.all_input_nodes}}
+        moved = {**values, quantizer: values[quantizer] + delta}
+        with torch.no_grad():
+            before, after = (self.scorer.replay.value_of(op, each.__getitem__) for each in (values, moved))
+        for node in self.values(op):
+            one, other = (value if node is op else value[node.args[1]] for value in (before, after))
+            yield node, other - one
 
     def _apply(self, op: Node, quantizer: Node, weight: Tensor) -> Tensor:
         """Run an op on its recorded input with another weight and without bias: it is linear in the weight then."""

@@ -21,6 +21,7 @@ from torch.fx import Node
 
 from fxquant.core.facts import BitAllocation, FakeQuantNodes, Ranges, WeightGrids
 from fxquant.core.ir import (
+    FLOAT_BITS,
     EdgeGroups,
     FakeQuantize,
     Program,
@@ -117,13 +118,13 @@ class Replacements:
     def plan(self, plan: BitAllocation) -> dict[str, dict[str, Replacement]]:
         """Return owner -> substitution of a whole plan, values that no site reads at the plan's widest width."""
         sites, groups = self._program[Sites], self._program[EdgeGroups]
-        integers = [c.activation_bits for c in plan.choices.values() if not c.is_float]
+        integers = [c.activation_bits for c in plan.choices.values() if c.activation_bits != FLOAT_BITS]
         widths: dict[str, int] = {}
         parts: dict[str, dict[str, Replacement]] = {}
         for site in sites.sites:
             choice = plan.choices[site.name]
             parts[site.name] = {} if choice.is_float else self.weight(site.name, choice.weight)
-            if not choice.is_float:
+            if choice.activation_bits != FLOAT_BITS:
                 widths[site.input_tie] = choice.activation_bits
         read = {site.input_tie for site in sites.sites}
         for group, tie in groups.bit_ties.items():
@@ -154,7 +155,7 @@ def columns_of(program: Program, quantizers: Replacements) -> tuple[tuple[Column
         The m columns, and `spread` of shape (candidates, m), entries in 0..1.
     """
     sites = program[Sites]
-    widths = {c.choice.activation_bits for c in sites.candidates if not c.choice.is_float}
+    widths = {c.choice.activation_bits for c in sites.candidates} - {FLOAT_BITS}
     if len(widths) <= 1:
         return _joint(sites, quantizers), np.eye(len(sites.candidates))
     return _apart(program, quantizers)
@@ -166,15 +167,17 @@ def _joint(sites: Sites, quantizers: Replacements) -> tuple[Column, ...]:
         if choice.is_float:
             made.append(Column(site, {}, site, choice.weight, None))
         else:
-            both = quantizers.weight(site, choice.weight) | quantizers.inputs(site, choice.activation_bits)
-            made.append(Column(site, both, site, choice.weight, choice.activation_bits))
+            both = quantizers.weight(site, choice.weight)
+            both |= {} if choice.weights_only else quantizers.inputs(site, choice.activation_bits)
+            bits = None if choice.weights_only else choice.activation_bits
+            made.append(Column(site, both, site, choice.weight, bits))
     return tuple(made)
 
 
 def _apart(program: Program, quantizers: Replacements) -> tuple[tuple[Column, ...], NDArray[np.float64]]:
     sites, ties = program[Sites], program[EdgeGroups].bit_ties
     readers: defaultdict[str, int] = defaultdict(int)
-    for site in sites.sites:
+    for site in (site for site in sites.sites if not site.stored):
         readers[site.input_tie] += 1
     columns: list[Column] = []
     at: dict[tuple[str, WeightFormat | int], int] = {}
@@ -193,7 +196,7 @@ def _apart(program: Program, quantizers: Replacements) -> tuple[tuple[Column, ..
     spread = np.zeros((len(sites.candidates), len(columns)))
     for row, candidate in enumerate(sites.candidates):
         spread[row, at[candidate.site, candidate.choice.weight]] = 1.0
-        if not candidate.choice.is_float:
+        if candidate.choice.activation_bits != FLOAT_BITS:
             tie = sites.by_name(candidate.site).input_tie
             spread[row, at[f"tie {tie}", candidate.choice.activation_bits]] = 1.0 / readers[tie]
     return tuple(columns), spread

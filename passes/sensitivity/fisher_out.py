@@ -6,6 +6,8 @@ the score in units of the loss.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -51,15 +53,18 @@ def _squares(tape: Tape, gradients: Gradients, column: Column) -> Tensor:
             elif name in gradients:
                 total += per_image(node, (gradients[name] * (value - environment[node])).square(), tape.images)
         for op in layers:
-            if op.name in gradients and any(source in changed for source in op.all_input_nodes):
-                shift = _rerun(tape, op, changed) - environment[op]
-                total += per_image(op, (gradients[op.name] * shift).square(), tape.images)
+            values = [node for node in tape.values(op) if node.name in gradients]
+            if not values or not any(source in changed for source in op.all_input_nodes):
+                continue
+            answer = _rerun(tape, op, changed)
+            for node in values:
+                shift = (answer if node is op else answer[node.args[1]]) - environment[node]
+                total += per_image(node, (gradients[node.name] * shift).square(), tape.images)
     return total
 
 
-def _rerun(tape: Tape, op: Node, changed: dict[Node, Tensor]) -> Tensor:
+def _rerun(tape: Tape, op: Node, changed: dict[Node, Tensor]) -> Any:
     assert callable(op.target)
     lookup = {node: changed.get(node, tape.environment[node]) for node in op.all_input_nodes}
     tape.scorer.replay.spent += tape.scorer.costs[op.name]
-    value: Tensor = op.target(*map_arg(op.args, lookup.__getitem__), **map_arg(op.kwargs, lookup.__getitem__))
-    return value
+    return op.target(*map_arg(op.args, lookup.__getitem__), **map_arg(op.kwargs, lookup.__getitem__))

@@ -110,7 +110,7 @@ class Scorer:
         first: dict[str, int] = {}
         for column in self.columns:
             # A weight's node may come anywhere before the op that reads it.
-            read = program[Sites].by_name(column.site).nodes if column.site is not None else column.substitution
+            read = program[Sites].by_name(column.site).readers if column.site is not None else column.substitution
             places = [position[name] for name in read]
             first[column.owner] = min([first.get(column.owner, len(position)), *places])
         owners = {owner: rank for rank, owner in enumerate(sorted(first, key=lambda owner: first[owner]))}

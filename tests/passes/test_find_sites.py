@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,8 +53,9 @@ def test_a_shared_weight_is_one_site_with_all_its_work() -> None:
 def test_without_bias_and_with_a_table_for_a_weight() -> None:
     sites = sites_of("tokens")
     assert sites.by_name("out").bias_count == 0
-    assert sites.by_name("out").nodes == ("linear_1",), "the embedding that reads the same table stays in float"
-    assert list(sites.refusals) == ["embedding"]
+    assert sites.by_name("out").nodes == ("linear_1",), "the embedding that reads the same table computes in float"
+    assert sites.by_name("out").followers == ("embedding",)
+    assert not sites.refusals
     assert sites_of("two_inputs").by_name("mask").bias_count == 0
 
 
@@ -160,6 +162,17 @@ def test_layers_that_only_run_in_float_are_counted() -> None:
     mixed = Composed(forward, **layers, mix=nn.Parameter(torch.randn(2, 2))).eval()
     program = Canonicalize()(capture(mixed, (torch.randn(2, 5, 3),)))
     sites = FindSites(TARGET, (8,), (8,))(TieEdges()(FindEdges(TARGET)(program)))[Sites]
+    assert {site.name: site.kind for site in sites.sites if site.stored} == {
+        "recurrent.weight_ih_l0": "lstm",
+        "recurrent.weight_hh_l0": "lstm",
+        "pair": "bilinear",
+        "mix": "einsum",
+    }
+    assert {choice.label for site in sites.sites if site.stored for choice in site.choices} == {"W8"}
+    assert not sites.refusals
+    # An accelerator's file does not say that it unpacks weights.
+    described = replace(TARGET, runs_on="onnxruntime")
+    sites = FindSites(described, (8,), (8,))(TieEdges()(FindEdges(described)(program)))[Sites]
     assert [site.name for site in sites.sites] == ["stem"]
     reasons = list(sites.refusals.values())
     assert len(reasons) == 3

@@ -43,7 +43,7 @@ def test_the_simulated_graph() -> None:
         "quantize_fc_weight = FakeQuantize(fc.weight)\n"
         "ids = ids()\n"
         "quantize_out_weight = FakeQuantize(out.weight)\n"
-        "embedding = embedding.default(out.weight, ids)\n"
+        "embedding = embedding.default(quantize_out_weight, ids)\n"
         "mean = mean.dim(embedding)\n"
         "quantize_mean = FakeQuantize(mean)\n"
         "linear = linear.default(quantize_mean, quantize_fc_weight, fc.bias)\n"

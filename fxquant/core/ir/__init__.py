@@ -30,6 +30,7 @@ from fxquant.core.ir.ops import (
     OPS,
     RECURRENT,
     REFUSED,
+    STORED,
     OpRule,
     ScaleRule,
     activation_inputs,
@@ -37,6 +38,7 @@ from fxquant.core.ir.ops import (
     clip_bounds,
     needs_two_tensors,
     rule_of,
+    stored_weights,
 )
 from fxquant.core.ir.program import PassRecord, Program
 from fxquant.core.ir.recurrent_shapes import recurrent_shapes

@@ -236,6 +236,35 @@ REFUSED: dict[object, str] = {
 """Ops that hold weights or do most of the work, and why they are left in float."""
 
 
+STORED: dict[object, str] = {
+    aten.embedding.default: "embedding",
+    aten.conv3d.default: "conv3d",
+    **dict.fromkeys(
+        (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input), "conv_transpose"
+    ),
+    aten.lstm.input: "lstm",
+    aten.gru.input: "gru",
+    aten.rnn_tanh.input: "rnn",
+    aten.rnn_relu.input: "rnn",
+    aten.bilinear.default: "bilinear",
+    aten.einsum.default: "einsum",
+    aten.baddbmm.default: "baddbmm",
+}
+"""Ops that compute in float with weights that are stored in a format of their own, and the kind of such a site."""
+
+
+def stored_weights(node: Node) -> list[Node]:
+    """Return the parameters of an op of `STORED` that count as its weights: float32, of at least two axes."""
+    if node.target not in STORED:
+        return []
+    constants = [(source, source.meta.get("val")) for source in node.all_input_nodes if source.op == "get_attr"]
+    return [
+        source
+        for source, value in constants
+        if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.dtype == torch.float32
+    ]
+
+
 def rule_of(node: Node) -> OpRule | None:
     """Return the row of a node, None for ops without one; a refused node gets a float row of its kind."""
     if node.op != "call_function":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fxquant.core.errors import OptionError
 from fxquant.core.ir.weight_format import FLOAT_BITS, MAX_BITS, MIN_BITS, WeightFormat
@@ -75,11 +75,11 @@ class Choice:
 
     Args:
         weight_bits: bits of the weight format, or 32 for float.
-        activation_bits: 2..8, or 32 for float; float weights and float activations only go together.
+        activation_bits: 2..8, or 32 for float; float weights only read float.
         kind: kind of the weight format (see `WeightFormat`).
 
     Raises:
-        OptionError: a width out of range, an unknown kind, or only one of the two in float.
+        OptionError: a width out of range, an unknown kind, or float weights that read integers.
     """
 
     weight_bits: float
@@ -93,10 +93,10 @@ class Choice:
                 f"activation_bits={self.activation_bits} is out of range; allowed: {MIN_BITS}..{MAX_BITS}, or "
                 f"{FLOAT_BITS} for float"
             )
-        if (self.weight_bits == FLOAT_BITS) != (self.activation_bits == FLOAT_BITS):
+        if self.weight_bits == FLOAT_BITS and self.activation_bits != FLOAT_BITS:
             raise OptionError(
-                f"W{self.weight_bits:g}A{self.activation_bits} mixes float and integer operands; "
-                f"use {FLOAT_BITS} for both or for neither"
+                f"W{self.weight_bits:g}A{self.activation_bits} has float weights that read integers; "
+                f"use {FLOAT_BITS} for both"
             )
 
     @staticmethod
@@ -115,9 +115,21 @@ class Choice:
         return self.weight_bits == FLOAT_BITS
 
     @property
+    def weights_only(self) -> bool:
+        """Whether the weights are stored in a format, and multiplied in float."""
+        return not self.is_float and self.activation_bits == FLOAT_BITS
+
+    @property
+    def alone(self) -> Choice:
+        """The same format for weights that are only stored."""
+        return replace(self, activation_bits=FLOAT_BITS)
+
+    @property
     def label(self) -> str:
-        """`W4A8`, `W2cA8`, `W2.5rA8` or `float`."""
-        return "float" if self.is_float else f"W{self.weight.label}A{self.activation_bits}"
+        """`W4A8`, `W2cA8`, `W2.5rA8`, `W4` for weights alone, or `float`."""
+        if self.is_float:
+            return "float"
+        return f"W{self.weight.label}" + ("" if self.weights_only else f"A{self.activation_bits}")
 
     @staticmethod
     def parse(label: str) -> Choice:
@@ -128,14 +140,14 @@ class Choice:
         """
         if label == "float":
             return FLOAT
-        match = re.fullmatch(r"W([0-9]{1,2}(?:\.[0-9]{1,3})?[a-z]?)A([0-9]{1,2})", label)
+        match = re.fullmatch(r"W([0-9]{1,2}(?:\.[0-9]{1,3})?[a-z]?)(?:A([0-9]{1,2}))?", label)
         if match is None:
             raise OptionError(
                 f"precision {label!r} is not understood; write W4A8 (weight and activation bits), W2cA8 (a codebook), "
-                "W2.5rA8 (rows of several widths) or float"
+                "W2.5rA8 (rows of several widths), W4 (weights alone) or float"
             )
         weight = WeightFormat.parse(match[1])
-        return Choice(weight.bits, int(match[2]), weight.kind)
+        return Choice(weight.bits, int(match[2] or FLOAT_BITS), weight.kind)
 
 
 FLOAT = Choice(FLOAT_BITS, FLOAT_BITS)
@@ -163,8 +175,10 @@ class Site:
         channels: number of scales, that is output channels.
         bias_count: number of bias elements, 0 without bias.
         macs: multiply-accumulates for one sample, summed over `nodes`.
-        input_tie: name of the activation group that `nodes` read; sites with one name agree on activation bits.
+        input_tie: name of the activation group that `nodes` read; sites with one name agree on activation bits. A
+            stored site has one of its own.
         choices: allowed precisions, at least one, in ascending order.
+        followers: names of the float ops that read the same weight as it is stored, an embedding tied to a classifier.
 
     Raises:
         OptionError: no choices.
@@ -180,10 +194,21 @@ class Site:
     macs: int
     input_tie: str
     choices: tuple[Choice, ...]
+    followers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.choices:
             raise OptionError(f"site {self.name!r} has no allowed precision; give it at least one")
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Names of all nodes that read the weight as it is stored."""
+        return (*self.nodes, *self.followers)
+
+    @property
+    def stored(self) -> bool:
+        """Whether its weight is only stored in a format: the op that reads it has no integer kernel."""
+        return any(choice.weights_only for choice in self.choices)
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:

@@ -38,7 +38,8 @@ class RoundWeights(Pass):
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with rounded weights and the grids they lie on; the graph does not change."""
-        sites, known = program[Sites].sites, program[WeightGrids].grids
+        known = program[WeightGrids].grids
+        sites = [site for site in program[Sites].sites if not site.stored]
         grids, rounded = {site: dict(own) for site, own in known.items()}, dict[tuple[str, WeightFormat], Tensor]()
         walk = Prefix(program.module, fitting(program.module, self.images))
         for site in self.reporter.track(sites, "round weights in every format", len(sites)):

@@ -264,6 +264,7 @@ def test_max_pool_on_integers(kernel: tuple[int, int], stride: tuple[int, int], 
 
 
 def test_packed_weight_goes_when_its_weight_goes() -> None:
+    gc.collect()
     before = len(kernels._PACKED)
     weight = _int8(4, 3, 3, 3)
     geometry = ConvGeometry((1, 1), (1, 1), (1, 1), 1)

@@ -55,10 +55,18 @@ def test_float_is_a_choice_and_the_widest() -> None:
     assert sorted([FLOAT, Choice(8, 8), Choice(2, 8)]) == [Choice(2, 8), Choice(8, 8), FLOAT]
 
 
-@pytest.mark.parametrize(("weight", "activation"), [(32, 8), (4, 32)])
-def test_float_on_one_side_only(weight: int, activation: int) -> None:
-    with pytest.raises(OptionError, match="mixes float and integer operands"):
-        Choice(weight, activation)
+def test_float_weights_read_float() -> None:
+    with pytest.raises(OptionError, match="W32A8 has float weights that read integers"):
+        Choice(32, 8)
+
+
+@pytest.mark.parametrize("label", ["W4", "W2c", "W2.5r"])
+def test_weights_alone(label: str) -> None:
+    choice = Choice.parse(label)
+    assert choice.weights_only
+    assert choice.label == label
+    assert Choice.parse(f"{label}A8").alone == choice
+    assert not FLOAT.weights_only
 
 
 @given(st.text(alphabet="WA0123456789 ²٣-.float", max_size=8))
@@ -73,9 +81,7 @@ def test_any_other_label_is_an_option_error(label: str) -> None:
         assert [int(part) for part in label[1:].split("A")] == [choice.weight_bits, choice.activation_bits]
 
 
-@pytest.mark.parametrize(
-    "label", ["W²A8", "w4a8", "W4", "4A8", "W4A8 ", "W-4A8", "FLOAT", "", "W444A8", "WA", "W4A8A8"]
-)
+@pytest.mark.parametrize("label", ["W²A8", "w4a8", "4A8", "W4A8 ", "W-4A8", "FLOAT", "", "W444A8", "WA", "W4A8A8"])
 def test_labels_not_understood(label: str) -> None:
     with pytest.raises(OptionError, match="is not understood; write W4A8"):
         Choice.parse(label)
