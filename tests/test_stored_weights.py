@@ -36,7 +36,7 @@ def table(tied: bool = False) -> nn.Module:
     return Composed(lambda net, x: net.head(torch.relu(net.mix(net.table(x))).mean(dim=1)), **layers)
 
 
-def recurrent(kind: type[nn.RNNBase], state: bool = False, **settings: Any) -> nn.Module:
+def recurrent(kind: Callable[..., nn.RNNBase], state: bool = False, **settings: Any) -> nn.Module:
     layer = kind(8, 6, batch_first=True, **settings)
     ways = 2 if layer.bidirectional else 1
 
