@@ -50,7 +50,8 @@ def frontier(program: Program) -> dict[str, Any]:
                 "name": name,
                 "chosen": plan.choices == chosen.choices,
                 "uniform": name.startswith("uniform "),
-                "used": usage(plan.choices, {axis: 0.0}, program[CostTables])[axis],
+                # Of the chosen plan it may have been measured: a file, a time.
+                "used": plan.used.get(axis) or usage(plan.choices, {axis: 0.0}, program[CostTables])[axis],
                 "bytes": model_bytes(program, plan.choices),
                 "average_bits": average_bits(program, plan),
                 "loss": finite(plan.measured_loss),

@@ -26,7 +26,7 @@ def summary(program: Program) -> str:
     lines = [*_headline(data), data["coverage"]["sentence"], data["rounding"]["sentence"]]
     if data["sensitive"] is not None:
         share, option = percent_text(data["sensitive"]["share"]), data["sensitive"]["option"]
-        lines.append(f"{share} of what single layers lose at their widest is kept by {option}")
+        lines.append(f"{share} of what layers lose alone at their widest integers is saved by {option}")
     if int8_instructions() == "":
         lines.append("This processor has no int8 products: integers may be no faster than float; run fxquant bench")
     return "\n\n".join([as_text(*map(Text, map(printable, lines))), _layers(data), _plans(data)])
@@ -80,9 +80,11 @@ def _headline(data: Mapping[str, Any]) -> list[str]:
             lines.append(f"Minimized {name}: {used}")
         elif limit.get("bound") is not None:
             sure = bound_text(limit, outcome["confidence"])
-            lines.append(f"Budget {name}: {used} measured, {sure}, {allowed} allowed")
+            lines.append(f"Budget {name} {limit['limit']:.4g}: measured {limit['used']:.4g}, {sure}")
+        elif limit["used"] is None:
+            lines.append(f"Budget {name}: {allowed}, which this plan makes no claim on")
         else:
-            lines.append(f"Budget {name}: {used} of {allowed} used")
+            lines.append(f"Budget {name}: {limit['used']:.4g} of {allowed} used")
     if outcome["latency"] is not None:
         lines.append(latency_text(outcome["latency"]))
     if outcome["measured_loss"] is not None:
