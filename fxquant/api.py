@@ -126,6 +126,7 @@ def _search(
         judging = judged_on(program, scoring, held_out)
         assert judging is not None
         plain = flow.impose(program, widest_plan(program))
+        reporter.stage(flow.CURVE)
         curve = [flow.measure_curve(program, None, judging, reporter)] if shards.is_first else []
         return Result(plain.with_facts(*curve), held_out, scoring)
     finish = _finish(settings, scoring, held_out, reporter, place)

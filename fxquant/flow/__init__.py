@@ -20,4 +20,4 @@ from fxquant.flow.pipeline import (
 )
 from fxquant.flow.round_weights import algorithms, realised, round_plan, round_with_feedback, rounded_best
 from fxquant.flow.score import answer_note, judged_on, loss_name, measure_sensitivity, score_identity
-from fxquant.flow.stages import CALIBRATE, CAPTURE, ROUND, SCORE, stages
+from fxquant.flow.stages import CALIBRATE, CAPTURE, CURVE, ROUND, SCORE, stages

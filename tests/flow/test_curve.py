@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -103,3 +104,16 @@ def test_it_is_kept_with_the_result_and_other_plans_join_it(tmp_path: Path) -> N
     assert result.with_curve([plan]).program[BudgetCurve].plans == {**curve, "average_bits=3": plan}
     with pytest.raises(OptionError, match="no measured loss"):
         result.with_curve([BitAllocation(plan.choices)])
+
+
+@pytest.mark.parametrize(
+    ("budget", "count"), [(None, 4), ({"average_bits": 5}, 5), ({"disagreement": 0.9, "minimize": "average_bits"}, 5)]
+)
+def test_each_stage_is_numbered_and_comes(
+    budget: dict[str, Any] | None, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rounding to nearest is no stage."""
+    options = {"target": "reference", "effort": "fast", "curve": 2, "rounding": "nearest"}
+    _ = fxquant.quantize(small(), images(), budget, options=options)
+    said = re.findall(r"^(\d) of (\d): ", capsys.readouterr().err, re.MULTILINE)
+    assert said == [(str(number), str(count)) for number in range(1, count + 1)]
