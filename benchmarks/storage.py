@@ -94,7 +94,9 @@ def measure(name: str) -> list[Row]:
     network, labels = NETWORKS[name], sorted({label for plan in PLANS.values() for label in plan})
     images = CalibrationSet((network.calibration(CALIBRATION_IMAGES),))
     bits = tuple(Choice.parse(label).weight.label for label in labels)
-    program = calibrate(prepare(capture(network.factory(), images), Settings(bits=bits)), [images.inputs])
+    program = calibrate(
+        prepare(capture(network.factory(), images), Settings(bits=bits, scoring_rounding="nearest")), [images.inputs]
+    )
     weights = sum(site.weight_count for site in program[Sites].sites)
     with tempfile.TemporaryDirectory() as folder:
         reports, same = [], []
