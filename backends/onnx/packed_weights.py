@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import TensorProto
 
 from fxquant.backends.onnx.builder import Array, GraphBuilder
 from fxquant.backends.onnx.unpacking import Unpacking
@@ -41,16 +42,16 @@ class _Joined:
 
     Args:
         value: name of the int8 value to be made.
-        parts: names of the rows of each part, `(rows, columns)`, or of all of them in the shape below.
+        parts: names of the rows of each part, channels first.
         order: row -> place among the rows of all parts; None for one part.
-        shape: with the channels first.
+        axes: of the weight.
         axis: where the channels belong.
     """
 
     value: str
     parts: tuple[str, ...]
     order: Array | None
-    shape: tuple[int, ...]
+    axes: int
     axis: int
 
 
@@ -95,12 +96,9 @@ class PackedWeights:
             elif len(layout.parts) == 1 and axis == 0:
                 self._collect(first, rows, value, weight.shape)
             else:
-                shapes = [moved.shape] if len(layout.parts) == 1 else [(p.rows, p.columns) for p in layout.parts]
-                parts = [
-                    self._part(part, some, shape, f"{name}_part")
-                    for (part, some), shape in zip(layout.split(rows), shapes, strict=True)
-                ]
-                self._joined.append(_Joined(value, tuple(parts), layout.order, moved.shape, axis))
+                each = moved.shape[1:]
+                parts = [self._part(p, some, (p.rows, *each), f"{name}_part") for p, some in layout.split(rows)]
+                self._joined.append(_Joined(value, tuple(parts), layout.order, moved.ndim, axis))
         return self._known[key], True
 
     def write(self) -> None:
@@ -145,13 +143,12 @@ class PackedWeights:
             unpacking.reshaped(piece, member.shape, member.value)
 
     def _join(self, joined: _Joined) -> None:
-        value, builder = joined.parts[0], self.builder
-        moved = joined.axis != 0
+        value, builder, axis = joined.parts[0], self.builder, joined.axis
         if joined.order is not None:
             stacked = builder.node("Concat", joined.parts, "rows", axis=0)
-            order = builder.node("Cast", [builder.constant(joined.order, "order")], "order_i32", to=6)
-            value = builder.node("Gather", [stacked, order], "rows")
-            value = self.unpacking.reshaped(value, joined.shape, None if moved else joined.value)
-        if moved:
-            back = [*range(1, joined.axis + 1), 0, *range(joined.axis + 1, len(joined.shape))]
+            order = builder.node("Cast", [builder.constant(joined.order, "order")], "order", to=TensorProto.INT32)
+            value = joined.value if axis == 0 else builder.unique("rows")
+            builder.emit("Gather", [stacked, order], [value])
+        if axis != 0:
+            back = [*range(1, axis + 1), 0, *range(axis + 1, joined.axes)]
             builder.emit("Transpose", [value], [joined.value], perm=back)
