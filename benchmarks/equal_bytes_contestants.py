@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,16 @@ import fxquant
 from fxquant.core.errors import InfeasibleBudgetError
 
 RATIOS = (0.05, 0.065, 0.085, 0.11, 0.14, 0.17, 0.2, 0.25)
-UNIFORM = ("1.6c", "2", "2c", "2.4c", "2.67c", "3", "3c", "4", "4c", "5", "6", "8")
+UNIFORM = ("1.6c", "2c", "2.4c", "3", "3c", "4", "5", "6", "8")
 """Formats that a uniform plan is written in."""
 
 Write = Callable[[Any, Tensor, int, Path], None]
 """(exported program, calibration images, seed, where files go) -> nothing; files are called `<what>.onnx`."""
 
 
-def default(program: Any, images: Tensor, seed: int, folder: Path) -> None:
+def mixed(program: Any, images: Tensor, seed: int, folder: Path, **options: object) -> None:
     """Quantize once, then take the best plan for each share of the float file."""
-    result = fxquant.quantize(program, images, None, progress=False, options={"seed": seed})
+    result = fxquant.quantize(program, images, None, progress=False, options={"seed": seed, **options})
     for ratio in RATIOS:
         try:
             solved = fxquant.resolve(result, fxquant.Budget(file_ratio=ratio), progress=False)
@@ -62,7 +63,14 @@ def uniform(program: Any, images: Tensor, seed: int, folder: Path) -> None:
         )
 
 
-CONTESTANTS: Mapping[str, Write] = {"default": default, "before": before, "uniform": uniform}
+CONTESTANTS: Mapping[str, Write] = {
+    "default": mixed,
+    "2 4 8": partial(mixed, bits=(2, 4, 8)),
+    "seven formats": partial(mixed, bits=("1c", "1.6c", "2c", "2.4c", "3c", 4, 8)),
+    "before": before,
+    "uniform": uniform,
+}
+"""Name -> what it writes; the second and third are the default with other candidates."""
 
 
 def main() -> None:

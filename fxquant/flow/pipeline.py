@@ -99,7 +99,7 @@ def check_names(settings: Settings) -> None:
 
 
 def settled(settings: Settings) -> Settings:
-    """Return settings in which nothing is left to the effort.
+    """Return settings in which nothing is left to the effort or the target.
 
     Of the effort's estimators, those that are only defined around the float network are left out in another context.
     The weights of a plan are rounded to nearest where nothing else was asked for: `quantize` rounds them by effort.
@@ -107,7 +107,8 @@ def settled(settings: Settings) -> Settings:
     estimators = EFFORTS[settings.effort].estimators
     if settings.context != "float":
         estimators = tuple(name for name in estimators if not ESTIMATORS[name].float_only) or ("diagonal",)
-    return settings.settled(estimators=estimators, rounding="nearest")
+    bits = backend(settings.target).target.default_bits
+    return settings.settled(bits=bits, estimators=estimators, rounding="nearest")
 
 
 def find_sites(program: Program, settings: Settings) -> Program:

@@ -60,12 +60,18 @@ def judging(program: Program, images: CalibrationSet) -> CalibrationSet:
 def judged_on(
     program: Program, scoring: CalibrationSet | None, held_out: CalibrationSet | None
 ) -> CalibrationSet | None:
-    """Return the images that plans are measured on; None where there are none that scoring did not see."""
+    """Return the images that plans are measured on; None where there are none that scoring did not see.
+
+    All calibration images mixed in pairs, and the held-out ones once more as they are: of what `benchmarks.verdict`
+    compares, they pick the best plans.
+    """
     if held_out is None:
         return None
     # Where answers are limited, more images are held out than it takes to compare plans.
     held_out = compared_images(held_out, program[Settings])
-    return judging(program, held_out if scoring is None else scoring.joined(held_out))
+    images = held_out if scoring is None else scoring.joined(held_out)
+    judged = judging(program, images)
+    return images if judged is images else judged.joined(held_out)
 
 
 def measure_sensitivity(

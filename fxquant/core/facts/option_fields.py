@@ -28,6 +28,8 @@ NOUNS = {int: "whole number", float: "finite number", str: "text", Choice: "prec
 
 BY_EFFORT: Any = None
 """Default of an option whose value is chosen later, by the preset in use."""
+BY_TARGET: Any = None
+"""Default of an option whose value is chosen later, by the target in use."""
 
 
 def rules(

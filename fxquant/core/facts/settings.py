@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fxquant.core.errors import OptionError
-from fxquant.core.facts.option_fields import BY_EFFORT, Options, rules
+from fxquant.core.facts.option_fields import BY_EFFORT, BY_TARGET, Options, rules
 from fxquant.core.facts.target import Target
 from fxquant.core.ir import Choice, WeightFormat
 
@@ -56,7 +56,8 @@ class Settings(Options):
 
     Args:
         bits: candidate weight formats: bits of evenly spaced levels (2..8), "2c" for a codebook, "3p" for powers of
-            two, "2.5r" for output channels of several widths; 32 adds float.
+            two, "2.5r" for output channels of several widths; 32 adds float. By default codebooks of 2 and 3 bits, and
+            4 and 8 bits, as far as the target executes them.
         activation_bits: candidate activation bits.
         target: what will run the model: a name, the path of a target file (.json), or a `Target`.
         effort: how much is measured.
@@ -97,7 +98,7 @@ class Settings(Options):
         OptionError: a value that is not allowed.
     """
 
-    bits: tuple[int | str, ...] = (2, 4, 8)
+    bits: tuple[int | str, ...] = BY_TARGET
     activation_bits: tuple[int, ...] = (8,)
     target: str | Path | Target = "onnxruntime"
     effort: EffortName = "default"
@@ -129,23 +130,20 @@ class Settings(Options):
         if isinstance(self.target, Path):
             object.__setattr__(self, "target", str(self.target))
         super().__post_init__()
-        found = [weight.bits if weight.kind == "uniform" else weight.label for weight in self.formats]
-        object.__setattr__(self, "bits", tuple(found))
+        if self.bits is not None:
+            formats = sorted({WeightFormat.parse(text) for text in self.bits})
+            found = [weight.bits if weight.kind == "uniform" else weight.label for weight in formats]
+            object.__setattr__(self, "bits", tuple(found))
         object.__setattr__(self, "activation_bits", tuple(sorted(set(self.activation_bits))))
         empty = [name for name in ("bits", "activation_bits", "estimators") if getattr(self, name) == ()]
         if empty:
             raise OptionError(f"{empty[0]} is empty; give at least one")
 
-    @property
-    def formats(self) -> tuple[WeightFormat, ...]:
-        """The candidate weight formats, ascending."""
-        return tuple(sorted({WeightFormat.parse(text) for text in self.bits}))
-
     def settled(self, **chosen: Any) -> Settings:
         """Return settings in which nothing is left to the effort.
 
         Args:
-            chosen: option -> value for those that are None, in the place of the effort's.
+            chosen: option -> value for those that are None, in the place of the effort's; `bits` of the target.
         """
         preset = EFFORTS[self.effort]
         named = {

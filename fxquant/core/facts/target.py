@@ -9,6 +9,12 @@ from dataclasses import dataclass, field
 from fxquant.core.errors import OptionError
 from fxquant.core.ir import FLOAT_BITS, FORMAT_KINDS, MAX_BITS, WeightFormat
 
+DEFAULT_FORMATS: tuple[tuple[int | str, ...], ...] = (("2c", 2), ("3c",), (4,), (8,))
+"""The candidate weight formats where none are asked for: of each row, the first that the target executes.
+
+`benchmarks.equal_bytes` compares other sets.
+"""
+
 
 @dataclass(frozen=True)
 class LatencyRow:
@@ -100,6 +106,12 @@ class Target:
                 raise OptionError(
                     f"target {self.name!r} stores {bits}-bit activations in {stored} bits; give a width >= {bits}"
                 )
+
+    @property
+    def default_bits(self) -> tuple[int | str, ...]:
+        """The candidate weight formats where none are asked for, as in `Settings.bits`."""
+        executed = ([text for text in row if self.executes(WeightFormat.parse(text))] for row in DEFAULT_FORMATS)
+        return tuple(row[0] for row in executed if row) or self.weight_bits
 
     def executes(self, weight: WeightFormat) -> bool:
         """Whether weights of a format can be stored and run in integers."""
