@@ -33,8 +33,13 @@ CASES = {"resnet20": 256, "mobilenet_v1": 128, "mobilenet_v2": 128, "efficientne
 """Network -> calibration images."""
 EVALUATION = {"resnet20": 1017}
 """Network -> evaluation images, where it is not 500."""
-SEEDS = {"resnet20": (0, 1, 2)}
-"""Network -> seeds of the order of calibration images and of everything that draws, where there is more than (0,)."""
+RATIOS = {"resnet20": (0.05, 0.065, 0.085, 0.11, 0.14, 0.17, 0.2, 0.25)}
+"""Network -> bytes of the files over those of the float file, where they are not the four below."""
+FEWER_RATIOS = (0.085, 0.11, 0.14, 0.2)
+SEEDS = {"resnet20": {"default": (0, 1, 2), "uniform": (0, 1, 2)}}
+"""Network, contestant -> seeds of the order of calibration images and of all draws, where there is more than (0,)."""
+OTHER_CANDIDATES = {"2 4 8": ("resnet20", "mobilenet_v1"), "seven formats": ("resnet20",)}
+"""Contestant -> networks it is run on, where they are not all."""
 
 Row = dict[str, str | float | None]
 
@@ -55,8 +60,8 @@ def prepared(name: str) -> tuple[Path, Tensor, Tensor, Tensor, int]:
     return folder, images, labels, model_outputs(program.module, (images,), 16), size
 
 
-def wrote(name: str, folder: Path, seed: int) -> bool:
-    """Run a contestant unless it is done; return whether there are files."""
+def wrote(network: str, name: str, folder: Path, seed: int) -> bool:
+    """Run a contestant on a network unless it is done; return whether there are files."""
     if not (folder / f"{name}-{seed}" / "seconds").is_file():
         older = os.environ.get("FXQUANT_BEFORE")
         if name == "before" and older is None:
@@ -64,9 +69,8 @@ def wrote(name: str, folder: Path, seed: int) -> bool:
         here = Path(__file__).resolve()
         path = str(here.parents[1]) if name != "before" else str(older)
         command = [sys.executable, str(here.parent / "equal_bytes_contestants.py"), name, str(folder), str(seed)]
-        subprocess.run(
-            [*command, str(torch.get_num_threads())], env={**os.environ, "PYTHONPATH": path}, check=True, cwd=Path.cwd()
-        )
+        more = [str(torch.get_num_threads()), *map(str, RATIOS.get(network, FEWER_RATIOS))]
+        subprocess.run([*command, *more], env={**os.environ, "PYTHONPATH": path}, check=True, cwd=Path.cwd())
     return True
 
 
@@ -75,11 +79,11 @@ def measure(name: str) -> list[Row]:
     folder, images, labels, reference, size = prepared(name)
     right = 100 * float((reference.argmax(dim=1) == labels).double().mean())
     rows: list[Row] = [{"network": name, "contestant": "float", "file": "", "bytes": size, "accuracy %": right}]
-    for contestant in CONTESTANTS:
+    for contestant in (each for each in CONTESTANTS if name in OTHER_CANDIDATES.get(each, CASES)):
         found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
         seconds = []
-        for seed in SEEDS.get(name, (0,)):
-            if not wrote(contestant, folder, seed):
+        for seed in SEEDS.get(name, {}).get(contestant, (0,)):
+            if not wrote(name, contestant, folder, seed):
                 continue
             seconds.append(float((folder / f"{contestant}-{seed}" / "seconds").read_text()))
             for path in sorted((folder / f"{contestant}-{seed}").glob("*.onnx")):
@@ -102,7 +106,7 @@ def main() -> None:
     """Measure, print the table, write the JSON of each network."""
     for name in asked(__doc__, "network", CASES):
         meta = {"calibration images": CASES[name], "evaluation images": EVALUATION.get(name, 500)}
-        meta |= {"seeds": SEEDS.get(name, (0,)), "threads": torch.get_num_threads()}
+        meta |= {"seeds": SEEDS.get(name, {}) or (0,), "threads": torch.get_num_threads()}
         write(f"equal_bytes_{name}", measure(name), meta)
 
 

@@ -21,18 +21,17 @@ from torch import Tensor
 import fxquant
 from fxquant.core.errors import InfeasibleBudgetError
 
-RATIOS = (0.05, 0.065, 0.085, 0.11, 0.14, 0.17, 0.2, 0.25)
-UNIFORM = ("1.6c", "2c", "2.4c", "3", "3c", "4", "5", "6", "8")
+UNIFORM = ("1.6c", "2c", "2.4c", "3c", "4", "5", "6", "8")
 """Formats that a uniform plan is written in."""
 
-Write = Callable[[Any, Tensor, int, Path], None]
-"""(exported program, calibration images, seed, where files go) -> nothing; files are called `<what>.onnx`."""
+Write = Callable[[Any, Tensor, int, tuple[float, ...], Path], None]
+"""(exported program, calibration images, seed, shares, where files go) -> nothing; a file is called `<what>.onnx`."""
 
 
-def mixed(program: Any, images: Tensor, seed: int, folder: Path, **options: object) -> None:
+def mixed(program: Any, images: Tensor, seed: int, ratios: tuple[float, ...], folder: Path, **options: object) -> None:
     """Quantize once, then take the best plan for each share of the float file."""
     result = fxquant.quantize(program, images, None, progress=False, options={"seed": seed, **options})
-    for ratio in RATIOS:
+    for ratio in ratios:
         try:
             solved = fxquant.resolve(result, fxquant.Budget(file_ratio=ratio), progress=False)
         except InfeasibleBudgetError as error:
@@ -41,9 +40,9 @@ def mixed(program: Any, images: Tensor, seed: int, folder: Path, **options: obje
         solved.to_onnx(folder / f"{ratio}.onnx")
 
 
-def before(program: Any, images: Tensor, seed: int, folder: Path) -> None:
+def before(program: Any, images: Tensor, seed: int, ratios: tuple[float, ...], folder: Path) -> None:
     """Do the same with the shares that budgets knew earlier, those of the weights; files are larger than they say."""
-    for ratio in RATIOS:
+    for ratio in ratios:
         try:
             budget = fxquant.Budget(size_ratio=ratio)
             result = fxquant.quantize(program, images, budget, progress=False, options={"seed": seed})
@@ -53,9 +52,12 @@ def before(program: Any, images: Tensor, seed: int, folder: Path) -> None:
         result.to_onnx(folder / f"{ratio}.onnx")
 
 
-def uniform(program: Any, images: Tensor, seed: int, folder: Path) -> None:
+def uniform(program: Any, images: Tensor, seed: int, ratios: tuple[float, ...], folder: Path) -> None:
     """Give all layers one format, rounded as by default."""
     for label in UNIFORM:
+        # A file takes a little more than its weights.
+        if not min(ratios) < float(label.rstrip("c")) / 32 + 0.015 < max(ratios) + 0.02:
+            continue
         given = {"seed": seed, "pins": {"*": f"W{label}A8"}}
         budget = fxquant.Budget(average_bits=8)
         fxquant.quantize(program, images, budget, bits=(label,), progress=False, options=given).to_onnx(
@@ -80,6 +82,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("seed", type=int)
     parser.add_argument("threads", type=int)
+    parser.add_argument("ratios", type=float, nargs="+")
     given = parser.parse_args()
     name, folder, seed = given.name, given.folder, given.seed
     torch.set_num_threads(given.threads)
@@ -90,7 +93,7 @@ def main() -> None:
     place = folder / f"{name}-{seed}"
     place.mkdir(parents=True, exist_ok=True)
     started = time.process_time()
-    CONTESTANTS[name](program, images[order], seed, place)
+    CONTESTANTS[name](program, images[order], seed, tuple(given.ratios), place)
     (place / "seconds").write_text(f"{time.process_time() - started:.1f}")
 
 
