@@ -105,9 +105,9 @@ def measure(name: str) -> list[Row]:
 def main() -> None:
     """Measure, print the table, write the JSON of each network."""
     for name in asked(__doc__, "network", CASES):
-        meta = {"calibration images": CASES[name], "evaluation images": EVALUATION.get(name, 500)}
-        meta |= {"seeds": SEEDS.get(name, {}) or (0,), "threads": torch.get_num_threads()}
-        write(f"equal_bytes_{name}", measure(name), meta)
+        meta: dict[str, object] = {"calibration images": CASES[name]}
+        meta |= {"evaluation images": EVALUATION.get(name, 500), "seeds": SEEDS.get(name, (0,))}
+        write(f"equal_bytes_{name}", measure(name), meta | {"threads": torch.get_num_threads()})
 
 
 if __name__ == "__main__":

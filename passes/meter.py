@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -55,7 +55,8 @@ class Meter:
     """
 
     def __init__(self, program: Program, images: CalibrationSet, loss: str) -> None:
-        self._program, self._loss = program, loss
+        self._program = program
+        self.images, self.loss = images, loss
         every = torch.arange(len(images))
         first, rest = (every[matches] for matches in (every % FIRST_SHARE == 0, every % FIRST_SHARE != 0))
         #: positions of the images that are run together, in the order of running
@@ -63,16 +64,28 @@ class Meter:
         self._images = [images.take(part.tolist()) for part in self._parts]
         self._references = [model_outputs(program.module, part.inputs, 32) for part in self._images]
         self._known: dict[frozenset[tuple[str, str]], Tensor] = {}
-        #: plan -> how much more than its rival it lost on the first images
-        self._dropped: dict[frozenset[tuple[str, str]], float] = {}
+        #: the choices of every plan that was measured, or dropped after a share of the images -> its mean loss
+        self._means: dict[frozenset[tuple[str, str]], tuple[Mapping[str, Choice], float]] = {}
 
     def knows(self, choices: Mapping[str, Choice]) -> bool:
         """Whether these choices have been measured, or dropped after a share of the images."""
-        return _key(choices) in self._known or _key(choices) in self._dropped
+        return _key(choices) in self._means
 
-    def lost(self, plan: BitAllocation) -> float:
-        """Return how much more a plan that was dropped lost than its rival, on the first images."""
-        return self._dropped[_key(plan.choices)]
+    def known(self) -> Iterator[tuple[Mapping[str, Choice], float, bool]]:
+        """Yield choices, mean loss, and whether that is over all images, of every plan, in the order of measuring.
+
+        The loss of a plan that was dropped is its rival's, and what it lost more than that on the first images.
+        """
+        for key, (choices, mean) in self._means.items():
+            yield choices, mean, key in self._known
+
+    def mean(self, plan: BitAllocation) -> float:
+        """Return the mean loss of a plan as `known` has it.
+
+        Raises:
+            KeyError: the plan was not measured.
+        """
+        return self._means[_key(plan.choices)][1]
 
     def losses(self, plan: BitAllocation) -> Tensor:
         """Return the loss of each image, float64 of shape (images,)."""
@@ -94,10 +107,12 @@ class Meter:
             found: list[Tensor] = []
             for images, reference in zip(self._images, self._references, strict=True):
                 if found and rival is not None and is_better(found[0], rival[self._parts[0]], -surcharge):
-                    self._dropped[key] = float((found[0] - rival[self._parts[0]]).mean())
+                    more = float((found[0] - rival[self._parts[0]]).mean())
+                    self._means[key] = plan.choices, float(rival.mean()) + more
                     return None
-                found.append(image_losses(module, images, reference, self._loss))
+                found.append(image_losses(module, images, reference, self.loss))
             self._known[key] = torch.cat(found)[torch.cat(self._parts).argsort()] if len(found) > 1 else found[0]
+            self._means[key] = plan.choices, float(self._known[key].mean())
         return self._known[key]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -25,7 +25,6 @@ from fxquant.core.facts import (
 )
 from fxquant.core.host import SILENT, Reporter
 from fxquant.core.ir import Choice, Program, QuantizedEdges, Sites
-from fxquant.core.run import CalibrationSet
 from fxquant.passes.allocation import LossModel, borders_of, descent, modelled_plan, one_hot, swaps
 from fxquant.passes.base import Pass
 from fxquant.passes.meter import Meter, is_better
@@ -46,8 +45,7 @@ class VerifyAndRefine(Pass):
     neighbours costs counts with the loss.
 
     Args:
-        images: the images to measure on.
-        loss: name of the loss.
+        meter: of the program; what it measured for other limits is known here.
         reporter: shows progress.
         moves: plans measured at most to improve the best finalist; 0 leaves it as it is.
         patience: measured plans in a row without improvement that end the search, at least 1.
@@ -57,8 +55,7 @@ class VerifyAndRefine(Pass):
         OptionError: moves or patience out of range.
     """
 
-    images: CalibrationSet = field(repr=False)
-    loss: str = "kl"
+    meter: Meter = field(repr=False)
     reporter: Reporter = field(default=SILENT, repr=False)
     moves: int = 0
     patience: int = 24
@@ -73,18 +70,18 @@ class VerifyAndRefine(Pass):
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with the measured plan."""
         plans = program[Finalists].plans
-        meter = Meter(program, self.images, self.loss)
         losses: dict[str, float] = {}
         for name, plan in self.reporter.track(plans.items(), "verify plans", len(plans)):
-            losses[name] = float(meter.losses(plan).mean())
+            losses[name] = float(self.meter.losses(plan).mean())
         # A plan that overflows has loss NaN, which compares as neither better nor worse.
         totals = {name: losses[name] + plan.border_cost for name, plan in plans.items()}
         best = min(totals, key=lambda name: math.inf if math.isnan(totals[name]) else totals[name])
         plan = self._measured(plans[best], losses[best], losses)
-        return program.with_facts(self._refined(program, plan, meter) if self.moves else plan), 0
+        return program.with_facts(self._refined(program, plan) if self.moves else plan), 0
 
-    def _refined(self, program: Program, start: BitAllocation, meter: Meter) -> BitAllocation:
+    def _refined(self, program: Program, start: BitAllocation) -> BitAllocation:
         """Return a plan that is measurably better, or `start`."""
+        meter = self.meter
         borders, plan, rejected = borders_of(program, self.requantization_cost), start, 0
         matrices, candidates = program[Surrogates].matrices, program[Sites].candidates
         matrix = matrices.get(start.estimator.split(",")[0], next(iter(matrices.values())))
@@ -92,19 +89,29 @@ class VerifyAndRefine(Pass):
             # A plan edited by hand may hold precisions that are no candidates.
             return start
         model = LossModel(next(iter(matrices.values())).values, program[Settings].seed)
-        for each in program[Finalists].plans.values():
-            model.add(one_hot(candidates, each.choices), float(meter.losses(each).mean()))
+        for choices, loss, _ in meter.known():
+            model.add(one_hot(candidates, choices), loss)
+
+        def near(choices: Mapping[str, Choice]) -> BitAllocation:
+            found = modelled_plan(program, dict(choices), matrix, borders, start.limits)
+            return replace(found, estimator=f"{start.estimator}, {REFINED}", status="measured")
+
+        # Another limit may have led to a plan that keeps this one and is better.
+        least = float(meter.losses(start).mean()) + start.border_cost
+        for choices in self._kept(program, start.limits, least):
+            other = near(choices)
+            total = float(meter.losses(other).mean()) + other.border_cost
+            if total < least:
+                plan, least = other, total
         for _ in self.reporter.track(range(self.moves), "refine plan", self.moves):
             trials = self._trials(program, plan, model.draw() + borders)
-            choices = next((found for found in trials if not meter.knows(found)), None)
-            if choices is None:
+            proposed = next((found for found in trials if not meter.knows(found)), None)
+            if proposed is None:
                 break
-            modelled = modelled_plan(program, choices, matrix, borders, start.limits)
-            trial = replace(modelled, estimator=f"{start.estimator}, {REFINED}", status="measured")
+            trial = near(proposed)
             now, surcharge = meter.losses(plan), trial.border_cost - plan.border_cost
             then = meter.race(trial, now, surcharge)
-            found = float(now.mean()) + meter.lost(trial) if then is None else float(then.mean())
-            model.add(one_hot(candidates, choices), found)
+            model.add(one_hot(candidates, proposed), meter.mean(trial))
             if then is not None and is_better(now, then, surcharge):
                 plan, rejected = trial, 0
                 continue
@@ -116,8 +123,19 @@ class VerifyAndRefine(Pass):
         loss = float(meter.losses(plan).mean())
         return self._measured(plan, loss, {**start.finalists, REFINED: loss})
 
+    def _kept(self, program: Program, limits: Mapping[str, float], most: float) -> list[Mapping[str, Choice]]:
+        """Return the choices that were measured on all images, lose less than `most`, and keep the limits."""
+        sites, tables = program[Sites].sites, program[CostTables]
+        return [
+            choices
+            for choices, loss, whole in self.meter.known()
+            if whole and loss < most and fits(choices, limits, tables) and agrees(sites, choices)
+        ]
+
     def _measured(self, plan: BitAllocation, loss: float, finalists: dict[str, float]) -> BitAllocation:
-        return replace(plan, measured_loss=loss, loss=self.loss, images=len(self.images), finalists=finalists)
+        return replace(
+            plan, measured_loss=loss, loss=self.meter.loss, images=len(self.meter.images), finalists=finalists
+        )
 
     def _trials(
         self, program: Program, plan: BitAllocation, values: NDArray[np.float64]

@@ -50,6 +50,7 @@ def allocate(
     reporter: Reporter = SILENT,
     scoring: CalibrationSet | None = None,
     folder: Path | None = None,
+    meter: Meter | None = None,
 ) -> Program:
     """Choose the plan of least measured loss among those solved for each surrogate.
 
@@ -60,6 +61,7 @@ def allocate(
         reporter: shows progress.
         scoring: images to score around the plan with, at most `Settings.rounds` times; None does not.
         folder: keeps those scores, from which a killed run resumes; None keeps none.
+        meter: of the program on `judging`, with what was measured for other limits; None makes one.
 
     Raises:
         InfeasibleBudgetError: no plan keeps the limits.
@@ -69,10 +71,13 @@ def allocate(
         if judging is None:
             raise CalibrationError("a latency budget needs one image to measure with; give calibration images")
         program = measure_latency(program, judging, reporter)
-    solved = _solve(program, budget, judging, reporter, scoring, folder)
+    if judging is not None and meter is None:
+        meter = Meter(program, judging, loss_name(program, judging))
+    solved = _solve(program, budget, meter, reporter, scoring, folder)
     # Times that a target file gives are those of other hardware, which no clock here can check.
     if budget.needs_latency and judging is not None and not program[Target].latency:
-        solved = _keep_measured_latency(program, solved, budget, judging, reporter)
+        assert meter is not None
+        solved = _keep_measured_latency(program, solved, budget, meter, reporter)
     if all(choice.is_float for choice in solved[BitAllocation].choices.values()):
         raise OptionError(f"budget {budget} is met by the float model as it is; tighten it, or leave 32 out of bits")
     return solved
@@ -81,23 +86,20 @@ def allocate(
 def _solve(
     program: Program,
     budget: Budget,
-    judging: CalibrationSet | None,
+    meter: Meter | None,
     reporter: Reporter,
     scoring: CalibrationSet | None = None,
     folder: Path | None = None,
 ) -> Program:
     settings = program[Settings]
     program = _allocator(settings, budget)(program)
-    if judging is None:
+    if meter is None:
         return program
-    loss = loss_name(program, judging)
-    step = VerifyAndRefine(
-        judging, loss, reporter, settings.refine_moves, requantization_cost=settings.requantization_cost
-    )
+    step = VerifyAndRefine(meter, reporter, settings.refine_moves, requantization_cost=settings.requantization_cost)
     solved = step(program)
     if scoring is None or not settings.rounds or not has_choice(program):
         return solved
-    return rescore_around(solved, budget, scoring, judging, reporter, folder)
+    return rescore_around(solved, budget, scoring, meter, reporter, folder)
 
 
 def _allocator(settings: Settings, budget: Budget, near: tuple[BitAllocation, int] | None = None) -> AllocateBits:
@@ -110,7 +112,7 @@ def rescore_around(
     program: Program,
     budget: Budget,
     scoring: CalibrationSet,
-    judging: CalibrationSet,
+    meter: Meter,
     reporter: Reporter = SILENT,
     folder: Path | None = None,
 ) -> Program:
@@ -123,13 +125,12 @@ def rescore_around(
         program: with a verified plan.
         budget: the limits.
         scoring: images to score with.
-        judging: images that decide; a plan is accepted only if its loss there, the cost of requantization included,
-            falls by more than the noise.
+        meter: of the program on the images that decide; a plan is accepted only if its loss there, the cost of
+            requantization included, falls by more than the noise.
         reporter: shows progress.
         folder: keeps finished scores; None keeps none.
     """
-    settings, loss = program[Settings], loss_name(program, judging)
-    meter = Meter(program, judging, loss)
+    settings = program[Settings]
 
     def solve(model: Surrogates, plan: BitAllocation, radius: int) -> BitAllocation | None:
         near = _allocator(settings, budget, (plan, radius))
@@ -156,7 +157,7 @@ def rescore_around(
     if best is not start:
         named = f"{best.estimator} around the plan"
         best = replace(best, measured_loss=float(meter.losses(best).mean()), estimator=named)
-    known = replace(best, loss=loss, images=len(judging), finalists={**start.finalists, **tried})
+    known = replace(best, loss=meter.loss, images=len(meter.images), finalists={**start.finalists, **tried})
     return program.with_facts(known)
 
 
@@ -172,7 +173,7 @@ def measured_latency(program: Program, plan: BitAllocation, images: CalibrationS
 
 
 def _keep_measured_latency(
-    program: Program, solved: Program, budget: Budget, images: CalibrationSet, reporter: Reporter
+    program: Program, solved: Program, budget: Budget, meter: Meter, reporter: Reporter
 ) -> Program:
     """Time the whole plan, and solve again with a tighter limit while it takes too long.
 
@@ -188,7 +189,7 @@ def _keep_measured_latency(
     def clock(candidate: Program) -> float:
         """Return the plan's time over its limit, and keep the plan with the time it took."""
         plan = candidate[BitAllocation]
-        measured = measured_latency(program, plan, images)
+        measured = measured_latency(program, plan, meter.images)
         used = {**plan.used, **{name: measured[name] for name in limits}}
         if timed:
             # Proved for tighter limits than were asked for, or only the least loss among plans that are fast enough.
@@ -205,7 +206,7 @@ def _keep_measured_latency(
         if attempt:
             tightened = replace(tightened, **{name: getattr(tightened, name) / excess_of(timed[-1]) for name in limits})
             try:
-                solved = _solve(program, tightened, images, reporter)
+                solved = _solve(program, tightened, meter, reporter)
             except InfeasibleBudgetError:
                 break
         known += _compared(solved)

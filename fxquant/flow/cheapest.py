@@ -25,12 +25,12 @@ from fxquant.core.ir import Program, Sites
 from fxquant.core.run import CalibrationSet, keeps, model_outputs, quality
 from fxquant.flow import allocate as search
 from fxquant.flow.curve import measure_curve
-from fxquant.flow.file_size import kept_in_file, measure_file
+from fxquant.flow.file_size import Solve, kept_in_file, measure_file
 from fxquant.flow.judged_images import check_answers, learned_note
 from fxquant.flow.latency import measure_latency
 from fxquant.flow.score import judged_on, loss_name
 from fxquant.flow.stages import CHOOSE, CURVE, LATENCY
-from fxquant.passes import simulate
+from fxquant.passes import Meter, simulate
 from fxquant.passes.rounding import accepted
 
 STEPS = 8
@@ -112,21 +112,23 @@ def choose(
         program = measure_latency(program, held_out, reporter)
     judging = judged_on(program, scoring, held_out) if judging is None else judging
     reporter.stage(CHOOSE)
+    # Common to all limits that are tried: what one of them had measured is known to the next.
+    meter = None if judging is None else Meter(program, judging, loss_name(program, judging))
 
     def solve(limits: Budget) -> Program:
-        return search.allocate(program, limits, judging, reporter, scoring, folder)
+        return search.allocate(program, limits, judging, reporter, scoring, folder, meter)
 
     def sketch(limits: Budget) -> Program:
-        """Solve a step of the bisection: with fewer swaps, as there are several steps."""
+        """Solve one of several steps: with fewer swaps."""
         fewer = replace(settings, refine_moves=(settings.refine_moves or 0) // STEPS)
-        return search.allocate(program.with_facts(fewer), limits, judging, reporter).with_facts(settings)
+        return search.allocate(program.with_facts(fewer), limits, judging, reporter, meter=meter).with_facts(settings)
 
     if held_out is None or judging is None:
-        return kept_in_file(program, budget, solve, finish)[1]
+        return kept_in_file(program, budget, solve, finish, sketch)[1]
     if budget.quality:
         chosen = _cheapest(program, budget, held_out, (sketch, solve), finish, reporter, scoring)
     else:
-        chosen = kept_in_file(program, budget, solve, finish)[1]
+        chosen = kept_in_file(program, budget, solve, finish, sketch)[1]
     plan = chosen[BitAllocation]
     chosen = chosen.with_facts(replace(plan, notes=(*plan.notes, *learned_note(program, held_out))))
     if BudgetCurve in chosen:
@@ -140,7 +142,7 @@ def _cheapest(
     program: Program,
     budget: Budget,
     held_out: CalibrationSet,
-    solvers: tuple[Callable[[Budget], Program], Callable[[Budget], Program]],
+    solvers: tuple[Solve, Solve],
     finish: Finish,
     reporter: Reporter,
     scoring: CalibrationSet | None,
@@ -156,7 +158,7 @@ def _cheapest(
     def attempt(bound: float, around: CalibrationSet | None = None) -> Program | None:
         limit = Budget.of({**budget.limits, budget.minimize: bound * (1 + 1e-9)})
         try:
-            solved, finished = kept_in_file(program, limit, solvers[around is not None], finish)
+            solved, finished = kept_in_file(program, limit, solvers[around is not None], finish, solvers[0])
         except InfeasibleBudgetError:
             return None
         judged = judge.verdict(finished)

@@ -19,7 +19,10 @@ from fxquant.passes import simulate, uniform_plans
 ROUNDS = 4
 """Finished plans whose file is measured at most; after each that is too large the limit is tightened."""
 CLOSE = 0.99
-"""Share of the limit that a file uses at least for a plan to be finished as it is."""
+"""Share of the limit that the file of a first plan uses at least for the limit to stay as it is."""
+
+Solve = Callable[[Budget], Program]
+"""Budget -> the program with a plan within it; raises `InfeasibleBudgetError`."""
 
 
 def file_bytes(program: Program, plan: BitAllocation) -> int:
@@ -71,34 +74,35 @@ def measure_file(program: Program, reporter: Reporter = SILENT) -> Program:
 
 
 def kept_in_file(
-    program: Program, budget: Budget, solve: Callable[[Budget], Program], finish: Callable[[Program], Program]
+    program: Program, budget: Budget, solve: Solve, finish: Callable[[Program], Program], sketch: Solve
 ) -> tuple[Program, Program]:
     """Return the solved plan as it is and finished, whose file keeps the limits.
 
-    What the table misses at the solved plan is taken from the limits, and the plan solved again: for more where files
-    are smaller than predicted, for less where they are larger, and for less again while the finished plan's is.
+    What the table misses at a first plan is taken from the limits before the plan is solved: for more where files are
+    smaller than predicted, for less where they are larger, and for less again while the finished plan's is.
 
     Args:
         program: with costs, of the file too where the budget limits it.
         budget: the limits.
         solve: returns the plan of a budget.
         finish: rounds it, which may change what its weights take.
+        sketch: returns a plan of a budget sooner, near the plans that are known.
 
     Raises:
         InfeasibleBudgetError: no plan was found whose file keeps the limit.
         OptionError: the target's runtime reads no file.
     """
     limits = {name: limit for name, limit in budget.limits.items() if name.startswith("file")}
-    solved = solve(budget)
     if not limits:
+        solved = solve(budget)
         return solved, finish(solved)
-    tables, tries, asked = program[CostTables], [math.inf], budget
+    tables, tries = program[CostTables], [math.inf]
 
     def used(candidate: Program) -> dict[str, float]:
         tries.append(file_bytes(candidate, candidate[BitAllocation]))
         return {name: tries[-1] / unit_of(name, tables) for name in limits}
 
-    def again(candidate: Program, found: dict[str, float]) -> tuple[Program, Budget] | None:
+    def again(candidate: Program, found: dict[str, float], solver: Solve) -> tuple[Program, Budget] | None:
         """Return the plan within the budget less what this plan's file takes beyond its prediction, if there is one."""
         predicted = usage(candidate[BitAllocation].choices, limits, tables)
         left = {name: limit - (found[name] - predicted[name]) for name, limit in limits.items()}
@@ -106,16 +110,14 @@ def kept_in_file(
             return None
         within = Budget.of({**budget.limits, **left})
         try:
-            return solve(within), within
+            return solver(within), within
         except InfeasibleBudgetError:
             return None
 
-    # Before the plan is finished, which may take long.
-    found = used(solved)
-    if any(not CLOSE * limit <= found[name] <= limit for name, limit in limits.items()):
-        other = again(solved, found)
-        if other is not None and other[0][BitAllocation].choices != solved[BitAllocation].choices:
-            solved, asked = other
+    drafted = sketch(budget)
+    found = used(drafted)
+    close = all(CLOSE * limit <= found[name] <= limit for name, limit in limits.items())
+    solved, asked = (None if close else again(drafted, found, solve)) or (solve(budget), budget)
     for _ in range(ROUNDS):
         finished = finish(solved)
         found = used(finished)
@@ -125,7 +127,7 @@ def kept_in_file(
             # What was proved for other limits than those asked for proves nothing.
             unproved = replace(known, status="measured", bound=math.nan, gap=math.nan)
             return solved, finished.with_facts(known if asked is budget else unproved)
-        other = again(finished, found)
+        other = again(finished, found, sketch)
         if other is None:
             break
         solved, asked = other

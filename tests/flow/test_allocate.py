@@ -11,7 +11,7 @@ from fxquant.core.facts import BitAllocation, Budget, CostTable, CostTables, Set
 from fxquant.core.ir import FLOAT, Choice, Program, Sites
 from fxquant.core.run import CalibrationSet
 from fxquant.flow import allocate as search
-from fxquant.passes import VerifyAndRefine
+from fxquant.passes import Meter, VerifyAndRefine
 from fxquant.passes.allocation import Step
 from tests.models import MODELS
 from tests.scoring import inputs, scored
@@ -144,7 +144,7 @@ def test_a_better_plan_near_the_one_in_hand_is_found() -> None:
     plan = BitAllocation(bad, limits={"average_bits": limits})
     images = CalibrationSet(inputs("residual", 16))
     start = program.with_facts(plan)
-    done = search.rescore_around(start, Budget(average_bits=limits), images, images)[BitAllocation]
+    done = search.rescore_around(start, Budget(average_bits=limits), images, Meter(start, images, "kl"))[BitAllocation]
     assert done.finalists
     assert done.choices != bad
     assert done.measured_loss is not None
@@ -165,7 +165,8 @@ def test_what_requantization_costs_counts_around_the_plan_and_is_not_reported_as
         return trial, [Step(1, 3, trial, measure(trial), True)]
 
     monkeypatch.setattr(search, "trust_region", region)
-    done = search.rescore_around(program.with_facts(start), Budget(average_bits=8), images, images)[BitAllocation]
+    meter = Meter(program, images, "kl")
+    done = search.rescore_around(program.with_facts(start), Budget(average_bits=8), images, meter)[BitAllocation]
     assert seen[1] == pytest.approx(seen[2] + 2.0)
     assert seen[2] < seen[0] < 2.0
     assert done.measured_loss == done.finalists["round 1, 3 sites"] == seen[2]

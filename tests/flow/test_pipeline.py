@@ -38,6 +38,7 @@ from fxquant.passes import (
     InsertFakeQuant,
     InsertObservers,
     MeasureSensitivity,
+    Meter,
     Pass,
     ScaleWeights,
     TieEdges,
@@ -68,6 +69,10 @@ ORDER: tuple[Pass, ...] = (
 )
 
 
+def verify(program: Program) -> VerifyAndRefine:
+    return VerifyAndRefine(Meter(program, IMAGES, "kl"))
+
+
 @pytest.mark.parametrize(
     ("passes", "message"),
     [
@@ -75,7 +80,7 @@ ORDER: tuple[Pass, ...] = (
         ((FindEdges(TARGET), FindSites(TARGET, (8,), (8,)), TieEdges()), r"pass 1 \(FindSites\) reads EdgeGroups"),
         ((*ORDER[:6], ORDER[9], InsertFakeQuant()), r"pass 7 \(InsertFakeQuant\) reads Ranges"),
         ((*ORDER, AllocateBits(Budget(average_bits=4))), r"pass 11 \(AllocateBits\) reads Surrogates"),
-        ((*ORDER, VerifyAndRefine(IMAGES)), r"pass 11 \(VerifyAndRefine\) reads Finalists"),
+        ((*ORDER, verify(scored("residual"))), r"pass 11 \(VerifyAndRefine\) reads Finalists"),
     ],
 )
 def test_a_wrong_order_fails_when_the_pipeline_is_built(passes: tuple[Pass, ...], message: str) -> None:
@@ -104,7 +109,7 @@ def test_every_pass_leaves_its_input_alone_and_can_run_twice() -> None:
     twice = scored("residual")
     for step in (ScaleWeights(), EstimateCost(TARGET), AllocateBits(Budget(average_bits=4))):
         twice = check_pass(step, check_pass(step, twice))
-    check_pass(VerifyAndRefine(IMAGES), check_pass(VerifyAndRefine(IMAGES), twice))
+    check_pass(verify(twice), check_pass(verify(twice), twice))
 
 
 @pytest.mark.parametrize(

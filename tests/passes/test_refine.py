@@ -16,7 +16,7 @@ from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation, Budget, CostTables, Finalists, Surrogates, agrees, fits, usage
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet
-from fxquant.passes import AllocateBits, VerifyAndRefine, is_better, meter
+from fxquant.passes import AllocateBits, Meter, VerifyAndRefine, is_better, meter
 from fxquant.passes.allocation import border_cost, borders_of, one_hot
 from tests.programs import check_pass
 from tests.scoring import inputs, scored
@@ -34,8 +34,9 @@ def fits_and_agrees(program: Program, plan: BitAllocation, budget: Budget) -> bo
 )
 def test_never_worse_than_a_finalist_and_within_the_budget(budget: Budget) -> None:
     program = AllocateBits(budget)(scored("plain"))
-    before = VerifyAndRefine(IMAGES)(program)[BitAllocation]
-    plan = check_pass(VerifyAndRefine(IMAGES, moves=12), program)[BitAllocation]
+    measures = Meter(program, IMAGES, "kl")
+    before = VerifyAndRefine(measures)(program)[BitAllocation]
+    plan = check_pass(VerifyAndRefine(measures, moves=12), program)[BitAllocation]
     assert plan.measured_loss is not None
     assert before.measured_loss is not None
     assert plan.measured_loss <= min(plan.finalists.values()) == plan.finalists.get("refined", before.measured_loss)
@@ -67,7 +68,7 @@ def refined(
     measured = Measured(losses)
     monkeypatch.setattr(meter, "image_losses", measured.losses)
     monkeypatch.setattr(meter, "simulate", measured.simulate)
-    step = replace(VerifyAndRefine(IMAGES, moves=50), **options)
+    step = replace(VerifyAndRefine(Meter(program, IMAGES, "kl"), moves=50), **options)
     return step(program)[BitAllocation], measured
 
 
@@ -191,7 +192,7 @@ def test_better_is_beyond_one_standard_error() -> None:
 @pytest.mark.parametrize("change", [{"moves": -1}, {"patience": 0}])
 def test_settings_out_of_range(change: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="must be at least 0 and patience"):
-        VerifyAndRefine(IMAGES, **change)
+        VerifyAndRefine(Meter(scored("plain"), IMAGES, "kl"), **change)
 
 
 def test_an_acceptance_renews_the_patience(monkeypatch: pytest.MonkeyPatch) -> None:

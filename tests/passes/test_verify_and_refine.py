@@ -11,11 +11,15 @@ from fxquant.core.errors import PipelineError
 from fxquant.core.facts import BitAllocation, Budget, Finalists
 from fxquant.core.ir import FakeQuantize, Program
 from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
-from fxquant.passes import AllocateBits, VerifyAndRefine, measured_loss, meter, simulate
+from fxquant.passes import AllocateBits, Meter, VerifyAndRefine, measured_loss, meter, simulate
 from tests.programs import check_pass, uniform
 from tests.scoring import inputs, scored, traced
 
 IMAGES = CalibrationSet(inputs("plain", 10))
+
+
+def verified(program: Program) -> Program:
+    return VerifyAndRefine(Meter(program, IMAGES, "kl"))(program)
 
 
 def with_plans(**widths: int) -> Program:
@@ -27,7 +31,7 @@ def with_plans(**widths: int) -> Program:
 @pytest.mark.parametrize("loss", ["kl", "mse"])
 def test_the_least_measured_loss_wins(loss: str) -> None:
     program = AllocateBits(Budget(average_bits=4.5))(scored("plain"))
-    found = check_pass(VerifyAndRefine(IMAGES, loss), program)[BitAllocation]
+    found = check_pass(VerifyAndRefine(Meter(program, IMAGES, loss)), program)[BitAllocation]
     plans = program[Finalists].plans
     assert list(found.finalists) == list(plans)
     reference = model_outputs(traced("plain").module, IMAGES.inputs)
@@ -42,7 +46,7 @@ def test_the_least_measured_loss_wins(loss: str) -> None:
 
 
 def test_a_bad_favourite_loses_to_a_uniform_plan() -> None:
-    found = VerifyAndRefine(IMAGES)(with_plans(favourite=2, other=8, middle=4))[BitAllocation]
+    found = verified(with_plans(favourite=2, other=8, middle=4))[BitAllocation]
     assert found.estimator == "other"
     assert found.finalists["favourite"] > found.finalists["middle"] > found.finalists["other"]
 
@@ -55,7 +59,7 @@ def test_equal_plans_are_measured_once_and_the_first_wins(monkeypatch: pytest.Mo
         return simulate(program, plan)
 
     monkeypatch.setattr(meter, "simulate", counted)
-    plan = VerifyAndRefine(IMAGES)(with_plans(first=4, second=4))[BitAllocation]
+    plan = verified(with_plans(first=4, second=4))[BitAllocation]
     assert len(measured) == 1
     assert plan.finalists["first"] == plan.finalists["second"]
     assert plan.estimator == "first"
@@ -71,7 +75,7 @@ def test_a_plan_without_a_loss_is_never_the_best_and_can_be_saved(monkeypatch: p
         return simulated
 
     monkeypatch.setattr(meter, "simulate", break_one)
-    found = VerifyAndRefine(IMAGES)(with_plans(broken=8, sound=4))[BitAllocation]
+    found = verified(with_plans(broken=8, sound=4))[BitAllocation]
     assert math.isnan(found.finalists["broken"])
     assert found.estimator == "sound"
     assert found.to_json()["finalists"]["broken"] is None
@@ -89,4 +93,4 @@ def test_the_loss_is_a_mean_over_images_whatever_the_batch(batch: int) -> None:
 
 def test_without_finalists() -> None:
     with pytest.raises(PipelineError, match="reads Finalists"):
-        VerifyAndRefine(IMAGES)(scored("plain"))
+        verified(scored("plain"))
