@@ -99,7 +99,7 @@ def test_it_is_kept_with_the_result_and_other_plans_join_it(tmp_path: Path) -> N
     again = fxquant.resolve(loaded, {"average_bits": 3}, progress=False)
     assert again.program[BudgetCurve] == loaded.program[BudgetCurve]
     moved = fxquant.resolve(loaded, {"average_bits": 3}, held_out=images(12), progress=False)
-    assert {plan.images for plan in moved.program[BudgetCurve].plans.values()} == {12}
+    assert {plan.images for plan in moved.program[BudgetCurve].plans.values()} == {24}
     (plan,) = fxquant.pareto(result, ["average_bits=3"])
     assert result.with_curve([plan]).program[BudgetCurve].plans == {**curve, "average_bits=3": plan}
     with pytest.raises(OptionError, match="no measured loss"):
