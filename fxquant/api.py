@@ -79,7 +79,7 @@ def quantize(
     others = {"keep_float": keep_float, "dynamic_image": dynamic_image, "rounding": rounding}
     settings = Settings.of(options, **named, **others)
     preset = EFFORTS[settings.effort]
-    settings = replace(settings, rounding=settings.rounding or preset.rounding)
+    settings = settings if settings.rounding is not None else replace(settings, rounding=preset.rounding)
     flow.check_names(settings)
     _ = algorithms(settings.rounding or "", settings.rounding_options)
     shards = Shards.from_environment() if settings.distributed else ALONE

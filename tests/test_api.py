@@ -63,7 +63,7 @@ def test_the_public_names() -> None:
 
 def test_what_people_change_often_is_named_and_the_rest_is_in_options() -> None:
     named = inspect.signature(fxquant.quantize).parameters.keys()
-    assert len(named) <= 12
+    assert len(named) <= 13
     assert named - options_of(Settings).keys() == {"model", "calibration", "budget", "workdir", "progress", "options"}
     base = Settings(bits=(8,), seed=3)
     for options in (base, {"bits": (8,), "seed": 3}):
@@ -178,7 +178,7 @@ def test_a_plan_edited_by_hand(tmp_path: Path) -> None:
     quantized().allocation.to_json(path)
     text = path.read_text()
     label = quantized().allocation.choices["conv1"].label
-    path.write_text(text.replace(f'"conv1": "{label}"', '"conv1": "W2A8"'))
+    path.write_text(text.replace(f'"conv1": "{label}"', '"conv1": "W2cA8"'))
     done = fxquant.convert(quantized().program, path)
     weight = done.module.get_submodule("quantize_conv1_weight")(done.module.get_parameter("conv1.weight"))
     assert max(len(channel.unique()) for channel in weight) <= 4
@@ -326,7 +326,7 @@ def test_activation_bits_are_searched_too() -> None:
 
 
 def test_scores_first_and_a_budget_later() -> None:
-    assert same(quantized(rounding="nearest"), fxquant.resolve(quantize(budget=None), BUDGET))
+    assert same(quantized(), fxquant.resolve(quantize(budget=None), BUDGET))
 
 
 def test_pareto_is_resolve_for_each_budget() -> None:
@@ -370,7 +370,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pyte
         assert 0 < run.call_count - done < spent
         assert done > 0
         known = run.call_count
-        assert known <= spent + 12
+        assert known <= spent + 16
         assert same(whole, quantize(effort="best", seed=2, workdir=tmp_path))
         assert run.call_count == known
 

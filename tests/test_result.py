@@ -188,10 +188,10 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
 
 def test_a_plan_edited_in_the_folder(folder: Path) -> None:
     plan = json.loads((folder / "plan.json").read_text())
-    plan["choices"]["fc"] = "W2A8"
+    plan["choices"]["fc"] = "W2cA8"
     (folder / "plan.json").write_text(json.dumps(plan))
     found = fxquant.load(folder)
-    assert found.allocation.choices["fc"] == Choice(2, 8)
+    assert found.allocation.choices["fc"] == Choice.parse("W2cA8")
     assert found.allocation.status == "manual"
     assert found.allocation.measured_loss is None
     assert not torch.equal(answers(found), answers(quantized()))

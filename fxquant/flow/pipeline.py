@@ -90,7 +90,7 @@ def check_names(settings: Settings) -> None:
     """
     _ = backend(settings.target)
     given = {name: getattr(settings, name) for name in KNOWN_NAMES if name != "target"}
-    given["rounding"] = (settings.rounding or "nearest").split(JOIN)
+    given["rounding"] = ("nearest" if settings.rounding is None else settings.rounding).split(JOIN)
     for setting, values in given.items():
         known = KNOWN_NAMES[setting]
         for name in (values,) if isinstance(values, str) else values or ():

@@ -19,7 +19,8 @@ MODEL = ["--model", "tests.small:small", "--calibration", "tests.small:images", 
 
 def test_it_says_what_it_is_about_to_do_and_goes_on(tmp_path: Path, capsys: Captured) -> None:
     out, work = tmp_path / "out", tmp_path / "work"
-    arguments = ["analyze", *MODEL, "--output", str(out), "--workdir", str(work), "--estimators", "pairs, gram"]
+    arguments = ["analyze", *MODEL, "--output", str(out), "--workdir", str(work), "--bits", "2,4,8"]
+    arguments += ["--estimators", "pairs, gram"]
     assert main(arguments) == 0
     summary, printed = capsys.readouterr()
     assert "layers quantized" in summary
