@@ -89,3 +89,18 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises((OptionError, FileFormatError), match=message):
         read_target(written(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "bits"),
+    [
+        ({}, (4, 8)),
+        ({"weight_bits": [2, 3, 4, 8]}, (2, 4, 8)),
+        ({"weight_formats": ["codebook"]}, ("2c", "3c", 4, 8)),
+        ({"weight_bits": [5]}, (5,)),
+    ],
+)
+def test_candidates_by_default_are_those_it_executes(
+    changes: dict[str, Any], bits: tuple[int | str, ...], tmp_path: Path
+) -> None:
+    assert read_target(written(tmp_path, **changes)).default_bits == bits
