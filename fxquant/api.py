@@ -115,8 +115,7 @@ def _search(
     for note in (*flow.answer_note(captured), *flow.learned_note(captured, held_out)):
         reporter.say(note)
     reporter.stage(flow.CALIBRATE)
-    program = flow.prepare(captured, settings)
-    program = flow.calibrate(program, scoring, reporter)
+    program = flow.calibrate(flow.prepare(captured, settings), scoring, reporter)
     if limits is not None:
         program = flow.measure_file(program, reporter) if limits.needs_file else program
         flow.check_budget(program, limits)

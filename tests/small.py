@@ -127,4 +127,4 @@ def small_result(target: str = "reference", budget: float | None = 5.0, network:
     """Return the network quantized to this many bits on average, made once per test run."""
     limit = None if budget is None else Budget(average_bits=budget)
     model = {"small": small, "product": product}[network]()
-    return fxquant.quantize(model, images(), limit, target=target, effort="fast", progress=False)
+    return fxquant.quantize(model, images(), limit, bits=(2, 4, 8), target=target, effort="fast", progress=False)

@@ -107,7 +107,7 @@ def test_page_shows_curve_ranges_kernels_and_latency() -> None:
         assert f"{row['weight_sqnr_db']:.1f} dB" in text
     assert "QLinearConv 2 stem, body" in text
     assert "Latency 1.25 ms predicted, float 5 ms" in text
-    assert "Every plan that was measured, on 24 calibration images" in text
+    assert "Every plan that was measured, on 30 calibration images" in text
     assert "fxquant check DIR" in text
     assert "activation_bits=(4, 8)" in text
 
