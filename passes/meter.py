@@ -20,14 +20,14 @@ FEWEST_FIRST = 8
 """Images that are enough to drop a plan."""
 
 
-def image_losses(module: GraphModule, images: CalibrationSet, reference: Tensor, loss: str, batch: int = 32) -> Tensor:
+def image_losses(module: GraphModule, images: CalibrationSet, reference: Tensor, loss: str) -> Tensor:
     """Return the loss of a simulated graph against the float answers, float64 of shape (images,)."""
-    return LOSSES[loss](reference, model_outputs(module, images.inputs, batch), images.labels)
+    return LOSSES[loss](reference, model_outputs(module, images.inputs), images.labels)
 
 
-def measured_loss(module: GraphModule, images: CalibrationSet, reference: Tensor, loss: str, batch: int = 32) -> float:
+def measured_loss(module: GraphModule, images: CalibrationSet, reference: Tensor, loss: str) -> float:
     """Return the mean loss of a simulated graph against the float answers, over all images."""
-    return float(image_losses(module, images, reference, loss, batch).mean())
+    return float(image_losses(module, images, reference, loss).mean())
 
 
 def is_better(now: Tensor, then: Tensor, surcharge: float = 0.0) -> bool:
@@ -62,7 +62,7 @@ class Meter:
         #: positions of the images that are run together, in the order of running
         self._parts = [first, rest] if len(first) >= FEWEST_FIRST else [every]
         self._images = [images.take(part.tolist()) for part in self._parts]
-        self._references = [model_outputs(program.module, part.inputs, 32) for part in self._images]
+        self._references = [model_outputs(program.module, part.inputs) for part in self._images]
         self._known: dict[frozenset[tuple[str, str]], Tensor] = {}
         #: the choices of every plan that was measured, or dropped after a share of the images -> its mean loss
         self._means: dict[frozenset[tuple[str, str]], tuple[Mapping[str, Choice], float]] = {}

@@ -61,7 +61,7 @@ class Judge:
     def verdict(self, program: Program) -> Program:
         """Return the program with the measured quality, its bounds and its limits on the plan."""
         plan, limits, settings = program[BitAllocation], self.budget.quality, program[Settings]
-        outputs = model_outputs(simulate(program, plan).module, self.images.inputs, 32)
+        outputs = model_outputs(simulate(program, plan).module, self.images.inputs)
         asked = (self.images.labels, self.loss, settings.confidence, settings.seed)
         found = quality(limits, self.reference, outputs, *asked)
         judged = replace(
@@ -150,7 +150,7 @@ def _cheapest(
     """Return the cheapest plan that keeps the limits on answers; `solvers` are for the steps and for the end."""
     check_answers(budget, held_out, program[Settings])
     loss = loss_name(program, held_out)
-    judge = Judge(budget, held_out, model_outputs(program.module, held_out.inputs, 32), loss)
+    judge = Judge(budget, held_out, model_outputs(program.module, held_out.inputs), loss)
     # Checks the shape of the answers before the first plan is solved.
     _ = quality(budget.quality, judge.reference, judge.reference, held_out.labels, loss)
     low, high = _range(program, budget)

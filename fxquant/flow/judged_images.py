@@ -68,5 +68,5 @@ def check_answers(budget: Budget | None, held_out: CalibrationSet, settings: Set
 
 def learned_note(program: Program, held_out: CalibrationSet) -> tuple[str, ...]:
     """Return a note where the network knows the images too well to be judged by them, else nothing."""
-    share = learned_share(model_outputs(program.module, held_out.inputs, 32), held_out.labels)
+    share = learned_share(model_outputs(program.module, held_out.inputs), held_out.labels)
     return () if share is None else (LEARNED.format(share=share),)

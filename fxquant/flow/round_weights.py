@@ -213,7 +213,7 @@ def _better(
     plan = program[BitAllocation]
 
     def losses_of(images: CalibrationSet, *candidates: Program) -> list[float]:
-        reference = model_outputs(program.module, images.inputs, 32)
+        reference = model_outputs(program.module, images.inputs)
         return [measured_loss(simulate(each, plan).module, images, reference, loss) for each in candidates]
 
     before, after = losses_of(held_out, program, rounded)
