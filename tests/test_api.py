@@ -201,7 +201,7 @@ def test_effort(effort: EffortName) -> None:
 
 def test_around_the_widest_integers_only_what_can_be_scored_there() -> None:
     result = quantize(context="widest")
-    assert {"gram", "diagonal"} <= set(result.finalists)
+    assert "gram" in result.finalists
     assert not any(name in result.finalists for name, each in ESTIMATORS.items() if each.float_only)
     assert quantize(context="widest", effort="fast").allocation.estimator.startswith(("diagonal", "uniform"))
     with pytest.raises(OptionError, match="'fit' is defined around the float network only"):
