@@ -85,7 +85,7 @@ def test_values_are_brought_to_the_type_of_the_field(name: str, value: object, r
         ("size", (1.0,), r"size=\(1.0,\) must be 2 finite numbers above 0 and below 9"),
         ("size", (1.0, float("inf")), "must be 2 finite numbers"),
         ("size", (1, 9), "below 9"),
-        ("rooms", {"a": "W2"}, "precision 'W2' is not understood"),
+        ("rooms", {"a": "W2A"}, "precision 'W2A' is not understood"),
         ("rooms", {"a": 8}, "must be a mapping"),
         ("rooms", 3, "must be a mapping"),
         ("notes", {"a": [[1]]}, "must be a mapping"),

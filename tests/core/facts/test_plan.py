@@ -81,7 +81,7 @@ def test_an_edit_by_hand_is_taken(tmp_path: Path) -> None:
     "change",
     [
         *[{"choices": wrong} for wrong in NO_CHOICES],
-        *[{"choices": {"conv": wrong}} for wrong in ("W4", 4, None, "W1A8", "W32A8")],
+        *[{"choices": {"conv": wrong}} for wrong in ("W4A", 4, None, "W1A8", "W32A8")],
         {"status": "perfect"},
         {"objective": "low"},
         {"used": {"size_mb": "x"}},
