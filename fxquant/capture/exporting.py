@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import warnings
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -24,10 +26,22 @@ def traced(model: nn.Module, inputs: tuple[Tensor, ...], shapes: tuple[Any, ...]
         shapes: free axes in the form of the forward's parameters.
         strict: read the bytecode instead of running the model.
     """
-    # Where export fails, torch prints the graph so far; what a user can act on is in the error.
-    with torch.no_grad(), recurrent_shapes(), warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
+    with torch.no_grad(), recurrent_shapes(), quiet():
         return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=strict)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch from printing while it exports: what a user can act on is in the error that it raises."""
+    # Its loggers write to the stderr of the time they were made, which no redirection reaches.
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            logging.disable(logging.ERROR)
+            yield
+        finally:
+            logging.disable(before)
 
 
 def summary(error: BaseException) -> str:

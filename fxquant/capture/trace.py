@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,43 +14,20 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.nn import functional
 
-from fxquant.capture.exporting import summary, traced
+from fxquant.capture.exporting import quiet, summary, traced
+from fxquant.capture.forward_arguments import dynamic_shapes, require_module
 from fxquant.capture.free_batch import freed, one_batch_size, with_free_batch
 from fxquant.capture.model_outputs import plain_answer
 from fxquant.capture.unusable_ops import check_ops
 from fxquant.capture.weights import check_finite, check_storage
 from fxquant.core.errors import CaptureError
+<<<<<<< HEAD
 from fxquant.core.ir import Program, differentiable, recurrent_shapes
+=======
+from fxquant.core.ir import Program, differentiable
+from fxquant.core.run import WRAP
+>>>>>>> 99a4a46 (What forward takes, old weight norms and files of weights: what to do is said; export prints nothing)
 from fxquant.core.storage import StoredProgram
-
-
-def input_names(model: nn.Module | ExportedProgram) -> list[str]:
-    """Return the names of the inputs a model must be given, in order.
-
-    Raises:
-        CaptureError: it is no model.
-    """
-    if isinstance(model, ExportedProgram):
-        names = list(model.graph_signature.user_inputs)
-        return [str(name) for name in names]
-    _require_module(model)
-    parameters = inspect.signature(model.forward).parameters.values()
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = [p.name for p in parameters if p.kind in positional and p.default is inspect.Parameter.empty]
-    # forward(*args) and forward(x=None) say nothing about what is needed; one image tensor is the usual case.
-    first = [p.name for p in parameters if p.kind in positional][:1] or ["input"]
-    return required or first
-
-
-def _require_module(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"model is a {type(model).__name__}; give a torch.nn.Module or an ExportedProgram")
-    for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise CaptureError(
-                f"{path or 'the model'} is TorchScript, which does not export to a graph; give the Python module that "
-                "it was scripted or traced from, its weights loaded with load_state_dict(scripted.state_dict())"
-            )
 
 
 def _attention(
@@ -139,8 +114,12 @@ def capture(
         if dynamic_image:
             _check_sizes(exported, inputs)
         try:
+<<<<<<< HEAD
             with recurrent_shapes(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+=======
+            with quiet():
+>>>>>>> 99a4a46 (What forward takes, old weight norms and files of weights: what to do is said; export prints nothing)
                 stored = StoredProgram.of(exported.run_decompositions(DECOMPOSITIONS))
         except Exception as error:
             raise CaptureError(
@@ -167,15 +146,15 @@ def _leave_inference_mode(module: GraphModule) -> None:
 
 
 def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, dynamic_image: bool) -> ExportedProgram:
-    _require_module(model)
+    require_module(model)
     check_storage(model)
     try:
         own = copy.deepcopy(model).eval()
     except Exception as error:
-        raise CaptureError(f"the model cannot be copied: {summary(error)}; fxquant works on a copy of it") from error
+        raise CaptureError(_copy_advice(model, error)) from error
     _ = own.register_forward_hook(lambda *given: plain_answer(given[-1]))
     free = [[0] * (dynamic_batch and t.dim() > 0) + [2, 3] * (dynamic_image and t.dim() == 4) for t in inputs]
-    shapes = _dynamic_shapes(own, [dict.fromkeys(axes, Dim.AUTO) or None for axes in free])
+    shapes = dynamic_shapes(own, [dict.fromkeys(axes, Dim.AUTO) or None for axes in free])
     try:
         exported = traced(own, inputs, shapes, strict=False)
     except CaptureError:
@@ -197,8 +176,7 @@ def _check_sizes(exported: ExportedProgram, inputs: tuple[Tensor, ...]) -> None:
         raise CaptureError("dynamic_image needs an input (N, C, H, W); the model has none")
     larger = tuple(functional.pad(t, [0, LARGER, 0, LARGER]) if t.dim() == 4 else t for t in inputs)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), quiet():
             exported.module()(*larger)
     except Exception as error:
         size = "x".join(str(s) for s in next(t.shape[2:] for t in inputs if t.dim() == 4))
@@ -208,15 +186,6 @@ def _check_sizes(exported: ExportedProgram, inputs: tuple[Tensor, ...]) -> None:
         ) from error
 
 
-def _dynamic_shapes(model: nn.Module, axes: list[dict[int, Any] | None]) -> tuple[Any, ...]:
-    """Return the free axes in the shape of forward's parameters: those of `*inputs` form a tuple of their own."""
-    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL not in kinds:
-        return tuple(axes)
-    first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
-    return (*axes[:first], tuple(axes[first:])) if len(axes) > first else tuple(axes)
-
-
 def _export_advice(model: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> str:
     shapes = [tuple(t.shape) for t in inputs]
     types = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in inputs}))
@@ -224,19 +193,38 @@ def _export_advice(model: nn.Module, inputs: tuple[Tensor, ...], error: Exceptio
         with torch.no_grad():
             copy.deepcopy(model).eval()(*inputs)
     except Exception as eager:
+        advice = WRAP if isinstance(eager, TypeError | LookupError | AttributeError) else ""
         return (
             f"the model does not run on inputs of shape {shapes} and type {types}: {summary(eager)}; "
-            "check the shape and type of the calibration images"
+            f"check the shape and type of the calibration images{advice}"
         )
     line = _user_line(error)
     return (
         f"the model does not export to a graph{f' at {line}' if line else ''}: {summary(error)}; "
-        "replace control flow that depends on tensor values by torch.where or torch.cond, "
-        "or keep that part outside the model"
+        "replace control flow that depends on tensor values by torch.where or torch.cond, keep that part outside the "
+        'model, or quantize the part in front of it: fxquant.part(model, "backbone", images)'
     )
 
 
-_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+HOOKS = {"WeightNorm": "weight_norm", "SpectralNorm": "spectral_norm"}
+"""Class of a hook that computes a weight before every call -> function of torch.nn.utils that adds it."""
+
+
+def _copy_advice(model: nn.Module, error: Exception) -> str:
+    for path, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            name = HOOKS.get(type(hook).__name__)
+            if name is not None:
+                return (
+                    f"{path or 'the model'} has the old torch.nn.utils.{name}, with which it cannot be copied; call "
+                    f"torch.nn.utils.remove_{name} on that module, or use torch.nn.utils.parametrizations.{name}"
+                )
+    return f"the model cannot be copied: {summary(error)}; fxquant works on a copy of it"
+
+
+# Torch's sizes are expressions of sympy, whose frames end a trace where one is compared.
+_TORCH = Path(torch.__file__).parent
+_NOT_THE_USERS = tuple(map(str, (_TORCH, _TORCH.with_name("sympy"), Path(__file__).parent)))
 
 
 def _user_line(error: Exception) -> str:

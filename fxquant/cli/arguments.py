@@ -79,7 +79,7 @@ def _budget(parser: argparse.ArgumentParser, required: bool) -> None:
 
 def _scoring(parser: argparse.ArgumentParser, leave: Collection[str] = ()) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="SPEC", help="pkg.module:factory, or a .pt2 file")
+    add("--model", required=True, metavar="SPEC", help="pkg.module:factory, net.py:factory, or a .pt2 file")
     add("--calibration", required=True, metavar="SPEC", help=".npz, .npy, image folder, or pkg.module:loader")
     add("--output", required=True, type=Path, metavar="DIR", help="where results go")
     add("--workdir", type=Path, metavar="DIR", help="where finished scores are kept; default the output folder")

@@ -1,8 +1,9 @@
-"""Loads what the command line names: models, calibration files, folders of images, `pkg.module:name`."""
+"""Loads what the command line names: models, calibration files, folders of images, `pkg.module:name`, `net.py:name`."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,8 @@ from fxquant.core.storage import load_exported, read_array, read_arrays
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that Pillow may use, whatever the suffix: it would run another program on PostScript."""
+WEIGHTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+"""Suffixes of files that hold weights, or a model that only its own classes can be read with."""
 LABELS = ("labels", "label", "y")
 BATCH = 32
 
@@ -52,7 +55,7 @@ class ImageOptions(Options):
 
 
 def load_model(spec: str) -> nn.Module | ExportedProgram:
-    """Return the model of `pkg.module:factory` or of a `.pt2` file.
+    """Return the model of `pkg.module:factory`, `net.py:factory` or of a `.pt2` file.
 
     Raises:
         OptionError: there is no such object, calling it fails, or it is no model.
@@ -60,6 +63,13 @@ def load_model(spec: str) -> nn.Module | ExportedProgram:
     """
     if spec.endswith(".pt2"):
         return load_exported(Path(spec))
+    if spec.endswith(WEIGHTS):
+        raise OptionError(
+            f"--model {spec}: weights alone are no model, and a whole pickled model is not read, since reading it "
+            "may run any program; write a function that builds the model and loads its weights, "
+            f"`model.load_state_dict(torch.load({Path(spec).name!r}, weights_only=True))`, and give net.py:function; "
+            "or save the model with torch.export.save as .pt2"
+        )
     found = _object(spec, "--model")
     if callable(found) and not isinstance(found, nn.Module):
         found = _called(found, spec)
@@ -90,7 +100,9 @@ def load_calibration(spec: str, options: ImageOptions, limit: int, option: str =
     if path.is_dir():
         return _from_folder(path, options, limit, option)
     if ":" not in spec:
-        raise OptionError(f"{option} {spec} is neither .npz, .npy, an existing folder of images nor pkg.module:loader")
+        raise OptionError(
+            f"{option} {spec} is neither .npz, .npy, an existing folder of images, pkg.module:loader nor net.py:loader"
+        )
     found = _object(spec, option)
     if callable(found) and not hasattr(found, "__iter__"):
         found = _called(found, spec)
@@ -98,15 +110,21 @@ def load_calibration(spec: str, options: ImageOptions, limit: int, option: str =
 
 
 def _object(spec: str, option: str) -> object:
-    """Return what `pkg.module:name` names, modules of the current folder included."""
-    place, separator, name = spec.partition(":")
+    """Return what `pkg.module:name` or `path/file.py:name` names, modules of the current folder included."""
+    place, separator, name = spec.rpartition(":")
     if not separator or not place or not name:
-        raise OptionError(f"{option} {spec} is not understood; write pkg.module:name or the path of a file")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+        raise OptionError(
+            f"{option} {spec} is not understood; write pkg.module:name, net.py:name or the path of a file"
+        )
+    file = Path(place) if place.endswith(".py") else None
+    if file is not None and not file.is_file():
+        raise OptionError(f"{option} {spec}: there is no file {file}")
+    # What a file imports from beside it is found, too.
+    folder = str(Path.cwd() if file is None else file.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
-        found: object = importlib.import_module(place)
+        found: object = importlib.import_module(place) if file is None else _module_of(file)
     except Exception as error:
         # A user's module may raise anything while it is imported.
         raise OptionError(f"{option} {spec}: importing {place} failed: {_line(error)}") from error
@@ -116,6 +134,19 @@ def _object(spec: str, option: str) -> object:
             raise OptionError(f"{option} {spec}: {owner} has no {part!r}")
         found = getattr(found, part)
     return found
+
+
+def _module_of(file: Path) -> ModuleType:
+    """Import a file, under a name that no other module has."""
+    name = file.stem
+    while name in sys.modules:
+        name = f"{name}_"
+    known = importlib.util.spec_from_file_location(name, file)
+    assert known is not None
+    assert known.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(known)
+    known.loader.exec_module(module)
+    return module
 
 
 def _called(factory: Callable[..., object], spec: str) -> object:

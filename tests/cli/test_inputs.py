@@ -41,6 +41,26 @@ def test_model_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.Monke
     assert isinstance(load_model("my_own_net:net"), nn.Linear)
 
 
+def test_model_from_a_file_with_what_is_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "beside_it.py").write_text("WIDTH = 3\n")
+    # A name that another module has already.
+    (tmp_path / "json.py").write_text(
+        "import torch\nfrom beside_it import WIDTH\n\ndef make():\n    return torch.nn.Linear(2, WIDTH)\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    model = load_model(f"{tmp_path}/json.py:make")
+    assert isinstance(model, nn.Linear)
+    assert model.out_features == 3
+    with pytest.raises(OptionError, match=r"no file .*absent\.py"):
+        load_model(f"{tmp_path}/absent.py:make")
+
+
+@pytest.mark.parametrize("name", ["net.pth", "net.pt", "net.safetensors"])
+def test_weights_are_no_model(name: str) -> None:
+    with pytest.raises(OptionError, match=rf"any program.*load_state_dict.*{name}.*net\.py:function.*\.pt2"):
+        load_model(f"folder/{name}")
+
+
 @pytest.mark.parametrize("spec", ["tests.small", ":small", "tests.small:", "tests.small:images", "json:loads"])
 def test_no_model(spec: str) -> None:
     with pytest.raises(OptionError, match=r"--model|calling"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fxquant.core.run.answer_graph import answer_graph, find_answers
 from fxquant.core.run.answer_quality import NO_LABELS, SPARE, keeps, learned_share, needed, quality
 from fxquant.core.run.confidence_bounds import drop_bound, images_needed, mean_bound, share_bound
-from fxquant.core.run.data import LARGEST, CalibrationSet, collect
+from fxquant.core.run.data import LARGEST, WRAP, CalibrationSet, collect
 from fxquant.core.run.discrete_answers import Jump, discrete_answers, leading_names, returned
 from fxquant.core.run.footprint import Footprint, live_bytes, storages
 from fxquant.core.run.judging import judging_images, mixed, moved

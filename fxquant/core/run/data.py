@@ -20,6 +20,12 @@ DATASET_BATCH = 32
 LARGEST = 2 * 10**9
 """Most bytes of images that are collected from a loader."""
 
+WRAP = (
+    "; fxquant gives tensors by position: where forward takes a list, a dictionary or keywords, wrap the model in a "
+    "module with `def forward(self, image): return self.model({'image': image})`"
+)
+"""Advice for a model that does not take its tensors one by one."""
+
 log = logging.getLogger(__name__)
 
 
@@ -144,7 +150,8 @@ def _tensor(value: object) -> Tensor:
             return torch.as_tensor(np.array(value, order="C"))
         except TypeError as error:
             raise CalibrationError(f"calibration batch holds an array that is not numeric ({error})") from error
-    raise CalibrationError(f"calibration batch holds a {type(value).__name__}; give tensors or numpy arrays")
+    nested = WRAP if isinstance(value, Mapping | list | tuple) else ""
+    raise CalibrationError(f"calibration batch holds a {type(value).__name__}; give tensors or numpy arrays{nested}")
 
 
 def _label(value: object) -> Tensor | None:
@@ -234,7 +241,10 @@ def _unpack(batch: object, names: Sequence[str]) -> tuple[list[Tensor], Tensor |
     if isinstance(batch, Mapping):
         missing = [name for name in names if name not in batch]
         if missing:
-            raise CalibrationError(f"calibration batch lacks inputs {missing}; it has {sorted(map(str, batch))}")
+            nested = WRAP if len(names) == 1 else ""
+            raise CalibrationError(
+                f"calibration batch lacks inputs {missing}; it has {sorted(map(str, batch))}{nested}"
+            )
         label = next((batch[key] for key in ("labels", "label", "y") if key in batch and key not in names), None)
         return [_tensor(batch[name]) for name in names], None if label is None else _label(label)
     members = list(batch) if isinstance(batch, list | tuple) else [batch]
