@@ -21,12 +21,8 @@ from fxquant.capture.model_outputs import plain_answer
 from fxquant.capture.unusable_ops import check_ops
 from fxquant.capture.weights import check_finite, check_storage
 from fxquant.core.errors import CaptureError
-<<<<<<< HEAD
 from fxquant.core.ir import Program, differentiable, recurrent_shapes
-=======
-from fxquant.core.ir import Program, differentiable
 from fxquant.core.run import WRAP
->>>>>>> 99a4a46 (What forward takes, old weight norms and files of weights: what to do is said; export prints nothing)
 from fxquant.core.storage import StoredProgram
 
 
@@ -114,12 +110,7 @@ def capture(
         if dynamic_image:
             _check_sizes(exported, inputs)
         try:
-<<<<<<< HEAD
-            with recurrent_shapes(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-=======
-            with quiet():
->>>>>>> 99a4a46 (What forward takes, old weight norms and files of weights: what to do is said; export prints nothing)
+            with recurrent_shapes(), quiet():
                 stored = StoredProgram.of(exported.run_decompositions(DECOMPOSITIONS))
         except Exception as error:
             raise CaptureError(
