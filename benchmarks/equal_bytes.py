@@ -33,9 +33,9 @@ CASES = {"resnet20": 256, "mobilenet_v1": 128, "mobilenet_v2": 128, "efficientne
 """Network -> calibration images."""
 EVALUATION = {"resnet20": 1017}
 """Network -> evaluation images, where it is not 500."""
-RATIOS = {"resnet20": (0.05, 0.065, 0.085, 0.11, 0.14, 0.17, 0.2, 0.25)}
-"""Network -> bytes of the files over those of the float file, where they are not the four below."""
-FEWER_RATIOS = (0.085, 0.11, 0.14, 0.2)
+RATIOS = {"mobilenet_v1": (0.11, 0.14, 0.15, 0.2), "resnet20": (0.05, 0.065, 0.085, 0.11, 0.14, 0.17, 0.2, 0.25)}
+"""Network -> bytes of the files over those of the float file, where they are not the three below."""
+FEWER_RATIOS = (0.085, 0.11, 0.14)
 SEEDS = {"resnet20": {"default": (0, 1, 2), "uniform": (0, 1, 2)}}
 """Network, contestant -> seeds of the order of calibration images and of all draws, where there is more than (0,)."""
 OTHER_CANDIDATES = {"2 4 8": ("resnet20", "mobilenet_v1"), "seven formats": ("resnet20",)}

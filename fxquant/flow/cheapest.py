@@ -135,7 +135,7 @@ def choose(
         # Other budgets of one result share the curve.
         return chosen
     reporter.stage(CURVE)
-    return chosen.with_facts(measure_curve(program, budget, judging, reporter))
+    return chosen.with_facts(measure_curve(program, budget, judging, reporter, meter))
 
 
 def _cheapest(

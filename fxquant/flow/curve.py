@@ -30,7 +30,11 @@ SECONDS = 6.0
 
 
 def measure_curve(
-    program: Program, budget: Budget | None, held_out: CalibrationSet, reporter: Reporter = SILENT
+    program: Program,
+    budget: Budget | None,
+    held_out: CalibrationSet,
+    reporter: Reporter = SILENT,
+    meter: Meter | None = None,
 ) -> BudgetCurve:
     """Return the best plans of the preferred estimator at limits across the range, and the uniform plans, measured.
 
@@ -42,10 +46,12 @@ def measure_curve(
         budget: the limits; None for none.
         held_out: images that plans are compared on.
         reporter: shows progress.
+        meter: of the program on these images, which knows some plans; None makes one.
     """
-    settings, meter = program[Settings], Meter(program, held_out, loss_name(program, held_out))
+    settings = program[Settings]
     if not settings.curve:
         return BudgetCurve({})
+    meter = meter or Meter(program, held_out, loss_name(program, held_out))
     plans = _solved(program, budget, settings.curve)
     plans |= {
         name: BitAllocation(choices, estimator=name, status="uniform")

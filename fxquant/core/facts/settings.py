@@ -42,7 +42,7 @@ class Effort:
 
 EFFORTS: dict[EffortName, Effort] = {
     "fast": Effort(("fisher_out",), 96, 64, 8, 0, "nearest", 0),
-    "default": Effort(("gram", "fisher_out"), 384, 96, 48, 0, "qronos_rescaled", 9),
+    "default": Effort(("gram", "fisher_out"), 384, 96, 48, 0, "qronos_rescaled", 6),
     "best": Effort(
         ("diagonal", "gram", "monotone", "pairs", "fisher", "fisher_out"), 1024, 256, 256, 2, "qronos_rescaled", 13
     ),
