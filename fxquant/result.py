@@ -46,7 +46,7 @@ from fxquant.core.storage import (
     text_digest,
     write_json,
 )
-from fxquant.passes import measured_loss, simulate
+from fxquant.passes import ScaleWeights, channel_axes, measured_loss, simulate
 from fxquant.qat import METHOD, TrainedValues, gather, trainable, with_values
 from fxquant.report import content, one_line, page, summary, write_page
 from fxquant.saved_parts import file_name, images_that_fit, load_matrix, plan_digest, with_rounding
@@ -362,9 +362,10 @@ class Result:
         )
         if rounded:
             program = with_rounding(program, folder / "rounding.npz")
-        program = flow.run(program, flow.scaling(program[Target])[0])
+        grids = WeightGrids({})
         if bool(document.get("bank", settings.scoring_rounding != "nearest")):
-            program = program.with_facts(program[WeightGrids].with_rounded(folder / "rounded_weights.npz"))
+            grids = grids.with_rounded(folder / "rounded_weights.npz", channel_axes(program))
+        program = flow.run(program, ScaleWeights(program[Target].per_channel, grids))
         plan = BitAllocation.from_json(folder / "plan.json")
         held_out, scoring = (
             CalibrationSet.load(folder / name) if kept else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -19,9 +19,11 @@ class ScaleWeights(Pass):
 
     Args:
         per_channel: one scale for each output channel; False gives all channels of a weight the same one.
+        known: grids that need not be found, and the weights rounded on them.
     """
 
     per_channel: bool = True
+    known: WeightGrids = field(default=WeightGrids({}), repr=False)
     reads = (Sites,)
     writes = (WeightGrids,)
 
@@ -31,11 +33,18 @@ class ScaleWeights(Pass):
         # Every site in every format, so that a plan edited by hand needs no new search.
         used = sorted({choice.weight for site in sites for choice in site.choices if not choice.is_float})
         grids: dict[str, dict[WeightFormat, Grid]] = {}
-        for site in sites:
-            rule = rule_of(resolve(program.module.graph, site.nodes[0]))
-            axis = 0 if rule is None else rule.channel_axis
-            grids[site.name] = weight_grids(tensor_at(program.module, site.weight), used, axis, self.per_channel)
-        return program.with_facts(WeightGrids(grids)), 0
+        for site, axis in zip(sites, channel_axes(program).values(), strict=True):
+            known = self.known.grids.get(site.name, {})
+            weight, left = tensor_at(program.module, site.weight), [each for each in used if each not in known]
+            grids[site.name] = {**known, **weight_grids(weight, left, axis, self.per_channel)}
+        return program.with_facts(WeightGrids(grids, self.known.rounded)), 0
+
+
+def channel_axes(program: Program) -> dict[str, int]:
+    """Return site -> axis of its weight that counts output channels."""
+    rules = {site.name: rule_of(resolve(program.module.graph, site.nodes[0])) for site in program[Sites].sites}
+    # What only stores its weight, as a table does, has a row for each channel.
+    return {name: 0 if rule is None else rule.channel_axis for name, rule in rules.items()}
 
 
 def weight_grids(

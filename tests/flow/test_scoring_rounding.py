@@ -10,12 +10,13 @@ import torch
 import fxquant
 from fxquant.core.errors import FileFormatError, OptionError
 from fxquant.core.facts import WeightGrids
+from fxquant.core.ir import Grid
 from fxquant.core.run import model_outputs
 from fxquant.result import Result
 from tests.small import images, small
 
 
-def quantized(method: str, bits: tuple[int, ...] = (2, 4, 8)) -> Result:
+def quantized(method: str, bits: tuple[int | str, ...] = (2, 4, 8)) -> Result:
     budget = fxquant.Budget(average_bits=4)
     return fxquant.quantize(
         small(),
@@ -39,6 +40,30 @@ def test_a_saved_result_keeps_them(tmp_path: Path) -> None:
     (tmp_path / "r" / "rounded_weights.npz").write_bytes(b"no archive")
     with pytest.raises(FileFormatError, match=r"rounded_weights\.npz"):
         fxquant.load(tmp_path / "r")
+
+
+def test_loading_searches_for_no_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def searched(*_: object, **__: object) -> None:
+        raise AssertionError("a grid was searched for")
+
+    result = quantized("gptq", (4, 8, "2c", "3p", "2.5r"))
+    folder = result.save(tmp_path / "r")
+    monkeypatch.setattr(Grid, "of_weight", searched)
+    known, found = result.program[WeightGrids], fxquant.load(folder).program[WeightGrids]
+    assert {site: set(grids) for site, grids in known.grids.items()} == {
+        site: set(grids) for site, grids in found.grids.items()
+    }
+    for site, grids in known.grids.items():
+        for weight, grid in grids.items():
+            again = found.at(site, weight)
+            assert again.spec == grid.spec
+            for one, other in (
+                (again.scale, grid.scale),
+                (again.zero_point, grid.zero_point),
+                (again.levels, grid.levels),
+                (found.rounded[site, weight], known.rounded[site, weight]),
+            ):
+                assert one is other or (one is not None and other is not None and torch.equal(one, other))
 
 
 def test_nearest_has_no_rounded_weights_and_one_digest() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from fxquant.core.errors import FileFormatError, OptionError
-from fxquant.core.ir import Grid, WeightFormat
+from fxquant.core.ir import MAX_BITS, Grid, WeightFormat, weight_spec
 from fxquant.core.storage import read_arrays, text_digest, write_arrays
 
 
@@ -62,8 +64,12 @@ class WeightGrids:
                 arrays[f"levels:{key}"] = grid.levels.cpu().numpy()
         write_arrays(path, arrays)
 
-    def with_rounded(self, path: Path) -> WeightGrids:
+    def with_rounded(self, path: Path, axes: Mapping[str, int] = MappingProxyType({})) -> WeightGrids:
         """Return these grids with the rounded weights that `save_rounded` wrote.
+
+        Args:
+            path: the file.
+            axes: site -> axis of its weight that counts channels; for sites whose grids are only in the file.
 
         Raises:
             FileFormatError: missing, damaged, or of another network.
@@ -76,13 +82,17 @@ class WeightGrids:
             if kind != "q":
                 continue
             try:
-                weight, levels = WeightFormat.parse(label), arrays.get(f"levels:{place}")
-                grid = replace(
-                    grids[site][weight],
-                    scale=torch.from_numpy(arrays[f"scale:{place}"]),
-                    levels=None if levels is None else torch.from_numpy(levels),
-                )
-                grids[site][weight], q = grid, torch.from_numpy(array)
+                weight, stored = WeightFormat.parse(label), arrays.get(f"levels:{place}")
+                scale, levels = torch.from_numpy(arrays[f"scale:{place}"]), None
+                if stored is not None:
+                    levels = torch.from_numpy(stored)
+                if weight in grids.get(site, {}):
+                    grid = replace(grids[site][weight], scale=scale, levels=levels)
+                else:
+                    spec = weight_spec(int(weight.bits) if levels is None else MAX_BITS, axes[site])
+                    spec = spec if scale.dim() else replace(spec, channel_axis=None)
+                    grid = Grid(spec, scale, torch.zeros_like(scale, dtype=torch.int32), levels)
+                grids.setdefault(site, {})[weight], q = grid, torch.from_numpy(array)
                 rounded[site, weight] = grid.dequantize(q)
             except (KeyError, ValueError, TypeError, IndexError, RuntimeError, OptionError) as error:
                 raise FileFormatError(
