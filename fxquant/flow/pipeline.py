@@ -154,16 +154,12 @@ def calibrate(program: Program, images: CalibrationSet | None, reporter: Reporte
     """Run images through the observers (None: done already), replace observers by facts, and fix grids and costs."""
     settings = program[Settings]
     feed = () if images is None else (Calibrate(images, reporter=reporter),)
-    program = run(program, *feed, CollectRanges(), *scaling(program[Target]))
+    target = program[Target]
+    program = run(program, *feed, CollectRanges(), ScaleWeights(target.per_channel), EstimateCost(target))
     if settings.scoring_rounding == "nearest":
         return program
     if images is None:
         reporter.say("weights are scored rounded to nearest, for want of calibration images; give them to calibrate()")
         return program
     # What was rounded well may take other bytes than its nearest values.
-    return run(program, RoundWeights(images, reporter), EstimateCost(program[Target]))
-
-
-def scaling(target: Target) -> tuple[Pass, Pass]:
-    """Return the passes that fix weight grids and costs for a target."""
-    return ScaleWeights(target.per_channel), EstimateCost(target)
+    return run(program, RoundWeights(images, reporter), EstimateCost(target))
