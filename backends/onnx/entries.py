@@ -63,12 +63,14 @@ def value_info(node: Node, name: str) -> onnx.ValueInfoProto:
         for size in dims(node)
     ]
     try:
+        if node.meta["val"].is_complex():
+            raise TypeError("complex")
         kind = helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=node.meta["val"].dtype).numpy().dtype)
     except TypeError as error:
         dtype = str(node.meta["val"].dtype).removeprefix("torch.")
         raise LoweringError(
             f"input or output {name!r} of the model is {dtype}, which the ONNX Runtime backend does not support; "
-            "let the model take and return float32"
+            "let the model take and return float32, complex numbers as torch.view_as_real(...)"
         ) from error
     return helper.make_tensor_value_info(name, kind, shape)
 

@@ -181,3 +181,9 @@ def test_an_op_without_a_form_is_named_with_its_line_and_runs_in_pytorch(tmp_pat
         export_onnx(module, tmp_path / "model.onnx")
     found = lower("fx_int8", module)(IMAGES[:3])
     assert torch.allclose(found, module(IMAGES[:3]), atol=0.1)
+
+
+def test_complex_answers_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    program = fxquant.capture(Net(lambda n, x: torch.fft.rfft(n.one(x))), IMAGES)
+    with pytest.raises(LoweringError, match=r"is complex64, which .*view_as_real"):
+        export_onnx(program.module, tmp_path / "model.onnx")
