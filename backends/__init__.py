@@ -19,4 +19,4 @@ from fxquant.backends.base import (
 )
 from fxquant.backends.explicit_graph import to_qdq
 from fxquant.backends.kernel_rows import KernelRow, target_of
-from fxquant.backends.qdq_ops import INT32_LIMIT, dequantize, dequantize_channels, quantize
+from fxquant.backends.qdq_ops import INT32_LIMIT, dequantize, dequantize_channels, quantize, stored_channels

@@ -232,7 +232,7 @@ def test_the_example_has_the_shapes_of_the_model() -> None:
 def test_views_of_one_result_agree() -> None:
     result = quantized()
     assert result.simulated is result.simulated
-    assert result.sensitivity is result.program[Surrogates].matrices["diagonal"]
+    assert result.sensitivity is result.program[Surrogates].matrices["gram"]
     measured = result.allocation.finalists
     assert result.allocation.choices == result.finalists[min(measured, key=measured.__getitem__)].choices
     assert set(measured) == set(result.finalists)

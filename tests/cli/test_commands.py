@@ -119,7 +119,7 @@ def test_export_takes_the_choices_of_a_file(folder: Path, tmp_path: Path, capsys
 
 
 def test_export_with_an_edited_plan(folder: Path, tmp_path: Path, capsys: Captured) -> None:
-    plan = edited(folder, tmp_path / "edited.json", stem="W2cA8", body="W2cA8", head="W2cA8")
+    plan = edited(folder, tmp_path / "edited.json", stem="W2A8", body="W2A8", head="W2A8")
     path = tmp_path / "deep" / "edited.onnx"
     assert main(["export", str(folder), "--plan", plan, "--output", str(path)]) == 0
     assert "3 of 3 layers on integer kernels" in capsys.readouterr().out
@@ -129,7 +129,7 @@ def test_export_with_an_edited_plan(folder: Path, tmp_path: Path, capsys: Captur
 
 
 def test_a_plan_edited_in_place_loses_the_solvers_claims(folder: Path) -> None:
-    edited(folder, folder / "plan.json", stem="W2cA8")
+    edited(folder, folder / "plan.json", stem="W2A8")
     assert main(["report", str(folder), "--quiet"]) == 0
     report = json.loads((folder / "report.json").read_text())
     assert report["outcome"]["status"] == "manual"

@@ -104,12 +104,6 @@ def test_a_parameter_that_others_read_keeps_its_value() -> None:
     assert torch.allclose(done.module(x), before.module(x), atol=1e-6)
 
 
-def test_random_values_are_drawn_each_time() -> None:
-    _, done = folded(Composed(lambda _, x: x + torch.rand(4)), torch.randn(3, 4))
-    assert done.log[-1].rewrites == 0
-    assert not torch.equal(done.module(torch.zeros(3, 4)), done.module(torch.zeros(3, 4)))
-
-
 def test_a_value_much_larger_than_its_sources_is_not_kept() -> None:
     row = nn.Parameter(torch.randn(4))
     wide = Composed(lambda net, x: (net.row.exp().expand(100_000, 4) * x.mean()).sum(dim=0), row=row)

@@ -220,7 +220,7 @@ def test_refusals_of_values() -> None:
 
 def test_refusals_of_modules() -> None:
     result, other = plain(), quantized("concat")
-    two = fxquant.BitAllocation({site.name: Choice(2, 8) for site in result.program[Sites].sites})
+    two = fxquant.BitAllocation({site.name: Choice.parse("W2cA8") for site in result.program[Sites].sites})
     torn = other.trainable(learn_steps=False)
     names = next(n for n in other.simulated_program[FakeQuantNodes].activations.values() if len(n) > 1)
     with torch.no_grad():
@@ -229,7 +229,7 @@ def test_refusals_of_modules() -> None:
     longer.graph.call_function(torch.relu, (next(iter(longer.graph.nodes)),))
     bare: Any = plain_net()
     for quantized_by, module, message in (
-        (result, result.with_plan(two).trainable(), r"has quantize_\S+ = .*bits=2.* where this result has .*bits="),
+        (result, result.with_plan(two).trainable(), r"has quantize_\S+ = .*bits=8.* where this result has .*bits="),
         (result, quantized("residual").trainable(), "trainable"),
         (result, result.program.module, "where this result has"),
         (result, longer, "the module has relu.* where this result has nothing"),

@@ -128,7 +128,8 @@ def answer_graph(module: GraphModule) -> GraphModule:
 
 
 def _usable(node: Node, smooth: set[Node]) -> bool:
-    return node in smooth and isinstance(node.meta["val"], Tensor) and _images_at(node) is not None
+    value = node.meta.get("val")
+    return node in smooth and isinstance(value, Tensor) and is_float(value) and _images_at(node) is not None
 
 
 def _by_image(value: Node, answer: Answer) -> Node:
@@ -198,11 +199,14 @@ def _smooth_nodes(graph: Graph) -> set[Node]:
         if node not in varying or node.op == "output":
             continue
         read = [source for source in node.all_input_nodes if source in varying]
-        floats = [source for source in read if is_float(source.meta.get("val"))]
+        floats = [source for source in read if source in smooth or is_float(source.meta.get("val"))]
         #: values computed from floats, whatever their type
         if floats or any(source in computed for source in read):
             computed.add(node)
-        if node.op == "placeholder" or not is_float(value):
+        if node.op == "call_module" or value is None:
+            # Quantizers and kernels of simulated and lowered graphs, and what moves their integers: they mean floats.
+            smooth.update([node] if any(source in smooth for source in read) else [])
+        elif node.op == "placeholder" or not is_float(value):
             smooth.update([node] if node.op == "placeholder" and is_float(value) else [])
         elif not is_step(node) and (
             any(source in smooth for source in floats)
