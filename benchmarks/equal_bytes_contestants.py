@@ -67,12 +67,13 @@ def uniform(program: Any, images: Tensor, seed: int, ratios: tuple[float, ...], 
 
 CONTESTANTS: Mapping[str, Write] = {
     "default": mixed,
+    "2c 3c 4 8": partial(mixed, bits=("2c", "3c", 4, 8)),
     "2 4 8": partial(mixed, bits=(2, 4, 8)),
     "seven formats": partial(mixed, bits=("1c", "1.6c", "2c", "2.4c", "3c", 4, 8)),
     "before": before,
     "uniform": uniform,
 }
-"""Name -> what it writes; the second and third are the default with other candidates."""
+"""Name -> what it writes; the second to the fourth are the default with other candidates."""
 
 
 def main() -> None:

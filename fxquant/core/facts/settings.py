@@ -57,7 +57,7 @@ class Settings(Options):
     Args:
         bits: candidate weight formats: bits of evenly spaced levels (2..8), "2c" for a codebook, "3p" for powers of
             two, "2.5r" for output channels of several widths; 32 adds float. By default codebooks of 2 and 3 bits, and
-            4 and 8 bits, as far as the target executes them.
+            4, 6 and 8 bits, as far as the target executes them.
         activation_bits: candidate activation bits.
         target: what will run the model: a name, the path of a target file (.json), or a `Target`.
         effort: how much is measured.

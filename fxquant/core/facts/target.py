@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fxquant.core.errors import OptionError
 from fxquant.core.ir import FLOAT_BITS, FORMAT_KINDS, MAX_BITS, WeightFormat
 
-DEFAULT_FORMATS: tuple[tuple[int | str, ...], ...] = (("2c", 2), ("3c",), (4,), (8,))
+DEFAULT_FORMATS: tuple[tuple[int | str, ...], ...] = (("2c", 2), ("3c",), (4,), (6,), (8,))
 """The candidate weight formats where none are asked for: of each row, the first that the target executes.
 
 `benchmarks.equal_bytes` compares other sets.
