@@ -1,9 +1,9 @@
 """What accuracy do equal bytes on disk buy: the default, uniform plans, and the defaults of an older checkout?
 
 `python -m benchmarks.equal_bytes [network ...]`: files of .05 to .25 of the float ONNX file, accuracy and KL on images
-that nothing was tuned on, by ONNX Runtime, and processor seconds for all files of a contestant. Three contestants are the
-default with other candidate formats. `FXQUANT_BEFORE` names an older checkout to compare with. Each contestant runs in
-a process of its own (`benchmarks.equal_bytes_contestants`); finished ones are kept in `build/equal_bytes`, so that a
+that nothing was tuned on, by ONNX Runtime, and processor seconds for all files of a contestant. Three contestants are
+the default with other candidate formats. `FXQUANT_BEFORE` names an older checkout to compare with. Each contestant runs
+in a process of its own (`benchmarks.equal_bytes_contestants`); finished ones are kept in `build/equal_bytes`, so that a
 run can go on.
 """
 

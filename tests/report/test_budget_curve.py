@@ -24,7 +24,7 @@ def measured() -> Result:
 def test_every_measured_plan_is_there_once_and_the_chosen_one_first_of_its_like() -> None:
     result, drawn = measured(), frontier(measured().program)
     assert (drawn["axis"], drawn["unit"], drawn["images"]) == ("average_bits", "KL nats", 30)
-    known = {**result.program[BudgetCurve].plans, **result.finalists, "diagonal": result.allocation}
+    known = {**result.program[BudgetCurve].plans, **result.finalists, result.allocation.estimator: result.allocation}
     distinct = {tuple(plan.choices.items()) for plan in known.values()}
     assert len(drawn["points"]) == len(distinct) >= 5
     assert [point["used"] for point in drawn["points"]] == sorted(point["used"] for point in drawn["points"])
