@@ -24,6 +24,8 @@ def as_linear(module: GraphModule, node: Node) -> int:
     """
     if node.target is aten.add.Tensor:
         return _as_bias(node)
+    if node.target is aten.einsum.default:
+        return _contraction(module, node)
     found = _operands(node)
     if found is None:
         return 0
@@ -37,6 +39,40 @@ def as_linear(module: GraphModule, node: Node) -> int:
             constant = trace(module.graph.call_function(aten.t.default, (constant,)))
     node.target, node.args, node.kwargs = aten.linear.default, (x, constant, *bias), {}
     _leave_rows(node)
+    return 1
+
+
+def _contraction(module: GraphModule, node: Node) -> int:
+    """Rewrite `einsum("..i..,oi->..o..", x, W)`, the letters in any order in W, as a linear layer along that axis."""
+    equation, operands = node.args[:2]
+    ends = str(equation).replace(" ", "").split("->")
+    letters = ends[0].split(",")
+    if len(ends) != 2 or len(letters) != 2 or not isinstance(operands, list | tuple):
+        return 0
+    # The parameter may be either factor.
+    (of_x, x), (of_matrix, matrix) = sorted(
+        zip(letters, operands, strict=True), key=lambda factor: _parameter(factor[1]) is not None
+    )
+    weight = _parameter(matrix)
+    summed = [letter for letter in of_matrix if letter in of_x]
+    made = [letter for letter in of_matrix if letter not in of_x]
+    if weight is None or is_constant(x) or len(summed) != 1 or len(made) != 1 or of_x.count(summed[0]) != 1:
+        return 0
+    # Axes are counted from the end, so dots must come first.
+    if ends[1] != of_x.replace(summed[0], made[0]) or of_x.index(summed[0]) < of_x.rfind("."):
+        return 0
+    constant, turned = weight
+    axis = of_x.index(summed[0]) - len(of_x)
+    with module.graph.inserting_before(node):
+        if turned == (of_matrix == f"{made[0]}{summed[0]}"):
+            constant = trace(module.graph.call_function(aten.t.default, (constant,)))
+        if axis == -1:
+            node.target, node.args = aten.linear.default, (x, constant)
+            return 1
+        last = trace(module.graph.call_function(aten.transpose.int, (x, axis, -1)))
+        linear = trace(module.graph.call_function(aten.linear.default, (last, constant)))
+    linear.meta |= {key: value for key, value in node.meta.items() if key != "val"}
+    node.target, node.args = aten.transpose.int, (linear, axis, -1)
     return 1
 
 

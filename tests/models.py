@@ -264,7 +264,7 @@ class NameClashNet(nn.Module):
 
 
 class UpsamplingNet(nn.Module):
-    """Transposed convolutions of several forms, one of them twice; pixel shuffles in both directions."""
+    """Transposed convolutions of several forms, one of them twice; pixel shuffles, nearest interpolation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ class UpsamplingNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu6(self.norm(self.up(torch.relu(self.down(F.pixel_unshuffle(x, 2))))))
-        x = self.uneven(torch.relu(self.same(self.same(x))))
+        x = self.uneven(torch.relu(F.interpolate(self.same(self.same(x)), scale_factor=1.5, mode="nearest")))
         answer: Tensor = self.dilated(x).mean(dim=(2, 3))
         return answer
 

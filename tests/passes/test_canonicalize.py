@@ -141,3 +141,36 @@ def test_products_with_a_parameter_are_linear_layers() -> None:
     )
     assert [site.name for site in found[Sites].sites] == ["proj"]
     assert tuple(found.module.get_parameter("proj").shape) == (3, 4)
+
+
+EINSUMS = {
+    "bi,oi->bo": ((5,), (3, 5)),
+    "b c i , i o -> b c o": ((4, 5), (5, 3)),
+    "...i,oi->...o": ((4, 2, 5), (3, 5)),
+    "oi,bi->bo": ((5,), (3, 5)),
+    "bchw,oc->bohw": ((5, 2, 4), (3, 5)),
+    "bic,io->boc": ((5, 4), (5, 3)),
+}
+OTHER_EINSUMS = {
+    "bi,oi->ob": ((5,), (3, 5)),
+    "bi,oi->b": ((5,), (3, 5)),
+    "bhi,hi->bh": ((4, 5), (4, 5)),
+    "bi...,oi->bo...": ((5, 2), (3, 5)),
+    "bhi,hoi->bho": ((4, 5), (4, 3, 5)),
+}
+
+
+@pytest.mark.parametrize(("equation", "shapes"), [*EINSUMS.items(), *OTHER_EINSUMS.items()])
+def test_einsums_that_are_linear_layers(equation: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    x, weight = torch.randn(2, *shapes[0]), nn.Parameter(torch.randn(shapes[1]))
+    first = equation.startswith("oi")
+
+    def forward(net: Any, value: torch.Tensor) -> torch.Tensor:
+        return torch.einsum(equation, net.weight, value) if first else torch.einsum(equation, value, net.weight)
+
+    model = Composed(forward, weight=weight)
+    done = check_pass(Canonicalize(), capture(model, (x,)))
+    targets = [node.target for node in done.module.graph.nodes]
+    assert (aten.linear.default in targets) == (equation in EINSUMS)
+    assert (aten.einsum.default in targets) == (equation not in EINSUMS)
+    assert torch.allclose(done.module(x), model(x), atol=1e-5)

@@ -156,7 +156,7 @@ def test_refusals_are_those_that_do_work() -> None:
 def test_layers_that_only_run_in_float_are_counted() -> None:
     def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
         y = net.recurrent(net.stem(x))[0].mean(dim=1)
-        return torch.einsum("bi,io->bo", net.pair(y, y), net.mix)
+        return torch.einsum("bi,io->ob", net.pair(y, y), net.mix)
 
     layers = {"stem": nn.Linear(3, 4), "recurrent": nn.LSTM(4, 4, batch_first=True), "pair": nn.Bilinear(4, 4, 2)}
     mixed = Composed(forward, **layers, mix=nn.Parameter(torch.randn(2, 2))).eval()

@@ -194,6 +194,9 @@ OPS: dict[object, OpRule] = {
     aten.permute.default: _TRANSPOSE,
     aten.transpose.int: _TRANSPOSE,
     aten.t.default: _TRANSPOSE,
+    **dict.fromkeys(
+        (aten.upsample_nearest1d.vec, aten.upsample_nearest2d.vec), OpRule("upsample_nearest", ScaleRule.KEEP)
+    ),
     aten.pixel_shuffle.default: OpRule("pixel_shuffle", ScaleRule.KEEP),
     aten.pixel_unshuffle.default: OpRule("pixel_shuffle", ScaleRule.KEEP),
     aten.channel_shuffle.default: OpRule("channel_shuffle", ScaleRule.KEEP),

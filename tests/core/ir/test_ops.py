@@ -124,6 +124,8 @@ KEEPS: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
     (aten.permute.default, ([0, 2, 3, 1],)),
     (aten.transpose.int, (1, 2)),
     (aten.t.default, ()),
+    (aten.upsample_nearest1d.vec, ([12], None)),
+    (aten.upsample_nearest2d.vec, (None, [2.0, 1.5])),
     (aten.pixel_shuffle.default, (2,)),
     (aten.pixel_unshuffle.default, (2,)),
     (aten.channel_shuffle.default, (2,)),
@@ -135,7 +137,7 @@ KEEPS: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
 def example_for(op: object) -> Tensor:
     if op is aten.t.default:
         return rand(4, 6)
-    return rand(3, 4, 8) if op is aten.max_pool1d.default else rand(2, 4, 4, 4)
+    return rand(3, 4, 8) if op in (aten.max_pool1d.default, aten.upsample_nearest1d.vec) else rand(2, 4, 4, 4)
 
 
 @pytest.mark.parametrize(("op", "args"), KEEPS, ids=[name_of(op) for op, _ in KEEPS])
