@@ -26,7 +26,7 @@ from fxquant import flow
 from fxquant.core.facts import EFFORTS, SensitivityMatrix, Settings, Surrogates
 from fxquant.core.run import CalibrationSet
 from fxquant.flow import allocate as search
-from fxquant.flow import loss_name, round_plan
+from fxquant.flow import loss_in_use, round_plan
 from fxquant.passes import Meter
 from fxquant.result import Result
 
@@ -79,7 +79,7 @@ def measure(name: str, count: int) -> list[Row]:
     program = program.with_facts(matrices[effort.estimators[0]], Surrogates(matrices))
     budget = fxquant.Budget(average_bits=6)
     solved = stages("allocate, verify, refine", lambda: search.allocate(program, budget, held_out))
-    meter = stages("measure the float answers", lambda: Meter(solved, held_out, loss_name(solved, held_out)))
+    meter = stages("measure the float answers", lambda: Meter(solved, held_out, loss_in_use(solved, held_out)))
     around = stages(
         "score around the plan",
         lambda: search.rescore_around(solved.with_facts(replace(settings, rounds=1)), budget, scoring, meter),

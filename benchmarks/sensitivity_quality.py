@@ -29,7 +29,7 @@ from fxquant import flow
 from fxquant.api import capture, prepare
 from fxquant.core.facts import BitAllocation, Budget, Finalists, Settings, Surrogates
 from fxquant.core.ir import Choice, Program, Sites
-from fxquant.core.run import CalibrationSet, kl, model_outputs
+from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
 from fxquant.core.storage import read_json, write_json
 from fxquant.flow import allocate as search
 from fxquant.passes import AllocateBits, simulate
@@ -133,7 +133,7 @@ class Evaluation:
         if key not in self._known:
             answer = model_outputs(simulate(self.program, plan).module, (self.images,), 32)
             right = (answer.argmax(dim=1) == self.labels).double().mean()
-            self._known[key] = float(kl(self.reference, answer, None).mean()), 100 * float(right)
+            self._known[key] = float(LOSSES["kl"](self.reference, answer, None).mean()), 100 * float(right)
         return self._known[key]
 
 

@@ -26,7 +26,7 @@ from fxquant import flow
 from fxquant.api import capture, prepare
 from fxquant.core.facts import BitAllocation, Budget, CostTables, Finalists, Settings, Surrogates
 from fxquant.core.ir import Choice, Program, Sites
-from fxquant.core.run import CalibrationSet, Environment, GraphReplay, kl, model_outputs
+from fxquant.core.run import LOSSES, CalibrationSet, Environment, GraphReplay, model_outputs
 from fxquant.passes import AllocateBits, simulate, widest_plan
 from fxquant.passes.sensitivity import Replacements
 
@@ -60,7 +60,7 @@ def every_plan(program: Program, images: Tensor) -> dict[Plan, float]:
     def walk(depth: int, below: dict[str, Choice], environment: Environment) -> Iterator[tuple[Plan, float]]:
         if depth == len(order):
             answer = replay.answer(environment)
-            yield tuple(below[site.name].label for site in sites), float(kl(reference, answer, None).mean())
+            yield tuple(below[site.name].label for site in sites), float(LOSSES["kl"](reference, answer, None).mean())
             return
         site = order[depth]
         for choice in site.choices:

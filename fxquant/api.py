@@ -19,7 +19,7 @@ from fxquant.core.errors import CalibrationError
 from fxquant.core.facts import EFFORTS, BitAllocation, Budget, BudgetCurve, BudgetLike, EffortName, Settings, Target
 from fxquant.core.host import ALONE, Reporter, Shards
 from fxquant.core.ir import Program
-from fxquant.core.run import CalibrationSet, collect, images_for
+from fxquant.core.run import CalibrationSet, LossFunction, collect, images_for
 from fxquant.core.storage import work_folder
 from fxquant.flow import algorithms, choose, judged_on, round_plan, round_with_feedback, rounded_best
 from fxquant.passes import simulate, widest_plan
@@ -374,13 +374,13 @@ def pareto(
     return [resolve(known, limit, calibration=calibration).allocation for limit in limits]
 
 
-def load(folder: str | Path) -> Result:
-    """Read a result that `Result.save` wrote.
+def load(folder: str | Path, loss: LossFunction | None = None) -> Result:
+    """Read a result that `Result.save` wrote; `loss` is the function that plans were judged by, where it was one.
 
     Raises:
         FileFormatError: a file is missing, damaged, or of another version.
     """
-    return Result.load(folder)
+    return Result.load(folder, loss)
 
 
 __all__ = [

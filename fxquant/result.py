@@ -36,7 +36,7 @@ from fxquant.core.facts import (
     write_target,
 )
 from fxquant.core.ir import Program, Sites
-from fxquant.core.run import CalibrationSet, model_outputs
+from fxquant.core.run import CalibrationSet, LossFunction, model_outputs
 from fxquant.core.storage import (
     RESULT,
     StoredProgram,
@@ -203,7 +203,7 @@ class Result:
         made = replace(self, program=self.program.with_facts(*gather(self.simulated_program, module)))
         if self.judging is None:
             return made
-        loss = flow.loss_name(self.program, self.judging)
+        loss = flow.loss_in_use(self.program, self.judging)
         reference = model_outputs(self.program.module, self.judging.inputs)
         measured = measured_loss(made.simulated, self.judging, reference, loss)
         return replace(made, program=made.program.with_facts(self.allocation.remeasured(measured, len(self.judging))))
@@ -316,8 +316,13 @@ class Result:
         write_json(folder / "result.json", "result", FORMAT_VERSION, document)
 
     @staticmethod
-    def load(folder: str | Path) -> Result:
+    def load(folder: str | Path, loss: LossFunction | str | None = None) -> Result:
         """Read what `save` wrote.
+
+        Args:
+            folder: where it was saved.
+            loss: the function that plans were judged by, where it was one; without it the result runs, but no other
+                plan of it can be judged.
 
         Raises:
             FileFormatError: a file is missing, damaged, or of another version.
@@ -330,7 +335,7 @@ class Result:
         try:
             described = str(document["settings"]["target"]).endswith(SUFFIX)
             target = read_target(folder / TARGET_FILE) if described else None
-            settings = Settings.of(document["settings"], target=target)
+            settings = Settings.of(document["settings"], target=target, loss=loss)
             program = flow.find_sites(capture(StoredProgram.load(folder / "model.pt2"), ()), settings)
             if text_digest(str(program.module.graph)) != document["graph"]:
                 raise FileFormatError(

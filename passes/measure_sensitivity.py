@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fxquant.core.facts import BitAllocation, FakeQuantNodes, Ranges, SensitivityMatrix, Surrogates, WeightGrids
 from fxquant.core.host import ALONE, SILENT, Reporter, Shards, give_back
 from fxquant.core.ir import EdgeGroups, Program, Sites
-from fxquant.core.run import LOSSES, CalibrationSet
+from fxquant.core.run import CalibrationSet, Loss, loss_of
 from fxquant.core.storage import ScoreStore
 from fxquant.passes.base import Pass
 from fxquant.passes.sensitivity import ESTIMATORS, Scorer
@@ -20,7 +20,7 @@ class MeasureSensitivity(Pass):
     Args:
         images: the images to score on.
         estimators: names, the preferred one first.
-        loss: name of the loss.
+        loss: the loss, or its name.
         store: finished cells of an earlier run; None keeps none.
         reporter: shows progress, and the memory needed before the work starts.
         seed: seed of sampled labels and probes.
@@ -34,7 +34,7 @@ class MeasureSensitivity(Pass):
 
     images: CalibrationSet = field(repr=False)
     estimators: tuple[str, ...] = ("gram",)
-    loss: str = "kl"
+    loss: str | Loss = "kl"
     store: ScoreStore | None = field(default=None, repr=False)
     reporter: Reporter = field(default=SILENT, repr=False)
     seed: int = 0
@@ -46,10 +46,10 @@ class MeasureSensitivity(Pass):
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with its sensitivity."""
         estimators = {name: ESTIMATORS[name] for name in self.estimators}
-        _ = LOSSES[self.loss]
+        loss = loss_of(self.loss)
         store = self.store if self.store is not None else ScoreStore(None, {})
         scorer = Scorer(
-            program, self.images, self.loss, store, self.reporter, self.context, seed=self.seed, shards=self.shards
+            program, self.images, loss, store, self.reporter, self.context, seed=self.seed, shards=self.shards
         )
         self.reporter.say(
             f"{len(scorer.candidates)} candidates, {len(scorer.columns)} perturbations to measure on "

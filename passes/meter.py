@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from fxquant.core.facts import BitAllocation
 from fxquant.core.ir import Choice, Program
-from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
+from fxquant.core.run import CalibrationSet, Loss, loss_of, model_outputs
 from fxquant.passes.simulation import simulate
 
 FIRST_SHARE = 4
@@ -20,12 +20,12 @@ FEWEST_FIRST = 8
 """Images that are enough to drop a plan."""
 
 
-def image_losses(module: GraphModule, images: CalibrationSet, reference: Tensor, loss: str) -> Tensor:
+def image_losses(module: GraphModule, images: CalibrationSet, reference: Tensor, loss: str | Loss) -> Tensor:
     """Return the loss of a simulated graph against the float answers, float64 of shape (images,)."""
-    return LOSSES[loss](reference, model_outputs(module, images.inputs), images.labels)
+    return loss_of(loss)(reference, model_outputs(module, images.inputs), images.labels)
 
 
-def measured_loss(module: GraphModule, images: CalibrationSet, reference: Tensor, loss: str) -> float:
+def measured_loss(module: GraphModule, images: CalibrationSet, reference: Tensor, loss: str | Loss) -> float:
     """Return the mean loss of a simulated graph against the float answers, over all images."""
     return float(image_losses(module, images, reference, loss).mean())
 
@@ -51,12 +51,12 @@ class Meter:
     Args:
         program: calibrated.
         images: the images to measure on.
-        loss: name of the loss.
+        loss: the loss, or its name.
     """
 
-    def __init__(self, program: Program, images: CalibrationSet, loss: str) -> None:
+    def __init__(self, program: Program, images: CalibrationSet, loss: str | Loss) -> None:
         self._program = program
-        self.images, self.loss = images, loss
+        self.images, self.loss = images, loss_of(loss)
         every = torch.arange(len(images))
         first, rest = (every[matches] for matches in (every % FIRST_SHARE == 0, every % FIRST_SHARE != 0))
         #: positions of the images that are run together, in the order of running

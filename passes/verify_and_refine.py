@@ -134,7 +134,7 @@ class VerifyAndRefine(Pass):
 
     def _measured(self, plan: BitAllocation, loss: float, finalists: dict[str, float]) -> BitAllocation:
         return replace(
-            plan, measured_loss=loss, loss=self.meter.loss, images=len(self.meter.images), finalists=finalists
+            plan, measured_loss=loss, loss=self.meter.loss.name, images=len(self.meter.images), finalists=finalists
         )
 
     def _trials(

@@ -12,7 +12,7 @@ from fxquant import flow
 from fxquant.capture import capture
 from fxquant.core.facts import FakeQuantNodes, Ranges, Settings, WeightGrids
 from fxquant.core.ir import Candidate, EdgeGroups, FakeQuantize, Program, finish, fork, resolve, set_module
-from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
+from fxquant.core.run import LOSSES, CalibrationSet, Loss, model_outputs
 from fxquant.core.storage import ScoreStore
 from fxquant.passes import simulate, widest_plan
 from fxquant.passes.sensitivity import Scorer
@@ -115,7 +115,9 @@ def scored(name: str, bits: tuple[int, ...] = (2, 4, 8), activation_bits: tuple[
     return flow.measure_sensitivity(calibrated(name, bits, activation_bits), CalibrationSet(inputs(name, 6)))
 
 
-def scorer(program: Program, images: CalibrationSet, loss: str = "kl", store: ScoreStore | None = None) -> Scorer:
+def scorer(
+    program: Program, images: CalibrationSet, loss: str | Loss = "kl", store: ScoreStore | None = None
+) -> Scorer:
     """Return a scorer that keeps nothing unless shown to, with two batches where there are enough images."""
     made = Scorer(program, images, loss, store or ScoreStore(None, {}))
     made.batch = min(made.batch, 4)

@@ -101,14 +101,19 @@ def _folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="output folder of quantize or analyze")
 
 
-def _allocate(parser: argparse.ArgumentParser) -> None:
+def _judged_folder(parser: argparse.ArgumentParser) -> None:
     _folder(parser)
+    parser.add_argument("--loss", metavar="SPEC", help="net.py:function, where one was given to quantize")
+
+
+def _allocate(parser: argparse.ArgumentParser) -> None:
+    _judged_folder(parser)
     _budget(parser, required=True)
     parser.add_argument("--output", type=Path, metavar="DIR", help="where results go; without it they replace DIR's")
 
 
 def _reconstruct(parser: argparse.ArgumentParser) -> None:
-    _folder(parser)
+    _judged_folder(parser)
     add = parser.add_argument
     add("--calibration", required=True, metavar="SPEC", help="the images that were given to quantize")
     add_flags(parser, ImageOptions)
@@ -120,7 +125,7 @@ def _reconstruct(parser: argparse.ArgumentParser) -> None:
 
 
 def _pareto(parser: argparse.ArgumentParser) -> None:
-    _folder(parser)
+    _judged_folder(parser)
     parser.add_argument(
         "--budget",
         action="append",

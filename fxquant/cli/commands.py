@@ -21,7 +21,7 @@ from fxquant.backends import backends
 from fxquant.bench import bench
 from fxquant.cli.arguments import build_parser, export_options
 from fxquant.cli.flags import given
-from fxquant.cli.inputs import ImageOptions, load_calibration, load_model
+from fxquant.cli.inputs import ImageOptions, load_calibration, load_loss, load_model
 from fxquant.cli.inspect_onnx import as_json, as_text, inspect
 from fxquant.cli.interrupts import stopped_in_order
 from fxquant.core.errors import FxquantError, OptionError
@@ -124,7 +124,8 @@ def _scored(args: argparse.Namespace, budget: Budget | None) -> None:
         if args.workdir is not None:
             # Two runs may share it: they measure the same, and the last one's file stays.
             held.enter_context(output_folder(args.workdir, resume=True, writer=False))
-        settings = Settings.of(given(Settings, args), distributed=True)
+        asked = given(Settings, args)
+        settings = Settings.of(asked, distributed=True, loss=load_loss(asked.get("loss")))
         check_packages(settings.target)
         most = EFFORTS[settings.effort].images + wanted_images(budget, settings)
         images = load_calibration(args.calibration, _image_options(args), most)
@@ -156,14 +157,14 @@ def _analyze(args: argparse.Namespace) -> None:
 
 def _allocate(args: argparse.Namespace) -> None:
     budget = Budget.of(args.budget)
-    known = Result.load(args.folder)
+    known = Result.load(args.folder, load_loss(args.loss))
     with output_folder(args.output or args.folder, resume=args.output is None) as folder:
         result = api.resolve(known, budget, progress=not args.quiet)
         _tell(args, result, write_outputs(result, folder))
 
 
 def _reconstruct(args: argparse.Namespace) -> None:
-    known = Result.load(args.folder)
+    known = Result.load(args.folder, load_loss(args.loss))
     with output_folder(args.output or args.folder, resume=args.output is None) as folder:
         images = load_calibration(args.calibration, _image_options(args), ROUNDING_IMAGES)
         result = api.reconstruct(
@@ -183,7 +184,7 @@ def _pareto(args: argparse.Namespace) -> None:
     if args.output is not None:
         check_writable(args.output)
     with output_folder(args.folder, resume=True):
-        known = Result.load(args.folder)
+        known = Result.load(args.folder, load_loss(args.loss))
         plans = api.pareto(known, budgets)
         joined = known.with_curve(plans)
         _ = joined.save(args.folder)

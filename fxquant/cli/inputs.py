@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from fxquant.core.errors import CalibrationError, FileFormatError, FxquantError, MissingDependencyError, OptionError
 from fxquant.core.facts import Options, rules
+from fxquant.core.run import LossFunction
 from fxquant.core.storage import load_exported, read_array, read_arrays
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -76,6 +77,20 @@ def load_model(spec: str) -> nn.Module | ExportedProgram:
     if not isinstance(found, nn.Module | ExportedProgram):
         raise OptionError(f"--model {spec} gives a {type(found).__name__}, not a torch.nn.Module or ExportedProgram")
     return found
+
+
+def load_loss(spec: str | None) -> LossFunction | str | None:
+    """Return the function of `pkg.module:function` or `net.py:function`; names of losses as they are.
+
+    Raises:
+        OptionError: there is no such function.
+    """
+    if spec is None or ":" not in spec:
+        return spec
+    found = _object(spec, "--loss")
+    if not callable(found):
+        raise OptionError(f"--loss {spec} gives a {type(found).__name__}, not a function")
+    return cast(LossFunction, found)
 
 
 def load_calibration(spec: str, options: ImageOptions, limit: int, option: str = "--calibration") -> object:

@@ -10,5 +10,5 @@ from fxquant.flow.judged_images import check_answers, learned_note, split_images
 from fxquant.flow.latency import measure_latency
 from fxquant.flow.pipeline import KNOWN_NAMES, Pipeline, calibrate, check_names, find_sites, prepare, run
 from fxquant.flow.round_weights import algorithms, realised, round_plan, round_with_feedback, rounded_best
-from fxquant.flow.score import answer_note, judged_on, loss_name, measure_sensitivity, score_identity
+from fxquant.flow.score import answer_note, judged_on, loss_in_use, measure_sensitivity, score_identity
 from fxquant.flow.stages import CALIBRATE, CAPTURE, CURVE, ROUND, SCORE, stages

@@ -28,7 +28,7 @@ from fxquant.core.host import SILENT, Reporter, time_runs, warn_if_busy
 from fxquant.core.ir import Program, Sites
 from fxquant.core.run import CalibrationSet
 from fxquant.flow.latency import measure_latency
-from fxquant.flow.score import has_choice, loss_name, score
+from fxquant.flow.score import has_choice, loss_in_use, score
 from fxquant.passes import AllocateBits, Meter, VerifyAndRefine, is_better, simulate
 from fxquant.passes.allocation import trust_region
 
@@ -72,7 +72,7 @@ def allocate(
             raise CalibrationError("a latency budget needs one image to measure with; give calibration images")
         program = measure_latency(program, judging, reporter)
     if judging is not None and meter is None:
-        meter = Meter(program, judging, loss_name(program, judging))
+        meter = Meter(program, judging, loss_in_use(program, judging))
     solved = _solve(program, budget, meter, reporter, scoring, folder)
     # Times that a target file gives are those of other hardware, which no clock here can check.
     if budget.needs_latency and judging is not None and not program[Target].latency:
@@ -157,7 +157,7 @@ def rescore_around(
     if best is not start:
         named = f"{best.estimator} around the plan"
         best = replace(best, measured_loss=float(meter.losses(best).mean()), estimator=named)
-    known = replace(best, loss=meter.loss, images=len(meter.images), finalists={**start.finalists, **tried})
+    known = replace(best, loss=meter.loss.name, images=len(meter.images), finalists={**start.finalists, **tried})
     return program.with_facts(known)
 
 

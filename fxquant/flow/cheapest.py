@@ -22,13 +22,13 @@ from fxquant.core.facts import (
 )
 from fxquant.core.host import SILENT, Reporter
 from fxquant.core.ir import Program, Sites
-from fxquant.core.run import CalibrationSet, keeps, model_outputs, quality
+from fxquant.core.run import CalibrationSet, Loss, keeps, model_outputs, quality
 from fxquant.flow import allocate as search
 from fxquant.flow.curve import measure_curve
 from fxquant.flow.file_size import Solve, kept_in_file, measure_file
 from fxquant.flow.judged_images import check_answers, learned_note
 from fxquant.flow.latency import measure_latency
-from fxquant.flow.score import judged_on, loss_name
+from fxquant.flow.score import judged_on, loss_in_use
 from fxquant.flow.stages import CHOOSE, CURVE, LATENCY
 from fxquant.passes import Meter, simulate
 from fxquant.passes.rounding import accepted
@@ -50,13 +50,13 @@ class Judge:
         budget: its quality limits apply.
         images: held-out images.
         reference: the float model's answers to them.
-        loss: name of the loss.
+        loss: what answers are compared by.
     """
 
     budget: Budget
     images: CalibrationSet
     reference: Tensor
-    loss: str
+    loss: Loss
 
     def verdict(self, program: Program) -> Program:
         """Return the program with the measured quality, its bounds and its limits on the plan."""
@@ -113,7 +113,7 @@ def choose(
     judging = judged_on(program, scoring, held_out) if judging is None else judging
     reporter.stage(CHOOSE)
     # Common to all limits that are tried: what one of them had measured is known to the next.
-    meter = None if judging is None else Meter(program, judging, loss_name(program, judging))
+    meter = None if judging is None else Meter(program, judging, loss_in_use(program, judging))
 
     def solve(limits: Budget) -> Program:
         return search.allocate(program, limits, judging, reporter, scoring, folder, meter)
@@ -149,7 +149,7 @@ def _cheapest(
 ) -> Program:
     """Return the cheapest plan that keeps the limits on answers; `solvers` are for the steps and for the end."""
     check_answers(budget, held_out, program[Settings])
-    loss = loss_name(program, held_out)
+    loss = loss_in_use(program, held_out)
     judge = Judge(budget, held_out, model_outputs(program.module, held_out.inputs), loss)
     # Checks the shape of the answers before the first plan is solved.
     _ = quality(budget.quality, judge.reference, judge.reference, held_out.labels, loss)

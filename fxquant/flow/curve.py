@@ -22,7 +22,7 @@ from fxquant.core.facts import (
 from fxquant.core.host import SILENT, Reporter
 from fxquant.core.ir import Program, Sites
 from fxquant.core.run import CalibrationSet
-from fxquant.flow.score import loss_name
+from fxquant.flow.score import loss_in_use
 from fxquant.passes import AllocateBits, Meter, uniform_plans
 
 SECONDS = 6.0
@@ -51,15 +51,14 @@ def measure_curve(
     settings = program[Settings]
     if not settings.curve:
         return BudgetCurve({})
-    meter = meter or Meter(program, held_out, loss_name(program, held_out))
+    meter = meter or Meter(program, held_out, loss_in_use(program, held_out))
     plans = _solved(program, budget, settings.curve)
     plans |= {
         name: BitAllocation(choices, estimator=name, status="uniform")
         for name, choices in uniform_plans(program[Sites].sites).items()
     }
-    loss = loss_name(program, held_out)
     measured = {
-        name: replace(plan, measured_loss=float(meter.losses(plan).mean()), loss=loss, images=len(held_out))
+        name: replace(plan, measured_loss=float(meter.losses(plan).mean()), loss=meter.loss.name, images=len(held_out))
         for name, plan in reporter.track(plans.items(), "measure other budgets", len(plans))
     }
     return BudgetCurve(measured)

@@ -5,7 +5,16 @@ from __future__ import annotations
 from fxquant.core.errors import CalibrationError, OptionError
 from fxquant.core.facts import EFFORTS, Budget, Settings
 from fxquant.core.ir import Program
-from fxquant.core.run import NO_LABELS, SPARE, CalibrationSet, learned_share, model_outputs, needed
+from fxquant.core.run import (
+    NO_LABELS,
+    SPARE,
+    CalibrationSet,
+    answer_loss,
+    first_output,
+    learned_share,
+    model_outputs,
+    needed,
+)
 
 LEARNED = (
     "the float model is more than 99 % sure of its answer to {share:.0%} of the held-out images, as it is of images it "
@@ -68,5 +77,6 @@ def check_answers(budget: Budget | None, held_out: CalibrationSet, settings: Set
 
 def learned_note(program: Program, held_out: CalibrationSet) -> tuple[str, ...]:
     """Return a note where the network knows the images too well to be judged by them, else nothing."""
-    share = learned_share(model_outputs(program.module, held_out.inputs), held_out.labels)
+    loss = answer_loss(None, program.module, held_out.slice(0, 1).inputs)
+    share = learned_share(first_output(loss, model_outputs(program.module, held_out.inputs)), held_out.labels)
     return () if share is None else (LEARNED.format(share=share),)

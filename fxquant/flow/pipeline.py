@@ -11,7 +11,7 @@ from fxquant.core.facts import EFFORTS, Settings, Target, found, matching, site_
 from fxquant.core.host import SILENT, Reporter
 from fxquant.core.ir import PlanEdges, Program, Sites
 from fxquant.core.registry import Registry, unknown
-from fxquant.core.run import LOSSES, OBSERVERS, CalibrationSet, find_answers
+from fxquant.core.run import JOIN, LOSSES, OBSERVERS, CalibrationSet, find_answers
 from fxquant.passes import (
     Calibrate,
     Canonicalize,
@@ -31,8 +31,6 @@ from fxquant.passes.rounding.closed_form import RoundWeights
 from fxquant.passes.sensitivity import ESTIMATORS
 
 KEPT = "kept in float as asked"
-JOIN = "+"
-"""Separates the names of a chain of rounding algorithms."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,7 @@ def check_names(settings: Settings) -> None:
     _ = backend(settings.target)
     given = {name: getattr(settings, name) for name in KNOWN_NAMES if name != "target"}
     given["rounding"] = ("nearest" if settings.rounding is None else settings.rounding).split(JOIN)
+    given["loss"] = settings.loss.split(JOIN) if isinstance(settings.loss, str) else ()
     for setting, values in given.items():
         known = KNOWN_NAMES[setting]
         for name in (values,) if isinstance(values, str) else values or ():
@@ -101,12 +100,15 @@ def check_names(settings: Settings) -> None:
 def settled(settings: Settings) -> Settings:
     """Return settings in which nothing is left to the effort or the target.
 
-    Of the effort's estimators, those that are only defined around the float network are left out in another context.
+    Of the effort's estimators, those that are only defined around the float network are left out in another context,
+    and those that need the curvature of the loss where it is a function.
     The weights of a plan are rounded to nearest where nothing else was asked for: `quantize` rounds them by effort.
     """
     estimators = EFFORTS[settings.effort].estimators
     if settings.context != "float":
         estimators = tuple(name for name in estimators if not ESTIMATORS[name].float_only) or ("diagonal",)
+    if callable(settings.loss):
+        estimators = tuple(name for name in estimators if not ESTIMATORS[name].curvature) or ("gram",)
     bits = backend(settings.target).target.default_bits
     return settings.settled(bits=bits, estimators=estimators, rounding="nearest")
 

@@ -21,11 +21,10 @@ from fxquant.core.facts import (
 )
 from fxquant.core.host import SILENT, Reporter, memory_named
 from fxquant.core.ir import Program, gradients
-from fxquant.core.run import CalibrationSet, model_outputs
+from fxquant.core.run import JOIN, CalibrationSet, Loss, model_outputs
 from fxquant.core.storage import ScoreStore, text_digest
 from fxquant.flow import allocate as search
-from fxquant.flow.pipeline import JOIN
-from fxquant.flow.score import judged_on, judging, loss_name, score_identity
+from fxquant.flow.score import judged_on, judging, loss_in_use, score_identity
 from fxquant.passes import measured_loss, simulate
 from fxquant.passes.rounding import ROUNDERS, RoundingTask, accepted, rejection
 from fxquant.passes.rounding.learned import Reconstruction
@@ -80,7 +79,7 @@ def round_plan(
         CalibrationError: the images are too few.
     """
     names, settings, plan = algorithms(chain, overrides), program[Settings], program[BitAllocation]
-    loss = loss_name(program, images)
+    loss = loss_in_use(program, images)
     # What decides between plans, held-out images included, measures the plan again at the end.
     judged = judged_on(program, images, held_out)
     held_out = held_out if held_out is None else judging(program, held_out)
@@ -206,7 +205,7 @@ def _better(
     chain: str,
     held_out: CalibrationSet,
     judged: CalibrationSet,
-    loss: str,
+    loss: Loss,
     reporter: Reporter,
 ) -> Program:
     """Return the rounded program if it is accepted, else the program; with its losses as plans are judged."""

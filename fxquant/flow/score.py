@@ -21,7 +21,7 @@ from fxquant.core.facts import (
 )
 from fxquant.core.host import ALONE, SILENT, Reporter, Shards
 from fxquant.core.ir import Program, Sites
-from fxquant.core.run import LOSSES, UNITS, CalibrationSet, default_loss, find_answers, judging_images, model_outputs
+from fxquant.core.run import CalibrationSet, Loss, answer_loss, find_answers, judging_images
 from fxquant.core.storage import ScoreStore, tensor_digest, text_digest
 from fxquant.flow.judged_images import compared_images
 from fxquant.passes import MeasureSensitivity, simulate, widest_plan
@@ -30,16 +30,9 @@ NOT_SCORED = "none"
 """Stands for an estimator where there is nothing to choose."""
 
 
-def loss_name(program: Program, images: CalibrationSet) -> str:
-    """Return the loss in use: the one asked for, or the one that fits the model's output."""
-    asked = program[Settings].loss
-    if asked is not None:
-        _ = LOSSES[asked]
-        return asked
-    answer = model_outputs(program.module, images.slice(0, 1).inputs)
-    several = any(each.rows > 1 for each in find_answers(program.module.graph)[:1])
-    # Rows of class scores, several for one image, are compared row by row.
-    return default_loss(answer[..., 0] if several else answer)
+def loss_in_use(program: Program, images: CalibrationSet) -> Loss:
+    """Return the loss in use: the one asked for, or the one that fits the model's outputs."""
+    return answer_loss(program[Settings].loss, program.module, images.slice(0, 1).inputs)
 
 
 def answer_note(program: Program) -> tuple[str, ...]:
@@ -54,7 +47,7 @@ def answer_note(program: Program) -> tuple[str, ...]:
 
 def judging(program: Program, images: CalibrationSet) -> CalibrationSet:
     """Return the images that plans of a program are measured on, made of calibration images: `judging_images`."""
-    return judging_images(images, loss_name(program, images), program[Settings].seed, moving=False)
+    return judging_images(images, loss_in_use(program, images), program[Settings].seed, moving=False)
 
 
 def judged_on(
@@ -91,7 +84,7 @@ def measure_sensitivity(
     """
     settings = program[Settings]
     if not has_choice(program):
-        return program.with_facts(*_unscored(program, loss_name(program, images)))
+        return program.with_facts(*_unscored(program, loss_in_use(program, images)))
     context = widest_plan(program) if settings.context == "widest" else None
     scored = score(program, images, settings.estimators, context, folder, reporter, shards)
     # The log gets the time of scoring, but its simulated graph is dropped.
@@ -103,11 +96,11 @@ def has_choice(program: Program) -> bool:
     return any(len(site.choices) > 1 for site in program[Sites].sites)
 
 
-def _unscored(program: Program, loss: str) -> tuple[SensitivityMatrix, Surrogates]:
+def _unscored(program: Program, loss: Loss) -> tuple[SensitivityMatrix, Surrogates]:
     """Return scores of nothing, for programs in which there is nothing to choose."""
     candidates = program[Sites].candidates
     nothing, unknown = np.zeros((len(candidates),) * 2), np.full((len(candidates),) * 2, np.nan)
-    matrix = SensitivityMatrix(candidates, nothing, unknown, NOT_SCORED, 0.0, UNITS[loss])
+    matrix = SensitivityMatrix(candidates, nothing, unknown, NOT_SCORED, 0.0, loss.unit)
     return matrix, Surrogates({NOT_SCORED: matrix})
 
 
@@ -135,7 +128,7 @@ def score(
         FileFormatError: the folder holds scores of something else; the message names what.
         WorkerError: another process that shares the work was lost, or was given something else.
     """
-    loss, seed, device = loss_name(program, images), program[Settings].seed, images.inputs[0].device
+    loss, seed, device = loss_in_use(program, images), program[Settings].seed, images.inputs[0].device
     images = judging_images(_some(images, EFFORTS[program[Settings].effort].scored), loss, seed)
     with shards.group(device):
         known = score_identity(program, images, loss) if folder is not None or shards.world_size > 1 else {}
@@ -154,12 +147,12 @@ def _some(images: CalibrationSet, most: int) -> CalibrationSet:
     return images.take([k * len(images) // most for k in range(most)])
 
 
-def score_identity(program: Program, images: CalibrationSet, loss: str) -> dict[str, str]:
+def score_identity(program: Program, images: CalibrationSet, loss: Loss) -> dict[str, str]:
     """Return field -> digest of what scores depend on."""
     module = program.module
     columns = [f"{c.site}:{c.choice.label}" for c in program[Sites].candidates]
     tensors = {f"input {i}": tensor for i, tensor in enumerate(images.inputs)}
-    if loss == "ce" and images.labels is not None:
+    if loss.needs_labels and images.labels is not None:
         tensors["labels"] = images.labels
     weights = {name: tensor for name, tensor in module.state_dict().items() if tensor.numel()}
     settings, target = program[Settings], json.dumps(target_to_json(program[Target]), sort_keys=True)

@@ -24,7 +24,17 @@ from torch.optim import Optimizer
 
 from fxquant.core.errors import CalibrationError, FailureError, OptionError
 from fxquant.core.ir import FakeQuantize, is_constant
-from fxquant.core.run import LOSSES, Runner, answer_graph, collect, default_loss, first_tensor, placeholders
+from fxquant.core.run import (
+    Loss,
+    LossFunction,
+    Runner,
+    answer_graph,
+    answer_loss,
+    collect,
+    first_tensor,
+    loss_of,
+    placeholders,
+)
 from fxquant.qat.training_graph import put_tensor
 
 STATISTICS = ("running_mean", "running_var")
@@ -63,7 +73,7 @@ def distill_step(
     teacher: Callable[..., Any],
     images: Tensor | tuple[Tensor, ...],
     optimizer: Optimizer,
-    loss: str | None = None,
+    loss: str | Loss | LossFunction | None = None,
 ) -> float:
     """Take one optimizer step towards the float model's answers and return the mean loss before the step.
 
@@ -72,7 +82,7 @@ def distill_step(
         teacher: the float model, for example `result.program.module`.
         images: one batch, or one tensor per input.
         optimizer: over the module's parameters.
-        loss: "kl" or "mse"; None chooses by the teacher's answer, as `quantize` does.
+        loss: as `quantize` takes it; None chooses by the teacher's answer, as `quantize` does.
 
     Raises:
         OptionError: the loss is unknown.
@@ -81,7 +91,8 @@ def distill_step(
     inputs = images if isinstance(images, tuple) else (images,)
     with torch.no_grad():
         reference = first_tensor(_answering(teacher)(*inputs))
-    value = LOSSES[loss or default_loss(reference)](reference, first_tensor(_answering(module)(*inputs)), None).mean()
+        compared = _loss(loss, teacher, inputs, reference)
+    value = compared(reference, first_tensor(_answering(module)(*inputs)), None).mean()
     found = float(value.detach())
     if not math.isfinite(found):
         raise FailureError(f"the loss is {found}; start again with lower learning rates")
@@ -89,6 +100,17 @@ def distill_step(
     torch.autograd.backward(value)
     optimizer.step()
     return found
+
+
+def _loss(
+    given: str | Loss | LossFunction | None, teacher: Callable[..., Any], inputs: tuple[Tensor, ...], answer: Tensor
+) -> Loss:
+    """Return the loss of a teacher's answers; where it is no graph, that of the first one."""
+    if isinstance(given, Loss):
+        return given
+    if isinstance(teacher, GraphModule):
+        return answer_loss(given, teacher, inputs)
+    return loss_of(given or ("kl" if answer.dim() == 2 and answer.shape[1] > 1 else "mse"))
 
 
 def _answering(model: Callable[..., Any]) -> Callable[..., Any]:

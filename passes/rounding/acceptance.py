@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from fxquant.core.facts import UnitRecord
+from fxquant.core.run import Loss
 
 
 def accepted(before: float | None, after: float | None, keeps_before: bool = True, keeps_after: bool = True) -> bool:
@@ -25,13 +26,13 @@ def accepted(before: float | None, after: float | None, keeps_before: bool = Tru
     return before is None or after is None or _comparable(after) < _comparable(before)
 
 
-def rejection(before: float | None, after: float | None, loss: str) -> str:
+def rejection(before: float | None, after: float | None, loss: str | Loss) -> str:
     """Return why a rounding is rejected, "" where it is accepted.
 
     Args:
         before: as for `accepted`.
         after: as for `accepted`.
-        loss: name of the loss.
+        loss: the loss, or its name.
     """
     return "" if accepted(before, after) else f"held-out {loss} does not fall: {before:.4g} before, {after:.4g} after"
 

@@ -9,7 +9,7 @@ from fxquant.core.facts import BitAllocation, Rounding
 from fxquant.core.host import SILENT, Reporter
 from fxquant.core.ir import Choice, Program, Site, Sites
 from fxquant.core.registry import Registry
-from fxquant.core.run import CalibrationSet
+from fxquant.core.run import CalibrationSet, Loss
 from fxquant.core.storage import ScoreStore
 from fxquant.passes.simulation import simulate
 
@@ -22,7 +22,7 @@ class RoundingTask:
         program: calibrated float program with the plan (`BitAllocation`), and the `Rounding` of an earlier algorithm.
         images: calibration images to tune on.
         held_out: images that decide whether a rounding is accepted; None accepts everything.
-        loss: name of the loss.
+        loss: the loss, or its name.
         seed: seed of every random choice.
         store: finished units, from which a killed run resumes.
         corrections: corrected inputs; they depend on the float network and the images alone, and serve all plans.
@@ -33,7 +33,7 @@ class RoundingTask:
     program: Program
     images: CalibrationSet = field(repr=False)
     held_out: CalibrationSet | None = field(repr=False)
-    loss: str = "kl"
+    loss: str | Loss = "kl"
     seed: int = 0
     store: ScoreStore = field(default_factory=lambda: ScoreStore(None, {}), repr=False)
     corrections: ScoreStore = field(default_factory=lambda: ScoreStore(None, {}), repr=False)

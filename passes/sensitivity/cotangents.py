@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxquant.core.run import LOSSES
+from fxquant.core.errors import OptionError
 from fxquant.passes.sensitivity.scorer import Batch, Scorer
 
 _APART = 1_000_003
@@ -20,10 +20,18 @@ def loss_gradient(scorer: Scorer, batch: Batch, answer: Tensor, reference: Tenso
         batch: the batch, for its labels.
         answer: where to differentiate, shape (images, ...); it is detached.
         reference: answer of the float network, the same shape.
+
+    Raises:
+        OptionError: the loss cannot be differentiated.
     """
     point = answer.detach().requires_grad_()
     with torch.enable_grad():
-        losses = LOSSES[scorer.loss](reference, point, batch.images.labels)
+        losses = scorer.loss(reference, point, batch.images.labels)
+        if not losses.requires_grad:
+            raise OptionError(
+                f"this estimator needs the gradient of the loss, and torch cannot differentiate {scorer.loss.name!r}; "
+                "use an estimator that measures, for example 'gram', 'diagonal' or 'pairs'"
+            )
         (gradient,) = torch.autograd.grad(losses.sum(), point)
     return gradient
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from fxquant.core.run import sample_cotangent
 from fxquant.passes.sensitivity.backward import Tape
 from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.cotangents import image_generators, loss_gradient, stream_of
@@ -26,7 +25,7 @@ SAMPLES = 1
 """Cotangents drawn for each image, one backward pass each."""
 
 
-@estimator("fisher", has_pairs=True)
+@estimator("fisher", has_pairs=True, curvature=True)
 def fisher(scorer: Scorer) -> Estimate:
     """Return the Gauss-Newton matrix of sampled responses, about 2 passes per image and one op run per choice."""
     found = scorer.by_batch("backward pass", "fisher", _cell)
@@ -41,7 +40,7 @@ def fisher(scorer: Scorer) -> Estimate:
 def cotangents(scorer: Scorer, batch: Batch, answer: Tensor, reference: Tensor, sample: int) -> Tensor:
     """Return one sampled cotangent for each image of a batch, the same whatever the size of batches."""
     generators = image_generators(scorer, batch, stream_of(scorer, sample))
-    return sample_cotangent(scorer.loss, answer, reference, generators)
+    return scorer.loss.sample(answer, reference, generators)
 
 
 def _cell(scorer: Scorer, batch: Batch) -> Cell:

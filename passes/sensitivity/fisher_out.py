@@ -21,7 +21,7 @@ from fxquant.passes.sensitivity.registry import Estimate, estimator
 from fxquant.passes.sensitivity.scorer import Batch, Scorer
 
 
-@estimator("fisher_out", float_only=True)
+@estimator("fisher_out", float_only=True, curvature=True)
 def fisher_out(scorer: Scorer) -> Estimate:
     """Return `values = diag(E sum g_Y^2 dY^2 / 2)` over the outputs Y of the ops a column changes, about 2 passes.
 

@@ -11,7 +11,7 @@ from fxquant.passes.sensitivity.registry import Estimate, estimator
 from fxquant.passes.sensitivity.scorer import Batch, Scorer
 
 
-@estimator("fit", float_only=True)
+@estimator("fit", float_only=True, curvature=True)
 def fit(scorer: Scorer) -> Estimate:
     """Return `values = diag(sum over tensors of E|g|^2 mean(d^2) / 2)`, about 3 passes per image.
 

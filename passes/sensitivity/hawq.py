@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxquant.core.run import LOSSES
 from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.cotangents import generator, image_generators, stream_of
 from fxquant.passes.sensitivity.leaves import Leaves, activation_noise, weight_noise
@@ -40,7 +39,7 @@ def hawq(scorer: Scorer) -> Estimate:
 def _cell(scorer: Scorer, batch: Batch) -> Cell:
     leaves = Leaves(scorer, batch.images)
     with torch.enable_grad():
-        losses = LOSSES[scorer.loss](leaves.answer.detach(), leaves.answer, batch.images.labels)
+        losses = scorer.loss(leaves.answer.detach(), leaves.answer, batch.images.labels)
         slope = leaves.gradients(losses.sum(), differentiable=True)
     traces = np.zeros((PROBES, len(slope)))
     for k in range(PROBES):

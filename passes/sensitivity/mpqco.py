@@ -7,11 +7,8 @@ labels and estimates the Fisher matrix itself instead of the empirical one.
 
 from __future__ import annotations
 
-from math import prod, sqrt
-
 from torch import Tensor
 
-from fxquant.core.run import sample_cotangent, sample_label_cotangent
 from fxquant.passes.sensitivity.backward import Tape
 from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.cotangents import image_generators, loss_gradient
@@ -19,7 +16,7 @@ from fxquant.passes.sensitivity.registry import Estimate, estimator
 from fxquant.passes.sensitivity.scorer import Batch, Scorer
 
 
-@estimator("mpqco", float_only=True)
+@estimator("mpqco", float_only=True, curvature=True)
 def mpqco(scorer: Scorer) -> Estimate:
     """Return `values = diag(E[s_i^2] / 2)`, s the response of log p(y), about 2 passes per image.
 
@@ -40,16 +37,12 @@ def label_cotangents(scorer: Scorer, batch: Batch, answer: Tensor) -> Tensor:
         batch: the batch.
         answer: the float network's, shape (images, ...).
     """
-    generators = image_generators(scorer, batch, scorer.seed)
-    if scorer.loss == "mse":
-        return sample_cotangent("mse", answer, answer, generators)
-    # The loss is a mean over positions, each with its own label.
-    return sample_label_cotangent(answer, generators) / sqrt(prod(answer.shape[2:]))
+    return scorer.loss.sample_labels(answer, image_generators(scorer, batch, scorer.seed))
 
 
 def _cell(scorer: Scorer, batch: Batch) -> Cell:
     tape = Tape(scorer, batch)
-    if scorer.loss == "ce":
+    if scorer.loss.needs_labels:
         cotangent = loss_gradient(scorer, batch, tape.answer, tape.reference)
     else:
         cotangent = label_cotangents(scorer, batch, tape.reference)

@@ -32,7 +32,7 @@ class PairRuns:
         joint: shape (m, m, images), symmetric: loss of both columns together; 0 where not measured.
         measured: shape (m, m), symmetric: which pairs were.
         evaluations: whole-network passes over one image spent, those of the single columns included.
-        loss: name of the loss.
+        needs_labels: whether the loss does.
         context_loss: mean loss of the context.
     """
 
@@ -41,7 +41,7 @@ class PairRuns:
     joint: NDArray[np.float64]
     measured: NDArray[np.bool_]
     evaluations: float
-    loss: str
+    needs_labels: bool
     context_loss: float
 
     @cached_property
@@ -82,7 +82,7 @@ def pair_model(name: str, unit: str | None = None) -> Callable[[PairModel], Pair
 @pair_model("pairs")
 def pairs(runs: PairRuns) -> Estimate:
     """Return the measured pair matrix, `m + pairs between owners` runs per image."""
-    values = positive_part(runs.values) if runs.loss == "ce" else runs.values
+    values = positive_part(runs.values) if runs.needs_labels else runs.values
     return Estimate(values, runs.stderr, runs.evaluations)
 
 
@@ -121,7 +121,8 @@ def measure_pairs(scorer: Scorer, wanted: NDArray[np.bool_]) -> PairRuns:
             evaluations += float(cell["evaluations"])
     # Each pair was run once, in the order of depth; the other half mirrors it.
     joint += joint.transpose(1, 0, 2)
-    return PairRuns(tuple(scorer.owners), singles.losses, joint, wanted, evaluations, scorer.loss, scorer.context_loss)
+    told = (scorer.loss.needs_labels, scorer.context_loss)
+    return PairRuns(tuple(scorer.owners), singles.losses, joint, wanted, evaluations, *told)
 
 
 def _deeper(scorer: Scorer, wanted: NDArray[np.bool_]) -> dict[int, list[int]]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import SensitivityMatrix
 from fxquant.core.registry import Registry
-from fxquant.core.run import UNITS
+from fxquant.core.run import VALUES_ONLY
 from fxquant.passes.sensitivity.scorer import Scorer, standard_error
 
 
@@ -59,6 +59,7 @@ class Estimator:
         unit: unit of its values; None for the loss's own.
         has_pairs: entries between two sites may differ from 0.
         measured: its diagonal holds the measured loss of each substitution.
+        curvature: it needs the curvature of the loss, of which a function says nothing.
         images: it runs the network, and its standard errors are over images: unknown for a single one.
     """
 
@@ -69,13 +70,17 @@ class Estimator:
     has_pairs: bool = False
     measured: bool = False
     images: bool = True
+    curvature: bool = False
 
     def __call__(self, scorer: Scorer) -> SensitivityMatrix:
         """Return the candidates' matrix: `spread values spread'` of what was found on the columns.
 
         Raises:
-            OptionError: the scorer has a context, and the estimator is defined around the float network only.
+            OptionError: the scorer has a context, and the estimator is defined around the float network only; or it
+                needs the curvature of a loss that is a function.
         """
+        if self.curvature and not scorer.loss.curved:
+            raise OptionError(f"{self.name}: {VALUES_ONLY.format(loss=scorer.loss.name)}")
         if self.float_only and scorer.context is not None:
             raise OptionError(
                 f"estimator {self.name!r} is defined around the float network only; "
@@ -92,7 +97,7 @@ class Estimator:
             np.where(unknown, np.nan, np.sqrt(variance)),
             self.name,
             found.evaluations,
-            UNITS[scorer.loss] if self.unit is None else self.unit,
+            scorer.loss.unit if self.unit is None else self.unit,
             scorer.context_loss if found.constant is None else found.constant,
             found.notes,
         )
@@ -110,6 +115,7 @@ def estimator(
     has_pairs: bool = False,
     measured: bool = False,
     images: bool = True,
+    curvature: bool = False,
 ) -> Callable[[Measure], Measure]:
     """Decorate a function that measures: register it under a name with what it declares; see `Estimator`.
 
@@ -118,7 +124,9 @@ def estimator(
     """
 
     def register(measure: Measure) -> Measure:
-        _ = ESTIMATORS.register(name)(Estimator(name, measure, float_only, unit, has_pairs, measured, images))
+        _ = ESTIMATORS.register(name)(
+            Estimator(name, measure, float_only, unit, has_pairs, measured, images, curvature)
+        )
         return measure
 
     return register

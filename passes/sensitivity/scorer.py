@@ -20,7 +20,7 @@ from torch import Tensor
 from fxquant.core.facts import BitAllocation, FakeQuantNodes
 from fxquant.core.host import ALONE, SILENT, Reporter, Shards
 from fxquant.core.ir import Candidate, Program, Sites, rule_of, shape_of
-from fxquant.core.run import LOSSES, CalibrationSet, Environment, GraphReplay, answer_graph
+from fxquant.core.run import CalibrationSet, Environment, GraphReplay, Loss, answer_graph, loss_of
 from fxquant.core.storage import Arrays, ScoreStore, text_digest
 from fxquant.passes.sensitivity.cell_sweep import Cell, Gathered, Memory, Work, sweep
 from fxquant.passes.sensitivity.columns import Column, Replacement, Replacements, columns_of
@@ -67,7 +67,7 @@ class Scorer:
     Args:
         program: simulated graph (any plan) with Sites, EdgeGroups, Ranges, WeightGrids and FakeQuantNodes.
         images: the images to score on.
-        loss: name of the loss.
+        loss: the loss, by its name where the model has one output.
         store: finished cells of an earlier run.
         reporter: shows progress.
         context: the plan that everything else is quantized by; None leaves everything else in float.
@@ -79,7 +79,7 @@ class Scorer:
         self,
         program: Program,
         images: CalibrationSet,
-        loss: str,
+        loss: str | Loss,
         store: ScoreStore,
         reporter: Reporter = SILENT,
         context: BitAllocation | None = None,
@@ -88,7 +88,7 @@ class Scorer:
     ) -> None:
         self.program = program
         self.images = images
-        self.loss = loss
+        self.loss = loss_of(loss)
         self.store = store
         self.reporter = reporter
         self.context = context
@@ -159,7 +159,7 @@ class Scorer:
                 reference = answer
                 if self._context:
                     reference, _ = self.replay.forward(batch.images.inputs, self.off, frozenset())
-            losses = LOSSES[self.loss](reference, answer, batch.images.labels)
+            losses = self.loss(reference, answer, batch.images.labels)
             self._kept = (batch.index, Base(reference, answer, environment, losses))
         return self._kept[1]
 
@@ -183,7 +183,7 @@ class Scorer:
 
     def losses(self, base: Base, answer: Tensor, images: CalibrationSet) -> Tensor:
         """Return the loss per image above the context's, float64 of shape (images,)."""
-        return LOSSES[self.loss](base.reference, answer, images.labels) - base.losses
+        return self.loss(base.reference, answer, images.labels) - base.losses
 
     def take_spent(self, images: int) -> float:
         """Return what was run since the last call, in whole-network passes over one image, and start again."""

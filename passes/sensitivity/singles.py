@@ -1,7 +1,7 @@
 """Single substitutions: the loss and the output shift of every column on its own.
 
 From one sweep over the n columns come the measured diagonal and, through inner products of the embedded shifts
-`e_i` (`loss ~ |e|^2 / 2`, see `core.losses.embed_shift`), the Gram approximation of every pair.
+`e_i` (`loss ~ |e|^2 / 2`, see `core.run.Loss.embed`), the Gram approximation of every pair.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fxquant.core.run import embed_shift
 from fxquant.passes.sensitivity.cell_sweep import Cell
 from fxquant.passes.sensitivity.scorer import Batch, Scorer
 
@@ -55,10 +53,9 @@ def _cell(scorer: Scorer, batch: Batch) -> Cell:
     for column in range(len(scorer.columns)):
         answer, _ = scorer.run(base.environment, column)
         losses.append(scorer.losses(base, answer, batch.images).cpu().numpy())
-        shifts.append(embed_shift(scorer.loss, base.answer.float(), (answer - base.answer).float()))
+        shifts.append(answer - base.answer)
         powers.append(_power(answer - base.answer))
-    embedded = torch.stack(shifts).transpose(0, 1)
-    per_image = torch.matmul(embedded, embedded.transpose(1, 2)).double()
+    per_image = scorer.loss.products(base.reference, base.answer, shifts, batch.images.labels)
     return {
         "losses": np.stack(losses),
         "gram_sum": per_image.sum(dim=0).cpu().numpy(),

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxquant.core.run import LOSSES
 from fxquant.core.storage import Arrays
 from fxquant.passes.sensitivity.backward import Tape
 from fxquant.passes.sensitivity.columns import Column, Replacement, RoundedWeight
@@ -45,7 +44,7 @@ def walk(scorer: Scorer, batch: Batch, plans: list[list[int]]) -> Arrays:
         `phi` of shape (formats, owners, images), `losses` of shape (formats, images), and `flat`, the losses of an
         answer that is 0 everywhere, shape (images,).
     """
-    reference, loss, labels = scorer.base(batch).reference, LOSSES[scorer.loss], batch.images.labels
+    reference, loss, labels = scorer.base(batch).reference, scorer.loss, batch.images.labels
     phi, losses = [], []
     for plan in plans:
         parts = [scorer.columns[k].substitution for k in plan]

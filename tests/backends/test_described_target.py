@@ -12,6 +12,7 @@ from fxquant.bench import bench
 from fxquant.core.errors import FileFormatError, InfeasibleBudgetError, OptionError
 from fxquant.core.facts import CostTables, Settings, WeightGrids
 from fxquant.core.ir import FakeQuantize, WeightFormat
+from fxquant.core.run import LOSSES
 from fxquant.flow import score_identity
 from fxquant.report import summary
 from tests.core.facts.test_target_file import written
@@ -78,7 +79,7 @@ def test_scores_belong_to_what_the_file_says(tmp_path: Path) -> None:
     def scored(path: Path) -> str:
         program = fxquant.prepare(fxquant.capture(small(), images()), Settings(bits=(8,), target=path))
         program = fxquant.calibrate(program, images(), progress=False)
-        return score_identity(program, fxquant.CalibrationSet((images(),)), "kl")["settings"]
+        return score_identity(program, fxquant.CalibrationSet((images(),)), LOSSES["kl"])["settings"]
 
     (tmp_path / "elsewhere").mkdir()
     first = scored(written(tmp_path))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.verdict import Judge, picked, rho, softened
-from fxquant.core.run import kl
+from fxquant.core.run import LOSSES
 
 ORDER = np.array([2, 0, 1])
 
@@ -15,7 +15,7 @@ ORDER = np.array([2, 0, 1])
 def test_softened_is_the_products_kl_and_tends_to_the_error_of_the_logits() -> None:
     draw = np.random.default_rng(0)
     reference, answers = (draw.normal(size=(5, 7)).astype(np.float32) for _ in range(2))
-    expected = 4 * kl(torch.from_numpy(reference / 2), torch.from_numpy(answers / 2), None)
+    expected = 4 * LOSSES["kl"](torch.from_numpy(reference / 2), torch.from_numpy(answers / 2), None)
     assert softened(reference, answers, 2.0) == pytest.approx(expected.numpy(), rel=1e-5)
     assert softened(reference, answers, 1e3) == pytest.approx(softened(reference, answers, 0.0), rel=1e-2)
     assert softened(reference, reference + 3.0, 0.0).max() < 1e-12, "a constant added to all logits changes nothing"

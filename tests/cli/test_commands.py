@@ -295,3 +295,16 @@ def test_pt2_model_and_npz_images(tmp_path: Path) -> None:
     arguments = scoring(tmp_path / "out", str(tmp_path / "net.pt2"), str(tmp_path / "images.npz"))
     assert main(["quantize", *arguments, *BUDGET, "--loss", "ce", "--quiet"]) == 0
     assert len(fxquant.load(tmp_path / "out").allocation.choices) == 3
+
+
+def test_plans_are_judged_by_a_function(tmp_path: Path, capsys: Captured) -> None:
+    source = tmp_path / "judge.py"
+    source.write_text("def worst(a, b, labels):\n    return (a - b).abs().amax(1)\nnumber = 3\n")
+    loss, place = ["--loss", f"{source}:worst"], tmp_path / "out"
+    assert main(["quantize", *scoring(place), *BUDGET, *loss, "--quiet"]) == 0
+    assert json.loads((place / "plan.json").read_text())["loss"] == "function judge.worst"
+    assert "function judge.worst, which a file cannot hold" in failure(["allocate", str(place), *BUDGET], 2, capsys)
+    assert main(["allocate", str(place), *BUDGET, *loss, "--quiet"]) == 0
+    wrong = ["quantize", *scoring(tmp_path / "b"), *BUDGET, "--loss"]
+    assert "gives a int, not a function" in failure([*wrong, f"{source}:number"], 2, capsys)
+    assert "unknown loss 'msr' (did you mean 'mse'?)" in failure([*wrong, "msr"], 2, capsys)

@@ -23,7 +23,7 @@ from fxquant.core.facts import (
     WeightGrids,
 )
 from fxquant.core.ir import FLOAT, Choice, EdgeGroups, Program, QuantizedEdges, Sites, show
-from fxquant.core.run import CalibrationSet, judging_images, kl, model_outputs
+from fxquant.core.run import LOSSES, CalibrationSet, judging_images, model_outputs
 from fxquant.flow import Pipeline
 from fxquant.passes import (
     AllocateBits,
@@ -238,7 +238,7 @@ def test_scores_may_be_taken_around_the_widest_integers() -> None:
     widest = widest_plan(program)
     module = simulate(program, widest, round_biases=False).module
     answer, reference = (model_outputs(each, images.inputs) for each in (module, program.module))
-    loss = float(kl(reference, answer, None).mean())
+    loss = float(LOSSES["kl"](reference, answer, None).mean())
     for matrix in found.values():
         assert matrix.predict(widest.choices) == matrix.constant == pytest.approx(loss, rel=1e-4)
 

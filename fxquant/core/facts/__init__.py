@@ -19,7 +19,7 @@ from fxquant.core.facts.limits import (
     usage,
 )
 from fxquant.core.facts.norm_statistics import NormStatistics, Statistics
-from fxquant.core.facts.option_fields import Option, Options, literals, options_of, rules
+from fxquant.core.facts.option_fields import FUNCTION, Option, Options, function_name, literals, options_of, rules
 from fxquant.core.facts.patterns import Types, found, matching, module_types, site_types
 from fxquant.core.facts.plan import BitAllocation, BudgetCurve, Finalists
 from fxquant.core.facts.ranges import BINS, Histogram, Ranges, clip_error, merged, mse_range

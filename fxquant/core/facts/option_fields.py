@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -26,6 +26,8 @@ NOUNS = {int: "whole number", float: "finite number", str: "text", Choice: "prec
 """Type of an option -> what messages call a value of it."""
 
 
+FUNCTION = "function "
+"""What the text of an option begins with whose value is a function."""
 BY_EFFORT: Any = None
 """Default of an option whose value is chosen later, by the preset in use."""
 BY_TARGET: Any = None
@@ -127,6 +129,8 @@ def _noun(kind: Any) -> str:
         return " or ".join(_noun(part) for part in inside if part is not NoneType)
     if origin is Literal:
         return f"one of {', '.join(map(repr, inside))}"
+    if origin is Callable:
+        return "a function"
     if origin is tuple:
         many = NOUNS.get(inside[0], str(inside[0])) + "s"
         return f"a list of {many}" if ... in inside else f"{len(inside)} {many}"
@@ -153,6 +157,8 @@ def _read(kind: Any, value: Any) -> Any:
         return tuple(_read(each, part) for each, part in zip(kinds, values, strict=True))
     if origin is Mapping:
         return {_read(inside[0], key): _read(inside[1], part) for key, part in dict(value).items()}
+    if origin is Callable and callable(value) and not isinstance(value, type):
+        return value
     if kind is object:
         return _plain(value)
     if kind is Choice and isinstance(value, str):
@@ -193,7 +199,15 @@ def _written(value: Any) -> Any:
         return [_written(part) for part in value]
     if isinstance(value, Target):
         return value.name
+    if callable(value):
+        return function_name(value)
     return str(value) if isinstance(value, Path) else value
+
+
+def function_name(function: Any) -> str:
+    """Return what files and messages say for a function, which no file can hold."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{FUNCTION}{named.__module__}.{named.__qualname__}"
 
 
 def options_of(kind: type[Any]) -> dict[str, Option]:

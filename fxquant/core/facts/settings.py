@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -68,8 +68,11 @@ class Settings(Options):
         keep_float: pattern of layers that stay in float.
         forbid: pattern of layers -> precisions that may not be used there.
         observer: how the range of an activation is chosen.
-        loss: what plans are judged by; by default KL for class scores and relative squared error otherwise. "ce" needs
-            labels (CLADO as published).
+        loss: what plans are judged by. By default the sum over the model's float outputs: KL of each class score along
+            its axis, relative squared error of other values. A name is for the first output, "kl+mse" for two in
+            order; "ce" needs labels (CLADO as published). A function (float output, quantized output, labels) returns
+            one number for each image; on the
+            command line it is net.py:function.
         estimators: sensitivity estimators, the preferred one first; by default those of the effort.
         context: how all other layers are quantized while one is scored: not at all, or at their widest integer
             precision (CalibTIP, arXiv 2006.10518).
@@ -108,7 +111,7 @@ class Settings(Options):
     keep_float: tuple[str, ...] = ()
     forbid: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
     observer: str = "mse"
-    loss: str | None = None
+    loss: str | Callable[..., Any] | None = None
     estimators: tuple[str, ...] = BY_EFFORT
     context: Context = "float"
     solver: str = "iqp"

@@ -7,7 +7,7 @@ derivatives need the last floating-point values in front of those, image by imag
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -31,13 +31,16 @@ from fxquant.core.ir import (
     trace_line,
     traced_images,
 )
-from fxquant.core.run.discrete_answers import is_float, is_step
+from fxquant.core.run.discrete_answers import is_float, is_step, op_name
 from fxquant.core.run.runner import dependents, placeholders
 
 FLOATS_ONLY = (
     "the model returns {kinds} and no floating-point value that depends on its layers, so there is nothing to compare "
     "a quantized answer with; return class scores, or what the integers are made of, too"
 )
+LOGITS = "logits"
+"""Entry of a dictionary that is the answer; `fxquant.capture` puts it first."""
+SOFTMAX, SIGMOID = ("softmax", "_softmax", "log_softmax", "_log_softmax"), "sigmoid"
 BEHIND, OTHER = "{line!r} ({name}), the last floats in front of the model's answer", "output {index} of the model"
 
 
@@ -51,6 +54,9 @@ class Answer:
         rows: how many entries of that axis belong to one image: 1, or more where axes were merged.
         images_first: whether an image's entries follow each other; else image 0 comes again after the last one.
         note: what is said where this is not the model's first output, else "".
+        classes: the axis that a softmax or the choice of a class goes along, None where there is none.
+        independent: whether it goes through a sigmoid.
+        through: the softmax or sigmoid that makes the model's output of it, "" where it is the output.
 
     Raises:
         CaptureError: no axis counts images.
@@ -61,6 +67,9 @@ class Answer:
     rows: int = 1
     images_first: bool = True
     note: str = ""
+    classes: int | None = None
+    independent: bool = False
+    through: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.axis < len(shape_of(self.node)):
@@ -71,10 +80,11 @@ class Answer:
 
 
 def find_answers(graph: Graph) -> list[Answer]:
-    """Return what losses compare, and then the same of the other outputs; nothing where the graph has no traced values.
+    """Return what losses compare of each output, in order; nothing where the graph has no traced values.
 
     An output that is floating-point, can be differentiated and has an axis of images is compared itself, any other by
     the last value of that kind in front of it. The first of the former comes first, or else the first of the latter.
+    A dictionary's entry `logits` is compared alone, and of class probabilities the values that they are made of.
 
     Raises:
         CaptureError: there is none.
@@ -84,12 +94,17 @@ def find_answers(graph: Graph) -> list[Answer]:
         return []
     outputs = [node for node in outputs if isinstance(node.meta["val"], Tensor)]
     smooth, found = _smooth_nodes(graph), dict[Node, Answer]()
+    if _first_is_logits(graph) and _usable(outputs[0], smooth):
+        outputs = outputs[:1]
     for node in sorted(outputs, key=lambda node: not _usable(node, smooth)):
         value = next((source for source in _backwards([node]) if _usable(source, smooth)), None)
         if value is not None and value not in found:
             note = "" if value is outputs[0] else OTHER if value is node else BEHIND
             said = note.format(line=trace_line(value), name=value.name, index=outputs.index(node))
-            found[value] = _answer(value, said)
+            op, source = op_name(value), next(iter(value.all_input_nodes), value)
+            through = op if op in (*SOFTMAX, SIGMOID) and _usable(source, smooth) else ""
+            shown = source if through else value
+            found.setdefault(shown, _answer(shown, said, through))
     if not found:
         # Says which shape has no axis of images.
         left = [Answer(node, -1) for node in outputs if node in smooth]
@@ -100,9 +115,10 @@ def find_answers(graph: Graph) -> list[Answer]:
 
 
 def answer_graph(module: GraphModule) -> GraphModule:
-    """Return a graph whose outputs are what losses compare, shape (images, ...); the graph itself where it is that.
+    """Return a graph whose output is what losses compare, shape (images, ...); the graph itself where it is that.
 
-    Several rows per image become the last axis, so that classes stay on axis 1.
+    Several rows per image become the last axis, so that classes stay on axis 1. Several outputs become one row of
+    values for each image.
 
     Args:
         module: a float or simulated graph; it is not changed, parameters are shared.
@@ -110,21 +126,46 @@ def answer_graph(module: GraphModule) -> GraphModule:
     Raises:
         CaptureError: it returns nothing that losses can compare.
     """
+    return _returning(module, _joined)
+
+
+def answer_parts(module: GraphModule) -> GraphModule:
+    """Return a graph whose outputs are what losses compare, each of shape (images, ...), before they are joined.
+
+    Args:
+        module: as for `answer_graph`.
+
+    Raises:
+        CaptureError: it returns nothing that losses can compare.
+    """
+    return _returning(module, tuple)
+
+
+def _returning(module: GraphModule, made_of: Callable[[list[Node]], tuple[Node, ...]]) -> GraphModule:
     answers = find_answers(module.graph)
     outputs = [node for node in module.graph.output_node().all_input_nodes if isinstance(node.meta.get("val"), Tensor)]
-    plain = all(answer.axis == 0 and answer.rows == 1 for answer in answers)
-    if not answers or (plain and [answer.node for answer in answers] == outputs):
+    plain = all(answer.axis == 0 and answer.rows == 1 for answer in answers) and len(answers) == 1
+    if not answers or (plain and answers[0].node is outputs[0]):
         return module
     made = fork(module)
     known, output = nodes_by_name(made.graph), made.graph.output_node()
     with made.graph.inserting_before(output):
-        values = tuple(_by_image(known[answer.node.name], answer) for answer in answers)
+        values = made_of([_by_image(known[answer.node.name], answer) for answer in answers])
     output.args = (values,)
     codegen = made.graph._codegen
     if isinstance(codegen, _PyTreeCodeGen):
         # Called as before; the answer is a tuple now, whatever structure the model's own has.
         codegen.pytree_info = codegen.pytree_info._replace(out_spec=tree_structure((0,) * len(values)))
     return finish(made)
+
+
+def _joined(values: list[Node]) -> tuple[Node, ...]:
+    if len(values) == 1:
+        return (values[0],)
+    rows = [_call(torch.flatten, v, 1) if len(shape_of(v)) > 1 else _call(torch.unsqueeze, v, 1) for v in values]
+    joined = rows[0].graph.call_function(torch.cat, (rows, 1))
+    joined.meta["val"] = torch.cat([row.meta["val"] for row in rows], 1)
+    return (joined,)
 
 
 def _usable(node: Node, smooth: set[Node]) -> bool:
@@ -148,11 +189,24 @@ def _call(function: Any, value: Node, *args: Any) -> Node:
     return node
 
 
-def _answer(node: Node, note: str) -> Answer:
+def _answer(node: Node, note: str, through: str) -> Answer:
     axis = _images_at(node)
     assert axis is not None
     rows = max(1, shape_of(node)[axis] // traced_images(node.graph))
-    return Answer(node, axis, rows, rows == 1 or _images_vary_slowest(node, axis), note)
+    readers = {op_name(user): user for user in node.users}
+    chosen = next((readers[op].args[1:2] for op in (through, *SOFTMAX, "argmax") if op in readers), ())
+    at = chosen[0] % len(shape_of(node)) if chosen and isinstance(chosen[0], int) else None
+    # Images move to the front.
+    classes = None if at is None or at == axis else at + (at < axis)
+    images_first = rows == 1 or _images_vary_slowest(node, axis)
+    return Answer(node, axis, rows, images_first, note, classes, classes is None and SIGMOID in readers, through)
+
+
+def _first_is_logits(graph: Graph) -> bool:
+    codegen = graph._codegen
+    spec = codegen.pytree_info.out_spec if isinstance(codegen, _PyTreeCodeGen) else None
+    keys = getattr(spec, "context", None)
+    return isinstance(keys, list | tuple) and keys[:1] in ([LOGITS], (LOGITS,))
 
 
 def _images_at(node: Node) -> int | None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fxquant.core.errors import CalibrationError
 from fxquant.core.run.confidence_bounds import FEWEST, drop_bound, images_needed, mean_bound, share_bound
-from fxquant.core.run.losses import LOSSES
+from fxquant.core.run.losses import Loss, LossFunction
+from fxquant.core.run.task_losses import first_output, loss_of
 
 TOLERANCE = 1e-9
 """A share of images equal to its limit is within the limit, however the division rounds."""
@@ -41,7 +42,7 @@ def quality(
     reference: Tensor,
     output: Tensor,
     labels: Tensor | None,
-    loss: str,
+    loss: str | Loss | LossFunction,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Measure]:
@@ -57,20 +58,20 @@ def quality(
         reference: answers of the float model, shape (images, classes) or (images, classes, ...).
         output: answers of the quantized one, of the same shape.
         labels: shape (images,); only `accuracy_drop` and the loss "ce" need them.
-        loss: name of the loss.
+        loss: the loss, by its name where the model has one output.
         confidence: of the bounds, above 0, below 1.
         seed: of the bootstrap.
 
     Raises:
         CalibrationError: the outputs are not class scores, or labels are missing, and a name needs them.
     """
-    found: dict[str, Measure] = {}
+    found, compared = dict[str, Measure](), loss_of(loss)
     for name in names:
-        each = _by_image(name, reference, output, labels, loss).double()
+        each = _by_image(name, reference, output, labels, compared).double()
         lost, won, count = int((each == 1).sum()), int((each == -1).sum()), len(each)
         if name == "accuracy_drop":
             bound = drop_bound(lost, won, count, confidence)
-        elif name == "disagreement" and reference.dim() == 2:
+        elif name == "disagreement" and first_output(compared, reference).dim() == 2:
             bound = share_bound(lost, count, confidence)
         else:
             bound = mean_bound(each.numpy(), confidence, seed)
@@ -78,10 +79,11 @@ def quality(
     return found
 
 
-def _by_image(name: str, reference: Tensor, output: Tensor, labels: Tensor | None, loss: str) -> Tensor:
+def _by_image(name: str, reference: Tensor, output: Tensor, labels: Tensor | None, loss: Loss) -> Tensor:
     """Return what has the measure as its mean, shape (images,)."""
     if name == "loss":
-        return LOSSES[loss](reference, output, labels)
+        return loss(reference, output, labels)
+    reference, output = (first_output(loss, answer) for answer in (reference, output))
     if reference.dim() < 2 or reference.shape[1] < 2:
         raise CalibrationError(
             f"a limit on {name} needs class scores along axis 1; the answer has shape {tuple(reference.shape)}; "

@@ -17,7 +17,12 @@ STEPS = frozenset({"round", "floor", "ceil", "trunc", "sign", "sgn", "heaviside"
 
 def is_step(node: Node) -> bool:
     """Whether a node is one of `STEPS`."""
-    return str(getattr(node.target, "overloadpacket", node.target)).rpartition(".")[2] in STEPS
+    return op_name(node) in STEPS
+
+
+def op_name(node: Node) -> str:
+    """Return the name of a node's op without its overload."""
+    return str(getattr(node.target, "overloadpacket", node.target)).rpartition(".")[2]
 
 
 def is_float(value: object) -> bool:

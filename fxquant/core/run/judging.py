@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.core.run.data import CalibrationSet
+from fxquant.core.run.losses import Loss
+from fxquant.core.run.task_losses import loss_of
 
 REACH = 8
 """An image is moved by up to its side over this."""
 LEAST_SHARE = 0.25
 """Of either image in a mixture: with less, one of the two would be answered as if it were alone."""
-JUDGED_UNSURE = {"kl"}
-"""Losses that say more where the float network is unsure: those that compare class probabilities without labels."""
 
 
-def judging_images(images: CalibrationSet, loss: str, seed: int, moving: bool = True) -> CalibrationSet:
+def judging_images(images: CalibrationSet, loss: str | Loss, seed: int, moving: bool = True) -> CalibrationSet:
     """Return as many images for scoring and judging plans: each moved, then mixed with another one.
 
     Scores gain by moving, verdicts on plans do not (`benchmarks.verdict`).
@@ -31,12 +31,12 @@ def judging_images(images: CalibrationSet, loss: str, seed: int, moving: bool = 
 
     Args:
         images: calibration images.
-        loss: name of the loss.
+        loss: the loss, or its name.
         seed: of the shifts and pairs.
         moving: whether images are moved before they are mixed.
     """
     floating = all(tensor.is_floating_point() for tensor in images.inputs)
-    if loss not in JUDGED_UNSURE or not floating or len(images) < 2:
+    if not loss_of(loss).judged_unsure or not floating or len(images) < 2:
         return images
     return CalibrationSet(tuple(mixed(moved(t, seed) if moving else t, seed) for t in images.inputs))
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import Rounding, UnitRecord
 from fxquant.core.ir import Program
-from fxquant.core.run import LOSSES, model_outputs
+from fxquant.core.run import loss_of, model_outputs
 from fxquant.passes.rounding.acceptance import record_of, rejection
 from fxquant.passes.rounding.registry import RoundingTask
 
@@ -19,7 +19,7 @@ def held_out_losses(
     if task.held_out is None:
         return None, None
     changed = task if program is None else replace(task, program=program)
-    inputs, labels, loss = task.held_out.inputs, task.held_out.labels, LOSSES[task.loss]
+    inputs, labels, loss = task.held_out.inputs, task.held_out.labels, loss_of(task.loss)
     reference = model_outputs(task.program.module, inputs)
     before, after = (
         float(loss(reference, model_outputs(simulated.module, inputs), labels).mean())

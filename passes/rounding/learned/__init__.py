@@ -18,7 +18,5 @@ from fxquant.passes.rounding.learned.tune import (
     Pieces,
     Tuner,
     channel_sums,
-    relative_error,
-    softened_kl,
 )
 from fxquant.passes.rounding.learned.units import LARGEST, Unit, find_units

@@ -14,7 +14,7 @@ from torch.fx import Node
 from fxquant.core.errors import CalibrationError
 from fxquant.core.facts import FakeQuantNodes, NormStatistics, Statistics, UnitRecord, WeightGrids
 from fxquant.core.ir import Program
-from fxquant.core.run import LOSSES, CalibrationSet, Span, answer_graph, cut_span, varying_nodes
+from fxquant.core.run import CalibrationSet, Span, answer_graph, cut_span, loss_of, varying_nodes
 from fxquant.core.storage import Arrays, tensor_digest, text_digest
 from fxquant.passes.rounding.acceptance import record_of, rejection
 from fxquant.passes.rounding.learned.correction import corrected_inputs, has_statistics
@@ -22,7 +22,7 @@ from fxquant.passes.rounding.learned.cut import Cut, answer_of, feature_of
 from fxquant.passes.rounding.learned.options import Reconstruction
 from fxquant.passes.rounding.learned.outcome import Outcome, UnitQuantizers
 from fxquant.passes.rounding.learned.sources import RUN, Source, kept_bytes, kept_type
-from fxquant.passes.rounding.learned.tune import Material, Pieces, Tuner, relative_error, softened_kl
+from fxquant.passes.rounding.learned.tune import Material, Pieces, Tuner
 from fxquant.passes.rounding.learned.units import Unit, find_units
 from fxquant.passes.rounding.registry import RoundingTask
 
@@ -161,7 +161,7 @@ class Reconstructor:
             cut.suffix if options.wants_answers else None,
             self.answer,
             self.feature if cut.computes(self.feature) else None,
-            softened_kl(options.temperature) if self.task.loss != "mse" else relative_error,
+            partial(loss_of(self.task.loss).soften, temperature=options.temperature),
             learned,
         )
         material = self._material(cut, quantized, floats, options)
@@ -214,7 +214,7 @@ class Reconstructor:
                 answer = {**values, **({} if cut.suffix is None else cut.suffix(values))}[self.answer]
                 assert self.task.held_out is not None
                 part = self.task.held_out.slice(start, start + RUN)
-                losses.append(LOSSES[self.task.loss](self._held_out_answers[start : start + RUN], answer, part.labels))
+                losses.append(loss_of(self.task.loss)(self._held_out_answers[start : start + RUN], answer, part.labels))
         return float(torch.cat(losses).mean())
 
     def _material(self, cut: Cut, quantized: Source, floats: Source, options: Reconstruction) -> Material:

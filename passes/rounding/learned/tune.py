@@ -99,21 +99,6 @@ def channel_sums(error: Tensor) -> Tensor:
     return error.square().sum() * (channels / error.numel())
 
 
-def softened_kl(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return `KL(softmax(p / T) || softmax(z / T))`, mean over images and positions, without a factor T^2."""
-
-    def divergence(reference: Tensor, answer: Tensor) -> Tensor:
-        p, q = (torch.log_softmax(x.float() / temperature, dim=1) for x in (reference, answer))
-        return (p.exp() * (p - q)).sum(dim=1).mean()
-
-    return divergence
-
-
-def relative_error(reference: Tensor, answer: Tensor) -> Tensor:
-    """Return the squared error of answers that are not class scores, relative to their squares."""
-    return (answer - reference).square().sum() / reference.square().sum().clamp(min=1e-12)
-
-
 class Tuner:
     """Runs the loop.
 

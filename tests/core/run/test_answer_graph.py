@@ -15,8 +15,8 @@ from fxquant import flow
 from fxquant.core.errors import CaptureError
 from fxquant.core.facts import Settings
 from fxquant.core.ir import Program
-from fxquant.core.run import CalibrationSet, answer_graph, find_answers, first_tensor, model_outputs
-from fxquant.flow import answer_note, loss_name
+from fxquant.core.run import CalibrationSet, answer_graph, answer_parts, find_answers, first_tensor, model_outputs
+from fxquant.flow import answer_note, loss_in_use
 
 Head = Callable[["Net", Tensor], Any]
 
@@ -62,7 +62,7 @@ def scaled(n: Net, y: Tensor) -> Tensor:
 # What a model returns -> what of it is compared, images along axis 0.
 LAYOUTS: dict[str, tuple[Head, Head]] = {
     "plain": (lambda n, y: n.one(pooled(y)), lambda n, y: n.one(pooled(y))),
-    "time first": (lambda n, y: tokens(n, y).transpose(0, 1).log_softmax(2), lambda n, y: tokens(n, y).log_softmax(2)),
+    "time first": (lambda n, y: tokens(n, y).transpose(0, 1).log_softmax(2), tokens),
     "time last, images in the middle": (lambda n, y: tokens(n, y).permute(1, 0, 2), tokens),
     "layers stacked": (
         lambda n, y: torch.stack([n.one(pooled(y)), n.other(pooled(y))]),
@@ -101,13 +101,13 @@ DISCRETE: dict[str, tuple[Head, Head]] = {
     "mask of floats": (lambda n, y: (scaled(n, y) > 0.5).float(), scaled),
     "one-hot": (lambda n, y: F.one_hot(scaled(n, y).argmax(1), 6).float(), scaled),
     "rounded": (lambda n, y: (scaled(n, y) * 8).round() / 8, lambda n, y: scaled(n, y) * 8),
-    "numbers of numbers": (lambda n, y: [scaled(n, y).argmax(1) + 1, y.argmax(1)], scaled),
+    "numbers of numbers": (lambda n, y: [scaled(n, y).argmax(1) + 1], scaled),
     "first floats": (
-        lambda n, y: (scaled(n, y).argmax(1), scaled(n, y).softmax(1)),
-        lambda n, y: scaled(n, y).softmax(1),
+        lambda n, y: (lambda scores: (scores.argmax(1), scores.softmax(1)))(scaled(n, y)),
+        scaled,
     ),
     "dictionary": (
-        lambda _, y: {"labels": y.argmax(1), "scores": pooled(y)},
+        lambda _, y: (lambda scores: {"labels": scores.argmax(1), "scores": scores})(pooled(y)),
         lambda _, y: pooled(y),
     ),
     "mean over all images": (lambda n, y: scaled(n, y).mean(), scaled),
@@ -142,10 +142,12 @@ def test_another_layout_needs_no_words(name: str) -> None:
     assert answer_note(captured(net(LAYOUTS[name][0]))) == ()
 
 
-def test_other_outputs_follow_so_that_their_layers_lead_somewhere() -> None:
+def test_all_outputs_are_compared_in_one_row_of_values() -> None:
     program = captured(net(lambda n, y: (n.one(pooled(y)).argmax(1), tokens(n, y).transpose(0, 1), n.other(pooled(y)))))
-    shapes = [tuple(each.shape) for each in answer_graph(program.module)(IMAGES)]
+    shapes = [tuple(each.shape) for each in answer_parts(program.module)(IMAGES)]
     assert shapes == [(7, 16, 5), (7, 5), (7, 5)]
+    expected = torch.cat([each.flatten(1) for each in answer_parts(program.module)(IMAGES)], 1)
+    assert torch.equal(model_outputs(program.module, (IMAGES,)), expected)
     assert [answer.node.name for answer in find_answers(program.module.graph)] == ["transpose_1", "linear_2", "linear"]
 
 
@@ -170,11 +172,11 @@ def test_arguments_are_given_as_to_the_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "loss"), [("plain", "kl"), ("rows of images", "kl"), ("time first", "mse"), ("layers stacked", "mse")]
+    ("name", "loss"), [("plain", "kl"), ("rows of images", "kl"), ("time first", "kl"), ("layers stacked", "mse")]
 )
 def test_the_loss_fits_one_row(name: str, loss: str) -> None:
     program = flow.find_sites(captured(net(LAYOUTS[name][0])), Settings())
-    assert loss_name(program, CalibrationSet((IMAGES,))) == loss
+    assert loss_in_use(program, CalibrationSet((IMAGES,))).name == loss
 
 
 def test_an_answer_without_floats_is_refused() -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from math import prod
+import math
 
 import pytest
 import torch
@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxquant.core.errors import CalibrationError
-from fxquant.core.run import LOSSES, UNITS, default_loss, embed_shift, sample_cotangent, sample_label_cotangent
+from fxquant.core.run import LOSSES, UNITS
 
 G = torch.Generator().manual_seed(0)
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "kl": [(4, 6), (4, 6, 5), (4, 6, 2, 3)],
     "mse": [(4,), (4, 1), (4, 6), (4, 3, 2, 2)],
     "ce": [(4, 6)],
+    "bce": [(4, 6), (4, 1, 3), (4, 6, 2, 3)],
 }
 LABELS = torch.tensor([0, 5, 2, 1])
 CASES = [(name, shape) for name, shapes in SHAPES.items() for shape in shapes]
@@ -79,13 +80,6 @@ def test_relative_mse_of_a_silent_reference_is_finite() -> None:
     assert float(LOSSES["mse"](torch.full((1, 2), 2.0), torch.full((1, 2), 3.0), None)) == 0.25
 
 
-@pytest.mark.parametrize(
-    ("shape", "name"), [((4, 10), "kl"), ((4, 2), "kl"), ((4, 1), "mse"), ((4,), "mse"), ((4, 3, 8, 8), "mse")]
-)
-def test_default_loss(shape: tuple[int, ...], name: str) -> None:
-    assert default_loss(torch.zeros(shape)) == name
-
-
 @given(st.sampled_from([c for c in CASES if c[0] != "ce"]), st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
 def test_the_embedding_is_the_loss_to_second_order(case: tuple[str, tuple[int, ...]], seed: int) -> None:
@@ -93,24 +87,24 @@ def test_the_embedding_is_the_loss_to_second_order(case: tuple[str, tuple[int, .
     generator = torch.Generator().manual_seed(seed)
     reference = torch.randn(shape, generator=generator, dtype=torch.float64)
     shift = 1e-4 * torch.randn(shape, generator=generator, dtype=torch.float64)
-    embedded = embed_shift(name, reference, shift)
+    embedded = LOSSES[name].embed(reference, shift)
     assert embedded.dim() == 2
     half = embedded.square().sum(1) / 2
     assert torch.allclose(half, LOSSES[name](reference, reference + shift, None), rtol=1e-2, atol=1e-14)
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 2, 2)])
-@pytest.mark.parametrize("loss", ["kl", "ce", "mse"])
+@pytest.mark.parametrize("loss", ["kl", "ce", "mse", "bce"])
 def test_sampled_cotangents_have_the_hessian_as_their_second_moment(loss: str, shape: tuple[int, ...]) -> None:
     one = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     answer, count = one.expand(20_000, *shape), 20_000
     generators = [torch.Generator().manual_seed(k) for k in range(count)]
-    drawn = sample_cotangent(loss, answer, answer, generators).flatten(1).double()
+    drawn = LOSSES[loss].sample(answer, answer, generators).flatten(1).double()
     moment = drawn.T @ drawn / count
-    if loss != "mse":
-        labelled = sample_label_cotangent(answer, generators).flatten(1).double() / prod(shape[1:]) ** 0.5
+    if loss in ("kl", "ce"):
+        labelled = LOSSES[loss].sample_labels(answer, generators).flatten(1).double()
         torch.testing.assert_close(labelled.T @ labelled / count, moment, atol=0.02, rtol=0.05)
-    unlabelled = {"kl": "kl", "ce": "kl", "mse": "mse"}[loss]
+    unlabelled = "kl" if loss == "ce" else loss
 
     def value(x: torch.Tensor) -> torch.Tensor:
         return LOSSES[unlabelled](one.double(), x.reshape(one.shape), None).sum()
@@ -130,6 +124,14 @@ def test_signs_need_fewer_images_than_sampled_labels_where_the_answer_is_confide
         squares = (drawn @ direction).double().square()
         return float(squares.std() / squares.mean())
 
-    by_signs = spread(sample_cotangent("kl", answer, answer, generators))
-    by_labels = spread(sample_label_cotangent(answer, generators))
+    by_signs = spread(LOSSES["kl"].sample(answer, answer, generators))
+    by_labels = spread(LOSSES["kl"].sample_labels(answer, generators))
     assert by_labels > 5 * by_signs
+
+
+def test_independent_classes_by_hand() -> None:
+    reference, output = torch.tensor([[[0.0, math.log(3)]]]), torch.tensor([[[math.log(3), 0.0]]])
+    one, other = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25), 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert float(LOSSES["bce"](reference, output, None)) == pytest.approx((one + other) / 2)
+    assert float(LOSSES["bce"](reference, reference + 1, None)) > 0, "unlike softmax, a sigmoid sees a constant added"
+    assert float(LOSSES["bce"](torch.tensor([[800.0]]), torch.tensor([[-800.0]]), None)) == pytest.approx(800)

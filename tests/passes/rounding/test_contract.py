@@ -12,7 +12,7 @@ from fxquant.backends import backend
 from fxquant.core.errors import LoweringError
 from fxquant.core.facts import BitAllocation, FakeQuantNodes, Rounding, WeightGrids
 from fxquant.core.ir import Choice, Program, Sites, WeightFormat, resolve, tensor_at
-from fxquant.core.run import LOSSES, model_outputs
+from fxquant.core.run import loss_of, model_outputs
 from fxquant.passes.rounding import ROUNDERS, RoundingTask
 from tests import scoring
 from tests.passes.rounding.tasks import images, task_of
@@ -119,9 +119,9 @@ def test_the_rounded_network_lowers_and_answers(method: str, name: str) -> None:
         else:
             assert torch.allclose(lowered, answer, atol=1e-4)
     reference = model_outputs(short(name).program.module, held_out.inputs)
-    loss = LOSSES[task.loss](reference, answer, None).mean()
+    loss = loss_of(task.loss)(reference, answer, None).mean()
     assert torch.isfinite(loss)
-    plain = LOSSES[task.loss](reference, model_outputs(short(name).simulated().module, held_out.inputs), None).mean()
+    plain = loss_of(task.loss)(reference, model_outputs(short(name).simulated().module, held_out.inputs), None).mean()
     # Only where held-out images decide: pdquant-faithful accepts everything, as published.
     guarded = all(record.after <= record.before or not record.kept for record in task.rounding.units)
     assert loss <= plain * 1.05 + 1e-9 or not guarded

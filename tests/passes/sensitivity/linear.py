@@ -52,7 +52,7 @@ def answer(each: Scorer) -> Tensor:
 def answer_hessian(each: Scorer) -> Tensor:
     """Return the loss's Hessian in the answer, shape (images, 5, 5)."""
     y = answer(each)
-    if each.loss == "mse":
+    if each.loss.name == "mse":
         return 2 / y.square().sum(1).reshape(-1, 1, 1) * torch.eye(5, dtype=torch.float64)
     p = torch.softmax(y, dim=1)
     return torch.diag_embed(p) - p[:, :, None] * p[:, None, :]

@@ -17,4 +17,4 @@ def made_up(images: int, context_loss: float = 0.0) -> PairRuns:
     both = (alone[:, None] + alone[None]) * saturated * random.uniform(0.9, 1.1, (6, 6, images))
     both = (both + both.transpose(1, 0, 2)) / 2
     measured = np.array([[one != other for other in owners] for one in owners])
-    return PairRuns(owners, alone, np.where(measured[:, :, None], both, 0.0), measured, 42.0, "kl", context_loss)
+    return PairRuns(owners, alone, np.where(measured[:, :, None], both, 0.0), measured, 42.0, False, context_loss)

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from fxquant.core.facts import BitAllocation
 from fxquant.core.ir import Choice, Sites
-from fxquant.core.run import CalibrationSet, sample_label_cotangent
+from fxquant.core.run import LOSSES, CalibrationSet
 from fxquant.core.storage import ScoreStore
 from fxquant.passes.sensitivity import ESTIMATORS, Scorer
-from fxquant.passes.sensitivity import fisher as module
 from tests.scoring import inputs, scorer, simulated
 
 fisher = ESTIMATORS["fisher"]
@@ -35,21 +34,21 @@ def test_sampled_cotangents_give_the_measured_loss() -> None:
 
 
 def test_labels_sampled_from_the_model_give_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    def labels(loss: str, answer: Tensor, reference: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        del loss, reference
-        return sample_label_cotangent(answer, generators)
+    def labels(answer: Tensor, reference: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        del reference
+        return LOSSES["kl"].sample_labels(answer, generators)
 
-    monkeypatch.setattr(module, "sample_cotangent", labels)
+    monkeypatch.setattr(LOSSES["kl"], "sample", labels)
     assert ratio() == pytest.approx(1, abs=0.08)
 
 
 def test_the_most_likely_class_gives_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    def argmax(loss: str, answer: Tensor, reference: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        del loss, reference, generators
+    def argmax(answer: Tensor, reference: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        del reference, generators
         q = torch.softmax(answer, 1)
         return torch.nn.functional.one_hot(q.argmax(1), q.shape[1]) - q
 
-    monkeypatch.setattr(module, "sample_cotangent", argmax)
+    monkeypatch.setattr(LOSSES["kl"], "sample", argmax)
     assert ratio() < 0.8
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fxquant.core.run import CalibrationSet, embed_shift
+from fxquant.core.run import LOSSES, CalibrationSet
 from fxquant.passes.sensitivity import ESTIMATORS, measure_singles
 from tests.scoring import full_forward, full_forward_losses, inputs, scorer, simulated
 
@@ -29,7 +29,7 @@ def test_inner_products_over_all_images_and_batches() -> None:
     found = measure_singles(each)
     reference = full_forward("plain", 6)
     shifts = [full_forward("plain", 6, candidate) - reference for candidate in each.candidates]
-    embedded = torch.stack([embed_shift("kl", reference, shift) for shift in shifts]).double()
+    embedded = torch.stack([LOSSES["kl"].embed(reference, shift) for shift in shifts]).double()
     products = torch.einsum("inf,jnf->nij", embedded, embedded)
     np.testing.assert_allclose(found.gram, products.mean(0).numpy(), rtol=1e-3, atol=1e-8)
     spread = products.std(0).numpy() / 6**0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from fxquant.core.facts import FakeQuantNodes
 from fxquant.core.ir import Sites
-from fxquant.core.run import Span, cut_span
+from fxquant.core.run import LOSSES, Span, cut_span
 from fxquant.passes import simulate
 from fxquant.passes.rounding.learned import (
     PROFILES,
@@ -26,8 +27,6 @@ from fxquant.passes.rounding.learned import (
     UnitQuantizers,
     channel_sums,
     find_units,
-    relative_error,
-    softened_kl,
     tune,
 )
 from tests import scoring
@@ -69,7 +68,13 @@ def tuner(options: Reconstruction, index: int = 1, feature: str | None = None) -
         return cut_span(module, unit.nodes, unit.outputs, quantized=True, replacements=places)
 
     pieces = Pieces(
-        spans(found.in_place(learned, Outcome())), spans(nearest), suffix, answer, feature, softened_kl(4.0), learned
+        spans(found.in_place(learned, Outcome())),
+        spans(nearest),
+        suffix,
+        answer,
+        feature,
+        partial(LOSSES["kl"].soften, temperature=4.0),
+        learned,
     )
     material = Material(
         IMAGES,
@@ -236,11 +241,12 @@ def test_channel_sums_count_channels_on_their_axis() -> None:
 
 def test_divergences_are_zero_at_the_reference_alone() -> None:
     reference = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    for divergence in (softened_kl(1.0), softened_kl(4.0), relative_error):
-        assert float(divergence(reference, reference)) == 0.0
-        assert float(divergence(reference, reference * 2)) > 0
+    soften = LOSSES["kl"].soften
+    for divergence, temperature in ((soften, 1.0), (soften, 4.0), (LOSSES["mse"].soften, 1.0)):
+        assert float(divergence(reference, reference, temperature)) == 0.0
+        assert float(divergence(reference, reference * 2, temperature)) > 0
     expected = F.kl_div(
         torch.log_softmax(reference / 2, 1), torch.log_softmax(reference, 1), None, None, "batchmean", True
     )
-    assert torch.allclose(softened_kl(1.0)(reference, reference / 2), expected, rtol=1e-4)
-    assert float(relative_error(reference, 2 * reference)) == pytest.approx(1.0)
+    assert torch.allclose(soften(reference, reference / 2, 1.0), expected, rtol=1e-4)
+    assert float(LOSSES["mse"].soften(reference, 2 * reference, 1.0)) == pytest.approx(1.0)

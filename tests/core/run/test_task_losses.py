@@ -1,0 +1,233 @@
+"""The loss of a whole model: which one fits, and functions that are given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxquant
+from fxquant.core.errors import CalibrationError, OptionError
+from fxquant.core.run import (
+    LOSSES,
+    CalibrationSet,
+    Loss,
+    answer_loss,
+    first_output,
+    judging_images,
+    loss_of,
+    model_outputs,
+)
+from fxquant.passes.sensitivity import ESTIMATORS
+from tests.scoring import inputs, scorer, simulated
+
+IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+SCORED = CalibrationSet(inputs("plain", 6))
+WORDS = torch.randint(0, 9, (8, 5), generator=torch.Generator().manual_seed(2))
+
+
+class Net(nn.Module):
+    """A convolution to six channels and a linear layer; `head` makes the answer."""
+
+    def __init__(self, head: Callable[[Net, Tensor], Any]) -> None:
+        super().__init__()
+        self.stem, self.one, self.box = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 5), nn.Linear(6, 4)
+        self.head = head
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self, torch.relu(self.stem(x)))
+
+
+class Words(nn.Module):
+    """Scores of the next of nine words, or of three tags, at each position."""
+
+    def __init__(self, out: int) -> None:
+        super().__init__()
+        self.table, self.mix, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(torch.relu(self.mix(self.table(x))))
+        return scores
+
+
+def net(head: Callable[[Net, Tensor], Any]) -> Net:
+    torch.manual_seed(0)
+    return Net(head).eval()
+
+
+def rows(y: Tensor) -> Tensor:
+    return y.flatten(2).transpose(1, 2)
+
+
+def pooled(y: Tensor) -> Tensor:
+    return y.mean((2, 3))
+
+
+# The answer -> the losses of its outputs, in order.
+DEFAULTS: dict[str, tuple[Callable[[Net, Tensor], Any], str]] = {
+    "classes": (lambda n, y: n.one(pooled(y)), "kl"),
+    "probabilities": (lambda n, y: n.one(pooled(y)).softmax(1), "kl"),
+    "one number": (lambda _, y: pooled(y)[:, :1], "mse"),
+    "independent classes": (lambda n, y: n.one(pooled(y)).sigmoid(), "bce"),
+    "class of each pixel": (lambda _, y: F.interpolate(F.max_pool2d(y, 2), scale_factor=2.0), "kl"),
+    "an image": (lambda _, y: y[:, :3], "mse"),
+    "a larger image": (lambda _, y: F.pixel_shuffle(y[:, :4], 2), "mse"),
+    "a feature map": (lambda _, y: F.avg_pool2d(y, 2), "mse"),
+    "time, classes last": (lambda n, y: n.one(rows(y)).log_softmax(-1), "kl"),
+    "anchors beside boxes": (lambda n, y: {"cls": n.one(rows(y)), "box": n.box(rows(y))}, "kl+mse"),
+    "boxes first": (lambda n, y: (n.box(rows(y)), n.one(rows(y)).sigmoid()), "mse+bce"),
+    "levels of heads": (lambda _, y: [y, F.avg_pool2d(y, 2)], "kl+mse"),
+    "logits and features": (lambda n, y: {"features": y, "logits": n.one(pooled(y))}, "kl"),
+    "labels too": (lambda n, y: (lambda s: (s, s.argmax(1)))(n.one(pooled(y))), "kl"),
+}
+
+
+def loss_and_answers(model: nn.Module, images: Tensor, asked: Any = None) -> tuple[Loss, Tensor]:
+    module = fxquant.capture(model, images).module
+    return answer_loss(asked, module, (images[:2],)), model_outputs(module, (images,))
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_loss_that_fits(name: str) -> None:
+    head, expected = DEFAULTS[name]
+    found, answer = loss_and_answers(net(head), IMAGES)
+    assert found.name == expected
+    assert not found(answer, answer).any()
+
+
+@pytest.mark.parametrize(("out", "expected"), [(9, "kl"), (3, "mse")])
+def test_words_are_classes_and_hidden_states_are_not(out: int, expected: str) -> None:
+    found, _ = loss_and_answers(Words(out).eval(), WORDS)
+    assert found.name == expected
+
+
+def test_language_is_compared_word_by_word_by_hand() -> None:
+    found, answer = loss_and_answers(Words(9).eval(), WORDS)
+    changed = answer.clone()
+    # At one of five positions two words of equal score become 3 : 1.
+    answer[0, 2], changed[0, 2] = torch.tensor([0.0, 0.0] + [-1e9] * 7), torch.tensor([math.log(3), 0.0] + [-1e9] * 7)
+    expected = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    assert found(answer, changed)[0].item() == pytest.approx(expected / 5)
+
+
+def test_outputs_add_up_by_hand() -> None:
+    head, _ = DEFAULTS["anchors beside boxes"]
+    found, answer = loss_and_answers(net(head), IMAGES)
+    scores, boxes = answer[:, : 64 * 5].reshape(8, 64, 5), answer[:, 64 * 5 :]
+    other = torch.cat([(scores * 1.5).flatten(1), boxes * 1.1], 1)
+    by_anchor = F.kl_div((scores * 1.5).log_softmax(2), scores.log_softmax(2), log_target=True, reduction="none").sum(2)
+    torch.testing.assert_close(found(answer, other).float(), by_anchor.mean(1) + 0.01, rtol=1e-4, atol=1e-6)
+    assert torch.equal(first_output(found, answer), scores.transpose(1, 2))
+
+
+def test_a_name_is_for_the_first_output_and_names_for_the_first_ones() -> None:
+    head, _ = DEFAULTS["anchors beside boxes"]
+    for asked, boxes in (("mse", 0.0), ("mse+mse", 0.04)):
+        found, answer = loss_and_answers(net(head), IMAGES, asked)
+        scale = torch.ones_like(answer)
+        scale[:, : 64 * 5], scale[:, 64 * 5 :] = 1.1, 1.2
+        expected = torch.full((8,), 0.01 + boxes, dtype=torch.float64)
+        torch.testing.assert_close(found(answer, answer * scale), expected, rtol=1e-3, atol=0)
+    with pytest.raises(OptionError, match="has 3 names; the model has 2 float outputs"):
+        loss_and_answers(net(head), IMAGES, "kl+mse+mse")
+
+
+@pytest.mark.parametrize("name", ["anchors beside boxes", "boxes first", "time, classes last", "independent classes"])
+def test_curvature_of_sums(name: str) -> None:
+    found, answer = loss_and_answers(net(DEFAULTS[name][0]), IMAGES)
+    shift = 1e-3 * torch.randn(answer.shape, generator=torch.Generator().manual_seed(3))
+    half = found.embed(answer, shift).square().sum(1).double() / 2
+    torch.testing.assert_close(half, found(answer, answer + shift), rtol=2e-2, atol=0)
+    # The samples' second moment is the same Hessian: half the mean square of their products with the shift.
+    for sample in (found.sample_labels, lambda y, g: found.sample(y, y, g)):
+        draws = torch.stack(
+            [sample(answer, [torch.Generator().manual_seed(97 * k + n) for n in range(8)]) for k in range(400)]
+        )
+        products = (draws * shift).flatten(2).sum(2).double()
+        torch.testing.assert_close(products.square().mean() / 2, half.mean(), rtol=0.15, atol=0)
+
+
+def absolute(reference: Any, output: Any, labels: Tensor | None) -> Tensor:
+    """A loss without a name, of one output."""
+    del labels
+    far: Tensor = (reference - output).abs().flatten(1).mean(1)
+    return far
+
+
+def test_a_function_sees_the_outputs_as_the_model_returns_them() -> None:
+    seen: list[Any] = []
+
+    def kept(reference: Any, output: Any, labels: Tensor | None) -> Tensor:
+        del output, labels
+        seen.append(reference)
+        return torch.zeros(8)
+
+    for name in ("boxes first", "probabilities", "time, classes last", "independent classes"):
+        model = net(DEFAULTS[name][0])
+        found, answer = loss_and_answers(model, IMAGES, kept)
+        found(answer, answer)
+        with torch.no_grad():
+            expected = model(IMAGES)
+        torch.testing.assert_close(seen.pop(), expected)
+
+
+def test_a_function_gives_one_number_for_each_image() -> None:
+    found, answer = loss_and_answers(net(DEFAULTS["classes"][0]), IMAGES, lambda a, b, _: (a - b).square().mean())
+    with pytest.raises(CalibrationError, match=r"one number for each of 8 images, shape \(8,\), and returned \(\)"):
+        found(answer, answer)
+
+
+def test_pairs_of_a_function_are_second_differences() -> None:
+    def squared(reference: Tensor, output: Tensor, labels: Tensor | None) -> Tensor:
+        return LOSSES["mse"](reference, output, labels)
+
+    found, known = (
+        ESTIMATORS["gram"](scorer(simulated("plain"), SCORED, loss_of(loss))).values for loss in (squared, "mse")
+    )
+    np.testing.assert_allclose(found, known, rtol=1e-3, atol=1e-4 * np.abs(known).max())
+
+
+@pytest.mark.parametrize("name", ["fisher_out", "fisher", "fit", "mpqco"])
+def test_what_needs_curvature_refuses_a_function(name: str) -> None:
+    with pytest.raises(OptionError, match=f"{name}: .*needs the curvature of the loss, and 'function .*absolute'"):
+        ESTIMATORS[name](scorer(simulated("plain"), SCORED, loss_of(absolute)))
+
+
+@pytest.mark.parametrize("name", ["hawq", "path", "diagonal", "pairs", "monotone"])
+def test_what_needs_values_or_gradients_takes_a_function(name: str) -> None:
+    found = ESTIMATORS[name](scorer(simulated("plain"), SCORED, loss_of(absolute)))
+    assert np.isfinite(found.values).all()
+
+
+def test_a_function_decides_and_is_given_again_after_loading(tmp_path: Path) -> None:
+    model, options = net(DEFAULTS["boxes first"][0]), {"loss": absolute_of_all}
+    result = fxquant.quantize(model, IMAGES, {"average_bits": 5}, effort="fast", options=options, progress=False)
+    name = "function tests.core.run.test_task_losses.absolute_of_all"
+    assert result.allocation.loss == name
+    assert result.allocation.measured_loss is not None
+    result.save(tmp_path / "saved")
+    plain = fxquant.load(tmp_path / "saved")
+    assert torch.equal(plain.simulated(IMAGES)[0], result.simulated(IMAGES)[0])
+    with pytest.raises(OptionError, match=r"absolute_of_all, which a file cannot hold; give it again: fxquant\.load"):
+        fxquant.resolve(plain, {"average_bits": 6}, progress=False)
+    again = fxquant.load(tmp_path / "saved", absolute_of_all)
+    assert fxquant.resolve(again, {"average_bits": 6}, progress=False).allocation.loss == name
+
+
+def absolute_of_all(reference: Any, output: Any, labels: Tensor | None) -> Tensor:
+    """A loss without a name, of all outputs."""
+    return torch.stack([absolute(a, b, labels) for a, b in zip(reference, output, strict=True)]).sum(0)
+
+
+def test_images_of_sums_stay_as_they_are() -> None:
+    images = CalibrationSet((IMAGES,))
+    for name, mixed in (("anchors beside boxes", False), ("class of each pixel", True), ("an image", False)):
+        found, _ = loss_and_answers(net(DEFAULTS[name][0]), IMAGES)
+        assert (judging_images(images, found, 0) is not images) == mixed
