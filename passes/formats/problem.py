@@ -26,16 +26,37 @@ def nearest_rows(rows: Tensor, grid: RowGrid) -> Tensor:
     return grid.nearest(rows)
 
 
-def squared_error(difference: Tensor, gram: Tensor) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """`H = X'X` as X itself, where there are fewer patches than a filter has weights.
+
+    Args:
+        rows: X, float64 of shape (groups, patches, K).
+    """
+
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def diagonal_of(gram: Tensor | Patches) -> Tensor:
+    """Return `H_jj`, shape (groups, K)."""
+    return gram.rows.square().sum(dim=1) if isinstance(gram, Patches) else gram.diagonal(dim1=1, dim2=2)
+
+
+def squared_error(difference: Tensor, gram: Tensor | Patches) -> Tensor:
     """Return `d' H d` of every row of a weight difference, that is its output's squared error over all images.
 
     Args:
         difference: shape (groups, rows, K).
-        gram: shape (groups, K, K).
+        gram: shape (groups, K, K), or the patches it is made of.
 
     Returns:
         shape (groups, rows), in squared output units.
     """
+    if isinstance(gram, Patches):
+        return (difference @ gram.rows.transpose(1, 2)).square().sum(dim=2)
     return ((difference @ gram) * difference).sum(dim=2)
 
 
@@ -45,7 +66,8 @@ class RowProblem:
 
     Args:
         rows: float64, shape (groups, rows, K).
-        gram: second moments H of the op's input, float64 of shape (groups, K, K): an error d of a row costs `d' H d`.
+        gram: second moments H of the op's input, float64 of shape (groups, K, K), or patches: an error d of a row costs
+            `d' H d`.
             None where no input was seen: it costs `d' d`.
         rounder: the algorithm that will round the rows.
         ratios: shares of a scale that are tried under the rounder, the first wins ties; `(1.0,)` keeps scales.
@@ -54,7 +76,7 @@ class RowProblem:
     """
 
     rows: Tensor
-    gram: Tensor | None = None
+    gram: Tensor | Patches | None = None
     rounder: RowRounder = nearest_rows
     ratios: tuple[float, ...] = (1.0,)
     found: dict[WeightFormat, RowGrid] = field(default_factory=dict, repr=False)
@@ -64,7 +86,7 @@ class RowProblem:
     def importance(self) -> Tensor:
         """What a squared error of each weight costs by itself, shape (groups, 1, K)."""
         if self.gram is not None:
-            return self.gram.diagonal(dim1=1, dim2=2).unsqueeze(1)
+            return diagonal_of(self.gram).unsqueeze(1)
         return torch.ones_like(self.rows[:, :1]) if self.diagonal is None else self.diagonal
 
     def to_nearest(self) -> RowProblem:

@@ -49,7 +49,7 @@ class OfKeywords(Net):
         (OfDictionary, IMAGES),
         (OfDictionary, [{"image": IMAGES}]),
         (OfDictionary, [{"batch": {"image": IMAGES}}]),
-        (OfList, [list(IMAGES)]),
+        (OfList, IMAGES),
         (OfKeyword, [{"image": IMAGES, "mask": IMAGES}]),
         (OfKeywords, [{"image": IMAGES}]),
     ],

@@ -21,8 +21,8 @@ LARGEST = 2 * 10**9
 """Most bytes of images that are collected from a loader."""
 
 WRAP = (
-    "; fxquant gives tensors by position: where forward takes a list, a dictionary or keywords, wrap the model in a "
-    "module with `def forward(self, image): return self.model({'image': image})`"
+    "; fxquant gives tensors by position: where forward takes a list, a dictionary, *inputs or keywords, wrap the "
+    "model in a module with `def forward(self, image): return self.model({'image': image})`"
 )
 """Advice for a model that does not take its tensors one by one."""
 
@@ -237,6 +237,12 @@ def _batched(dataset: Dataset[object]) -> Iterator[object]:
         ) from error
 
 
+def _is_list_of_images(members: list[object]) -> bool:
+    """Whether a batch holds images one by one; a few such tensors may also be an input and its company."""
+    shapes = [each.shape for each in members if isinstance(each, Tensor)]
+    return len(shapes) == len(members) > 3 and all(len(shape) == 3 and shape[0] in (1, 3) for shape in shapes)
+
+
 def _unpack(batch: object, names: Sequence[str]) -> tuple[list[Tensor], Tensor | None]:
     if isinstance(batch, Mapping):
         missing = [name for name in names if name not in batch]
@@ -253,4 +259,10 @@ def _unpack(batch: object, names: Sequence[str]) -> tuple[list[Tensor], Tensor |
             f"calibration batch has {len(members)} members, the model has {len(names)} inputs {list(names)}"
         )
     inputs = [_tensor(member) for member in members[: len(names)]]
+    if len(names) == 1 and _is_list_of_images(members):
+        raise CalibrationError(
+            f"a calibration batch is a list of {len(members)} images {tuple(inputs[0].shape)}; give one tensor, "
+            "torch.stack(batch); where forward takes a list, quantize what it calls with a batch: fxquant.part(model, "
+            '"backbone", images)'
+        )
     return inputs, _label(members[len(names)]) if len(members) == len(names) + 1 else None

@@ -7,7 +7,7 @@ from fxquant.passes.rounding.closed_form.bias_correction import channel_means
 from fxquant.passes.rounding.closed_form.chains import ScaleChain, scale_chains
 from fxquant.passes.rounding.closed_form.descent import refined, rescaled_to, swept
 from fxquant.passes.rounding.closed_form.gpfq import gpfq_rows
-from fxquant.passes.rounding.closed_form.gptq import gptq_rows, with_best_scales
+from fxquant.passes.rounding.closed_form.gptq import gptq_rounder, gptq_rows, with_best_scales
 from fxquant.passes.rounding.closed_form.input_gram import (
     GramAccumulator,
     Moments,

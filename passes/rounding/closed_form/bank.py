@@ -17,8 +17,8 @@ from fxquant.core.ir import Program, RowGrid, Sites, WeightFormat, tensor_at
 from fxquant.core.run import CalibrationSet
 from fxquant.passes.base import Pass
 from fxquant.passes.formats import RowProblem, grid_of, rows_of
-from fxquant.passes.rounding.closed_form.gptq import gptq_rows
-from fxquant.passes.rounding.closed_form.layerwise import moments_of, on_grid
+from fxquant.passes.rounding.closed_form.gptq import gptq_rounder
+from fxquant.passes.rounding.closed_form.layerwise import gram_of, on_grid
 from fxquant.passes.rounding.closed_form.prefix import Prefix, fitting
 
 
@@ -44,12 +44,12 @@ class RoundWeights(Pass):
         walk = Prefix(program.module, fitting(program.module, self.images))
         for site in self.reporter.track(sites, "round weights in every format", len(sites)):
             walk.to(site.nodes[0])
-            moments = moments_of(site, program.module, walk)
-            rounder, weight = gptq_rows(moments), tensor_at(program.module, site.weight)
-            groups = len(moments.gram)
+            gram = gram_of(site, program.module, walk)
+            rounder, weight = gptq_rounder(gram), tensor_at(program.module, site.weight)
+            groups = len(gram)
             # Even spacing is found already; other levels are better when found under the method.
             even = {c: RowGrid.of(g, groups, len(weight)) for c, g in grids[site.name].items() if g.levels is None}
-            problem = RowProblem(rows_of(weight, groups=groups), moments.gram, rounder, found=even)
+            problem = RowProblem(rows_of(weight, groups=groups), gram, rounder, found=even)
             for chosen, grid in grids[site.name].items():
                 grids[site.name][chosen] = better = grid if chosen in even else grid_of(problem, chosen)
                 rounded[site.name, chosen] = on_grid(weight, better, groups, rounder)

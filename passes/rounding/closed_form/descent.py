@@ -78,7 +78,7 @@ def rescaled_to(problem: RowProblem, grid: RowGrid, integers: Tensor) -> RowGrid
 
 
 def _gram(problem: RowProblem) -> Tensor:
-    assert problem.gram is not None
+    assert isinstance(problem.gram, Tensor)
     return problem.gram
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fxquant.core.errors import FailureError
 from fxquant.core.ir import Program, RowGrid, WeightFormat
-from fxquant.passes.formats import RATIOS, RowProblem, RowRounder, squared_error
+from fxquant.passes.formats import RATIOS, Patches, RowProblem, RowRounder, diagonal_of, squared_error
+from fxquant.passes.rounding.closed_form.few_patches import Sweep, sweep_of
 from fxquant.passes.rounding.closed_form.input_gram import Moments
 from fxquant.passes.rounding.closed_form.layerwise import on_own_grid, round_layerwise
 from fxquant.passes.rounding.closed_form.verdict import judged
@@ -74,14 +75,37 @@ def gptq_rows(moments: Moments, damping: float = DAMPING, ordered: bool = True, 
     Raises:
         FailureError: H cannot be factored, however damped: it is not finite.
     """
-    gram = moments.gram
-    diagonal = gram.diagonal(dim1=1, dim2=2)
+    return gptq_rounder(moments.gram, damping, ordered, block)
+
+
+def gptq_rounder(
+    gram: Tensor | Patches, damping: float = DAMPING, ordered: bool = True, block: int = BLOCK
+) -> RowRounder:
+    """Return how GPTQ rounds weights whose input has these second moments; as `gptq_rows`."""
+    diagonal = diagonal_of(gram)
     order = diagonal.argsort(dim=1, descending=True, stable=True) if ordered else _positions(diagonal)
-    inverse_root = _inverse_root(_permuted(gram, order), damping)
+    if isinstance(gram, Patches):
+        patches = gram.rows.gather(2, order.unsqueeze(1).expand_as(gram.rows))
+        sweep = sweep_of(patches, _added(diagonal, damping)[:, 0], block)
+    else:
+        sweep = _sweep(_inverse_root(_permuted(gram, order), damping), block)
 
     def rounder(rows: Tensor, grid: RowGrid) -> Tensor:
         index = order.unsqueeze(1).expand_as(rows)
-        left = rows.gather(2, index)
+        chosen = sweep(rows.gather(2, index), grid)
+        # Back from the order of rounding to the weight's own.
+        found = torch.empty_like(chosen).scatter_(2, index, chosen)
+        plain = grid.nearest(rows)
+        ours, theirs = (squared_error(rows - grid.value(q), gram) for q in (found, plain))
+        return torch.where((ours < theirs).unsqueeze(2), found, plain)
+
+    return rounder
+
+
+def _sweep(inverse_root: Tensor, block: int) -> Sweep:
+    """Return how rows, which are changed, are rounded column by column with `U` of `gptq_rows`."""
+
+    def sweep(left: Tensor, grid: RowGrid) -> Tensor:
         # Within a block each column is corrected at once; later blocks get the block's corrections in one product, so
         # that the whole matrix is passed over once per block instead of once per column.
         chosen = torch.empty_like(left)
@@ -95,13 +119,16 @@ def gptq_rows(moments: Moments, damping: float = DAMPING, ordered: bool = True, 
                 left[:, :, j:stop] -= error * inverse_root[:, j : j + 1, j:stop]
                 errors[:, :, j - start : j - start + 1] = error
             left[:, :, stop:] -= errors @ inverse_root[:, start:stop, stop:]
-        # Back from the order of rounding to the weight's own.
-        found = torch.empty_like(chosen).scatter_(2, index, chosen)
-        plain = grid.nearest(rows)
-        ours, theirs = (squared_error(rows - grid.value(q), gram) for q in (found, plain))
-        return torch.where((ours < theirs).unsqueeze(2), found, plain)
+        return chosen
 
-    return rounder
+    return sweep
+
+
+def _added(diagonal: Tensor, damping: float) -> Tensor:
+    """Return what is added to H's diagonal, shape (groups, K)."""
+    mean = diagonal.mean(dim=1, keepdim=True)
+    # A group that read only zeros gets the identity, so that none of its weights corrects another.
+    return torch.where(mean > 0, damping * mean, torch.ones_like(mean)).expand_as(diagonal)
 
 
 def _positions(diagonal: Tensor) -> Tensor:
@@ -115,10 +142,7 @@ def _permuted(gram: Tensor, order: Tensor) -> Tensor:
 
 def _inverse_root(gram: Tensor, damping: float) -> Tensor:
     """Return U of `U' U = (H + damping)^-1`, upper triangular, each group on its own."""
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(dim=1, keepdim=True)
-    # A group that read only zeros gets the identity, so that none of its weights corrects another.
-    added = torch.where(mean > 0, damping * mean, torch.ones_like(mean)).expand_as(diagonal)
+    added = _added(diagonal_of(gram), damping)
     for _ in range(ATTEMPTS):
         root, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(added))
         if not failed.any():

@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from fxquant.core.errors import PipelineError
 from fxquant.core.ir import rule_of, shape_of
+from fxquant.passes.formats import Patches
 
 PIECE_ELEMENTS = 1 << 22
 """Patch elements laid out in memory at a time, 16 MB of float32."""
@@ -145,10 +146,12 @@ class GramAccumulator:
 
     Args:
         crossed: whether the float network's patches come along.
+        few: keep the patches themselves while they are at most half as many as a filter has weights.
     """
 
-    def __init__(self, crossed: bool = False) -> None:
+    def __init__(self, crossed: bool = False, few: bool = False) -> None:
         self._crossed = crossed
+        self._kept: list[Tensor] | None = [] if few else None
         self._gram: Tensor | None = None
         self._cross: Tensor | None = None
 
@@ -167,10 +170,32 @@ class GramAccumulator:
             raise PipelineError("cross moments need the float input beside the quantized one, of the same shape")
         others = None if reference is None else patches(reference, geometry)
         for piece in patches(x, geometry):
+            if self._keeps(piece):
+                continue
             transposed = piece.transpose(1, 2)
             self._gram = _added(self._gram, transposed, piece)
             if others is not None:
                 self._cross = _added(self._cross, transposed, next(others))
+
+    def _keeps(self, piece: Tensor) -> bool:
+        """Whether the patches are few with these, which are kept then; else those kept so far are counted."""
+        if self._kept is None:
+            return False
+        self._kept.append(piece)
+        if 2 * sum(each.shape[1] for each in self._kept) <= piece.shape[2]:
+            return True
+        for each in self._kept[:-1]:
+            self._gram = _added(self._gram, each.transpose(1, 2), each)
+        self._kept = None
+        return False
+
+    def gram(self) -> Tensor | Patches:
+        """Return the second moments of all batches, as patches where there are few.
+
+        Raises:
+            PipelineError: no batch was added.
+        """
+        return Patches(torch.cat(self._kept, dim=1).double()) if self._kept else self.moments().gram
 
     def moments(self) -> Moments:
         """Return the moments of all batches.

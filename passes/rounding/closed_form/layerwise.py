@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from fxquant.core.facts import FakeQuantNodes, Rounding, WeightGrids
 from fxquant.core.ir import Grid, RowGrid, Site, WeightFormat, resolve, tensor_at
-from fxquant.passes.formats import RowProblem, RowRounder, rows_of
+from fxquant.passes.formats import Patches, RowProblem, RowRounder, rows_of
 from fxquant.passes.rounding.closed_form.input_gram import GramAccumulator, Moments, geometry_of
 from fxquant.passes.rounding.closed_form.output_moments import OutputMoments, bias_of, output_moments
 from fxquant.passes.rounding.closed_form.prefix import Prefix, fitting
@@ -134,7 +134,21 @@ def moments_of(site: Site, module: GraphModule, quantized: Prefix, floating: Pre
         quantized: the walk; a copy of it runs ahead to the site's later ops.
         floating: the walk through the float network, if its inputs are needed.
     """
-    counted = GramAccumulator(floating is not None)
+    return _counted(GramAccumulator(floating is not None), site, module, quantized, floating).moments()
+
+
+def gram_of(site: Site, module: GraphModule, walk: Prefix) -> Tensor | Patches:
+    """Return the second moments of the inputs of a site's ops, over all images, as patches where there are few.
+
+    Args:
+        site, module, walk: as for `moments_of`.
+    """
+    return _counted(GramAccumulator(few=True), site, module, walk).gram()
+
+
+def _counted(
+    counted: GramAccumulator, site: Site, module: GraphModule, quantized: Prefix, floating: Prefix | None = None
+) -> GramAccumulator:
     for position, name in enumerate(site.nodes):
         if position == 1:
             # Later ops depend on the first one's weight, which is not rounded yet: a copy of the walk goes there.
@@ -146,4 +160,4 @@ def moments_of(site: Site, module: GraphModule, quantized: Prefix, floating: Pre
         references = [None] * len(quantized.source(name)) if floating is None else floating.source(name)
         for x, reference in zip(quantized.source(name), references, strict=True):
             counted.add(x, geometry, reference)
-    return counted.moments()
+    return counted

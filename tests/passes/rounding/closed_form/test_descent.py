@@ -24,7 +24,7 @@ def posed(groups: int = 1, kind: str = "uniform") -> tuple[RowProblem, RowGrid, 
 
 
 def error(problem: RowProblem, grid: RowGrid, integers: Tensor) -> Tensor:
-    assert problem.gram is not None
+    assert isinstance(problem.gram, torch.Tensor)
     return squared_error(problem.rows - grid.value(integers), problem.gram)
 
 
@@ -57,7 +57,7 @@ def test_blocks_change_speed_only() -> None:
 
 def test_scales_are_those_of_least_squares() -> None:
     problem, grid, integers = posed()
-    assert problem.gram is not None
+    assert isinstance(problem.gram, torch.Tensor)
     found = rescaled_to(problem, grid, integers)
     root = torch.linalg.cholesky(problem.gram[0]).T
     for row in range(4):
@@ -78,7 +78,7 @@ def test_refined_rows_are_never_worse_and_stay_on_their_levels() -> None:
 
 def test_a_column_whose_input_is_always_zero_stays() -> None:
     problem, grid, integers = posed()
-    assert problem.gram is not None
+    assert isinstance(problem.gram, torch.Tensor)
     problem.gram[:, 5] = 0.0
     problem.gram[:, :, 5] = 0.0
     moved = swept(problem, grid, integers)
