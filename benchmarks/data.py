@@ -218,17 +218,39 @@ def set5(crop: int | None = None) -> list[tuple[str, Tensor, Tensor]]:
     return pairs
 
 
+@cache
+def _crops() -> Tensor:
+    arrays = read_arrays("superres/bsd_urban_dev.npz")
+    pictures = pictures_of(arrays["png"], arrays["offset"])
+    return torch.stack([picture.permute(2, 0, 1) for picture in pictures]).float()
+
+
 def low_resolution() -> Tensor:
     """Return 24 low-resolution images `(24, 3, 96, 96)`, 0..255: crops of CBSD68 and Urban100, none of Set5's.
 
     Raises:
         FileFormatError: the data are missing.
     """
-    arrays = read_arrays("superres/bsd_urban_dev.npz")
-    packed, ends = arrays["png"].tobytes(), arrays["offset"].tolist()
-    pictures = [Image.open(io.BytesIO(packed[a:b])).convert("RGB") for a, b in pairwise(ends)]
-    high = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures]).float()
-    return F.interpolate(high, scale_factor=0.5, mode="bicubic", antialias=True).round().clamp(0.0, 255.0)
+    return F.interpolate(_crops(), scale_factor=0.5, mode="bicubic", antialias=True).round().clamp(0.0, 255.0)
+
+
+def bsd_urban() -> list[tuple[Tensor, Tensor]]:
+    """Return the same images as (low resolution `(1, 3, 96, 96)`, high resolution `(1, 3, 192, 192)`), 0..255.
+
+    Raises:
+        FileFormatError: the data are missing.
+    """
+    low, high = low_resolution(), _crops()
+    return [(low[k : k + 1], high[k : k + 1]) for k in range(len(low))]
+
+
+def pictures_of(
+    packed: NDArray[np.generic], ends: NDArray[np.generic], mode: Literal["RGB", "L"] = "RGB"
+) -> list[Tensor]:
+    """Return the pictures of JPEG or PNG files that lie behind each other, uint8: `(H, W, 3)`, or "L" `(H, W)`."""
+    files, places = packed.tobytes(), ends.tolist()
+    pictures = (Image.open(io.BytesIO(files[a:b])).convert(mode) for a, b in pairwise(places))
+    return [torch.from_numpy(np.array(picture)) for picture in pictures]
 
 
 def accuracy(

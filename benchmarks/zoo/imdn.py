@@ -5,7 +5,7 @@ Keys and weights: Zheng222/IMDN (no licence file; never shipped).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -98,13 +98,13 @@ def _luma(images: Tensor) -> Tensor:
     return ((images * weights / 255.0).sum(1) + 16.0).round()
 
 
-def set5_psnr(model: Callable[[Tensor], Tensor] | nn.Module, crop: int | None = None) -> float:
-    """Return the mean peak signal-to-noise ratio in dB on Set5's luma, a border of the scale left out.
+def psnr(model: Callable[[Tensor], Tensor], pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Return the mean peak signal-to-noise ratio in dB of luma over (low, high) images in 0..255, the border left out.
 
-    `crop` is the side of the centre square fed to the model, for graphs of one fixed shape.
+    `10 log10(255^2 / mean (y' - y)^2)`.
     """
     ratios = []
-    for _, low, high in set5(crop):
+    for low, high in pairs:
         with torch.inference_mode():
             restored = (model(low / 255.0) * 255.0).clamp(0.0, 255.0).round()
         height, width = restored.shape[2:]
@@ -112,6 +112,11 @@ def set5_psnr(model: Callable[[Tensor], Tensor] | nn.Module, crop: int | None = 
         error = _luma(restored)[inner] - _luma(high[:, :, :height, :width])[inner]
         ratios.append(10.0 * torch.log10(255.0**2 / error.pow(2).mean()).item())
     return sum(ratios) / len(ratios)
+
+
+def set5_psnr(model: Callable[[Tensor], Tensor] | nn.Module, crop: int | None = None) -> float:
+    """Return `psnr` on Set5; `crop` is the side of the centre square fed to the model, for graphs of one shape."""
+    return psnr(model, [(low, high) for _, low, high in set5(crop)])
 
 
 def imdn() -> Imdn:
