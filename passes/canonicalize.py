@@ -74,7 +74,7 @@ def _canonical(module: GraphModule, node: Node) -> int:
     if node.op != "call_function":
         return 0
     # Arguments first: what follows reads them by position.
-    rewrites = _positional(node) + as_layer(node)
+    rewrites = _positional(node) + as_layer(node) + _without_empty(node)
     identity = IDENTITIES.get(node.target)
     if identity is not None and identity(node):
         source = node.args[0]
@@ -87,6 +87,17 @@ def _canonical(module: GraphModule, node: Node) -> int:
         node.target = spelling
         rewrites += 1
     return rewrites + _explicit_padding(node) + as_linear(module, node)
+
+
+def _without_empty(node: Node) -> int:
+    """Leave out parts of a concatenation that hold nothing; no image ever gives them a range."""
+    if node.target is not aten.cat.default or not isinstance(node.args[0], list | tuple):
+        return 0
+    parts = [part for part in node.args[0] if not isinstance(part, Node) or 0 not in sizes(part)]
+    if not 0 < len(parts) < len(node.args[0]):
+        return 0
+    node.args = (parts, *node.args[1:])
+    return 1
 
 
 def _positional(node: Node) -> int:

@@ -36,7 +36,7 @@ FLOORS = (
 the other."""
 
 ATEN = {
-    *("fxquant/core/ir/ops.py", "fxquant/capture/trace.py", "fxquant/capture/free_batch.py"),
+    *("fxquant/core/ir/ops.py", "fxquant/capture/decompositions.py", "fxquant/capture/free_batch.py"),
     *("passes/canonicalize.py", "passes/core_aten.py", "passes/linear_layers.py"),
     *("passes/fold_batchnorm.py", "passes/rewrite_transposed.py"),
 }

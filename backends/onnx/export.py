@@ -150,7 +150,8 @@ def _written(node: Node) -> object:
 
 
 def _write(lowering: Lowering, node: Node, known: dict[Node, Piece]) -> str | tuple[str, ...] | None:
-    emitter = EMITTERS.get(node.target)
+    # The exporter writes complex numbers as pairs along one axis more, of which the tables know nothing.
+    emitter = None if any(map(_is_complex, (node, *node.all_input_nodes))) else EMITTERS.get(node.target)
     try:
         written = emitter(lowering, node) if emitter is not None else None
     except (TypeError, AssertionError):
@@ -163,6 +164,11 @@ def _write(lowering: Lowering, node: Node, known: dict[Node, Piece]) -> str | tu
     if written is None and node.op != "call_function":
         raise LoweringError(f"node {node.name!r} is a {node.op} of {node.target}; only ATen ops can be written")
     return written
+
+
+def _is_complex(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_complex()
 
 
 def _output(lowering: Lowering, node: Node, name: str) -> onnx.ValueInfoProto:

@@ -191,6 +191,9 @@ class Lowering:
         tensor = constant(self.module, node)
         if tensor is None:
             raise LoweringError(f"{node} must be a constant of the graph")
+        if tensor.is_complex():
+            # As PyTorch's exporter writes complex numbers: real and imaginary parts along a last axis.
+            tensor = torch.view_as_real(tensor.detach().resolve_conj())
         array: Array = tensor.detach().cpu().contiguous().numpy()
         return array
 

@@ -22,7 +22,7 @@ from fxquant.core.errors import LoweringError, first_line
 from fxquant.core.ir import recurrent_shapes, shape_of, trace_line
 from fxquant.core.run import is_size
 
-REGISTRATION_LOG = "torch.onnx._internal.exporter._registration"
+NOISY = ("torch.onnx._internal.exporter._registration", "onnx_ir.passes.common.initializer_deduplication")
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,18 @@ def result_count(node: Node) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's notes on missing torchvision and torch's own deprecations."""
-    log = logging.getLogger(REGISTRATION_LOG)
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Silence the exporter's notes on missing torchvision and shared constants, and torch's own deprecations."""
+    logs = [logging.getLogger(name) for name in NOISY]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _exported(module: GraphModule, nodes: Sequence[Node], opset: int) -> dict[Node, Piece]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from fxquant.capture.decompositions import DECOMPOSITIONS
 from fxquant.capture.forward_arguments import input_names
 from fxquant.capture.model_outputs import plain_answer
-from fxquant.capture.trace import DECOMPOSITIONS, capture
+from fxquant.capture.trace import capture
 from fxquant.capture.weights import check_finite, check_storage

@@ -18,8 +18,9 @@ ANSWER = "logits"
 def plain_answer(output: Any) -> Any:
     """Return a model's output without dataclasses, and with an entry `logits` in front of the others.
 
-    The first tensor of an output is what losses compare and runtimes are checked by. A dataclass becomes a dictionary
-    of its fields; those that torch knows, as the outputs of Hugging Face models are, stay what they are.
+    The first tensor of an output is what losses compare and runtimes are checked by. A dataclass or named tuple becomes
+    a dictionary of its fields, which can be stored; those that torch knows, as the outputs of Hugging Face models are,
+    stay what they are.
 
     Args:
         output: tensor, tuple, list, dictionary or dataclass of such, with numbers, texts and None among them.
@@ -45,6 +46,8 @@ def plain_answer(output: Any) -> Any:
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and type(value) not in torch.utils._pytree.SUPPORTED_NODES:
         value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
     if type(value) in (dict, OrderedDict):
         order = sorted(value, key=lambda name: not (name == ANSWER and isinstance(value[name], Tensor)))
         return type(value)((name, _plain(value[name])) for name in order)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.nn import functional
 
+from fxquant.capture.decompositions import DECOMPOSITIONS
 from fxquant.capture.exporting import quiet, summary, traced
 from fxquant.capture.forward_arguments import dynamic_shapes, require_module
 from fxquant.capture.free_batch import freed, one_batch_size, with_free_batch
@@ -24,55 +24,6 @@ from fxquant.core.errors import CaptureError
 from fxquant.core.ir import Program, differentiable, recurrent_shapes
 from fxquant.core.run import WRAP
 from fxquant.core.storage import StoredProgram
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Write scaled-dot-product attention as products and a softmax: `softmax(q k' scale + mask) v`."""
-    del dropout_p
-    if enable_gqa:
-        repeats = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
-    # Scaling the small query instead of the large score matrix gives the same product for fewer multiplications.
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = torch.matmul(query * factor, key.transpose(-2, -1))
-    if is_causal:
-        allowed = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        scores = scores.masked_fill(~allowed, float("-inf"))
-    if attn_mask is not None:
-        masked = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, float("-inf")) if masked else scores + attn_mask
-    return torch.matmul(torch.softmax(scores, dim=-1), value)
-
-
-def _processor_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    attn_mask: Tensor | None = None,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Write the kernel that torch makes of attention on processors; only training reads its second result."""
-    answer = _attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    return answer, query.new_zeros(query.shape[:-1])
-
-
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.scaled_dot_product_attention.default: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _processor_attention,
-}
-"""Ops taken apart at capture, so that their parts can be quantized."""
 
 
 def capture(

@@ -24,7 +24,7 @@ from fxquant.backends import backends, runtimes
 from fxquant.backends.exact import BATCH, Integers, Trace, Tracer, edge_labels, exact_graph, run_traced
 from fxquant.core.errors import FileFormatError, OptionError, ParityError
 from fxquant.core.host import printable
-from fxquant.core.run import CalibrationSet, images_for, leading_names
+from fxquant.core.run import CalibrationSet, behind_orders, images_for, leading_names
 from fxquant.parity.answer_steps import AGREEMENT, OUTPUT, STEPS, Answers, Kind, answer_kinds, ties
 from fxquant.report import percent_text, table_text
 from fxquant.result import Result
@@ -222,15 +222,18 @@ def compare(
     if unknown or not against:
         raise OptionError(f"unknown runtime {', '.join(unknown) or '(none)'}; known: {', '.join(known)}")
     labels, runs, kinds = edge_labels(simulated), list[_Run](), answer_kinds(simulated.graph)
-    leading = leading_names(simulated.graph)
+    # Among equal values each runtime picks in its own order.
+    leading, left = leading_names(simulated.graph), behind_orders(simulated.graph)
     answers = {"simulated": Answers(kinds)}
     for name in dict.fromkeys(against):
         found, runtime = known[name], known[name].runtimes[name]
         run = _Run(
             name,
             runtime.trace(simulated, models.get(found.suffix), threads),
-            _Comparison("exact", f"exact {name}", name, exact_graph(simulated, runtime.formulas(simulated)), kinds),
-            _Comparison("simulated", "simulated", name, simulated, kinds),
+            _Comparison(
+                "exact", f"exact {name}", name, exact_graph(simulated, runtime.formulas(simulated)), kinds, left
+            ),
+            _Comparison("simulated", "simulated", name, simulated, kinds, left),
         )
         runs.append(run)
         answers |= {run.exact.answer: Answers(kinds), name: Answers(kinds)}
@@ -285,17 +288,21 @@ class _Difference:
 class _Comparison:
     """Collects the differences of one reference and one runtime."""
 
-    def __init__(self, kind: str, answer: str, runtime: str, graph: GraphModule, kinds: Sequence[Kind]) -> None:
+    def __init__(
+        self, kind: str, answer: str, runtime: str, graph: GraphModule, kinds: Sequence[Kind], left: frozenset[str]
+    ) -> None:
         self.kind, self.answer, self.runtime, self.graph = kind, answer, runtime, graph
         self.forced, self.free = dict[str, _Difference](), dict[str, _Difference]()
         self.held, self.reached = Answers(kinds), Answers(kinds)
+        self._left = left
 
     def add(self, inputs: tuple[Tensor, ...], free: Trace, runtime: Trace, tied: Sequence[Tensor | None]) -> None:
         held = run_traced(self.graph, inputs, runtime.edges, runtime.leading)
         self.held.add(held)
         self.reached.add(runtime, tied)
-        _collect(self.free, free.edges, runtime.edges)
-        _collect(self.forced, held.edges, runtime.edges)
+        seen = {name: integers for name, integers in runtime.edges.items() if name not in self._left}
+        _collect(self.free, free.edges, seen)
+        _collect(self.forced, held.edges, seen)
 
     def pair(self, answers: dict[str, Answers], labels: dict[str, str]) -> Pair:
         expected, answer = answers[self.answer], answers[self.runtime]

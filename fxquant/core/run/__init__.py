@@ -7,7 +7,7 @@ from fxquant.core.run.answer_quality import NO_LABELS, SPARE, keeps, learned_sha
 from fxquant.core.run.confidence_bounds import drop_bound, images_needed, mean_bound, share_bound
 from fxquant.core.run.data import LARGEST, WRAP, CalibrationSet, collect
 from fxquant.core.run.default_losses import answer_loss
-from fxquant.core.run.discrete_answers import Jump, discrete_answers, leading_names, returned
+from fxquant.core.run.discrete_answers import Jump, behind_orders, discrete_answers, leading_names, returned
 from fxquant.core.run.footprint import Footprint, live_bytes, storages
 from fxquant.core.run.judging import judging_images, mixed, moved
 from fxquant.core.run.losses import LOSSES, UNITS, VALUES_ONLY, Loss, LossFunction

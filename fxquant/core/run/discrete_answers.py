@@ -15,6 +15,10 @@ STEPS = frozenset({"round", "floor", "ceil", "trunc", "sign", "sgn", "heaviside"
 """Ops on floats that are constant between jumps, by the name of their packet: their derivative is 0."""
 
 
+ORDERS = frozenset({"sort", "argsort", "topk", "kthvalue", "median", "nanmedian", "mode"})
+"""Ops that choose among equal values in an order of each runtime's own; on a grid many values are equal."""
+
+
 def is_step(node: Node) -> bool:
     """Whether a node is one of `STEPS`."""
     return op_name(node) in STEPS
@@ -60,6 +64,19 @@ def discrete_answers(graph: Graph) -> dict[int, Jump]:
             leading = (n for n in shown if n not in outputs and n.op not in ("placeholder", "call_module"))
             found[position] = Jump(*(tuple(node.name for node in nodes) for nodes in (fronts, leading)))
     return found
+
+
+def behind_orders(graph: Graph) -> frozenset[str]:
+    """Return the quantizers of values that were picked by an order of values, no other quantizer in between."""
+    picked, found = set[Node](), set[str]()
+    for node in graph.nodes:
+        if op_name(node) not in ORDERS and picked.isdisjoint(node.all_input_nodes):
+            continue
+        if node.op == "call_module":
+            found.add(node.name)
+        else:
+            picked.add(node)
+    return frozenset(found)
 
 
 def leading_names(graph: Graph) -> dict[str, str]:

@@ -46,7 +46,7 @@ def test_patches_are_kept_while_they_are_few(images: int, few: bool) -> None:
     node = next(n for n in traced("plain").module.graph.nodes if str(n.target) == "aten.conv2d.default")
     x = torch.randn(images, shape_of(node.args[0])[1], 2, 2, generator=torch.Generator().manual_seed(2))
     geometry, counted, whole = geometry_of(node), GramAccumulator(few=True), GramAccumulator()
-    for each in x.split(1):
+    for each in torch.split(x, 1):
         counted.add(each, geometry)
         whole.add(each, geometry)
     gram, expected = counted.gram(), whole.moments().gram
