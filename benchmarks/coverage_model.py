@@ -27,7 +27,7 @@ from fxquant.backends.onnx import executable, kernel_report
 from fxquant.core.errors import FxquantError, OptionError
 from fxquant.core.facts import BitAllocation, Settings
 from fxquant.core.ir import OPS, Choice, Program, Sites
-from fxquant.core.run import first_tensor, model_outputs
+from fxquant.core.run import first_tensor
 
 SEED = 0
 CALIBRATION_IMAGES = 8
@@ -58,8 +58,7 @@ def measure(name: str) -> Row:
         simulated = fxquant.convert(program, plan)
         row |= counted(program)
         with torch.no_grad():
-            expected = first_tensor(model(tests))
-        answer = model_outputs(simulated.module, (tests,))
+            expected, answer = first_tensor(model(tests)), first_tensor(simulated.module(tests))
         row |= compared(answer, expected, "simulated to float")
         stage = "onnx"
         with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fxquant.core.ir import Program, erase_dead, is_constant, shape_of, sizes
+from fxquant.core.ir import Program, constant, erase_dead, is_constant, shape_of, sizes
 from fxquant.passes.base import Pass
 from fxquant.passes.core_aten import as_layer
 from fxquant.passes.linear_layers import RESHAPES, as_linear
@@ -86,7 +86,7 @@ def _canonical(module: GraphModule, node: Node) -> int:
     if spelling is not None:
         node.target = spelling
         rewrites += 1
-    return rewrites + _explicit_padding(node) + as_linear(module, node)
+    return rewrites + _explicit_padding(node) + _one_slope(module, node) + as_linear(module, node)
 
 
 def _without_empty(node: Node) -> int:
@@ -113,6 +113,15 @@ def _positional(node: Node) -> int:
     last = max(names.index(name) for name in movable)
     node.args = tuple(values[name] for name in names[: max(last + 1, len(node.args))])
     node.kwargs = {name: value for name, value in node.kwargs.items() if name not in movable}
+    return 1
+
+
+def _one_slope(module: GraphModule, node: Node) -> int:
+    """Rewrite a PReLU with one slope for all channels as the LeakyReLU that it is: runtimes have integer kernels."""
+    slope = constant(module, node.args[1]) if node.target is aten.prelu.default else None
+    if slope is None or slope.numel() != 1:
+        return 0
+    node.target, node.args = aten.leaky_relu.default, (node.args[0], float(slope))
     return 1
 
 

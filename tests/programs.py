@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fxquant.capture import capture
 from fxquant.core.facts import Target
 from fxquant.core.ir import Choice, Program, Sites, show
-from fxquant.core.run import CalibrationSet
+from fxquant.core.run import CalibrationSet, first_tensor
 from fxquant.passes import (
     Calibrate,
     Canonicalize,
@@ -82,3 +85,9 @@ def check_pass(step: Pass, program: Program) -> Program:
     assert done is not program
     assert done.log[-1].name == repr(step)
     return done
+
+
+def first_answer(module: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Tensor:
+    """Return the first tensor that a graph returns for all images, which is what compiled graphs return."""
+    with torch.no_grad():
+        return first_tensor(module(*inputs))

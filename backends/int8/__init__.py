@@ -25,3 +25,4 @@ from fxquant.backends.int8.modules import (
 from fxquant.backends.int8.packed_layer import PackedLayer, packed_weight, unpacked_weight
 from fxquant.backends.int8.rules import INTEGER_OPS, IntegerOp
 from fxquant.backends.int8.scale_order import conv_joins_scales
+from fxquant.backends.int8.tables import Lookup, look_up

@@ -24,6 +24,7 @@ from fxquant.backends.int8.linear import IntegerLinear
 from fxquant.backends.int8.modules import Dequantize, IntegerAdd, Quantize
 from fxquant.backends.int8.rules import INTEGER_OPS, Ending, IntegerOp, Maker, OpCall
 from fxquant.backends.int8.stored_weight import StoredTable, StoredWeight, stored, weight_quantizer
+from fxquant.backends.int8.tables import look_up
 from fxquant.backends.kernel_rows import target_of
 from fxquant.backends.reference import STORAGE_BITS
 from fxquant.core.errors import LoweringError
@@ -189,6 +190,7 @@ class _Lowering:
         lowered = GraphModule(self.attributes, self.graph, "IntegerGraph")
         erase_dead(lowered)
         fuse_attention(lowered)
+        look_up(lowered)
         reuse_memory(lowered)
         return finish(lowered).eval()
 

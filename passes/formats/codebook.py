@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxquant.core.ir import (
@@ -50,20 +51,22 @@ def codebook(problem: RowProblem, bits: float) -> RowGrid:
     tried = [(count * LEVEL_BITS * groups * size, _own_tables(plain, count))]
     for each in (*(n for n in SHARES if n < size and size % n == 0), size):
         tried.append((count * LEVEL_BITS * groups * size // each, _shared_tables(plain, count, each)))
-    table_bits, found = min(tried, key=lambda known: _stored(plain, known[1], known[0]))
+    table_bits, found = min(tried, key=lambda known: _stored(plain.error(known[1]), plain.rows, known[0]))
     found = problem.rescaled(found)
     if not float(bits).is_integer() or bits < FORMAT_KINDS["uniform"].least:
         return found
     even = find(problem, WeightFormat(int(bits)))
-    # Rows of a shared table keep it; a row with its own may as well have even levels in it.
-    mixed = problem.better(even, found) if table_bits == tried[0][0] else found
-    return mixed if _stored(problem, mixed, table_bits) < _stored(problem, even, 0) else even
+    plainly, error = problem.error(even), problem.error(found)
+    if table_bits == tried[0][0]:
+        # Rows of a shared table keep it; a row with its own may as well have even levels in it.
+        found, error = even.chosen(found, error < plainly), torch.minimum(error, plainly)
+    return found if _stored(error, problem.rows, table_bits) < _stored(plainly, problem.rows, 0) else even
 
 
-def _stored(problem: RowProblem, grid: RowGrid, table_bits: int) -> float:
-    """Return bits of the tables, and of the error in the bits that would undo it."""
-    error = float(problem.error(grid).sum())
-    return table_bits + (problem.rows.numel() / 2 * math.log2(error) if error > 0 else -math.inf)
+def _stored(error: Tensor, rows: Tensor, table_bits: int) -> float:
+    """Return bits of the tables, and of the error of all rows in the bits that would undo it."""
+    total = float(error.sum())
+    return table_bits + (rows.numel() / 2 * math.log2(total) if total > 0 else -math.inf)
 
 
 def _own_tables(problem: RowProblem, count: int) -> RowGrid:
@@ -105,12 +108,16 @@ def lloyd(values: Tensor, levels: Tensor, weights: Tensor, steps: int = STEPS) -
         weights: at least 0, broadcastable to values.
         steps: how many; the levels stay ascending at each.
     """
-    weights = weights.expand_as(values)
+    # Sorted once, a step needs the places of the borders only: sums between them are differences of running sums.
+    ordered, index = values.sort(dim=2)
+    weights = weights.expand_as(values).gather(2, index)
+    running = [F.pad(part.cumsum(dim=2), (1, 0)) for part in (weights, weights * ordered)]
     for _ in range(steps):
-        borders = ((levels[..., 1:] + levels[..., :-1]) / 2).contiguous()
-        index = torch.searchsorted(borders, values.contiguous())
-        counts = torch.zeros_like(levels).scatter_add_(2, index, weights)
-        sums = torch.zeros_like(levels).scatter_add_(2, index, weights * values)
+        borders = (levels[..., 1:] + levels[..., :-1]) / 2
+        # A value in the middle between two levels belongs to the lower one.
+        places = F.pad(torch.searchsorted(ordered, borders.contiguous(), right=True), (1, 0))
+        places = torch.cat([places, torch.full_like(places[..., :1], ordered.shape[2])], dim=2)
+        counts, sums = (part.gather(2, places).diff(dim=2) for part in running)
         levels = torch.where(counts > 0, sums / counts, levels)
     return levels
 

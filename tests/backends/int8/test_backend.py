@@ -27,11 +27,11 @@ from fxquant.core.ir import (
     rule_of,
     show,
 )
-from fxquant.core.run import CalibrationSet, first_tensor, model_outputs
+from fxquant.core.run import CalibrationSet, first_tensor
 from fxquant.parity import compare
 from tests.backends.lowered import calibrated, plan_of
 from tests.models import MODELS
-from tests.programs import folded
+from tests.programs import first_answer, folded
 
 TARGET = backend("fx_int8").target
 WITH_SITES = [name for name in MODELS if name != "weightless"]
@@ -64,10 +64,10 @@ def test_whole_network_gives_the_simulations_answer_for_any_batch(name: str) -> 
     exact = FxInt8Backend(exact=True).lower(simulated)
     for count in (1, 5):
         inputs = MODELS[name].inputs(count)
-        expected = model_outputs(simulated, inputs)
+        expected = first_answer(simulated, inputs)
         tolerance = float(expected.abs().max()) * 0.01
-        torch.testing.assert_close(model_outputs(lowered, inputs), expected, atol=tolerance, rtol=0)
-        torch.testing.assert_close(model_outputs(exact, inputs), expected, atol=tolerance, rtol=0)
+        torch.testing.assert_close(first_answer(lowered, inputs), expected, atol=tolerance, rtol=0)
+        torch.testing.assert_close(first_answer(exact, inputs), expected, atol=tolerance, rtol=0)
     assert show(simulated) == text
     assert EXACT_KERNEL in kernel_report(exact).values()
 
@@ -129,7 +129,7 @@ def test_float_model_runs_as_it_is(name: str) -> None:
     module, inputs = folded(name).module, MODELS[name].inputs(3)
     run = FxInt8Backend().compile(module, inputs)
     # Attention in one call adds in another order.
-    torch.testing.assert_close(run(inputs), model_outputs(module, inputs), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(run(inputs), first_answer(module, inputs), rtol=1e-5, atol=1e-6)
     reasons = kernel_report(FxInt8Backend().lower(module))
     assert all(reason.startswith("float: ") for reason in reasons.values())
 

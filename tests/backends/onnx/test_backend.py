@@ -21,11 +21,10 @@ from fxquant.backends.onnx import GraphBuilder, executable, export_onnx, kernel_
 from fxquant.capture import capture
 from fxquant.core.errors import FileFormatError, LoweringError, MissingDependencyError, OptionError, OutputError
 from fxquant.core.ir import FakeQuantize, Grid, activation_spec, fork
-from fxquant.core.run import model_outputs
 from fxquant.passes import Canonicalize, FoldBatchnorm
 from tests.backends.lowered import QUANTIZED, calibrated, error_in_steps, example, plan_of, simulated
 from tests.models import MODELS, Composed
-from tests.programs import captured, folded
+from tests.programs import captured, first_answer, folded
 
 needs_data = pytest.mark.skipif(data_folder() is None, reason="set FXQUANT_DATA to run the real networks")
 
@@ -45,7 +44,7 @@ def test_a_float_graph_answers_like_torch_at_any_batch(name: str) -> None:
     run = executable(written(module), threads=1)
     for count in (1, 5):
         inputs = example(name, count)
-        assert torch.allclose(run(inputs), model_outputs(module, inputs), atol=1e-4, rtol=1e-4)
+        assert torch.allclose(run(inputs), first_answer(module, inputs), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -225,7 +224,7 @@ def test_activations_of_few_bits_are_clipped_to_their_grid() -> None:
 
 def test_an_unfolded_batch_norm_is_written_too() -> None:
     module, inputs = captured("residual").module, example("residual", 3)
-    assert torch.allclose(RUN.compile(module, inputs)(inputs), model_outputs(module, inputs), atol=1e-4)
+    assert torch.allclose(RUN.compile(module, inputs)(inputs), first_answer(module, inputs), atol=1e-4)
 
 
 def test_an_unwritable_place_is_an_output_error(tmp_path: Path) -> None:
