@@ -12,6 +12,9 @@ from fxquant.core.ir import Grid, Program, Sites, WeightFormat, resolve, rule_of
 from fxquant.passes.base import Pass
 from fxquant.passes.formats import RowProblem, grid_of, rows_of
 
+EVEN = "uniform"
+"""Kind of the formats of evenly spaced levels."""
+
 
 @dataclass(frozen=True)
 class ScaleWeights(Pass):
@@ -20,24 +23,34 @@ class ScaleWeights(Pass):
     Args:
         per_channel: one scale for each output channel; False gives all channels of a weight the same one.
         known: grids that need not be found, and the weights rounded on them.
+        even_only: leave other levels to `RoundWeights`, which finds them under its own rounding, but for weights that
+            are only stored.
     """
 
     per_channel: bool = True
     known: WeightGrids = field(default=WeightGrids({}), repr=False)
+    even_only: bool = False
     reads = (Sites,)
     writes = (WeightGrids,)
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with its weight grids."""
-        sites = program[Sites].sites
-        # Every site in every format, so that a plan edited by hand needs no new search.
-        used = sorted({choice.weight for site in sites for choice in site.choices if not choice.is_float})
+        sites, used = program[Sites].sites, used_formats(program)
         grids: dict[str, dict[WeightFormat, Grid]] = {}
         for site, axis in zip(sites, channel_axes(program).values(), strict=True):
             known = self.known.grids.get(site.name, {})
             weight, left = tensor_at(program.module, site.weight), [each for each in used if each not in known]
+            if self.even_only and not site.stored:
+                left = [each for each in left if each.kind == EVEN]
             grids[site.name] = {**known, **weight_grids(weight, left, axis, self.per_channel)}
         return program.with_facts(WeightGrids(grids, self.known.rounded)), 0
+
+
+def used_formats(program: Program) -> list[WeightFormat]:
+    """Return the formats that any site may have: every site has a grid in each, so that a plan edited by hand needs no
+    new search."""
+    choices = (choice for site in program[Sites].sites for choice in site.choices)
+    return sorted({choice.weight for choice in choices if not choice.is_float})
 
 
 def channel_axes(program: Program) -> dict[str, int]:

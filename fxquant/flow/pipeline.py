@@ -157,11 +157,10 @@ def calibrate(program: Program, images: CalibrationSet | None, reporter: Reporte
     settings = program[Settings]
     feed = () if images is None else (Calibrate(images, reporter=reporter),)
     target = program[Target]
-    program = run(program, *feed, CollectRanges(), ScaleWeights(target.per_channel), EstimateCost(target))
-    if settings.scoring_rounding == "nearest":
-        return program
-    if images is None:
+    rounds = settings.scoring_rounding != "nearest"
+    if rounds and images is None:
         reporter.say("weights are scored rounded to nearest, for want of calibration images; give them to calibrate()")
-        return program
-    # What was rounded well may take other bytes than its nearest values.
-    return run(program, RoundWeights(images, reporter), EstimateCost(target))
+    bank = (RoundWeights(images, reporter),) if rounds and images is not None else ()
+    # Costs last: what was rounded well may take other bytes than its nearest values.
+    grids = (ScaleWeights(target.per_channel, even_only=bool(bank) and target.per_channel), *bank, EstimateCost(target))
+    return run(program, *feed, CollectRanges(), *grids)

@@ -20,6 +20,7 @@ from fxquant.passes.formats import RowProblem, grid_of, rows_of
 from fxquant.passes.rounding.closed_form.gptq import gptq_rounder
 from fxquant.passes.rounding.closed_form.layerwise import gram_of, on_grid
 from fxquant.passes.rounding.closed_form.prefix import Prefix, fitting
+from fxquant.passes.scale_weights import used_formats
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class RoundWeights(Pass):
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with rounded weights and the grids they lie on; the graph does not change."""
-        known = program[WeightGrids].grids
+        known, used = program[WeightGrids].grids, used_formats(program)
         sites = [site for site in program[Sites].sites if not site.stored]
         grids, rounded = {site: dict(own) for site, own in known.items()}, dict[tuple[str, WeightFormat], Tensor]()
         walk = Prefix(program.module, fitting(program.module, self.images))
@@ -50,7 +51,8 @@ class RoundWeights(Pass):
             # Even spacing is found already; other levels are better when found under the method.
             even = {c: RowGrid.of(g, groups, len(weight)) for c, g in grids[site.name].items() if g.levels is None}
             problem = RowProblem(rows_of(weight, groups=groups), gram, rounder, found=even)
-            for chosen, grid in grids[site.name].items():
-                grids[site.name][chosen] = better = grid if chosen in even else grid_of(problem, chosen)
+            for chosen in used:
+                better = grids[site.name][chosen] if chosen in even else grid_of(problem, chosen)
+                grids[site.name][chosen] = better
                 rounded[site.name, chosen] = on_grid(weight, better, groups, rounder)
         return program.with_facts(WeightGrids(grids, rounded)), 0
