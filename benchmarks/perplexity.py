@@ -82,7 +82,7 @@ def in_blocks(
     blocks = text.unfold(0, context + 1, scored) if text.dim() == 1 else text
     total, count = 0.0, 0
     with torch.inference_mode():
-        for part in blocks.split(batch):
+        for part in torch.split(blocks, batch):
             target = part[:, 1:][:, -scored:]
             total += _nats(model(part[:, :-1])[:, -scored:], target)
             count += target.numel()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from benchmarks.language_tasks import LANGUAGE
 from benchmarks.task import Task
 from benchmarks.vision_tasks import VISION
 
-TASKS: dict[str, Task] = {task.name: task for task in VISION}
+TASKS: dict[str, Task] = {task.name: task for task in (*VISION, *LANGUAGE)}

@@ -1,4 +1,4 @@
-"""A language model of the Penn Treebank: two pre-norm Transformer blocks, width 192, 4 heads, one table at both ends."""
+"""A language model of the Penn Treebank: two pre-norm Transformer blocks of width 192, one table at both ends."""
 
 from __future__ import annotations
 

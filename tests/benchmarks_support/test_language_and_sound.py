@@ -10,10 +10,10 @@ from torch import Tensor
 
 from benchmarks import data
 from benchmarks.perplexity import in_blocks, streamed, told_stories, treebank
-from benchmarks.roc_auc import BEFORE, STEP, Sound, heard, roc_auc, spoken_digits
+from benchmarks.roc_auc import Sound, heard, roc_auc, spoken_digits
 from benchmarks.zoo.ptb_lstm import no_states, ptb_lstm
 from benchmarks.zoo.ptb_transformer import ptb_transformer
-from benchmarks.zoo.silero_vad import silero_vad
+from benchmarks.zoo.silero_vad import BEFORE, STEP, silero_vad
 from benchmarks.zoo.stories260k import stories260k
 
 needs_data = pytest.mark.skipif(
