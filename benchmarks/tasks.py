@@ -13,6 +13,7 @@ import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,8 @@ def measure(task: Task, samples: int | None) -> list[Row]:
     rows.append(network | {"contestant": "float"} | reference | floating)
     for contestant in task.contestants:
         file = folder / f"{contestant}.onnx"
-        made = kept(file.with_suffix(".json"), lambda to=file, name=contestant: wrote(task, name, to))  # type: ignore[misc]
-        found = figures(contestant, lambda to=file: file_answers(to))  # type: ignore[misc]
+        made = kept(file.with_suffix(".json"), partial(wrote, task, contestant, file))
+        found = figures(contestant, partial(file_answers, file))
         lost = task.lost(found[task.metric], reference[task.metric])
         row = network | {"contestant": contestant} | found | {"lost": lost}
         if contestant in task.limits:

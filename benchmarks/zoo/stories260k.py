@@ -61,8 +61,8 @@ class LlamaBlock(nn.Module):
         weights = (query @ key.transpose(-2, -1) / _HEAD**0.5 + mask).softmax(-1)
         x = x + self.wo((weights @ value).transpose(1, 2).reshape(count, steps, _WIDTH))
         y = self.ffn_norm(x)
-        told: Tensor = x + self.w2(F.silu(self.w1(y)) * self.w3(y))
-        return told
+        answer: Tensor = x + self.w2(F.silu(self.w1(y)) * self.w3(y))
+        return answer
 
 
 class Stories(nn.Module):

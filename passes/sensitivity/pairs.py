@@ -121,8 +121,8 @@ def measure_pairs(scorer: Scorer, wanted: NDArray[np.bool_]) -> PairRuns:
             evaluations += float(cell["evaluations"])
     # Each pair was run once, in the order of depth; the other half mirrors it.
     joint += joint.transpose(1, 0, 2)
-    told = (scorer.loss.needs_labels, scorer.context_loss)
-    return PairRuns(tuple(scorer.owners), singles.losses, joint, wanted, evaluations, *told)
+    around = (scorer.loss.needs_labels, scorer.context_loss)
+    return PairRuns(tuple(scorer.owners), singles.losses, joint, wanted, evaluations, *around)
 
 
 def _deeper(scorer: Scorer, wanted: NDArray[np.bool_]) -> dict[int, list[int]]:
