@@ -69,7 +69,7 @@ def _limited(
     row |= {f"held out, {key}": value for key, value in plan.quality.items()}
     row |= {f"bound, {key}": value for key, value in plan.quality_bounds.items()}
     row |= {f"others, {key}": measure.value for key, measure in found.items()}
-    row |= {"judged on": float(plan.quality_images), "learned by heart": "told" if plan.notes else ""}
+    row |= {"judged on": float(plan.quality_images), "learned by heart": "said" if plan.notes else ""}
     row |= {"stored bits": average_bits(result.program, plan), "size of float": plan.used["size_ratio"]}
     return row | {"plan": plan.estimator, "seconds": time.monotonic() - began}
 

@@ -148,14 +148,14 @@ def fields(name: str) -> tuple[Field, ...]:
     for bits, plans in read_json(FOLDER / name / "plans.json", "verdict plans", 1)["budgets"].items():
         rows: dict[tuple[str, float], list[Floats]] = {}
         truth, accuracy, modelled = [], [], []
-        for number, told in answers_at(name, bits).items():
-            truth.append(softened(reference["test"], told["test"], 1.0).mean())
-            accuracy.append(100 * (told["test"].argmax(axis=1) == labels).mean())
+        for number, answers in answers_at(name, bits).items():
+            truth.append(softened(reference["test"], answers["test"], 1.0).mean())
+            accuracy.append(100 * (answers["test"].argmax(axis=1) == labels).mean())
             modelled.append(plans[number]["modelled"][PRIOR])
-            for kind in told.keys() - {"test"}:
-                floats = reference[kind.removeprefix("crossed, ")][: len(told[kind])]
+            for kind in answers.keys() - {"test"}:
+                floats = reference[kind.removeprefix("crossed, ")][: len(answers[kind])]
                 for temperature in (*TEMPERATURES, 0.0):
-                    rows.setdefault((kind, temperature), []).append(softened(floats, told[kind], temperature))
+                    rows.setdefault((kind, temperature), []).append(softened(floats, answers[kind], temperature))
         if len(truth) >= FEWEST:
             losses = {key: np.stack(each) for key, each in rows.items()}
             found.append(Field(name, bits, np.array(truth), np.array(accuracy), np.array(modelled), losses, picks))

@@ -249,8 +249,9 @@ def collect(name: str) -> None:
                 # Weights rounded on one half answer the images of the other.
                 for kind in ("plain", "mixed"):
                     other = [asked[kind][halves[1 - k]] for k in range(2)]
-                    told = [answers_of(bank, plan, {"": images})[""] for bank, images in zip(banks, other, strict=True)]
-                    answers[f"crossed, {kind}"] = np.concatenate(told[::-1])
+                    pairs = zip(banks, other, strict=True)
+                    crossed = [answers_of(bank, plan, {"": images})[""] for bank, images in pairs]
+                    answers[f"crossed, {kind}"] = np.concatenate(crossed[::-1])
             write_arrays(path, answers)
         if number % 4 == 0:
             say(f"{number + 1} plans of each budget run")

@@ -5,15 +5,11 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -21,38 +17,13 @@ import fxquant
 from fxquant import Budget, Choice, Result, Settings
 from fxquant.core.errors import CalibrationError, FileFormatError, InfeasibleBudgetError, OptionError
 from fxquant.core.facts import EFFORTS, BitAllocation, EffortName, options_of
-from fxquant.core.host import Reporter
 from fxquant.core.ir import FLOAT, Sites
 from fxquant.core.run import model_outputs
-from fxquant.core.storage import ScoreStore
 from fxquant.dynamo import CompileOptions
-from fxquant.passes.sensitivity import ESTIMATORS, Scorer
+from fxquant.passes.sensitivity import ESTIMATORS
 from tests.models import MODELS, built
-from tests.scoring import inputs, plain_net
-
-IMAGES = inputs("plain", 24)[0]
-BUDGET = Budget(average_bits=4.5)
-
-
-def quantize(**change: Any) -> Result:
-    given = {"model": plain_net(), "calibration": IMAGES, "budget": BUDGET, "target": "reference", **change}
-    named = {name: given.pop(name) for name in inspect.signature(fxquant.quantize).parameters if name in given}
-    return fxquant.quantize(**named, options=given)
-
-
-@cache
-def quantized(**change: Any) -> Result:
-    return quantize(**change)
-
-
-def same(one: Result, other: Result) -> bool:
-    """Whether plan, scores and simulated answers agree bit for bit."""
-    answers = [model_outputs(each.simulated, (IMAGES,)) for each in (one, other)]
-    return (
-        one.allocation.to_json() == other.allocation.to_json()
-        and np.array_equal(one.sensitivity.values, other.sensitivity.values)
-        and torch.equal(*answers)
-    )
+from tests.scoring import plain_net
+from tests.small_runs import BUDGET, IMAGES, quantize, quantized, same
 
 
 def test_the_public_names() -> None:
@@ -337,72 +308,3 @@ def test_pareto_is_resolve_for_each_budget() -> None:
     assert plans[1].measured_loss is not None
     assert plans[0].measured_loss is not None
     assert plans[1].measured_loss <= plans[0].measured_loss
-
-
-@cache
-def best() -> tuple[Result, int]:
-    """Return the result of the most thorough run, and how often it ran the scorer."""
-    with patch.object(Scorer, "run", autospec=True, side_effect=Scorer.run) as run:
-        return quantize(effort="best", seed=2), run.call_count
-
-
-class KilledError(Exception):
-    """Stands for a process that is killed."""
-
-
-@pytest.mark.parametrize("cells", [1, 7])
-def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
-    put = ScoreStore.put
-
-    def fragile(self: ScoreStore, key: str, cell: Any) -> dict[str, NDArray[Any]]:
-        if len(list(tmp_path.rglob("*.npz"))) == cells:
-            raise KilledError
-        return put(self, key, cell)
-
-    whole, spent = best()
-    with patch.object(Scorer, "run", autospec=True, side_effect=Scorer.run) as run:
-        monkeypatch.setattr(ScoreStore, "put", fragile)
-        with pytest.raises(KilledError):
-            quantize(effort="best", seed=2, workdir=tmp_path)
-        monkeypatch.setattr(ScoreStore, "put", put)
-        done = run.call_count
-        assert same(whole, quantize(effort="best", seed=2, workdir=tmp_path))
-        assert 0 < run.call_count - done < spent
-        assert done > 0
-        known = run.call_count
-        assert known <= spent + 20
-        assert same(whole, quantize(effort="best", seed=2, workdir=tmp_path))
-        assert run.call_count == known
-
-
-def test_a_run_stopped_between_batches_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    track = Reporter.track
-
-    def interrupted(self: Reporter, items: Any, title: str, total: int) -> Iterator[Any]:
-        for count, item in enumerate(track(self, items, title, total)):
-            if title == "score pairs of choices" and count == 4:
-                raise KeyboardInterrupt
-            yield item
-
-    monkeypatch.setattr(Reporter, "track", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        quantize(effort="best", seed=2, workdir=tmp_path)
-    monkeypatch.setattr(Reporter, "track", track)
-    # The progress of a cell is shown once it is on disk.
-    assert len(list(tmp_path.rglob("*pairs-*.npz"))) == 5
-    assert same(best()[0], quantize(effort="best", seed=2, workdir=tmp_path))
-
-
-def test_a_workdir_of_another_run_is_refused(tmp_path: Path) -> None:
-    quantize(effort="fast", workdir=tmp_path)
-    other = plain_net()
-    with torch.no_grad():
-        other.fc.bias.add_(1e-3)
-    for change, field in (
-        ({"model": other}, "model"),
-        ({"calibration": IMAGES[:20]}, "data"),
-        ({"seed": 7}, "data"),
-        ({"bits": (4, 8)}, "settings"),
-    ):
-        with pytest.raises(FileFormatError, match=f"were made with another [a-z, ]*{field}.*use another workdir"):
-            quantize(effort="fast", workdir=tmp_path, **change)

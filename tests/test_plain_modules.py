@@ -1,4 +1,4 @@
-"""Modules that are more than a network, used as they are; what they look like is in `tests.models`."""
+"""Modules that are more than a network, used as they are; what they look like is in `tests.unusual_models`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import fxquant
 from fxquant.backends.onnx import executable
 from fxquant.core.ir import Sites
-from tests.models import Classifier
+from tests.unusual_models import Classifier
 
 
 def test_a_module_with_a_trainer_and_a_dataclass_for_an_answer(tmp_path: Path) -> None:

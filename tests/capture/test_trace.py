@@ -16,8 +16,9 @@ from fxquant.capture import DECOMPOSITIONS, capture, input_names
 from fxquant.core.errors import CaptureError
 from fxquant.core.ir import sample_elements, sample_shape, show
 from fxquant.core.run import first_tensor
-from tests.models import MODELS, Classifier, Composed, ResidualNet, TwoInputNet, ValueDependentNet, VariadicNet, built
+from tests.models import MODELS, Composed, ResidualNet, TwoInputNet, built
 from tests.programs import captured
+from tests.unusual_models import Classifier, ValueDependentNet, VariadicNet
 
 aten = torch.ops.aten
 
@@ -122,9 +123,9 @@ def test_names_of_what_is_no_model(wrong: Any, found: str) -> None:
 def test_control_flow_on_values_names_the_users_line() -> None:
     with pytest.raises(CaptureError, match=r"does not export to a graph at .*models\.py:\d+.*torch\.where") as caught:
         capture(ValueDependentNet(), (torch.randn(2, 3),))
-    place = re.search(r"models\.py:(\d+)", str(caught.value))
+    place = re.search(r"unusual_models\.py:(\d+)", str(caught.value))
     assert place is not None
-    lines = (Path(__file__).parents[1] / "models.py").read_text().splitlines()
+    lines = (Path(__file__).parents[1] / "unusual_models.py").read_text().splitlines()
     assert lines[int(place.group(1)) - 1].strip() == "if x.sum() > 0:"
 
 
