@@ -28,4 +28,5 @@ from fxquant.passes.allocation.relaxation import cold, relax
 from fxquant.passes.allocation.rescore import Step, trust_region
 from fxquant.passes.allocation.solution import BoolArray, Clock, FloatArray, Problem, Solution
 from fxquant.passes.allocation.subproblem import Subproblem
+from fxquant.passes.allocation.threshold import cheapest_within, error_ratios, solve_threshold
 from fxquant.passes.allocation.without_cbc import solve_by_branching

@@ -200,7 +200,7 @@ def test_costs_of_two_choices_are_honoured_by_every_solver(seed: int, diagonal: 
     best = solve_exhaustive(*arguments, products=products)
     whole = Problem(*arguments, products)
     for name, solve in SOLVERS.items():
-        if name == "linear" and not diagonal:
+        if name in ("linear", "threshold") and not diagonal:
             continue
         try:
             found = solve(*arguments, products=products)
@@ -213,7 +213,7 @@ def test_costs_of_two_choices_are_honoured_by_every_solver(seed: int, diagonal: 
         assert whole.feasible(found.choice)
         assert found.objective >= best.objective - 1e-9
         assert found.bound <= best.objective + 1e-6
-        if name != "greedy":
+        if name not in ("greedy", "threshold"):
             assert found.objective == pytest.approx(best.objective)
 
 
