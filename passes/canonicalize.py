@@ -14,6 +14,7 @@ from fxquant.core.ir import Program, constant, erase_dead, is_constant, shape_of
 from fxquant.passes.base import Pass
 from fxquant.passes.core_aten import as_layer
 from fxquant.passes.linear_layers import RESHAPES, as_linear
+from fxquant.passes.recurrent_cells import as_linear_layers
 
 aten = torch.ops.aten
 
@@ -59,8 +60,8 @@ SPELLINGS: dict[object, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Canonicalize(Pass):
-    """Erase identities and dead nodes, move keyword arguments into position, spell "same" padding as numbers and
-    products with a parameter as linear layers, and layers that were taken apart as layers again."""
+    """Erase identities and dead nodes, move keyword arguments into position, spell "same" padding as numbers, products
+    with a parameter and recurrent cells as linear layers, and layers that were taken apart as layers again."""
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program in canonical form."""
@@ -75,6 +76,8 @@ def _canonical(module: GraphModule, node: Node) -> int:
         return 0
     # Arguments first: what follows reads them by position.
     rewrites = _positional(node) + as_layer(node) + _without_empty(node)
+    if as_linear_layers(module, node):
+        return rewrites + 1
     identity = IDENTITIES.get(node.target)
     if identity is not None and identity(node):
         source = node.args[0]

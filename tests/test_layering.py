@@ -38,7 +38,7 @@ the other."""
 ATEN = {
     *("fxquant/core/ir/ops.py", "fxquant/capture/decompositions.py", "fxquant/capture/free_batch.py"),
     *("passes/canonicalize.py", "passes/core_aten.py", "passes/linear_layers.py"),
-    *("passes/fold_batchnorm.py", "passes/rewrite_transposed.py"),
+    *("passes/fold_batchnorm.py", "passes/rewrite_transposed.py", "passes/recurrent_cells.py"),
 }
 """Files that may name ATen overloads, in addition to the lowering tables of the backends."""
 

@@ -49,8 +49,9 @@ def capture(
     """
     stored = model
     if not isinstance(model, StoredProgram):
-        # Export specialises sizes 0 and 1, so a single image is doubled to keep the batch free.
-        inputs = tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t for t in example_inputs)
+        # Export specialises sizes 0 and 1, so a single image is doubled to keep the batch free. Others are copied: of
+        # parts of larger tensors torch writes guards that cannot be run.
+        inputs = tuple(torch.cat([t, t]) if t.dim() and t.shape[0] == 1 else t.clone() for t in example_inputs)
         exported = model
         if not isinstance(model, ExportedProgram):
             exported = _export(model, inputs, dynamic_batch, dynamic_image)

@@ -78,6 +78,13 @@ def test_a_single_image_still_gives_a_dynamic_batch() -> None:
     assert show(fixed.module) == show(program.module)
 
 
+def test_inputs_may_be_parts_of_larger_tensors() -> None:
+    step = Composed(lambda net, x, h: net.cell(x, h), cell=nn.GRUCell(6, 5)).eval()
+    x, states = torch.randn(4, 6), torch.randn(4, 10)
+    program = capture(step, (x, states[:, 5:]))
+    torch.testing.assert_close(program.module(x[:3], states[:3, :5]), step(x[:3], states[:3, :5]))
+
+
 @pytest.mark.parametrize("others", [0, 1, 2])
 def test_any_number_of_inputs(others: int) -> None:
     model = VariadicNet()

@@ -230,6 +230,10 @@ REFUSED: dict[object, str] = {
     aten.conv3d.default: "3-d convolution has no integer kernel here",
     aten.conv_transpose3d.input: "no runtime here has an integer transposed convolution",
     **dict.fromkeys(RECURRENT, "a recurrent layer runs in float: every step waits for the one before it"),
+    **dict.fromkeys(
+        (aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default),
+        "the weights are computed by the graph; with parameters it would run as two linear layers and gates",
+    ),
     aten.bilinear.default: "no runtime here has an integer bilinear layer",
     aten.einsum.default: "a product written as einsum runs in float; write torch.nn.functional.linear or torch.matmul",
     aten.addmm.default: "the weight is an operand, not a parameter of linear; write torch.nn.functional.linear",
