@@ -6,7 +6,7 @@ from fxquant.passes.rounding.closed_form.bank import RoundWeights
 from fxquant.passes.rounding.closed_form.bias_correction import channel_means
 from fxquant.passes.rounding.closed_form.chains import ScaleChain, scale_chains
 from fxquant.passes.rounding.closed_form.descent import refined, rescaled_to, swept
-from fxquant.passes.rounding.closed_form.gpfq import gpfq_rows
+from fxquant.passes.rounding.closed_form.gpfq import gpfq_rows, path_following
 from fxquant.passes.rounding.closed_form.gptq import gptq_rounder, gptq_rows, with_best_scales
 from fxquant.passes.rounding.closed_form.input_gram import (
     GramAccumulator,
@@ -23,4 +23,5 @@ from fxquant.passes.rounding.closed_form.layerwise import (
 from fxquant.passes.rounding.closed_form.output_moments import OutputMoments, output_moments
 from fxquant.passes.rounding.closed_form.prefix import FEWEST, Prefix, fitting
 from fxquant.passes.rounding.closed_form.qronos import aimed, refitted
+from fxquant.passes.rounding.closed_form.spfq import spfq_rows, stochastic
 from fxquant.passes.rounding.closed_form.verdict import first_site, judged

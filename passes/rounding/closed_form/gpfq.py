@@ -31,11 +31,21 @@ def gpfq(task: RoundingTask) -> Program:
 
 
 def gpfq_rows(moments: Moments) -> RowRounder:
-    """Return how GPFQ rounds weights that read this input.
+    """Return how GPFQ rounds weights that read this input: `path_following` with nearest rounding."""
+    return path_following(moments, lambda target, grid: grid.nearest(target))
+
+
+def path_following(moments: Moments, quantizer: RowRounder) -> RowRounder:
+    """Return how weights that read this input are rounded so that they follow the float network's output.
 
     With `f_t` and `x_t` the float and the quantized network's t-th input over all images, and u = 0 at first:
-    `u += w_t f_t`, `q_t = round(<x_t, u> / |x_t|^2)`, `u -= q_t x_t`. Only inner products are needed:
-    `<x_t, u> = sum_{s <= t} w_s G_ts - sum_{s < t} q_s H_ts`. Inputs that were always zero are rounded to nearest.
+    `u += w_t f_t`, `q_t = Q(<x_t, u> / |x_t|^2)`, `u -= q_t x_t`. Only inner products are needed:
+    `<x_t, u> = sum_{s <= t} w_s G_ts - sum_{s < t} q_s H_ts`. Weights of inputs that were always zero are quantized as
+    they are.
+
+    Args:
+        moments: of the op's input.
+        quantizer: Q, called for one column (groups, rows, 1) after the other.
     """
     gram = moments.gram
     energy = gram.diagonal(dim1=1, dim2=2)
@@ -52,7 +62,7 @@ def gpfq_rows(moments: Moments) -> RowRounder:
             spent = values[:, :, :t] @ gram[:, t, :t].unsqueeze(2)
             target = (wanted[:, :, t : t + 1] - spent) / strength[:, t].reshape(-1, 1, 1)
             target = torch.where(dead[:, t].reshape(-1, 1, 1), rows[:, :, t : t + 1], target)
-            integers[:, :, t : t + 1] = q = grid.nearest(target)
+            integers[:, :, t : t + 1] = q = quantizer(target, grid)
             values[:, :, t : t + 1] = grid.value(q)
         return integers
 
