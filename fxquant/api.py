@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from fxquant.core.host import ALONE, Reporter, Shards
 from fxquant.core.ir import Program
 from fxquant.core.run import CalibrationSet, LossFunction, collect, images_for
 from fxquant.core.storage import work_folder
-from fxquant.flow import algorithms, choose, judged_on, round_plan, round_with_feedback, rounded_best
+from fxquant.flow import algorithms, choose, finisher, judged_on, round_with_feedback
 from fxquant.passes import simulate, widest_plan
+from fxquant.recipes import settings_of
 from fxquant.result import Result
 
 
@@ -38,6 +39,7 @@ def quantize(
     keep_float: Sequence[str] | None = None,
     dynamic_image: bool | None = None,
     rounding: str | None = None,
+    recipe: str | None = None,
     workdir: str | Path | None = None,
     progress: bool = True,
     options: Settings | Mapping[str, Any] | None = None,
@@ -60,6 +62,8 @@ def quantize(
         dynamic_image: True leaves height and width of images free, where the model takes images of any size.
         rounding: how the plan's weights are rounded: "nearest", "qronos", "pdquant" or another algorithm, or several
             joined by "+"; by default the effort's. Kept only where the held-out loss falls.
+        recipe: a published method by its name in `fxquant.recipes.RECIPES`, for example "hawq-v3": its parts are the
+            settings of which nothing else is said here or in `options`.
         workdir: folder that keeps finished scores; the same call goes on where a killed one stopped.
         progress: bars on a terminal, elsewhere a line on stderr for each stage.
         options: all other settings, as a `Settings` or as name -> value: `{"seed": 1, "pins": {"stem": "W8A8"}}`. What
@@ -69,15 +73,15 @@ def quantize(
         The result, whose plan was measured with the weights it ships, on calibration images mixed in pairs.
 
     Raises:
-        InputError: the model, the calibration data or an option cannot be used.
+        InputError: the model, the calibration data or an option cannot be used, or contradicts the recipe.
         InfeasibleBudgetError: no plan keeps the budget.
         OutputError: the workdir cannot be written, found before the work.
         WorkerError: another process that shares the scoring was lost.
     """
     limits = None if budget is None else Budget.of(budget)
     named = {"bits": bits, "activation_bits": activation_bits, "target": target, "effort": effort}
-    others = {"keep_float": keep_float, "dynamic_image": dynamic_image, "rounding": rounding}
-    settings = Settings.of(options, **named, **others)
+    others = {"keep_float": keep_float, "dynamic_image": dynamic_image, "rounding": rounding, "recipe": recipe}
+    settings = settings_of(options, **named, **others)
     preset = EFFORTS[settings.effort]
     settings = settings if settings.rounding is not None else replace(settings, rounding=preset.rounding)
     flow.check_names(settings)
@@ -92,6 +96,7 @@ def quantize(
         reporter.say(f"{most} calibration images are used, all that effort={settings.effort!r} and the budget take")
     if len(images) < 2:
         raise CalibrationError("calibration holds one image; give at least two, so that one can be held out")
+    flow.check_labels(images, settings)
     scoring, held_out = flow.split_images(images, limits, settings)
     flow.check_answers(limits, held_out, settings)
     with reporter.stages(flow.stages(settings, limits)):
@@ -128,31 +133,8 @@ def _search(
         reporter.stage(flow.CURVE)
         curve = [flow.measure_curve(program, None, judging, reporter)] if shards.is_first else []
         return Result(plain.with_facts(*curve), held_out, scoring)
-    finish = _finish(settings, scoring, held_out, reporter, place)
+    finish = finisher(settings, scoring, held_out, reporter, place)
     return Result(choose(program, limits, held_out, reporter, scoring, folder, finish), held_out, scoring)
-
-
-def _finish(
-    settings: Settings,
-    scoring: CalibrationSet | None,
-    held_out: CalibrationSet | None,
-    reporter: Reporter,
-    folder: Path | None = None,
-) -> Callable[[Program], Program]:
-    """Return what is done to a solved plan: its weights are rounded as the settings say, where there are images."""
-    chain = settings.rounding or "nearest"
-
-    def rounded(solved: Program) -> Program:
-        assert scoring is not None
-        return round_plan(solved, chain, scoring, held_out, folder, reporter, settings.rounding_options)
-
-    def finish(solved: Program) -> Program:
-        if scoring is None or chain == "nearest":
-            return solved
-        reporter.stage(flow.ROUND)
-        return rounded_best(solved, rounded)
-
-    return finish
 
 
 def capture(model: nn.Module | ExportedProgram, calibration: object, dynamic_image: bool = False) -> Program:
@@ -178,9 +160,9 @@ def prepare(program: Program, settings: Settings | None = None) -> Program:
 
     Args:
         program: from `capture`.
-        settings: what to search over; None for the defaults.
+        settings: what to search over, laid over those of their recipe; None for the defaults.
     """
-    return flow.prepare(program, settings or Settings())
+    return flow.prepare(program, settings_of(settings))
 
 
 def calibrate(program: Program, calibration: object = (), progress: bool = True) -> Program:
@@ -348,7 +330,7 @@ def resolve(
     if held_out is not None or calibration is not None:
         # Losses on other images do not compare with those of the curve, which is measured again.
         program = program.without(BudgetCurve)
-    finish = _finish(settings, known.scoring, known.held_out, reporter)
+    finish = finisher(settings, known.scoring, known.held_out, reporter)
     judging = judged_on(program, None if held_out is not None else known.scoring, known.held_out)
     solved = choose(program, Budget.of(budget), known.held_out, reporter, finish=finish, judging=judging)
     return replace(known, program=solved)

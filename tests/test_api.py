@@ -34,7 +34,7 @@ def test_the_public_names() -> None:
 
 def test_what_people_change_often_is_named_and_the_rest_is_in_options() -> None:
     named = inspect.signature(fxquant.quantize).parameters.keys()
-    assert len(named) <= 13
+    assert len(named) <= 14
     assert named - options_of(Settings).keys() == {"model", "calibration", "budget", "workdir", "progress", "options"}
     base = Settings(bits=(8,), seed=3)
     for options in (base, {"bits": (8,), "seed": 3}):

@@ -21,6 +21,7 @@ FLOORS = (
     ("core.facts",),
     ("core.run",),
     ("passes", "backends"),
+    ("recipes",),
     ("capture", "flow", "qat"),
     ("report",),
     ("saved_parts",),

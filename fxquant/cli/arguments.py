@@ -30,6 +30,7 @@ HELP = {
     "bench": "time the float and the quantized model of a saved result, interleaved",
     "check": "compare simulation, exact reference and runtimes of a saved result, edge by edge",
     "report": "write the report of a saved result again",
+    "recipes": "list the published methods that --recipe takes, and what each needs",
     "inspect": "show what any ONNX file holds: precision of operators and weights, and what runs in float",
 }
 
@@ -181,6 +182,11 @@ def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR", help="where results go")
 
 
+def _recipes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="show all of one recipe")
+    parser.add_argument("--json", action="store_true", help="everything, as JSON")
+
+
 _ADDERS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "demo": _demo,
     "quantize": _quantize,
@@ -193,6 +199,7 @@ _ADDERS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "check": _check,
     "report": _report,
     "inspect": _inspect,
+    "recipes": _recipes,
 }
 
 

@@ -7,6 +7,7 @@ compute what the plan says, 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 import traceback
@@ -42,6 +43,7 @@ from fxquant.outputs import (
 )
 from fxquant.parity import as_json as parity_json
 from fxquant.parity import check
+from fxquant.recipes import described, listing, settings_of, table
 from fxquant.report import comparison, runtime_text, speed_table
 from fxquant.result import Result
 
@@ -125,7 +127,9 @@ def _scored(args: argparse.Namespace, budget: Budget | None) -> None:
             # Two runs may share it: they measure the same, and the last one's file stays.
             held.enter_context(output_folder(args.workdir, resume=True, writer=False))
         asked = given(Settings, args)
-        settings = Settings.of(asked, distributed=True, loss=load_loss(asked.get("loss")))
+        # As they were typed, so that a recipe knows its own parts from the user's.
+        given_settings = {**asked, "distributed": True, "loss": load_loss(asked.get("loss"))}
+        settings = settings_of(given_settings)
         check_packages(settings.target)
         most = EFFORTS[settings.effort].images + wanted_images(budget, settings)
         images = load_calibration(args.calibration, _image_options(args), most)
@@ -135,7 +139,7 @@ def _scored(args: argparse.Namespace, budget: Budget | None) -> None:
             budget if shards.is_first else None,
             workdir=args.workdir or folder,
             progress=not quiet,
-            options=settings,
+            options=given_settings,
         )
         if shards.is_first:
             _tell(args, result, write_outputs(result, folder))
@@ -260,6 +264,13 @@ def _inspect(args: argparse.Namespace) -> None:
     print(as_json(found) if args.json else as_text(found))
 
 
+def _recipes(args: argparse.Namespace) -> None:
+    if args.json:
+        print(json.dumps(listing(args.name), indent=2, ensure_ascii=False))
+    else:
+        print(table() if args.name is None else described(args.name))
+
+
 def _demo(args: argparse.Namespace) -> None:
     # Imported here because only the demo needs scikit-learn's digits.
     from fxquant.demo import run_demo
@@ -282,6 +293,7 @@ COMMANDS = {
     "check": _check,
     "report": _report,
     "inspect": _inspect,
+    "recipes": _recipes,
 }
 """Command -> what runs it."""
 

@@ -92,14 +92,34 @@ def _solve(
     folder: Path | None = None,
 ) -> Program:
     settings = program[Settings]
-    program = _allocator(settings, budget)(program)
+    program = _contestants(_allocator(settings, budget)(program), budget)
     if meter is None:
         return program
-    step = VerifyAndRefine(meter, reporter, settings.refine_moves, requantization_cost=settings.requantization_cost)
-    solved = step(program)
-    if scoring is None or not settings.rounds or not has_choice(program):
+    compares = settings.choose == "measured"
+    moves = settings.refine_moves if compares else 0
+    solved = VerifyAndRefine(meter, reporter, moves, requantization_cost=settings.requantization_cost)(program)
+    if not compares or scoring is None or not settings.rounds or not has_choice(program):
         return solved
     return rescore_around(solved, budget, scoring, meter, reporter, folder)
+
+
+def _contestants(program: Program, budget: Budget) -> Program:
+    """Return the program with the finalists that `Settings.choose` allows, the first of them as its plan.
+
+    Raises:
+        InfeasibleBudgetError: only uniform plans may be taken, and none keeps the limits.
+    """
+    choose, plans = program[Settings].choose, program[Finalists].plans
+    if choose == "measured" or len(plans) == 1:
+        return program
+    solved = program[BitAllocation]
+    if choose == "solved":
+        return program.with_facts(Finalists({solved.estimator: solved}))
+    uniform = {name: plan for name, plan in plans.items() if plan.status == "uniform"}
+    if not uniform:
+        raise InfeasibleBudgetError(f"no uniform plan keeps {budget}; raise the limit or allow narrower bits")
+    best = min(uniform.values(), key=lambda plan: plan.objective)
+    return program.with_facts(best, Finalists(uniform))
 
 
 def _allocator(settings: Settings, budget: Budget, near: tuple[BitAllocation, int] | None = None) -> AllocateBits:

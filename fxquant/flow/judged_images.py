@@ -6,6 +6,8 @@ from fxquant.core.errors import CalibrationError, OptionError
 from fxquant.core.facts import EFFORTS, Budget, Settings
 from fxquant.core.ir import Program
 from fxquant.core.run import (
+    JOIN,
+    LOSSES,
     NO_LABELS,
     SPARE,
     CalibrationSet,
@@ -51,6 +53,23 @@ def split_images(
 def compared_images(held_out: CalibrationSet, settings: Settings) -> CalibrationSet:
     """Return the held-out images that plans are compared on where more are there to judge answers."""
     return held_out.slice(0, max(1, round(settings.held_out * EFFORTS[settings.effort].images)))
+
+
+def check_labels(images: CalibrationSet, settings: Settings) -> None:
+    """Fail before the long work if the loss compares with labels and the images have none.
+
+    Raises:
+        CalibrationError: so it is; the message names the recipe that asks for the loss.
+    """
+    names = settings.loss.split(JOIN) if isinstance(settings.loss, str) else []
+    asking = [name.strip() for name in names if LOSSES[name.strip()].needs_labels]
+    if asking and images.labels is None:
+        by = f"loss {asking[0]!r}"
+        by = f"recipe {settings.recipe!r} judges by {by}, which" if settings.recipe else by
+        raise CalibrationError(
+            f"{by} needs labels, and the calibration batches hold none, or not one for each image; give batches of "
+            "(images, labels), or loss 'kl', which compares with the float network's answers"
+        )
 
 
 def check_answers(budget: Budget | None, held_out: CalibrationSet, settings: Settings) -> None:

@@ -29,6 +29,7 @@ from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.rounding import ROUNDERS
 from fxquant.passes.rounding.closed_form import RoundWeights
 from fxquant.passes.sensitivity import ESTIMATORS
+from fxquant.recipes import RECIPES
 
 KEPT = "kept in float as asked"
 
@@ -76,6 +77,7 @@ KNOWN_NAMES: Mapping[str, Collection[str]] = {
     "estimators": ESTIMATORS,
     "solver": SOLVERS,
     "rounding": ROUNDERS,
+    "recipe": RECIPES,
 }
 """Setting -> the names it may hold; more may be registered at any time."""
 
@@ -84,7 +86,7 @@ def check_names(settings: Settings) -> None:
     """Fail on a misspelt name before any work is done.
 
     Raises:
-        OptionError: an unknown target, observer, loss, estimator, solver or way of rounding.
+        OptionError: an unknown target, observer, loss, estimator, solver, way of rounding or recipe.
     """
     _ = backend(settings.target)
     given = {name: getattr(settings, name) for name in KNOWN_NAMES if name != "target"}

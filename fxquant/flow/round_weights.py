@@ -25,6 +25,7 @@ from fxquant.core.run import JOIN, CalibrationSet, Loss, model_outputs
 from fxquant.core.storage import ScoreStore, text_digest
 from fxquant.flow import allocate as search
 from fxquant.flow.score import judged_on, judging, loss_in_use, score_identity
+from fxquant.flow.stages import ROUND
 from fxquant.passes import measured_loss, simulate
 from fxquant.passes.rounding import ROUNDERS, RoundingTask, accepted, rejection
 from fxquant.passes.rounding.learned import Reconstruction
@@ -106,6 +107,29 @@ def round_plan(
     if held_out is None or judged is None:
         return rounded
     return _better(program, rounded, chain, held_out, judged, loss, reporter)
+
+
+def finisher(
+    settings: Settings,
+    scoring: CalibrationSet | None,
+    held_out: CalibrationSet | None,
+    reporter: Reporter = SILENT,
+    folder: Path | None = None,
+) -> Callable[[Program], Program]:
+    """Return what is done to a solved plan: its weights are rounded as the settings say, where there are images."""
+    chain = settings.rounding or "nearest"
+
+    def rounded(solved: Program) -> Program:
+        assert scoring is not None
+        return round_plan(solved, chain, scoring, held_out, folder, reporter, settings.rounding_options)
+
+    def finish(solved: Program) -> Program:
+        if scoring is None or chain == "nearest":
+            return solved
+        reporter.stage(ROUND)
+        return rounded_best(solved, rounded)
+
+    return finish
 
 
 def rounded_best(solved: Program, finish: Callable[[Program], Program]) -> Program:

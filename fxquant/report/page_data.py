@@ -26,6 +26,7 @@ from fxquant.core.host import cpu_model, int8_instructions
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import UNITS
 from fxquant.passes import uniform_plans
+from fxquant.recipes import RECIPES
 from fxquant.report.budget_curve import frontier
 from fxquant.report.layers import average_bits, finite, layer_rows, model_bytes, most_sensitive
 from fxquant.report.operands import operand_rows
@@ -106,6 +107,7 @@ def overview(
     settings = program[Settings].to_json() | {"target": program[Target].name}
     return {
         "asked": {"budget": program[BitAllocation].asked, "settings": settings, "inputs": _inputs(program)},
+        "recipe": _recipe(program[Settings].recipe),
         "outcome": _outcome(program, held_out_images),
         "coverage": coverage(program),
         "plans": _plans(program),
@@ -117,6 +119,15 @@ def overview(
         "versions": versions(),
         "measured": measured,
     }
+
+
+def _recipe(name: str | None) -> dict[str, str] | None:
+    """Return what is known of the recipe that made the plan, None where it was made without one."""
+    if name is None:
+        return None
+    # A result may be opened where the recipe it was made by is not registered.
+    known = {"about": RECIPES[name].about, "source": RECIPES[name].source} if name in RECIPES else {}
+    return {"name": name, **known}
 
 
 def _latency(costs: CostTables, choices: Mapping[str, Choice]) -> dict[str, Any] | None:

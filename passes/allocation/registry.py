@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fxquant.core.registry import Registry
 from fxquant.passes.allocation.exhaustive import solve_exhaustive
+from fxquant.passes.allocation.flips import solve_flips
 from fxquant.passes.allocation.greedy import solve_greedy
 from fxquant.passes.allocation.iqp import solve_iqp
 from fxquant.passes.allocation.linear_program import solve_linear
@@ -15,4 +16,5 @@ SOLVERS.register("iqp")(solve_iqp)
 SOLVERS.register("linear")(solve_linear)
 SOLVERS.register("greedy")(solve_greedy)
 SOLVERS.register("threshold")(solve_threshold)
+SOLVERS.register("flips")(solve_flips)
 SOLVERS.register("exhaustive")(solve_exhaustive)

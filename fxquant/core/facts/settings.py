@@ -15,6 +15,7 @@ from fxquant.core.ir import Choice, WeightFormat
 EffortName = Literal["fast", "default", "best"]
 Context = Literal["float", "widest"]
 ScoringRounding = Literal["gptq", "nearest"]
+Contest = Literal["measured", "solved", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ class Settings(Options):
         context: how all other layers are quantized while one is scored: not at all, or at their widest integer
             precision (CalibTIP, arXiv 2006.10518).
         solver: algorithm that solves the integer program.
+        choose: which plan is taken: "measured" compares those of all estimators and the uniform ones by their measured
+            loss, and improves the best by measured swaps; "solved" takes that of the preferred estimator as the solver
+            gave it, as published methods do; "uniform" the best plan of one precision within the limits.
         time_limit: seconds for each solve.
         held_out: share of the calibration images kept for verification.
         confidence: limits on answers hold for all images like the held-out ones with this probability: not the measured
@@ -92,6 +96,7 @@ class Settings(Options):
         rounding: algorithms that round the plan's weights, joined by "+"; by default that of the effort. A rounding is
             kept only where it lowers the held-out loss.
         rounding_options: option of the reconstruction engine -> value, for example iterations=300.
+        recipe: published method whose parts are the settings that nothing else is said of (`fxquant.recipes`).
         seed: same seed, same answer.
         threads: threads of the target's runtime; by default it chooses.
         distributed: share the scoring among the processes that torchrun started. Each of them makes the same call, all
@@ -115,6 +120,7 @@ class Settings(Options):
     estimators: tuple[str, ...] = BY_EFFORT
     context: Context = "float"
     solver: str = "iqp"
+    choose: Contest = "measured"
     time_limit: float = field(default=60.0, metadata=rules(above=0))
     held_out: float = field(default=0.25, metadata=rules(above=0, below=1))
     confidence: float = field(default=0.95, metadata=rules(above=0, below=1))
@@ -125,6 +131,7 @@ class Settings(Options):
     curve: int = field(default=BY_EFFORT, metadata=rules(least=0))
     rounding: str = BY_EFFORT
     rounding_options: Mapping[str, object] = field(default_factory=dict, metadata=rules(flag="rounding_option"))
+    recipe: str | None = None
     seed: int = 0
     threads: int | None = field(default=None, metadata=rules(least=1))
     distributed: bool = field(default=False, metadata=rules(saved=False))
