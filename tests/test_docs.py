@@ -29,6 +29,7 @@ from fxquant.passes.formats import FORMATS
 from fxquant.passes.rounding import ROUNDERS
 from fxquant.passes.rounding.learned import Reconstruction
 from fxquant.passes.sensitivity import ESTIMATORS
+from fxquant.recipes import RECIPES
 from tests.small import images, small
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +72,7 @@ def tables() -> Iterator[None]:
         BACKENDS,
         ESTIMATORS._entries,
         FORMATS._entries,
+        RECIPES._entries,
         ROUNDERS._entries,
         SOLVERS._entries,
     ]

@@ -56,7 +56,7 @@ def solve_flips(
         if after < excess:
             plan, excess = flipped, after
     if excess > 0:
-        raise SolverError("flips end at a plan beyond the limits; use solver 'linear', which proves whether there is one")
+        raise SolverError("flips end at a plan beyond the limits; use solver 'linear', which proves if there is one")
     choice = np.zeros(len(noise), dtype=bool)
     choice[plan] = True
     has_pairs = np.count_nonzero(small.values - np.diag(noise)) > 0

@@ -14,7 +14,7 @@ import torch
 
 import fxquant
 from fxquant.core.errors import CalibrationError
-from fxquant.core.facts import SensitivityMatrix, Settings
+from fxquant.core.facts import Settings
 from fxquant.core.registry import Registry
 from fxquant.core.run import OBSERVERS, model_outputs
 from fxquant.passes.allocation import SOLVERS
@@ -31,9 +31,16 @@ FEW = {"iterations": 3, "batch": 4}
 """Steps of learned roundings, too few to be good and enough to be used."""
 
 
-def run(recipe: Recipe, labels: bool = True, **options: Any) -> Result:
-    calibration = [(IMAGES, LABELS)] if labels else [IMAGES]
-    more = {"curve": 0, **({"rounding_options": FEW} if recipe.learned else {}), **options}
+def run(recipe: Recipe, labels: bool = True, turned: bool = False) -> Result:
+    """Run a recipe on the small network.
+
+    Args:
+        recipe: which.
+        labels: whether the calibration images have labels.
+        turned: give them in the opposite order.
+    """
+    calibration = [(IMAGES, LABELS.flip(0) if turned else LABELS)] if labels else [IMAGES]
+    more = {"curve": 0, **({"rounding_options": FEW} if recipe.learned else {})}
     return fxquant.quantize(
         small(), calibration, BUDGET, recipe=recipe.name, target="reference", progress=False, options=more
     )
@@ -91,9 +98,14 @@ class Used:
         monkeypatch.setattr(torch.autograd, "backward", counted(backward))
 
 
-def test_it_uses_the_parts_that_its_row_names(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_uses_the_parts_that_its_row_names_and_gives_the_same_answer_again(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = made(recipe.name)
     used = Used(monkeypatch)
-    settings = run(recipe).program[Settings]
+    # Labels make no difference where the row asks for none.
+    again = run(recipe, labels="labels" in recipe.needs)
+    settings = again.program[Settings]
     assert used.names["estimator"] == set(recipe.settings.estimators)
     assert used.names["allocation solver"] == {recipe.settings.solver}
     assert used.names["rounding"] == set(recipe.rounding) - {"nearest"}
@@ -103,6 +115,10 @@ def test_it_uses_the_parts_that_its_row_names(recipe: Recipe, monkeypatch: pytes
     kept = {name: getattr(settings, name) for name in recipe.options if name != "rounding_options"}
     assert kept == {name: getattr(recipe.settings, name) for name in kept}
     assert dict(settings.rounding_options).items() >= dict(recipe.settings.rounding_options).items()
+    assert again.allocation.to_json() == first.allocation.to_json()
+    assert np.array_equal(again.sensitivity.values, first.sensitivity.values)
+    answers = [model_outputs(each.simulated, (IMAGES,)) for each in (first, again)]
+    assert torch.equal(*answers)
 
 
 def test_it_keeps_the_budget_and_its_widths(recipe: Recipe) -> None:
@@ -120,31 +136,12 @@ def test_it_keeps_the_budget_and_its_widths(recipe: Recipe) -> None:
         assert {plan.choices[name].label for name in ("stem", "head")} == {"W8A8"}
 
 
-def test_the_same_seed_gives_the_same_answer(recipe: Recipe) -> None:
-    one, other = made(recipe.name), run(recipe)
-    assert one.allocation.to_json() == other.allocation.to_json()
-    assert np.array_equal(one.program[SensitivityMatrix].values, other.program[SensitivityMatrix].values)
-    first, second = (model_outputs(each.simulated, (IMAGES,)) for each in (one, other))
-    assert torch.equal(first, second)
-
-
-def test_labels_are_used_where_it_says_so_and_asked_for(recipe: Recipe) -> None:
-    if "labels" not in recipe.needs:
-        unlabelled = run(recipe, labels=False)
-        assert unlabelled.allocation.choices == made(recipe.name).allocation.choices
-        return
-    with pytest.raises(CalibrationError, match=f"recipe '{recipe.name}' judges by loss 'ce', which needs labels"):
-        run(recipe, labels=False)
-    turned = fxquant.quantize(
-        small(),
-        [(IMAGES, LABELS.flip(0))],
-        BUDGET,
-        recipe=recipe.name,
-        target="reference",
-        progress=False,
-        options={"curve": 0},
-    )
-    assert not np.array_equal(turned.sensitivity.values, made(recipe.name).sensitivity.values)
+@pytest.mark.parametrize("name", [name for name, each in RECIPES.items() if "labels" in each.needs])
+def test_labels_are_asked_for_and_used(name: str) -> None:
+    with pytest.raises(CalibrationError, match=f"recipe '{name}' judges by loss 'ce', which needs labels"):
+        run(RECIPES[name], labels=False)
+    turned = run(RECIPES[name], turned=True)
+    assert not np.array_equal(turned.sensitivity.values, made(name).sensitivity.values)
     assert turned.sensitivity.unit == "cross-entropy nats"
 
 
