@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -30,8 +29,9 @@ def recipe_table() -> str:
 def filled(text: str) -> str:
     """Return the page with what stands between `<!-- name -->` and `<!-- end of name -->` made again."""
     for name, made in {"recipes": recipe_table()}.items():
-        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        text = mark.sub(lambda found, made=made: f"{found[1]}\n{made}\n\n{found[2]}", text)
+        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}\n{made}\n\n{end}{rest.partition(end)[2]}"
     return text
 
 

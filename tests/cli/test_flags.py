@@ -70,7 +70,7 @@ def example(option: Option) -> tuple[list[str], Any]:
 @pytest.mark.parametrize("name", [name for name, option in options_of(More).items() if option.saved])
 def test_an_option_is_one_field(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A field of the dataclass is an option of every entrance: nothing else has to name it."""
-    for module in ("api", "cli.commands", "cli.arguments", "dynamo.backend"):
+    for module in ("api", "recipes.recipe", "cli.commands", "cli.arguments", "dynamo.backend"):
         monkeypatch.setattr(f"fxquant.{module}.Settings", More)
     arguments, value = example(options_of(More)[name])
     made = More.of({name: value})

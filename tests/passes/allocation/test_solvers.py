@@ -205,7 +205,7 @@ def test_costs_of_two_choices_are_honoured_by_every_solver(seed: int, diagonal: 
         try:
             found = solve(*arguments, products=products)
         except SolverError:
-            assert name == "greedy"
+            assert name in ("greedy", "flips")
             continue
         if found.status == "infeasible":
             assert best.status == "infeasible"
