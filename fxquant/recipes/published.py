@@ -194,6 +194,13 @@ ROWS = (
         essence=("rounding",),
     ),
     Recipe(
+        "spfq",
+        "path following with stochastic rounding",
+        "arXiv 2309.10975",
+        {**UNIFORM, "rounding": "spfq"},
+        essence=("rounding",),
+    ),
+    Recipe(
         "qronos",
         "GPTQ that follows the float network's outputs",
         "arXiv 2505.11695",
