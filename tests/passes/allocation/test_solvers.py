@@ -213,7 +213,7 @@ def test_costs_of_two_choices_are_honoured_by_every_solver(seed: int, diagonal: 
         assert whole.feasible(found.choice)
         assert found.objective >= best.objective - 1e-9
         assert found.bound <= best.objective + 1e-6
-        if name not in ("greedy", "threshold"):
+        if name not in ("greedy", "threshold", "flips"):
             assert found.objective == pytest.approx(best.objective)
 
 
