@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_structure
 
 from fxquant.core.errors import CaptureError
@@ -31,8 +32,18 @@ from fxquant.core.ir import (
     trace_line,
     traced_images,
 )
-from fxquant.core.run.discrete_answers import is_float, is_step, op_name
-from fxquant.core.run.runner import dependents, placeholders
+from fxquant.core.run.answer_scores import (
+    SIGMOID,
+    SOFTMAX,
+    Scores,
+    axis_in_front,
+    move_of,
+    readers,
+    scores_behind,
+    shown_by,
+)
+from fxquant.core.run.discrete_answers import is_float, op_name
+from fxquant.core.run.smooth_values import smooth_values
 
 FLOATS_ONLY = (
     "the model returns {kinds} and no floating-point value that depends on its layers, so there is nothing to compare "
@@ -40,7 +51,6 @@ FLOATS_ONLY = (
 )
 LOGITS = "logits"
 """Entry of a dictionary that is the answer; `fxquant.capture` puts it first."""
-SOFTMAX, SIGMOID = ("softmax", "_softmax", "log_softmax", "_log_softmax"), "sigmoid"
 BEHIND, OTHER = "{line!r} ({name}), the last floats in front of the model's answer", "output {index} of the model"
 
 
@@ -49,14 +59,14 @@ class Answer:
     """What losses compare.
 
     Args:
-        node: its value.
+        node: its value, or what has the axes of the moved scores that are compared instead.
         axis: the axis that counts images.
         rows: how many entries of that axis belong to one image: 1, or more where axes were merged.
         images_first: whether an image's entries follow each other; else image 0 comes again after the last one.
         note: what is said where this is not the model's first output, else "".
         classes: the axis that a softmax or the choice of a class goes along, None where there is none.
         independent: whether it goes through a sigmoid.
-        through: the softmax or sigmoid that makes the model's output of it, "" where it is the output.
+        scores: those that the model's softmax or sigmoid makes its output of, None where the value is the output.
 
     Raises:
         CaptureError: no axis counts images.
@@ -69,7 +79,7 @@ class Answer:
     note: str = ""
     classes: int | None = None
     independent: bool = False
-    through: str = ""
+    scores: Scores | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.axis < len(shape_of(self.node)):
@@ -93,18 +103,20 @@ def find_answers(graph: Graph) -> list[Answer]:
     if any("val" not in node.meta for node in outputs):
         return []
     outputs = [node for node in outputs if isinstance(node.meta["val"], Tensor)]
-    smooth, found = _smooth_nodes(graph), dict[Node, Answer]()
+    smooth, found = smooth_values(graph), dict[tuple[Node, ...], Answer]()
     if _first_is_logits(graph) and _usable(outputs[0], smooth):
         outputs = outputs[:1]
     for node in sorted(outputs, key=lambda node: not _usable(node, smooth)):
         value = next((source for source in _backwards([node]) if _usable(source, smooth)), None)
-        if value is not None and value not in found:
+        # What class numbers are chosen from may be shown in another order by an output.
+        known = [value] if value is node or value is None else shown_by(value)
+        if value is not None and not any((each,) in found for each in known):
             note = "" if value is outputs[0] else OTHER if value is node else BEHIND
             said = note.format(line=trace_line(value), name=value.name, index=outputs.index(node))
-            op, source = op_name(value), next(iter(value.all_input_nodes), value)
-            through = op if op in (*SOFTMAX, SIGMOID) and _usable(source, smooth) else ""
-            shown = source if through else value
-            found.setdefault(shown, _answer(shown, said, through))
+            scores = scores_behind(value)
+            scores = scores if scores is not None and _usable(scores.node, smooth) else None
+            shown = (value,) if scores is None else (scores.node, *scores.moves)
+            found.setdefault(shown, _answer(value if scores is None else scores.place, said, scores))
     if not found:
         # Says which shape has no axis of images.
         left = [Answer(node, -1) for node in outputs if node in smooth]
@@ -145,12 +157,12 @@ def _returning(module: GraphModule, made_of: Callable[[list[Node]], tuple[Node, 
     answers = find_answers(module.graph)
     outputs = [node for node in module.graph.output_node().all_input_nodes if isinstance(node.meta.get("val"), Tensor)]
     plain = all(answer.axis == 0 and answer.rows == 1 for answer in answers) and len(answers) == 1
-    if not answers or (plain and answers[0].node is outputs[0]):
+    if not answers or (plain and answers[0].scores is None and answers[0].node is outputs[0]):
         return module
     made = fork(module)
     known, output = nodes_by_name(made.graph), made.graph.output_node()
     with made.graph.inserting_before(output):
-        values = made_of([_by_image(known[answer.node.name], answer) for answer in answers])
+        values = made_of([_by_image(_moved(answer, known), answer) for answer in answers])
     output.args = (values,)
     codegen = made.graph._codegen
     if isinstance(codegen, _PyTreeCodeGen):
@@ -173,6 +185,18 @@ def _usable(node: Node, smooth: set[Node]) -> bool:
     return node in smooth and isinstance(value, Tensor) and is_float(value) and _images_at(node) is not None
 
 
+def _moved(answer: Answer, known: dict[str, Node]) -> Node:
+    """Return the value that is compared, in a graph with these nodes; scores are moved as the results are."""
+    if answer.scores is None:
+        return known[answer.node.name]
+    value = known[answer.scores.node.name]
+    for move in answer.scores.moves:
+        rest: Any = map_arg(move.args[1:], lambda source: known[source.name])
+        value = value.graph.call_function(move_of(move), (value, *rest), dict(move.kwargs))
+        value.meta["val"] = move.meta["val"]
+    return value
+
+
 def _by_image(value: Node, answer: Answer) -> Node:
     """Append what brings images to axis 0 and the rows of an image to the end."""
     axis = answer.axis
@@ -189,17 +213,22 @@ def _call(function: Any, value: Node, *args: Any) -> Node:
     return node
 
 
-def _answer(node: Node, note: str, through: str) -> Answer:
+def _answer(node: Node, note: str, scores: Scores | None) -> Answer:
     axis = _images_at(node)
     assert axis is not None
     rows = max(1, shape_of(node)[axis] // traced_images(node.graph))
-    readers = {op_name(user): user for user in node.users}
-    chosen = next((readers[op].args[1:2] for op in (through, *SOFTMAX, "argmax") if op in readers), ())
-    at = chosen[0] % len(shape_of(node)) if chosen and isinstance(chosen[0], int) else None
+    found = [(op_name(user), user.args[1:2], moves) for user, moves in readers(node)]
+    chosen = [
+        axis_in_front(node, moves, axes[0])
+        for op, axes, moves in found
+        if op in (*SOFTMAX, "argmax") and axes and isinstance(axes[0], int)
+    ]
+    at = scores.classes if scores is not None else next((k for k in chosen if k is not None), None)
     # Images move to the front.
     classes = None if at is None or at == axis else at + (at < axis)
     images_first = rows == 1 or _images_vary_slowest(node, axis)
-    return Answer(node, axis, rows, images_first, note, classes, classes is None and SIGMOID in readers, through)
+    sigmoid = classes is None and (scores is not None or any(op in SIGMOID for op, _, _ in found))
+    return Answer(node, axis, rows, images_first, note, classes, sigmoid, scores)
 
 
 def _first_is_logits(graph: Graph) -> bool:
@@ -239,47 +268,6 @@ def _images_vary_slowest(node: Node, axis: int) -> bool:
     before, at = prod(shape_of(node)[:axis]), _images_at(sources[0])
     assert at is not None
     return prod(shape_of(sources[0])[:at]) == before
-
-
-def _smooth_nodes(graph: Graph) -> set[Node]:
-    """Return the floats that depend on the input such that a small change of weights changes them a little.
-
-    Not those that class numbers or masks alone are turned into, nor what is rounded, before another layer reads it.
-    """
-    varying = dependents(graph.nodes, placeholders(graph))
-    computed, smooth = set[Node](), set[Node]()
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if node not in varying or node.op == "output":
-            continue
-        read = [source for source in node.all_input_nodes if source in varying]
-        floats = [source for source in read if source in smooth or is_float(source.meta.get("val"))]
-        #: values computed from floats, whatever their type
-        if floats or any(source in computed for source in read):
-            computed.add(node)
-        if node.op == "call_module" or value is None:
-            # Quantizers and kernels of simulated and lowered graphs, and what moves their integers: they mean floats.
-            smooth.update([node] if any(source in smooth for source in read) else [])
-        elif node.op == "placeholder" or not is_float(value):
-            smooth.update([node] if node.op == "placeholder" and is_float(value) else [])
-        elif not is_step(node) and (
-            any(source in smooth for source in floats)
-            # Rows of a table that are chosen by given numbers, as words are.
-            or (not floats and not any(source in computed for source in read))
-            or (floats and _has_weights(node))
-        ):
-            smooth.add(node)
-    return smooth - set(placeholders(graph))
-
-
-def _has_weights(node: Node) -> bool:
-    return any(is_constant(n) and n.meta["val"].dim() > 1 for n in _unquantized(node) if "val" in n.meta)
-
-
-def _unquantized(node: Node) -> Iterator[Node]:
-    """Yield what a node reads, and what fake-quant nodes that it reads quantize."""
-    for source in node.all_input_nodes:
-        yield from source.all_input_nodes if source.op == "call_module" else (source,)
 
 
 def _backwards(nodes: Iterable[Node]) -> Iterator[Node]:

@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule
 
 from fxquant.core.errors import OptionError
 from fxquant.core.ir import shape_of
-from fxquant.core.run.answer_graph import SIGMOID, Answer, answer_parts, find_answers
+from fxquant.core.run.answer_graph import Answer, answer_parts, find_answers
 from fxquant.core.run.discrete_answers import op_name
 from fxquant.core.run.losses import LOSSES, Loss, LossFunction
+from fxquant.core.run.recurrent_states import is_state
 from fxquant.core.run.replay import first_tensor
 from fxquant.core.run.runner import placeholders
 from fxquant.core.run.task_losses import JOIN, FunctionLoss, JointLoss, Part, loss_of
@@ -50,6 +50,8 @@ def _axis_chosen_along(output: _Output) -> int | None:
 
 
 def _axis_of_one_row(output: _Output) -> int | None:
+    if output.answer is not None and output.answer.scores is None and is_state(output.answer.node):
+        return None
     several = output.answer is not None and output.answer.rows > 1
     row = output.shape[:-1] if several else output.shape
     return 1 if len(row) == 2 and row[1] >= 2 else None
@@ -81,7 +83,8 @@ CLASS_AXES: tuple[Callable[[_Output], int | None], ...] = (
 """Signs of class scores, the surest first: each returns the axis of the classes, or None. An output
 
 * that the model's own softmax, log-softmax or argmax goes along holds classes along that axis;
-* of shape (images, two or more) holds classes, and so do several such rows for each image;
+* of shape (images, two or more) holds classes, and so do several such rows for each image, unless it is the state of
+  a recurrent layer;
 * (images, positions, V), where the model looks its input up in a table of V rows, is the next word at each position;
 * (images, C, H, W) of the input's height and width, C above 3 and its channels, is the class of each pixel;
 * (images, anchors, K) beside boxes (images, anchors, 4) is the class of each anchor.
@@ -137,8 +140,6 @@ def _words(graph: Graph) -> frozenset[int]:
 
 def _shown(answer: Answer | None) -> Callable[[Tensor], Tensor]:
     """Return what the model makes of the value that is compared in the place of its output."""
-    if answer is None or not answer.through:
+    if answer is None or answer.scores is None:
         return lambda value: value
-    if answer.through == SIGMOID:
-        return torch.sigmoid
-    return partial(getattr(torch, answer.through.removeprefix("_")), dim=answer.classes)
+    return partial(answer.scores.shown, classes=answer.classes)

@@ -25,8 +25,11 @@ def is_step(node: Node) -> bool:
 
 
 def op_name(node: Node) -> str:
-    """Return the name of a node's op without its overload."""
-    return str(getattr(node.target, "overloadpacket", node.target)).rpartition(".")[2]
+    """Return the name of a node's op without its overload, "" of what is no call of a function."""
+    if node.op != "call_function":
+        return ""
+    packet = getattr(node.target, "overloadpacket", None)
+    return str(getattr(node.target, "__name__", "")) if packet is None else str(packet).rpartition(".")[2]
 
 
 def is_float(value: object) -> bool:

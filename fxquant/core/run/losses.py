@@ -212,13 +212,13 @@ class SigmoidLoss(Loss):
     def __call__(self, reference: Tensor, output: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the loss of each image, float64."""
         del labels
-        a, b = (x.double().flatten(1) for x in (reference, output))
+        a, b = (_rows(x.double()) for x in (reference, output))
         each = a.sigmoid() * (a - b) - F.softplus(a) + F.softplus(b)
         return each.clamp(min=0.0).sum(dim=1) / _positions(reference)
 
     def embed(self, reference: Tensor, shift: Tensor) -> Tensor:
         """Return `e = shift sqrt(p (1 - p))`, p the sigmoid."""
-        return shift.flatten(1) * self._deviation(reference).flatten(1)
+        return _rows(shift) * _rows(self._deviation(reference))
 
     def sample(self, answer: Tensor, reference: Tensor, generators: Generators) -> Tensor:
         """Return `v = r sqrt(p (1 - p))`, r random signs."""
@@ -257,6 +257,10 @@ class SquaredLoss(Loss):
         norm = reference.double().reshape(len(reference), -1).square().sum(dim=1).clamp(min=1e-12)
         scaled: Tensor = _signs(answer, generators) * torch.sqrt(2.0 / norm).reshape(-1, *[1] * (answer.dim() - 1))
         return scaled.to(answer.dtype)
+
+
+def _rows(value: Tensor) -> Tensor:
+    return value.reshape(len(value), -1)
 
 
 def _relative(reference: Tensor, answer: Tensor) -> Tensor:

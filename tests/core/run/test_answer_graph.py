@@ -196,3 +196,16 @@ def test_every_layout_is_scored_and_measured(name: str) -> None:
     assert loss is not None
     assert 0 <= loss < 0.1
     assert result.simulated(IMAGES) is not None
+
+
+def test_scores_are_found_behind_quantizers_too() -> None:
+    model = net(lambda n, y: (lambda p: (p.flatten(2), n.one(p.flatten(2).transpose(1, 2))))(y.sigmoid()))
+    result = fxquant.quantize(model, IMAGES, None, bits=(8,), effort="fast", target="fx_int8", progress=False)
+    graphs = (result.program.module, result.simulated_program.module)
+    plain, simulated = (answer_parts(graph)(IMAGES)[0] for graph in graphs)
+    assert any(node.op == "call_module" and node.args[0].target in (torch.ops.aten.sigmoid.default,)
+               for node in graphs[1].graph.nodes)  # fmt: skip
+    with torch.no_grad():
+        torch.testing.assert_close(plain, torch.relu(model.stem(IMAGES)).flatten(2))
+    # Probabilities would be 0.5 where scores are 0.
+    assert (simulated - plain).abs().max() < 0.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn import functional as F
 
 import fxquant
@@ -25,6 +27,7 @@ from fxquant.core.run import (
     loss_of,
     model_outputs,
 )
+from fxquant.passes import Canonicalize
 from fxquant.passes.sensitivity import ESTIMATORS
 from tests.scoring import inputs, scorer, simulated
 
@@ -89,15 +92,53 @@ DEFAULTS: dict[str, tuple[Callable[[Net, Tensor], Any], str]] = {
 }
 
 
+# Answers behind something else than the softmax or sigmoid itself -> their losses.
+MOVED: dict[str, tuple[Callable[[Net, Tensor], Any], str]] = {
+    "one tag": (lambda n, y: n.one(pooled(y))[:, :1].sigmoid().squeeze(1), "bce"),
+    "tags in another shape": (lambda _, y: y.sigmoid().reshape(y.shape[0], 3, -1), "bce"),
+    "tags of each pixel, last": (lambda _, y: y.sigmoid().permute(0, 2, 3, 1), "bce"),
+    "some tags": (lambda _, y: F.avg_pool2d(y, 2).sigmoid()[:, 1:4], "bce"),
+    "tags in halves": (lambda n, y: n.one(rows(y)).sigmoid().chunk(2, 1)[1], "bce"),
+    "tags kept off 0 and 1": (lambda n, y: n.one(pooled(y)).sigmoid().clamp(1e-4, 1 - 1e-4), "bce"),
+    "tags in double": (lambda n, y: n.one(pooled(y)).sigmoid().double(), "bce"),
+    "logarithms of tags": (lambda n, y: F.logsigmoid(n.one(pooled(y))).unsqueeze(1), "bce"),
+    "tags, time first": (lambda n, y: n.one(rows(y)).sigmoid().transpose(0, 1), "bce"),
+    "larger tags": (lambda _, y: F.interpolate(F.avg_pool2d(y, 2).sigmoid(), scale_factor=2.0)[..., 1:], "bce"),
+    "clipped tags": (lambda _, y: F.avg_pool2d(y, 2).sigmoid().clamp(0.4, 0.6), "mse"),
+    "pixels, classes last": (lambda _, y: F.avg_pool2d(y, 2).softmax(1).permute(0, 2, 3, 1), "kl"),
+    "pixels in a row": (lambda _, y: F.avg_pool2d(y, 2).log_softmax(1).flatten(2).clamp(-50, 1), "kl"),
+    "rows to pixels": (
+        lambda n, y: n.one(rows(y)).softmax(-1).transpose(1, 2).reshape(y.shape[0], 5, 8, 8)[..., 2:],
+        "kl",
+    ),
+    "one probability": (lambda n, y: n.one(pooled(y)).softmax(1)[:, 1], "kl"),
+    "all but the last class": (lambda n, y: n.one(rows(y)).softmax(-1)[:, 3:, :-1], "kl"),
+    "probabilities in one row": (lambda n, y: n.one(rows(y)).softmax(-1).reshape(y.shape[0], -1), "kl"),
+    "probabilities, time first": (lambda n, y: n.one(rows(y)).softmax(-1).transpose(0, 1), "kl"),
+    "scores, and tags of them moved": (lambda _, y: (lambda s: (s, s.flatten(1).sigmoid()))(y[:, :2]), "bce+bce"),
+    "scores, and a choice of them moved": (lambda n, y: (lambda s: (s, s.transpose(1, 2).argmax(1)))(n.one(rows(y))),
+                                           "kl"),
+}  # fmt: skip
+
+
 def loss_and_answers(model: nn.Module, images: Tensor, asked: Any = None) -> tuple[Loss, Tensor]:
-    module = fxquant.capture(model, images).module
+    return of_module(fxquant.capture(model, images).module, images, asked)
+
+
+def of_module(module: GraphModule, images: Tensor, asked: Any = None) -> tuple[Loss, Tensor]:
     return answer_loss(asked, module, (images[:2],)), model_outputs(module, (images,))
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
+@cache
+def known(name: str) -> GraphModule:
+    """Return the captured network of this name in `DEFAULTS` or `MOVED`."""
+    return fxquant.capture(net((DEFAULTS | MOVED)[name][0]), IMAGES).module
+
+
+@pytest.mark.parametrize("name", [*DEFAULTS, *MOVED])
 def test_the_loss_that_fits(name: str) -> None:
-    head, expected = DEFAULTS[name]
-    found, answer = loss_and_answers(net(head), IMAGES)
+    _, expected = (DEFAULTS | MOVED)[name]
+    found, answer = of_module(known(name), IMAGES)
     assert found.name == expected
     assert not found(answer, answer).any()
 
@@ -106,6 +147,60 @@ def test_the_loss_that_fits(name: str) -> None:
 def test_words_are_classes_and_hidden_states_are_not(out: int, expected: str) -> None:
     found, _ = loss_and_answers(Words(out).eval(), WORDS)
     assert found.name == expected
+
+
+class Recurrent(nn.Module):
+    """A layer or cell with states of the class scores' shape; `run` makes the outputs."""
+
+    def __init__(self, layer: nn.Module, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.layer, self.head, self.run = layer, nn.Linear(5, 5), run
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> Any:
+        return self.run(self, x, h, c)
+
+
+def cell_of_two(n: Any, x: Tensor, h: Tensor, c: Tensor) -> Any:
+    h, c = n.layer(x, (h, c))
+    return n.head(F.relu(h))[:, :1].sigmoid().squeeze(1), h, c
+
+
+def cell_of_one(n: Any, x: Tensor, h: Tensor, c: Tensor) -> Any:
+    return n.head(state := n.layer(n.layer(x, h), c)), state
+
+
+def sequence(n: Any, x: Tensor, h: Tensor, c: Tensor) -> Any:
+    made, (last, cell) = n.layer(x.unsqueeze(1), (h.unsqueeze(0), c.unsqueeze(0)))
+    return n.head(made[:, -1]), made[:, -1], last.squeeze(0), cell[0]
+
+
+def written_out(n: Any, x: Tensor, h: Tensor, c: Tensor) -> Any:
+    forget, new = n.layer(x + h).sigmoid(), n.head(h).tanh()
+    return n.head(x), forget * c + (1 - forget) * new
+
+
+STATES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], str]] = {
+    "LSTM cell": (lambda: nn.LSTMCell(5, 5), cell_of_two, "bce+mse+mse"),
+    "GRU cell": (lambda: nn.GRUCell(5, 5), cell_of_one, "kl+mse"),
+    "RNN cell": (lambda: nn.RNNCell(5, 5), cell_of_one, "kl+mse"),
+    "RNN cell with ReLU": (lambda: nn.RNNCell(5, 5, nonlinearity="relu"), cell_of_one, "kl+mse"),
+    "LSTM": (lambda: nn.LSTM(5, 5, batch_first=True), sequence, "kl+mse+mse+mse"),
+    "written out": (lambda: nn.Linear(5, 5), written_out, "kl+mse"),
+    "rectified scores": (lambda: nn.Linear(5, 5), lambda n, x, h, c: F.relu(n.layer(x) * c + n.head(h)), "kl"),
+    "gated scores": (lambda: nn.Linear(5, 5), lambda n, x, h, c: n.head(x) * n.layer(h).sigmoid() + c, "kl"),
+}
+"""Layer, outputs, their losses: states of recurrent layers are no class scores."""
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+@pytest.mark.parametrize("name", STATES)
+def test_states_are_no_class_scores(name: str) -> None:
+    torch.manual_seed(0)
+    make, run, expected = STATES[name]
+    inputs = (torch.randn(3, 5), torch.randn(3, 5), torch.randn(3, 5))
+    program = fxquant.capture(Recurrent(make(), run).eval(), [inputs])
+    for each in (program, Canonicalize()(program)):
+        assert answer_loss(None, each.module, inputs).name == expected
 
 
 def test_language_is_compared_word_by_word_by_hand() -> None:
@@ -169,13 +264,26 @@ def test_a_function_sees_the_outputs_as_the_model_returns_them() -> None:
         seen.append(reference)
         return torch.zeros(8)
 
-    for name in ("boxes first", "probabilities", "time, classes last", "independent classes"):
-        model = net(DEFAULTS[name][0])
-        found, answer = loss_and_answers(model, IMAGES, kept)
+    for name in ("boxes first", "probabilities", "time, classes last", "independent classes", *MOVED):
+        model = net((DEFAULTS | MOVED)[name][0])
+        found, answer = of_module(known(name), IMAGES, kept)
         found(answer, answer)
         with torch.no_grad():
             expected = model(IMAGES)
-        torch.testing.assert_close(seen.pop(), expected)
+        if "choice of them" in name:
+            # Class numbers are compared by the scores, which are there already.
+            expected = expected[0]
+        # Images come first, whichever axis they have.
+        expected = expected.transpose(0, 1) if "time first" in name else expected
+        torch.testing.assert_close(seen.pop(), expected, atol=1e-4, rtol=1e-4, check_dtype=False)
+
+
+def test_moved_scores_are_compared_in_place_of_moved_probabilities() -> None:
+    found, answer = of_module(known("all but the last class"), IMAGES)
+    model = net(MOVED["all but the last class"][0])
+    with torch.no_grad():
+        scores = model.one(rows(torch.relu(model.stem(IMAGES))))[:, 3:]
+    torch.testing.assert_close(first_output(found, answer), scores.transpose(1, 2))
 
 
 def test_a_function_gives_one_number_for_each_image() -> None:
