@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.backends.onnx import inspect_onnx
+from fxquant.backends.onnx import executable, inspect_onnx, to_onnx
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import CostTables
 from fxquant.core.ir import Choice, Sites
@@ -157,6 +157,26 @@ def test_a_table_tied_to_the_classifier_is_stored_once(tmp_path: Path) -> None:
     kept = [t for t in onnx.load(tmp_path / "net.onnx").graph.initializer if t.data_type == onnx.TensorProto.INT4]
     assert sum(prod(t.dims) for t in kept) == 40 * 16 + 16 * 16
     assert all(pair.within for pair in fxquant.check(result, TOKENS).pairs)
+
+
+@pytest.mark.parametrize("tie", ["parameter", "path"])
+def test_a_float_table_tied_to_the_classifier_is_written_once(tie: str) -> None:
+    torch.manual_seed(0)
+    layers = {"table": nn.Embedding(40, 16), "mix": nn.Linear(16, 16), "head": nn.Linear(16, 40)}
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        made = torch.relu(net.mix(net.table(x)))
+        logits: Tensor = net.head(made) if tie == "parameter" else F.linear(made, net.table.weight, net.head.bias)
+        return logits
+
+    if tie == "parameter":
+        layers["head"].weight = layers["table"].weight
+    model = Composed(forward, **layers).eval()
+    file = to_onnx(fxquant.capture(model, TOKENS).module)
+    floats = sum(prod(t.dims) for t in file.graph.initializer if t.data_type == onnx.TensorProto.FLOAT)
+    assert floats == 40 * 16 + 16 * 16 + 16 + 40
+    with torch.no_grad():
+        torch.testing.assert_close(executable(file.SerializeToString())((TOKENS,)), model(TOKENS), atol=1e-5, rtol=1e-5)
 
 
 def test_pins_patterns_and_plans_name_stored_weights() -> None:

@@ -65,6 +65,9 @@ class Lowering:
         self.sizes: dict[Node, str] = {}
         self._products: dict[tuple[object, ...], str] = {}
         self._zero_points: dict[int, str] = {}
+        self._exchanged: dict[str, str] = {}
+        constants = [node for node in module.graph.nodes if node.op == "get_attr"]
+        self._read_as_they_are = {_memory(module, n) for n in constants if not all(_exchanges(u, n) for u in n.users)}
 
     def value(self, node: Any) -> str:
         """Return the name of a node's value; constants and weights are written when they are first asked for."""
@@ -117,9 +120,13 @@ class Lowering:
         assert isinstance(weight, Node)
         if weight.target is dequantize_channels:
             return self._weight(weight, True)
-        if weight.op == "get_attr":
+        if weight.op == "get_attr" and _memory(self.module, weight) not in self._read_as_they_are:
             return self.constant(self.array(weight).T, str(weight.target))
-        return self.write(weight, "Transpose", [self.value(weight)], perm=[1, 0])
+        # What is stored for another reader is exchanged when the file is loaded.
+        value = self.value(weight)
+        if value not in self._exchanged:
+            self._exchanged[value] = self.write(weight, "Transpose", [value], perm=[1, 0])
+        return self._exchanged[value]
 
     def member(self, source: Any, index: Any) -> str | None:
         """Return one value of a node that has several."""
@@ -245,6 +252,17 @@ class Lowering:
             inputs = [self.constant(np.array(0, np.int8), "zero"), self.integers([count])]
             self._zero_points[count] = self.builder.node("Expand", inputs, "zeros")
         return self._zero_points[count]
+
+
+def _memory(module: GraphModule, node: Node) -> tuple[int, tuple[int, ...]]:
+    """Return where the values of a constant lie and their shape, the same for tied parameters."""
+    tensor = tensor_at(module, str(node.target))
+    return tensor.data_ptr(), tuple(tensor.shape)
+
+
+def _exchanges(user: Node, weight: Node) -> bool:
+    """Whether a linear layer reads a weight with its axes exchanged: one on rows has an operator that does it."""
+    return user.target is aten.linear.default and user.args[1] is weight and len(dims(user.args[0])) > 2
 
 
 def _weight_path(source: Node) -> str:
