@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from fxquant.passes.formats import codebook, evenly_spaced, powers_of_two, row_mixed
-from fxquant.passes.formats.problem import RATIOS, Patches, RowProblem, RowRounder, diagonal_of, squared_error
+from fxquant.passes.formats.problem import (
+    RATIOS,
+    MeasuredRounder,
+    Patches,
+    RowProblem,
+    RowRounder,
+    diagonal_of,
+    squared_error,
+)
 from fxquant.passes.formats.registry import FORMATS, find, grid_of, rows_of
 from fxquant.passes.formats.row_mixed import cheapest_rows
 

@@ -47,7 +47,7 @@ def codebook(problem: RowProblem, bits: float) -> RowGrid:
     algorithm that moves values beyond them pays for.
     """
     count, (groups, size, _) = int(2**bits + EXACT), problem.rows.shape
-    plain = problem.to_nearest()
+    plain = problem.to_nearest
     tried = [(count * LEVEL_BITS * groups * size, _own_tables(plain, count))]
     for each in (*(n for n in SHARES if n < size and size % n == 0), size):
         tried.append((count * LEVEL_BITS * groups * size // each, _shared_tables(plain, count, each)))
@@ -56,10 +56,10 @@ def codebook(problem: RowProblem, bits: float) -> RowGrid:
     if not float(bits).is_integer() or bits < FORMAT_KINDS["uniform"].least:
         return found
     even = find(problem, WeightFormat(int(bits)))
-    plainly, error = problem.error(even), problem.error(found)
     if table_bits == tried[0][0]:
         # Rows of a shared table keep it; a row with its own may as well have even levels in it.
-        found, error = even.chosen(found, error < plainly), torch.minimum(error, plainly)
+        found = problem.better(even, found)
+    plainly, error = problem.error(even), problem.error(found)
     return found if _stored(error, problem.rows, table_bits) < _stored(plainly, problem.rows, 0) else even
 
 
@@ -71,62 +71,74 @@ def _stored(error: Tensor, rows: Tensor, table_bits: int) -> float:
 
 def _own_tables(problem: RowProblem, count: int) -> RowGrid:
     """Return a table for each row."""
-    best = _on_int8(lloyd(problem.rows, _quantiles(problem.rows, count), problem.importance))
+    ordered = problem.once("ordered", lambda: Ordered(problem.rows, problem.importance))
+    best = _on_int8(ordered.lloyd(ordered.quantiles(count)))
     even = Grid.of_weight(problem.rows.flatten(0, 1), max(FORMAT_KINDS["uniform"].least, math.ceil(math.log2(count))))
     spaced = RowGrid.of(even, len(problem.rows), len(even.scale))
     # Of an odd number of levels, those around zero.
     levels = spaced.value(spaced.integers())[..., -count:]
-    return problem.better(best, _on_int8(lloyd(problem.rows, levels, problem.importance)))
+    return problem.better(best, _on_int8(ordered.lloyd(levels)))
 
 
 def _shared_tables(problem: RowProblem, count: int, each: int) -> RowGrid:
     """Return one table for every `each` rows in turn, and a scale for each row."""
     rows, (groups, size, inputs) = problem.rows, problem.rows.shape
     spread = rows.square().mean(dim=2, keepdim=True).sqrt().clamp(min=SMALLEST_SCALE)
-    pooled, weights = (
-        part.reshape(groups * size // each, 1, each * inputs)
-        for part in (rows / spread, problem.importance.expand_as(rows) * spread.square())
-    )
-    stride = max(1, pooled.shape[2] // SAMPLE)
-    pooled, weights = pooled[..., ::stride], weights[..., ::stride]
-    table = _on_int8(lloyd(pooled, _quantiles(pooled, count), weights))
+
+    def pooled() -> Ordered:
+        values, weights = (
+            part.reshape(groups * size // each, 1, each * inputs)
+            for part in (rows / spread, problem.importance.expand_as(rows) * spread.square())
+        )
+        stride = max(1, values.shape[2] // SAMPLE)
+        return Ordered(values[..., ::stride], weights[..., ::stride])
+
+    ordered = problem.once(f"ordered by {each}", pooled)
+    table = _on_int8(ordered.lloyd(ordered.quantiles(count)))
     unit, levels = (part.expand(-1, each, -1).reshape(groups, size, -1) for part in (table.scale, table.integers()))
     grid = RowGrid.on_levels(spread * unit, levels)
     # The scale of least error for each row, whatever the table was found from.
-    q, weight = grid.nearest(rows), problem.importance
+    q, weight = problem.rounded(grid), problem.importance
     fitted = (rows * q * weight).sum(dim=2, keepdim=True) / (q.square() * weight).sum(dim=2, keepdim=True)
     fitted = torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, grid.scale)
     return problem.better(grid, RowGrid.on_levels(fitted, grid.integers()))
 
 
-def lloyd(values: Tensor, levels: Tensor, weights: Tensor, steps: int = STEPS) -> Tensor:
-    """Return levels after steps of Lloyd's algorithm: assign to the nearest, then take weighted means.
+class Ordered:
+    """Values of each row in ascending order, from which levels are found.
 
     Args:
         values: shape (groups, rows, n).
-        levels: where to start, shape (groups, rows, L), ascending.
         weights: at least 0, broadcastable to values.
-        steps: how many; the levels stay ascending at each.
     """
-    # Sorted once, a step needs the places of the borders only: sums between them are differences of running sums.
-    ordered, index = values.sort(dim=2)
-    weights = weights.expand_as(values).gather(2, index)
-    running = [F.pad(part.cumsum(dim=2), (1, 0)) for part in (weights, weights * ordered)]
-    for _ in range(steps):
-        borders = (levels[..., 1:] + levels[..., :-1]) / 2
-        # A value in the middle between two levels belongs to the lower one.
-        places = F.pad(torch.searchsorted(ordered, borders.contiguous(), right=True), (1, 0))
-        places = torch.cat([places, torch.full_like(places[..., :1], ordered.shape[2])], dim=2)
-        counts, sums = (part.gather(2, places).diff(dim=2) for part in running)
-        levels = torch.where(counts > 0, sums / counts, levels)
-    return levels
 
+    def __init__(self, values: Tensor, weights: Tensor) -> None:
+        # Sorted once, a step needs the places of the borders only: sums between them are differences of running sums.
+        self.values, index = values.sort(dim=2)
+        weights = weights.expand_as(values).gather(2, index)
+        self._running = [F.pad(part.cumsum(dim=2), (1, 0)) for part in (weights, weights * self.values)]
 
-def _quantiles(values: Tensor, count: int) -> Tensor:
-    """Return `count` evenly spaced quantiles of each row, ascending."""
-    ordered = values.sort(dim=2).values
-    places = ((torch.arange(count, device=values.device) + 0.5) / count * values.shape[2]).long()
-    return ordered[..., places.clamp(max=values.shape[2] - 1)]
+    def lloyd(self, levels: Tensor, steps: int = STEPS) -> Tensor:
+        """Return levels after steps of Lloyd's algorithm: assign to the nearest, then take weighted means.
+
+        Args:
+            levels: where to start, shape (groups, rows, L), ascending.
+            steps: how many; the levels stay ascending at each.
+        """
+        for _ in range(steps):
+            borders = (levels[..., 1:] + levels[..., :-1]) / 2
+            # A value in the middle between two levels belongs to the lower one.
+            places = F.pad(torch.searchsorted(self.values, borders.contiguous(), right=True), (1, 0))
+            places = torch.cat([places, torch.full_like(places[..., :1], self.values.shape[2])], dim=2)
+            counts, sums = (part.gather(2, places).diff(dim=2) for part in self._running)
+            levels = torch.where(counts > 0, sums / counts, levels)
+        return levels
+
+    def quantiles(self, count: int) -> Tensor:
+        """Return `count` evenly spaced quantiles of each row, ascending."""
+        size = self.values.shape[2]
+        places = ((torch.arange(count, device=self.values.device) + 0.5) / count * size).long()
+        return self.values[..., places.clamp(max=size - 1)]
 
 
 def _on_int8(levels: Tensor) -> RowGrid:

@@ -17,5 +17,9 @@ def nearest_level(x: Tensor, levels: Tensor) -> Tensor:
         levels: shape (..., L), ascending along the last axis; a row with fewer levels repeats its largest.
     """
     levels = levels.to(x.dtype)
-    borders = ((levels[..., 1:] + levels[..., :-1]) / 2).contiguous()
-    return levels.gather(-1, torch.searchsorted(borders, x.contiguous()))
+    return levels.gather(-1, torch.searchsorted(borders_of(levels), x.contiguous()))
+
+
+def borders_of(levels: Tensor) -> Tensor:
+    """Return the middles between neighbouring levels, shape (..., L - 1)."""
+    return ((levels[..., 1:] + levels[..., :-1]) / 2).contiguous()

@@ -61,6 +61,11 @@ class RowGrid:
         scale = scale.float().clamp(min=SMALLEST_SCALE).double()
         return RowGrid(weight_spec(MAX_BITS), scale, torch.zeros_like(scale), levels)
 
+    def slice(self, start: int, stop: int) -> RowGrid:
+        """Return the grid of these rows of each group."""
+        levels = None if self.levels is None else self.levels[:, start:stop]
+        return replace(self, scale=self.scale[:, start:stop], zero_point=self.zero_point[:, start:stop], levels=levels)
+
     def grid(self, channel_axis: int = 0) -> Grid:
         """Return the same as the grid of the whole weight, scales in float32."""
         levels = None if self.levels is None else self.levels.flatten(0, 1).to(torch.int8)

@@ -17,7 +17,6 @@ from fxquant.passes.rounding.closed_form.input_gram import (
 )
 from fxquant.passes.rounding.closed_form.layerwise import (
     moments_of,
-    on_grid,
     round_layerwise,
 )
 from fxquant.passes.rounding.closed_form.output_moments import OutputMoments, output_moments

@@ -16,9 +16,9 @@ from fxquant.core.host import SILENT, Reporter
 from fxquant.core.ir import Program, RowGrid, Sites, WeightFormat, tensor_at
 from fxquant.core.run import CalibrationSet
 from fxquant.passes.base import Pass
-from fxquant.passes.formats import RowProblem, grid_of, rows_of
+from fxquant.passes.formats import RowProblem, find, rows_of
 from fxquant.passes.rounding.closed_form.gptq import gptq_rounder
-from fxquant.passes.rounding.closed_form.layerwise import gram_of, on_grid
+from fxquant.passes.rounding.closed_form.layerwise import gram_of
 from fxquant.passes.rounding.closed_form.prefix import Prefix, fitting
 from fxquant.passes.scale_weights import used_formats
 
@@ -39,20 +39,22 @@ class RoundWeights(Pass):
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with rounded weights and the grids they lie on; the graph does not change."""
-        known, used = program[WeightGrids].grids, used_formats(program)
+        used = used_formats(program)
         sites = [site for site in program[Sites].sites if not site.stored]
-        grids, rounded = {site: dict(own) for site, own in known.items()}, dict[tuple[str, WeightFormat], Tensor]()
+        grids = {site: dict(own) for site, own in program[WeightGrids].grids.items()}
+        rounded: dict[tuple[str, WeightFormat], Tensor] = {}
         walk = Prefix(program.module, fitting(program.module, self.images))
         for site in self.reporter.track(sites, "round weights in every format", len(sites)):
             walk.to(site.nodes[0])
             gram = gram_of(site, program.module, walk)
-            rounder, weight = gptq_rounder(gram), tensor_at(program.module, site.weight)
-            groups = len(gram)
+            weight, groups = tensor_at(program.module, site.weight), len(gram)
             # Even spacing is found already; other levels are better when found under the method.
-            even = {c: RowGrid.of(g, groups, len(weight)) for c, g in grids[site.name].items() if g.levels is None}
-            problem = RowProblem(rows_of(weight, groups=groups), gram, rounder, found=even)
+            even = {c: grid for c, grid in grids[site.name].items() if grid.levels is None}
+            found = {c: RowGrid.of(grid, groups, len(weight)) for c, grid in even.items()}
+            problem = RowProblem(rows_of(weight, groups=groups), gram, gptq_rounder(gram), found=found)
             for chosen in used:
-                better = grids[site.name][chosen] if chosen in even else grid_of(problem, chosen)
-                grids[site.name][chosen] = better
-                rounded[site.name, chosen] = on_grid(weight, better, groups, rounder)
+                rows = find(problem, chosen)
+                grids[site.name][chosen] = better = even.get(chosen) or rows.grid()
+                # The product is taken in float32, as the quantizer takes it.
+                rounded[site.name, chosen] = better.dequantize(problem.rounded(rows).reshape(weight.shape))
         return program.with_facts(WeightGrids(grids, rounded)), 0

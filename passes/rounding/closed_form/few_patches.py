@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from fxquant.core.ir import RowGrid
+from fxquant.passes.rounding.closed_form.column_grid import ColumnGrid
 
-Sweep = Callable[[Tensor, RowGrid], Tensor]
-"""(rows in the order of rounding, grid) -> integers, same shape."""
+Sweep = Callable[[Tensor, RowGrid], tuple[Tensor, Tensor]]
+"""(columns (groups, K, rows) in the order of rounding, grid) -> integers, same shape, and the error `d' H d` of
+each row, shape (groups, rows)."""
 
 
 def sweep_of(patches: Tensor, added: Tensor, block: int) -> Sweep:
-    """Return how rows are rounded weight by weight, later ones corrected.
+    """Return how weights are rounded column by column, later ones corrected.
 
     Args:
         patches: X, float64 of shape (groups, n, K), columns in the order of rounding.
@@ -30,23 +32,24 @@ def sweep_of(patches: Tensor, added: Tensor, block: int) -> Sweep:
         block: columns that are corrected together.
     """
     directions = _directions(patches, added, block)
+    inputs = patches.transpose(1, 2).contiguous()
 
-    def sweep(rows: Tensor, grid: RowGrid) -> Tensor:
-        chosen = torch.empty_like(rows)
-        # Sum of the errors so far times their directions, shape (groups, rows, n).
-        moved = rows.new_zeros(*rows.shape[:2], patches.shape[1])
-        for start in range(0, rows.shape[2], block):
-            stop = min(start + block, rows.shape[2])
-            x, v = patches[:, :, start:stop], directions[:, start:stop]
-            left, products = rows[:, :, start:stop] + moved @ x, v @ x
+    def sweep(columns: Tensor, grid: RowGrid) -> tuple[Tensor, Tensor]:
+        by_column, chosen = ColumnGrid(grid), torch.empty_like(columns)
+        # Sum of the errors so far times their directions, shape (groups, n, rows).
+        moved = columns.new_zeros(len(columns), patches.shape[1], columns.shape[2])
+        for start in range(0, columns.shape[1], block):
+            stop = min(start + block, columns.shape[1])
+            x, v = inputs[:, start:stop], directions[:, start:stop]
+            left, products = columns[:, start:stop] + x @ moved, x @ v.transpose(1, 2)
             errors = torch.empty_like(left)
             for j in range(stop - start):
-                column = left[:, :, j : j + 1]
-                chosen[:, :, start + j : start + j + 1] = q = grid.nearest(column)
-                errors[:, :, j : j + 1] = error = column - grid.value(q)
-                left[:, :, j + 1 :] += error * products[:, j : j + 1, j + 1 :]
-            moved += errors @ v
-        return chosen
+                column = left[:, j] + (products[:, j : j + 1, :j] @ errors[:, :j]).squeeze(1)
+                chosen[:, start + j] = q = by_column.nearest(column)
+                errors[:, j] = column - by_column.value(q)
+            moved += v.transpose(1, 2) @ errors
+        difference = columns - grid.value(chosen.transpose(1, 2)).transpose(1, 2)
+        return chosen, (patches @ difference).square().sum(dim=1)
 
     return sweep
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fxquant.core.errors import FailureError
 from fxquant.core.ir import Program, RowGrid, WeightFormat
-from fxquant.passes.formats import RATIOS, Patches, RowProblem, RowRounder, diagonal_of, squared_error
+from fxquant.passes.formats import RATIOS, MeasuredRounder, Patches, RowProblem, diagonal_of, squared_error
+from fxquant.passes.rounding.closed_form.column_grid import ColumnGrid, by_columns, by_rows
 from fxquant.passes.rounding.closed_form.few_patches import Sweep, sweep_of
 from fxquant.passes.rounding.closed_form.input_gram import Moments
 from fxquant.passes.rounding.closed_form.layerwise import on_own_grid, round_layerwise
@@ -58,7 +59,7 @@ def with_best_scales(problem: RowProblem, own: RowGrid, weight: WeightFormat) ->
     return on_own_grid(problem, replace(problem, ratios=RATIOS).rescaled(own), weight)
 
 
-def gptq_rows(moments: Moments, damping: float = DAMPING, ordered: bool = True, block: int = BLOCK) -> RowRounder:
+def gptq_rows(moments: Moments, damping: float = DAMPING, ordered: bool = True, block: int = BLOCK) -> MeasuredRounder:
     """Return how GPTQ rounds weights that read this input.
 
     With `U' U = (H + damping mean(H_jj) I)^-1`, U upper triangular: column j is rounded to `q`, its error
@@ -80,7 +81,7 @@ def gptq_rows(moments: Moments, damping: float = DAMPING, ordered: bool = True, 
 
 def gptq_rounder(
     gram: Tensor | Patches, damping: float = DAMPING, ordered: bool = True, block: int = BLOCK
-) -> RowRounder:
+) -> MeasuredRounder:
     """Return how GPTQ rounds weights whose input has these second moments; as `gptq_rows`."""
     diagonal = diagonal_of(gram)
     order = diagonal.argsort(dim=1, descending=True, stable=True) if ordered else _positions(diagonal)
@@ -88,38 +89,38 @@ def gptq_rounder(
         patches = gram.rows.gather(2, order.unsqueeze(1).expand_as(gram.rows))
         sweep = sweep_of(patches, _added(diagonal, damping)[:, 0], block)
     else:
-        sweep = _sweep(_inverse_root(_permuted(gram, order), damping), block)
+        sweep = _sweep(*_inverse_root(_permuted(gram, order), damping), block)
 
-    def rounder(rows: Tensor, grid: RowGrid) -> Tensor:
-        index = order.unsqueeze(1).expand_as(rows)
-        chosen = sweep(rows.gather(2, index), grid)
-        # Back from the order of rounding to the weight's own.
-        found = torch.empty_like(chosen).scatter_(2, index, chosen)
-        plain = grid.nearest(rows)
-        ours, theirs = (squared_error(rows - grid.value(q), gram) for q in (found, plain))
-        return torch.where((ours < theirs).unsqueeze(2), found, plain)
+    def outcome(rows: Tensor, grid: RowGrid) -> tuple[Tensor, Tensor]:
+        columns, ours = sweep(by_columns(rows, order), grid)
+        found, plain = by_rows(columns, order), grid.nearest(rows)
+        theirs = squared_error(rows - grid.value(plain), gram)
+        return torch.where((ours < theirs).unsqueeze(2), found, plain), torch.minimum(ours, theirs)
 
-    return rounder
+    return MeasuredRounder(outcome)
 
 
-def _sweep(inverse_root: Tensor, block: int) -> Sweep:
-    """Return how rows, which are changed, are rounded column by column with `U` of `gptq_rows`."""
+def _sweep(inverse_root: Tensor, added: Tensor, block: int) -> Sweep:
+    """Return how columns are rounded one after the other with `U` of `gptq_rows`, of H and what was added to it."""
+    # Row j holds what the errors of earlier columns take from column j.
+    lower = inverse_root.transpose(1, 2).contiguous()
+    own = inverse_root.diagonal(dim1=1, dim2=2).unsqueeze(2)
 
-    def sweep(left: Tensor, grid: RowGrid) -> Tensor:
-        # Within a block each column is corrected at once; later blocks get the block's corrections in one product, so
-        # that the whole matrix is passed over once per block instead of once per column.
-        chosen = torch.empty_like(left)
-        for start in range(0, left.shape[2], block):
-            stop = min(start + block, left.shape[2])
-            errors = torch.empty_like(left[:, :, start:stop])
+    def sweep(columns: Tensor, grid: RowGrid) -> tuple[Tensor, Tensor]:
+        # A block is corrected for all earlier blocks in one product, a column for its block's earlier ones in another.
+        by_column = ColumnGrid(grid)
+        chosen, errors = torch.empty_like(columns), torch.empty_like(columns)
+        for start in range(0, columns.shape[1], block):
+            stop = min(start + block, columns.shape[1])
+            left = columns[:, start:stop] - lower[:, start:stop, :start] @ errors[:, :start]
             for j in range(start, stop):
-                column = left[:, :, j : j + 1]
-                chosen[:, :, j : j + 1] = q = grid.nearest(column)
-                error = (column - grid.value(q)) / inverse_root[:, j : j + 1, j : j + 1]
-                left[:, :, j:stop] -= error * inverse_root[:, j : j + 1, j:stop]
-                errors[:, :, j - start : j - start + 1] = error
-            left[:, :, stop:] -= errors @ inverse_root[:, start:stop, stop:]
-        return chosen
+                column = left[:, j - start] - (lower[:, j : j + 1, start:j] @ errors[:, start:j]).squeeze(1)
+                chosen[:, j] = q = by_column.nearest(column)
+                errors[:, j] = (column - by_column.value(q)) / own[:, j]
+        # The errors that were passed on add up to `d' (H + added) d`.
+        difference = columns - grid.value(chosen.transpose(1, 2)).transpose(1, 2)
+        damped = (difference.square() * added.unsqueeze(2)).sum(dim=1)
+        return chosen, (errors.square().sum(dim=1) - damped).clamp(min=0)
 
     return sweep
 
@@ -140,8 +141,8 @@ def _permuted(gram: Tensor, order: Tensor) -> Tensor:
     return rows.gather(2, order.unsqueeze(1).expand_as(gram))
 
 
-def _inverse_root(gram: Tensor, damping: float) -> Tensor:
-    """Return U of `U' U = (H + damping)^-1`, upper triangular, each group on its own."""
+def _inverse_root(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Return U of `U' U = (H + added)^-1`, upper triangular, each group on its own, and what was added, (groups, K)."""
     added = _added(diagonal_of(gram), damping)
     for _ in range(ATTEMPTS):
         root, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(added))
@@ -149,7 +150,7 @@ def _inverse_root(gram: Tensor, damping: float) -> Tensor:
             upper: Tensor
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(root), upper=True)
             if not failed.any() and torch.isfinite(upper).all():
-                return upper
+                return upper, added
         # Round-off can make a nearly singular H indefinite; ten times the damping is tried.
         added = added * 10.0
     raise FailureError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.core.facts import FakeQuantNodes, Rounding, WeightGrids
-from fxquant.core.ir import Grid, RowGrid, Site, WeightFormat, resolve, tensor_at
+from fxquant.core.ir import RowGrid, Site, WeightFormat, resolve, tensor_at
 from fxquant.passes.formats import Patches, RowProblem, RowRounder, rows_of
 from fxquant.passes.rounding.closed_form.input_gram import GramAccumulator, Moments, geometry_of
 from fxquant.passes.rounding.closed_form.output_moments import OutputMoments, bias_of, output_moments
@@ -27,18 +27,10 @@ RowAlgorithm = Callable[[Moments], RowRounder]
 """Moments of an op's input -> how to round weights that read it; work that all widths share is done once."""
 
 
-def on_grid(weight: Tensor, grid: Grid, groups: int, rounder: RowRounder) -> Tensor:
-    """Return a weight rounded row by row, float32 of its shape, every value on the grid."""
-    rows = rows_of(weight, groups=groups)
-    integers = rounder(rows, RowGrid.of(grid, groups, weight.shape[0]))
-    # The product is taken in float32, as the quantizer takes it.
-    return grid.dequantize(integers.reshape(weight.shape))
-
-
 def on_own_grid(problem: RowProblem, own: RowGrid, weight: WeightFormat) -> tuple[RowGrid, Tensor]:
     """Return the weight's own grid, and the rows rounded on it."""
     del weight
-    return own, problem.rounder(problem.rows, own)
+    return own, problem.rounded(own)
 
 
 def round_layerwise(

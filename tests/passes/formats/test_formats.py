@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxquant.core.ir import FORMAT_KINDS, RowGrid, WeightFormat
-from fxquant.passes.formats import FORMATS, RATIOS, RowProblem, cheapest_rows, find, rows_of
-from fxquant.passes.rounding.closed_form import Moments, gptq_rows
+from fxquant.passes.formats import FORMATS, RATIOS, Patches, RowProblem, cheapest_rows, find, rows_of, squared_error
+from fxquant.passes.rounding.closed_form import Moments, gptq_rounder, gptq_rows
 from tests.passes.rounding.tasks import correlated
 
 EVERY = [
@@ -129,3 +130,37 @@ def test_mixed_grids_keep_each_rows_own() -> None:
     for row in range(8):
         expected = (two if picked[0, row] else one).nearest(values)[0, row]
         assert torch.equal(mixed.nearest(values)[0, row], expected)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("label", ["2c", "4"])
+def test_a_rounder_knows_the_error_of_what_it_found(groups: int, few: bool, label: str) -> None:
+    x = torch.randn(groups, 12 if few else 200, 36, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    gram = x.transpose(1, 2) @ x
+    seen = RowProblem(rows_of(tailed(8 * groups, 36), groups=groups), gram, gptq_rounder(Patches(x) if few else gram))
+    grid = find(seen, WeightFormat.parse(label))
+    found = seen.rounded(grid)
+    assert torch.equal(found, seen.rounder(seen.rows, grid))
+    torch.testing.assert_close(
+        seen.error(grid), squared_error(seen.rows - grid.value(found), gram), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_a_problem_rounds_on_each_grid_once() -> None:
+    plain = problem()
+    calls: list[RowGrid] = []
+
+    def counted(rows: Tensor, grid: RowGrid) -> Tensor:
+        calls.append(grid)
+        return plain.rounder(rows, grid)
+
+    seen = replace(plain, rounder=counted, ratios=(1.0, 0.8), outcomes={})
+    one, two = (find(plain, WeightFormat.parse(label)) for label in ("2c", "2"))
+    better = seen.better(one, two)
+    scaled = seen.rescaled(better)
+    assert len(calls) == 3
+    for grid in (better, scaled):
+        assert torch.equal(seen.rounded(grid), plain.rounder(plain.rows, grid))
+        torch.testing.assert_close(seen.error(grid), plain.error(grid))
+    assert len(calls) == 3

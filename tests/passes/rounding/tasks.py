@@ -10,8 +10,9 @@ from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
 from fxquant.core.facts import BitAllocation, Rounding
-from fxquant.core.ir import Choice, Program, Sites
+from fxquant.core.ir import Choice, Grid, Program, RowGrid, Sites
 from fxquant.core.run import CalibrationSet, GraphReplay
+from fxquant.passes.formats import RowRounder, rows_of
 from fxquant.passes.rounding import RoundingTask
 from fxquant.passes.rounding.closed_form import channel_means
 from tests import scoring
@@ -80,3 +81,11 @@ def correlated(inputs: int, samples: int, seed: int, groups: int = 1) -> Tensor:
     mixed = hidden @ torch.randn(groups, max(1, inputs // 2), inputs, generator=generator, dtype=torch.float64)
     noise = 0.3 * torch.randn(groups, samples, inputs, generator=generator, dtype=torch.float64)
     return torch.relu(mixed + noise)
+
+
+def on_grid(weight: Tensor, grid: Grid, groups: int, rounder: RowRounder) -> Tensor:
+    """Return a weight rounded row by row, float32 of its shape, every value on the grid."""
+    rows = rows_of(weight, groups=groups)
+    integers = rounder(rows, RowGrid.of(grid, groups, weight.shape[0]))
+    # The product is taken in float32, as the quantizer takes it.
+    return grid.dequantize(integers.reshape(weight.shape))

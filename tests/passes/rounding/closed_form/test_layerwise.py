@@ -17,10 +17,9 @@ from fxquant.passes.rounding.closed_form import (
     GramAccumulator,
     Moments,
     geometry_of,
-    on_grid,
     round_layerwise,
 )
-from tests.passes.rounding.tasks import task_of
+from tests.passes.rounding.tasks import on_grid, task_of
 
 
 def nearest(rows: Tensor, grid: RowGrid) -> Tensor:

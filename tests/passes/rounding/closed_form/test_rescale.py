@@ -12,8 +12,8 @@ from fxquant.core.facts import Rounding, WeightGrids
 from fxquant.core.ir import Grid, RowGrid, WeightFormat, weight_spec
 from fxquant.passes.formats import RATIOS, RowProblem, RowRounder, rows_of, squared_error
 from fxquant.passes.rounding import ROUNDERS
-from fxquant.passes.rounding.closed_form import Moments, gptq_rows, on_grid, with_best_scales
-from tests.passes.rounding.tasks import correlated, task_of
+from fxquant.passes.rounding.closed_form import Moments, gptq_rows, with_best_scales
+from tests.passes.rounding.tasks import correlated, on_grid, task_of
 
 
 def best_scales(weight: Tensor, grid: Grid, gram: Tensor, rounder: RowRounder) -> Grid:

@@ -15,8 +15,8 @@ from fxquant.core.run import model_outputs
 from fxquant.passes import simulate
 from fxquant.passes.formats import rows_of, squared_error
 from fxquant.passes.rounding import ROUNDERS, RoundingTask
-from fxquant.passes.rounding.closed_form import Moments, gpfq_rows, gptq_rows, on_grid
-from tests.passes.rounding.tasks import correlated, task_of
+from fxquant.passes.rounding.closed_form import Moments, gpfq_rows, gptq_rows
+from tests.passes.rounding.tasks import correlated, on_grid, task_of
 
 METHODS = {"gptq": gptq_rows, "gpfq": gpfq_rows}
 either = pytest.mark.parametrize("method", sorted(METHODS))
