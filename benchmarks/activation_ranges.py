@@ -1,7 +1,8 @@
 """What quantized activations cost, which of them, and what the observer changes.
 
 `python -m benchmarks.activation_ranges [case ...]`: all layers at one precision, weights rounded to nearest, ranges by
-three observers; measured on images that no step saw (Set5 in dB, test images in percent). For super-resolution the
+four observers; measured on images that no step saw (in dB on Set5, at 4 bits on crops of CBSD68 and Urban100; test
+images in percent). For super-resolution the
 values that cost most, each quantized alone, are named.
 """
 
@@ -18,7 +19,7 @@ from benchmarks.arguments import asked
 from benchmarks.report_table import write
 from benchmarks.zoo import NETWORKS
 from benchmarks.zoo.carn_m import carn_m
-from benchmarks.zoo.imdn import imdn, set5_psnr
+from benchmarks.zoo.imdn import imdn, psnr, set5_psnr
 from fxquant import flow
 from fxquant.capture import capture
 from fxquant.core.facts import BitAllocation, FakeQuantNodes, Settings
@@ -28,10 +29,13 @@ from fxquant.passes import simulate
 
 CROP = 48
 """Side of the squares of Set5's images that are restored; calibration images are cut to it, too."""
+CROPS = 3
+"""Every third crop of CBSD68 and Urban100 is restored at 4 bits."""
 WORST = 4
 """Values that are named."""
 
 Row = dict[str, str | float | int]
+OBSERVERS = ("minmax", "percentile", "mse", "gaussian")
 Runs = Callable[[Tensor], Tensor]
 
 
@@ -60,6 +64,14 @@ def _restored(model: Runs) -> float:
     return set5_psnr(model, CROP)
 
 
+def _textures(model: Runs) -> float:
+    return psnr(model, data.bsd_urban()[::CROPS])
+
+
+def _small_images() -> Tensor:
+    return data.imagenet_calibration(48, 64) / 255.0
+
+
 def _classified(name: str, tests: int) -> Callable[[Runs], float]:
     def quality(model: Runs) -> float:
         with torch.inference_mode():
@@ -80,6 +92,8 @@ def _classes(name: str, choice: Choice, target: str, images: int, tests: int) ->
 CASES = {
     "imdn": Case(imdn, Choice(8, 8), "onnxruntime", _crops, _restored, "dB"),
     "carn_m": Case(carn_m, Choice(8, 8), "onnxruntime", _crops, _restored, "dB"),
+    "imdn W4A4": Case(imdn, Choice(4, 4), "fx_int8", _small_images, _textures, "dB"),
+    "carn_m W4A4": Case(carn_m, Choice(4, 4), "fx_int8", _small_images, _textures, "dB"),
     "resnet20": _classes("resnet20", Choice(4, 4), "fx_int8", 192, 1017),
     "mobilenet_v2": _classes("mobilenet_v2", Choice(8, 8), "onnxruntime", 64, 200),
 }
@@ -90,7 +104,7 @@ def measured(name: str) -> list[Row]:
     case, images = CASES[name], CalibrationSet((CASES[name].calibration(),))
     captured, floating = capture(case.factory(), images.slice(0, 2).inputs), case.quality(case.factory())
     rows: list[Row] = []
-    for observer in ("minmax", "percentile", "mse"):
+    for observer in OBSERVERS:
         settings = Settings(
             bits=(int(case.choice.weight_bits),),
             activation_bits=(case.choice.activation_bits,),
@@ -116,7 +130,7 @@ def _row(name: str, ranges: str, program: Program, floating: float) -> Row:
 
     row: Row = {"network": name, "plan": case.choice.label, "ranges": ranges, "float": floating, "unit": case.unit}
     row |= {"lost": lost(set()), "lost, weights": lost(activations), "lost, activations": lost(weights)}
-    if case.unit == "dB" and ranges == "mse":
+    if case.unit == "dB" and case.choice.weight_bits == 8 and ranges == "mse":
         alone = {group: lost((weights | activations) - set(names)) for group, names in nodes.activations.items()}
         worst = sorted(alone, key=alone.__getitem__, reverse=True)[:WORST]
         row["worst alone"] = ", ".join(f"{group} {alone[group]:.3f}" for group in worst)

@@ -15,7 +15,7 @@ class InsertObservers(Pass):
     """Put an observer node, called `observe_<producer>`, on the edges of each producer that some plan quantizes.
 
     Args:
-        observer: name of the observer: minmax, mse, moving_average or percentile.
+        observer: name of the observer, in `OBSERVERS`.
     """
 
     observer: str = "mse"
@@ -51,4 +51,5 @@ class CollectRanges(Pass):
                 clips.add(observer.clip)
                 node.replace_all_uses_with(node.args[0])
                 program.module.graph.erase_node(node)
-        return program.with_facts(Ranges(histograms, "mse" if "mse" in clips else "full")), len(histograms)
+        # One observer made them all; a graph without any has nothing to clip.
+        return program.with_facts(Ranges(histograms, next(iter(clips), "full"))), len(histograms)

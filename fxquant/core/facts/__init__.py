@@ -22,7 +22,16 @@ from fxquant.core.facts.norm_statistics import NormStatistics, Statistics
 from fxquant.core.facts.option_fields import FUNCTION, Option, Options, function_name, literals, options_of, rules
 from fxquant.core.facts.patterns import Types, found, matching, module_types, site_types
 from fxquant.core.facts.plan import BitAllocation, BudgetCurve, Finalists
-from fxquant.core.facts.ranges import BINS, Histogram, Ranges, clip_error, merged, mse_range
+from fxquant.core.facts.ranges import (
+    BINS,
+    GAUSSIAN_STEPS,
+    Histogram,
+    Ranges,
+    clip_error,
+    gaussian_range,
+    merged,
+    mse_range,
+)
 from fxquant.core.facts.rounding import Rounding, UnitRecord
 from fxquant.core.facts.sensitivity_matrix import SensitivityMatrix, Surrogates
 from fxquant.core.facts.settings import EFFORTS, EffortName, ScoringRounding, Settings

@@ -119,6 +119,13 @@ class MseObserver(Observer):
     clip = "mse"
 
 
+@OBSERVERS.register("gaussian")
+class GaussianObserver(Observer):
+    """Clips as suits a Gaussian of the same mean and deviation: no search, and robust where few values were seen."""
+
+    clip = "gaussian"
+
+
 @OBSERVERS.register("moving_average")
 class MovingAverageObserver(Observer):
     """Averages the extremes of batches: `m <- 0.9 m + 0.1 batch`."""

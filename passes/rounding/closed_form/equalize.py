@@ -158,7 +158,7 @@ def observed(program: Program, producers: set[str], images: CalibrationSet) -> R
     """Return the program's ranges, those of these producers observed again with the program's own observer."""
     known = program[Ranges]
     settings: Settings | None = program.facts.get(Settings)
-    name = settings.observer if settings is not None else {"mse": "mse"}.get(known.clip, "minmax")
+    name = settings.observer if settings is not None else {"full": "minmax"}.get(known.clip, known.clip)
     observers = {producer: OBSERVERS[name](producer) for producer in producers}
     replay = GraphReplay(program.module)
     kept = frozenset(replay.by_name[producer] for producer in producers)

@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxquant.core.errors import CalibrationError
-from fxquant.core.facts import BINS, Histogram, Ranges, clip_error, merged, mse_range
+from fxquant.core.facts import (
+    BINS,
+    GAUSSIAN_STEPS,
+    Histogram,
+    Ranges,
+    clip_error,
+    gaussian_range,
+    merged,
+    mse_range,
+)
 from fxquant.core.ir import SMALLEST_SCALE, activation_spec
 from fxquant.core.run import MseObserver
 
@@ -107,6 +116,53 @@ def test_histograms_are_validated(change: dict[str, Any]) -> None:
     good = Histogram(low=0.0, width=1.0, counts=np.ones(BINS), minimum=0.0, maximum=1.0)
     with pytest.raises(CalibrationError, match="histogram"):
         replace(good, **change)
+
+
+def rounding_error_of_a_gaussian(step: float, bits: int) -> float:
+    """Return the mean squared error of `2^bits` levels around 0 for a Gaussian of deviation 1, by integration."""
+    x = np.linspace(-8, 8, 400_001)
+    half = 2 ** (bits - 1)
+    rounded = (np.clip(np.floor(x / step), -half, half - 1) + 0.5) * step
+    return float((np.square(rounded - x) * np.exp(-x * x / 2)).sum() * (x[1] - x[0]) / np.sqrt(2 * np.pi))
+
+
+@pytest.mark.parametrize("bits", list(GAUSSIAN_STEPS))
+def test_gaussian_steps_are_the_numeric_optimum(bits: int) -> None:
+    step = GAUSSIAN_STEPS[bits]
+    tried = step * np.linspace(0.9, 1.1, 81)
+    errors = [rounding_error_of_a_gaussian(float(each), bits) for each in tried]
+    assert float(tried[int(np.argmin(errors))]) == pytest.approx(step, rel=0.01)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6])
+@pytest.mark.parametrize("deviation", [0.01, 3.0])
+def test_a_gaussian_gets_the_step_of_its_deviation(bits: int, deviation: float) -> None:
+    values = torch.randn(200_000, generator=torch.Generator().manual_seed(bits)) * deviation
+    observer = MseObserver("v")
+    observer(values)
+    grid = Ranges({"v": observer.histogram()}, "gaussian").grid(["v"], bits)
+    assert float(grid.scale) == pytest.approx(GAUSSIAN_STEPS[bits] * deviation, rel=0.01)
+
+
+def test_the_gaussian_range_lies_around_the_mean_and_within_what_was_seen() -> None:
+    observer = MseObserver("v")
+    values = torch.randn(100_000, generator=torch.Generator().manual_seed(0)) + 1.5
+    observer(values)
+    low, high = gaussian_range(observer.histogram(), activation_spec(2))
+    assert (low + high) / 2 == pytest.approx(1.5, abs=0.02)
+    assert high - low == pytest.approx(3 * GAUSSIAN_STEPS[2], rel=0.02)
+    observer = MseObserver("v")
+    observer(values.relu())
+    low, high = gaussian_range(observer.histogram(), activation_spec(8))
+    reach = GAUSSIAN_STEPS[8] * 255 / 2 * float(values.relu().std())
+    assert low == 0.0
+    assert high == pytest.approx(float(values.relu().mean()) + reach, rel=0.01)
+    assert gaussian_range(seen(0.0, 1.0, 1.0, 1.0), activation_spec(8)) == (0.0, 1.0)
+
+
+def test_an_unknown_clip_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="clip 'best' of ranges is unknown; known: mse, full, gaussian"):
+        Ranges({}, "best")
 
 
 def test_save_and_load(tmp_path: Path) -> None:
