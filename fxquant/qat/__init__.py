@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 from fxquant.qat.loop import distill_step, parameter_groups, reestimate
-from fxquant.qat.training_graph import METHOD, TrainedValues, gather, put_tensor, trainable, with_values
+from fxquant.qat.training_graph import METHOD, TrainedValues, gather, trainable, with_values

@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 from torch.optim import Optimizer
 
 from fxquant.core.errors import CalibrationError, FailureError, OptionError
-from fxquant.core.ir import FakeQuantize, is_constant
+from fxquant.core.ir import FakeQuantize, is_constant, put_tensor
 from fxquant.core.run import (
     Loss,
     LossFunction,
@@ -35,7 +35,6 @@ from fxquant.core.run import (
     loss_of,
     placeholders,
 )
-from fxquant.qat.training_graph import put_tensor
 
 STATISTICS = ("running_mean", "running_var")
 

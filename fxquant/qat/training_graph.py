@@ -13,7 +13,19 @@ from torch.fx import GraphModule, Node
 
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation, FakeQuantNodes, Rounding
-from fxquant.core.ir import Choice, FakeQuantize, Grid, Program, Site, Sites, fork, resolve, rule_of, tensor_at
+from fxquant.core.ir import (
+    Choice,
+    FakeQuantize,
+    Grid,
+    Program,
+    Site,
+    Sites,
+    fork,
+    put_tensor,
+    resolve,
+    rule_of,
+    tensor_at,
+)
 
 METHOD = "trained"
 
@@ -131,13 +143,6 @@ def with_values(program: Program, values: Mapping[str, Tensor]) -> Program:
             )
         put_tensor(module, path, value.detach().to(old.device).clone())
     return Program(module, program.facts, program.log)
-
-
-def put_tensor(module: GraphModule, path: str, value: Tensor) -> None:
-    """Replace the tensor at a path of a graph module, which must not share its containers with another module."""
-    holder, leaf = _place(module, path)
-    old = getattr(holder, leaf)
-    setattr(holder, leaf, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
 
 
 def _place(module: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -180,6 +180,13 @@ ROWS = (
         essence=("rounding",),
     ),
     Recipe(
+        "daq",
+        "activation steps that suit a Gaussian of the same deviation; channels scaled to like ranges beforehand",
+        "arXiv 2012.11230",
+        {**UNIFORM, "observer": "gaussian", "activation_bits": (4,), "rounding": "equalize"},
+        essence=("observer",),
+    ),
+    Recipe(
         "gptq",
         "weights rounded one by one, later ones compensate",
         "arXiv 2210.17323, algorithm 1",

@@ -16,10 +16,10 @@ from fxquant import Budget, Result, flow
 from fxquant.backends import to_qdq
 from fxquant.core.errors import FileFormatError, OptionError
 from fxquant.core.facts import FakeQuantNodes, Rounding
-from fxquant.core.ir import FINEST_SHARE, Choice, FakeQuantize, Program, Sites, fork, resolve, tensor_at
+from fxquant.core.ir import FINEST_SHARE, Choice, FakeQuantize, Program, Sites, fork, put_tensor, resolve, tensor_at
 from fxquant.core.run import first_tensor, model_outputs
 from fxquant.passes import ScaleWeights
-from fxquant.qat import TrainedValues, put_tensor, reestimate, with_values
+from fxquant.qat import TrainedValues, reestimate, with_values
 from tests.models import MODELS, built
 from tests.scoring import inputs, plain_net
 

@@ -16,6 +16,7 @@ from fxquant.core.ir.graphs import (
     insert_after,
     is_constant,
     nodes_by_name,
+    put_tensor,
     resolve,
     set_module,
     set_parameter,

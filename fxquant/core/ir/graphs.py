@@ -63,6 +63,20 @@ def tensor_at(module: nn.Module, path: str) -> Tensor:
     return value
 
 
+def put_tensor(module: GraphModule, path: str, value: Tensor) -> None:
+    """Replace the tensor at a path of a graph module, which must not share its containers with another module.
+
+    Args:
+        module: for example a fork.
+        path: dotted path of a parameter or buffer, which stays one.
+        value: the new tensor.
+    """
+    parents, _, leaf = path.rpartition(".")
+    holder = module.get_submodule(parents)
+    old = getattr(holder, leaf)
+    setattr(holder, leaf, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
+
+
 def constant(module: nn.Module, node: object) -> Tensor | None:
     """Return the detached parameter or buffer a node reads, None if it is not such a node."""
     return tensor_at(module, str(node.target)).detach() if isinstance(node, Node) and node.op == "get_attr" else None

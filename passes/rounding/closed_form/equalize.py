@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import Ranges, Settings, Target, WeightGrids
-from fxquant.core.ir import Program, Sites, erase_dead, finish, fork, resolve, rule_of, set_parameter, tensor_at
+from fxquant.core.ir import Program, Sites, fork, put_tensor, resolve, rule_of, tensor_at
 from fxquant.core.run import OBSERVERS, CalibrationSet, GraphReplay
 from fxquant.passes.rounding.acceptance import record_of
 from fxquant.passes.rounding.closed_form.chains import ScaleChain, scale_chains
@@ -132,17 +132,9 @@ def with_parameters(
         images: run to observe the values between the layers again.
     """
     module = fork(program.module)
-    for name in dict.fromkeys(name for chain in chains for name in (chain.first, chain.second)):
-        node = resolve(module.graph, name)
-        rule = rule_of(node)
-        assert rule is not None
-        for position in (rule.weight, rule.bias):
-            path = _path(node, position)
-            if position is not None and path is not None:
-                trainable = tensor_at(program.module, path).requires_grad
-                set_parameter(module, node, position, path, parameters[path].clone(), trainable)
-    erase_dead(module)
-    finish(module)
+    for path, value in parameters.items():
+        # In place: a saved result is known by its graph, which stays as it was captured.
+        put_tensor(module, path, value.clone())
     scaled = Program(module, program.facts, program.log)
     values = {name for chain in chains for name in chain.between}
     ranges = observed(scaled, values & set(program[Ranges].histograms), images)

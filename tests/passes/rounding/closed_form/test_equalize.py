@@ -88,6 +88,8 @@ def test_parameters_ranges_and_grids_belong_to_the_scaled_network() -> None:
         assert histogram.maximum == pytest.approx(float(value.max()), rel=1e-4)
         assert histogram.minimum == pytest.approx(float(value.min()), rel=1e-4, abs=1e-6)
     assert done[Ranges].clip == task.program[Ranges].clip
+    # A saved result is known by its graph.
+    assert str(done.module.graph) == str(task.program.module.graph)
 
 
 def test_a_target_of_one_scale_per_weight_gets_one() -> None:
