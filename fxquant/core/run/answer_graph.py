@@ -43,6 +43,7 @@ from fxquant.core.run.answer_scores import (
     shown_by,
 )
 from fxquant.core.run.discrete_answers import is_float, op_name
+from fxquant.core.run.joined_outputs import Joined, joined
 from fxquant.core.run.smooth_values import smooth_values
 
 FLOATS_ONLY = (
@@ -67,6 +68,7 @@ class Answer:
         classes: the axis that a softmax or the choice of a class goes along, None where there is none.
         independent: whether it goes through a sigmoid.
         scores: those that the model's softmax or sigmoid makes its output of, None where the value is the output.
+        joined: the output that it is a part of, None where it is not one of several.
 
     Raises:
         CaptureError: no axis counts images.
@@ -80,6 +82,7 @@ class Answer:
     classes: int | None = None
     independent: bool = False
     scores: Scores | None = None
+    joined: Joined | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.axis < len(shape_of(self.node)):
@@ -113,10 +116,12 @@ def find_answers(graph: Graph) -> list[Answer]:
         if value is not None and not any((each,) in found for each in known):
             note = "" if value is outputs[0] else OTHER if value is node else BEHIND
             said = note.format(line=trace_line(value), name=value.name, index=outputs.index(node))
-            scores = scores_behind(value)
-            scores = scores if scores is not None and _usable(scores.node, smooth) else None
-            shown = (value,) if scores is None else (scores.node, *scores.moves)
-            found.setdefault(shown, _answer(value if scores is None else scores.place, said, scores))
+            whole = joined(value)
+            parts = {key: made for part in (whole.parts if whole else ()) for key, made in _compared(part, smooth)}
+            if whole is None or len(parts) < len(whole.parts) or not parts.keys().isdisjoint(found):
+                whole, parts = None, dict(_compared(value, smooth))
+            for key, (place, scores) in parts.items():
+                found.setdefault(key, _answer(place, said, scores, whole))
     if not found:
         # Says which shape has no axis of images.
         left = [Answer(node, -1) for node in outputs if node in smooth]
@@ -124,6 +129,15 @@ def find_answers(graph: Graph) -> list[Answer]:
         kinds = ", ".join(dict.fromkeys(str(node.meta["val"].dtype).removeprefix("torch.") for node in outputs))
         raise CaptureError(FLOATS_ONLY.format(kinds=kinds))
     return list(found.values())
+
+
+def _compared(value: Node, smooth: set[Node]) -> Iterator[tuple[tuple[Node, ...], tuple[Node, Scores | None]]]:
+    """Yield the nodes that tell a value from others, with what has its axes and the scores that it shows, if any."""
+    scores = scores_behind(value)
+    if scores is not None and _usable(scores.node, smooth):
+        yield (scores.node, *scores.moves), (scores.place, scores)
+    elif _usable(value, smooth):
+        yield (value,), (value, None)
 
 
 def answer_graph(module: GraphModule) -> GraphModule:
@@ -213,7 +227,7 @@ def _call(function: Any, value: Node, *args: Any) -> Node:
     return node
 
 
-def _answer(node: Node, note: str, scores: Scores | None) -> Answer:
+def _answer(node: Node, note: str, scores: Scores | None, whole: Joined | None) -> Answer:
     axis = _images_at(node)
     assert axis is not None
     rows = max(1, shape_of(node)[axis] // traced_images(node.graph))
@@ -228,7 +242,7 @@ def _answer(node: Node, note: str, scores: Scores | None) -> Answer:
     classes = None if at is None or at == axis else at + (at < axis)
     images_first = rows == 1 or _images_vary_slowest(node, axis)
     sigmoid = classes is None and (scores is not None or any(op in SIGMOID for op, _, _ in found))
-    return Answer(node, axis, rows, images_first, note, classes, sigmoid, scores)
+    return Answer(node, axis, rows, images_first, note, classes, sigmoid, scores, whole)
 
 
 def _first_is_logits(graph: Graph) -> bool:

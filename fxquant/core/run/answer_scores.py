@@ -78,14 +78,14 @@ def scores_behind(value: Node) -> Scores | None:
     later = [each for node in behind if op_name(node) not in MOVES for each in _pointwise(node)]
     if op in SIGMOID:
         return Scores(source, (*moves,), value, None, op, (*later,))
-    axes = _axis_behind(source, int(str(squash.args[1])) % len(shape_of(source)), moves)
+    axes = axis_behind(source, int(str(squash.args[1])) % len(shape_of(source)), moves)
     kept = len(axes) - 1
     # A list of parts is no value that could be compared.
     while kept and not isinstance(moves[kept - 1].meta["val"], Tensor):
         kept -= 1
-    rest = [partial(_replayed, node) for node in moves[kept:]]
+    rest = [partial(replayed, node) for node in moves[kept:]]
     place = moves[kept - 1] if kept else squash
-    if rest and not (_images_first(place) and _images_first(value) and all(map(_repeats, moves[kept:]))):
+    if rest and not (images_first(place) and images_first(value) and all(map(repeats, moves[kept:]))):
         return None
     return Scores(source, (*moves[:kept],), place, axes[kept], op, (*later, *rest))
 
@@ -111,10 +111,14 @@ def move_of(node: Node) -> Callable[..., Any]:
 
 
 def shown_by(value: Node) -> list[Node]:
-    """Return a value and what it shows in other places, nearest first."""
+    """Return a value and what it shows in other places, nearest first; quantizers in between are left out."""
     found = [value]
-    while op_name(found[-1]) in MOVES and isinstance(source := found[-1].args[0], Node):
-        found.append(source)
+    while op_name(value) in MOVES or _is_quantizer(value):
+        source = value.args[0]
+        if not isinstance(source, Node):
+            break
+        value = source
+        found += [] if _is_quantizer(value) else [value]
     return found
 
 
@@ -123,7 +127,7 @@ def axis_in_front(value: Node, moves: Sequence[Node], axis: int) -> int | None:
     shown = moves[-1] if moves else value
     wanted = axis % max(1, len(shape_of(shown)))
     every = range(len(shape_of(value)))
-    found = ((k, _axis_behind(value, k, moves)) for k in every)
+    found = ((k, axis_behind(value, k, moves)) for k in every)
     return next((k for k, axes in found if len(axes) == len(moves) + 1 and axes[-1] == wanted), None)
 
 
@@ -161,7 +165,7 @@ def _is_quantizer(node: Node) -> bool:
     return isinstance(owner.get_submodule(str(node.target)), FakeQuantize)
 
 
-def _axis_behind(source: Node, axis: int, moves: Sequence[Node]) -> list[int]:
+def axis_behind(source: Node, axis: int, moves: Sequence[Node]) -> list[int]:
     """Return where an axis is after each of the moves, itself first; shorter where a move merges or takes part of it.
 
     A value that counts along the axis is moved: the axis is where it still counts.
@@ -172,7 +176,7 @@ def _axis_behind(source: Node, axis: int, moves: Sequence[Node]) -> list[int]:
     value: Any = numbers.reshape([count if k == axis else 1 for k in range(len(shape))]).expand(shape)
     images = traced_images(source.graph)
     for move in moves:
-        value = _replayed(move, value, images)
+        value = replayed(move, value, images)
         if not isinstance(value, Tensor):
             found.append(found[-1])
             continue
@@ -187,7 +191,7 @@ def _counts(value: Tensor, axis: int, numbers: Tensor) -> bool:
     return bool((value.movedim(axis, -1) == numbers).all())
 
 
-def _images_first(node: Node) -> bool:
+def images_first(node: Node) -> bool:
     """Whether axis 0 counts images and nothing else."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or not value.dim() or not counts_images(value.shape[0], node.graph):
@@ -195,13 +199,13 @@ def _images_first(node: Node) -> bool:
     return shape_of(node)[0] == traced_images(node.graph)
 
 
-def _repeats(move: Node) -> bool:
+def repeats(move: Node) -> bool:
     """Whether a move can be repeated for any number of images: its sizes are numbers, or count images."""
     sizes = [size.meta["val"] for size in move.all_input_nodes[1:]]
     return all(isinstance(s, int) or counts_images(s, move.graph) for s in sizes)
 
 
-def _replayed(move: Node, value: Any, images: int | None = None) -> Any:
+def replayed(move: Node, value: Any, images: int | None = None) -> Any:
     """Move another value, which holds `images`, or as many as its axis 0 counts."""
     count = len(value) if images is None else images
     rest: Any = map_arg(move.args[1:], lambda size: _size(size, move.graph, count))

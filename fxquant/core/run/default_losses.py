@@ -13,6 +13,7 @@ from fxquant.core.errors import OptionError
 from fxquant.core.ir import shape_of
 from fxquant.core.run.answer_graph import Answer, answer_parts, find_answers
 from fxquant.core.run.discrete_answers import op_name
+from fxquant.core.run.joined_outputs import BOX
 from fxquant.core.run.losses import LOSSES, Loss, LossFunction
 from fxquant.core.run.recurrent_states import is_state
 from fxquant.core.run.replay import first_tensor
@@ -20,8 +21,6 @@ from fxquant.core.run.runner import placeholders
 from fxquant.core.run.task_losses import JOIN, FunctionLoss, JointLoss, Part, loss_of
 
 Shape = tuple[int, ...]
-BOX = 4
-"""Numbers of a box."""
 COLOURS = 3
 """An image of as many channels as its input, or of up to 3, is not one of classes."""
 
@@ -69,8 +68,10 @@ def _axis_of_pixels(output: _Output) -> int | None:
 
 def _axis_beside_boxes(output: _Output) -> int | None:
     shape = output.shape
-    boxes = len(shape) == 3 and shape[2] not in (1, BOX) and (*shape[:2], BOX) in output.others
-    return 2 if boxes else None
+    if len(shape) == 3 and shape[2] not in (1, BOX) and (*shape[:2], BOX) in output.others:
+        return 2
+    maps = len(shape) > 2 and shape[1] not in (1, BOX) and (shape[0], BOX, *shape[2:]) in output.others
+    return 1 if maps else None
 
 
 CLASS_AXES: tuple[Callable[[_Output], int | None], ...] = (
@@ -87,7 +88,8 @@ CLASS_AXES: tuple[Callable[[_Output], int | None], ...] = (
   a recurrent layer;
 * (images, positions, V), where the model looks its input up in a table of V rows, is the next word at each position;
 * (images, C, H, W) of the input's height and width, C above 3 and its channels, is the class of each pixel;
-* (images, anchors, K) beside boxes (images, anchors, 4) is the class of each anchor.
+* (images, anchors, K) beside boxes (images, anchors, 4), or (images, K, ...) beside (images, 4, ...), is the class of
+  each anchor.
 """
 
 
@@ -110,14 +112,16 @@ def answer_loss(asked: str | LossFunction | None, module: GraphModule, inputs: t
     values = list(made) if len(answers) > 1 else [first_tensor(made)]
     shapes = [tuple(value.shape) for value in values]
     if asked is not None and not isinstance(asked, str):
-        return FunctionLoss(asked, [shape[1:] for shape in shapes], [_shown(answer) for answer in answers])
+        return FunctionLoss(asked, [shape[1:] for shape in shapes], partial(_returned, answers))
     images = [shape_of(node) for node in placeholders(module.graph) if len(shape_of(node)) == 4]
     words = _words(module.graph)
     outputs = [_Output(s, a, shapes, images, words) for s, a in zip(shapes, answers, strict=True)]
-    names = [None] * len(outputs) if asked is None else [*map(loss_of, asked.split(JOIN))]
-    if len(names) > len(outputs):
-        raise OptionError(f"loss {asked!r} has {len(names)} names; the model has {len(outputs)} float outputs")
-    parts = [_part(output, loss) for output, loss in zip(outputs, names, strict=False)]
+    together = [len([*group]) for group in _by_output(answers)]
+    names = [None] * len(together) if asked is None else [*map(loss_of, asked.split(JOIN))]
+    if len(names) > len(together):
+        raise OptionError(f"loss {asked!r} has {len(names)} names; the model has {len(together)} float outputs")
+    each = [name for name, count in zip(names, together, strict=False) for _ in range(count)]
+    parts = [_part(output, loss) for output, loss in zip(outputs, each, strict=False)]
     parts += [Part(None, output.shape[1:]) for output in outputs[len(parts) :]]
     alone = parts[0] if len(parts) == 1 else None
     if alone is not None and alone.loss is not None and alone.axis == 1:
@@ -138,8 +142,27 @@ def _words(graph: Graph) -> frozenset[int]:
     return frozenset(shape[0] for shape in tables if shape)
 
 
-def _shown(answer: Answer | None) -> Callable[[Tensor], Tensor]:
-    """Return what the model makes of the value that is compared in the place of its output."""
-    if answer is None or answer.scores is None:
-        return lambda value: value
-    return partial(answer.scores.shown, classes=answer.classes)
+def _by_output(answers: Sequence[Answer | None]) -> list[list[Answer | None]]:
+    """Return the answers that belong to each output: the parts of one that joins them, or one alone."""
+    groups: list[list[Answer | None]] = []
+    for answer in answers:
+        before = groups[-1][-1] if groups else None
+        if answer is not None and before is not None and answer.joined is not None and answer.joined is before.joined:
+            groups[-1].append(answer)
+        else:
+            groups.append([answer])
+    return groups
+
+
+def _returned(answers: Sequence[Answer | None], values: Sequence[Tensor]) -> list[Tensor]:
+    """Return the model's outputs for the values that are compared in their place."""
+    given, made = iter(values), list[Tensor]()
+    for group in _by_output(answers):
+        shown = [_shown(answer, value) for answer, value in zip(group, given, strict=False)]
+        whole = group[0].joined if group[0] is not None else None
+        made.append(shown[0] if whole is None else whole.rebuilt(shown))
+    return made
+
+
+def _shown(answer: Answer | None, value: Tensor) -> Tensor:
+    return value if answer is None or answer.scores is None else answer.scores.shown(value, answer.classes)

@@ -104,7 +104,7 @@ class FunctionLoss(Loss):
         function: (float output, quantized output, labels or None) -> loss of each image; of a model with several
             float outputs it is given tuples of them.
         shapes: of each output for one image; None for a single one, given as it is.
-        shown: what makes the model's outputs of the values that are compared.
+        shown: makes the model's outputs of the values that are compared; None where they are the outputs.
     """
 
     curved = False
@@ -113,7 +113,7 @@ class FunctionLoss(Loss):
         self,
         function: LossFunction,
         shapes: Sequence[tuple[int, ...]] = (),
-        shown: Sequence[Callable[[Tensor], Tensor]] = (),
+        shown: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None,
     ) -> None:
         super().__init__(function_name(function), "of the given function")
         self._function, self._shown = function, shown
@@ -147,8 +147,8 @@ class FunctionLoss(Loss):
 
     def _given(self, answer: Tensor) -> Tensor | tuple[Tensor, ...]:
         values = [answer] if self.parts is None else [value for _, value, _ in self.parts.pieces(answer, answer)]
-        made = tuple(show(value) for show, value in zip(self._shown, values, strict=True)) if self._shown else values
-        return made[0] if self.parts is None else tuple(made)
+        made = values if self._shown is None else self._shown(values)
+        return made[0] if len(made) == 1 else tuple(made)
 
 
 def loss_of(given: str | Loss | LossFunction) -> Loss:

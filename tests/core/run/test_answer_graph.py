@@ -198,14 +198,29 @@ def test_every_layout_is_scored_and_measured(name: str) -> None:
     assert result.simulated(IMAGES) is not None
 
 
-def test_scores_are_found_behind_quantizers_too() -> None:
-    model = net(lambda n, y: (lambda p: (p.flatten(2), n.one(p.flatten(2).transpose(1, 2))))(y.sigmoid()))
+def tags_and_layer(n: Net, y: Tensor) -> Any:
+    tags = y.sigmoid()
+    return tags.flatten(2), n.one(tags.flatten(2).transpose(1, 2))
+
+
+def joined_and_layer(n: Net, y: Tensor) -> Any:
+    joined = torch.cat([n.one(y.flatten(2).transpose(1, 2)).sigmoid(), y.flatten(2).transpose(1, 2)], -1)
+    turned = joined.transpose(1, 2)
+    return turned, n.other(turned[:, 3:9].transpose(1, 2))
+
+
+@pytest.mark.parametrize("head", [tags_and_layer, joined_and_layer])
+def test_the_same_is_compared_behind_quantizers(head: Head) -> None:
+    model = net(head)
     result = fxquant.quantize(model, IMAGES, None, bits=(8,), effort="fast", target="fx_int8", progress=False)
     graphs = (result.program.module, result.simulated_program.module)
-    plain, simulated = (answer_parts(graph)(IMAGES)[0] for graph in graphs)
-    assert any(node.op == "call_module" and node.args[0].target in (torch.ops.aten.sigmoid.default,)
-               for node in graphs[1].graph.nodes)  # fmt: skip
+    sigmoids = [node for node in graphs[1].graph.nodes if node.target is torch.ops.aten.sigmoid.default]
+    assert any(user.op == "call_module" for node in sigmoids for user in node.users)
+    plain, simulated = (answer_parts(graph)(IMAGES) for graph in graphs)
+    assert len(plain) == (2 if head is tags_and_layer else 3)
+    for one, other in zip(plain, simulated, strict=True):
+        # Probabilities would be 0.5 where scores are 0, and parts in another order further apart still.
+        assert (one - other).abs().max() < 0.1
     with torch.no_grad():
-        torch.testing.assert_close(plain, torch.relu(model.stem(IMAGES)).flatten(2))
-    # Probabilities would be 0.5 where scores are 0.
-    assert (simulated - plain).abs().max() < 0.1
+        y = torch.relu(model.stem(IMAGES)).flatten(2)
+        torch.testing.assert_close(plain[0], y if head is tags_and_layer else model.one(y.transpose(1, 2)))

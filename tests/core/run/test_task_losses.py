@@ -118,7 +118,30 @@ MOVED: dict[str, tuple[Callable[[Net, Tensor], Any], str]] = {
     "scores, and tags of them moved": (lambda _, y: (lambda s: (s, s.flatten(1).sigmoid()))(y[:, :2]), "bce+bce"),
     "scores, and a choice of them moved": (lambda n, y: (lambda s: (s, s.transpose(1, 2).argmax(1)))(n.one(rows(y))),
                                            "kl"),
+    "boxes and tags, joined": (lambda n, y: torch.cat([n.box(rows(y)), n.one(rows(y)).sigmoid()], -1), "mse+bce"),
+    "boxes and scores, joined": (lambda n, y: torch.cat([n.box(rows(y)), rows(y)[..., :1], n.one(rows(y))], 2),
+                                 "mse+mse+kl"),
+    "maps of boxes, objects and classes, joined": (
+        lambda _, y: (
+            lambda z: torch.cat([z[:, :4], z[:, 4:5].sigmoid(), z.softmax(1)], 1).flatten(2).transpose(1, 2)
+        )(F.avg_pool2d(y, 2)),
+        "mse+bce+kl",
+    ),
+    "maps of boxes and scores, joined": (
+        lambda _, y: (lambda z: torch.cat([z, z[:, 1:5]], 1).flatten(2).permute(0, 2, 1))(F.avg_pool2d(y, 2)),
+        "kl+mse",
+    ),
+    "levels, joined": (
+        lambda _, y: torch.cat([level(F.avg_pool2d(y, 2)), level(F.avg_pool2d(y, 4))], 2).transpose(1, 2),
+        "mse+bce+mse+bce",
+    ),
+    "features, joined": (lambda _, y: F.avg_pool2d(torch.cat([y[:, :4], y], 1), 2), "mse"),
+    "tokens, joined": (lambda _, y: torch.cat([rows(y)[:, :4], rows(y)], 1), "mse"),
 }  # fmt: skip
+
+
+def level(y: Tensor) -> Tensor:
+    return torch.cat([y[:, :4], y[:, 2:].sigmoid()], 1).flatten(2)
 
 
 def loss_and_answers(model: nn.Module, images: Tensor, asked: Any = None) -> tuple[Loss, Tensor]:
@@ -232,6 +255,13 @@ def test_a_name_is_for_the_first_output_and_names_for_the_first_ones() -> None:
         torch.testing.assert_close(found(answer, answer * scale), expected, rtol=1e-3, atol=0)
     with pytest.raises(OptionError, match="has 3 names; the model has 2 float outputs"):
         loss_and_answers(net(head), IMAGES, "kl+mse+mse")
+
+
+def test_a_name_is_for_all_parts_of_an_output() -> None:
+    found, answer = of_module(known("boxes and tags, joined"), IMAGES, "mse")
+    torch.testing.assert_close(found(answer, 1.1 * answer), torch.full((8,), 0.02, dtype=torch.float64))
+    with pytest.raises(OptionError, match="has 2 names; the model has 1 float outputs"):
+        of_module(known("boxes and tags, joined"), IMAGES, "mse+mse")
 
 
 @pytest.mark.parametrize("name", ["anchors beside boxes", "boxes first", "time, classes last", "independent classes"])
