@@ -248,9 +248,9 @@ ROWS = (
     ),
     Recipe(
         "uwc",
-        "reconstruction over two neighbouring blocks at once",
+        "reconstruction over neighbouring layers at once, here two",
         "arXiv 2201.06376",
-        {**UNIFORM, "rounding": "brecq", "rounding_options": {"unit": "2"}},
+        {**UNIFORM, "rounding": "brecq", "rounding_options": {"unit": "layers:2"}},
         essence=("rounding",),
         needs=("training",),
     ),

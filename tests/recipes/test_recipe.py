@@ -63,7 +63,7 @@ def test_what_agrees_with_a_recipe_may_be_said() -> None:
 
 def test_mappings_are_laid_over_each_other_and_belong_to_their_rounding() -> None:
     tuned = settings_of({"rounding_options": {"iterations": 9}}, recipe="uwc")
-    assert tuned.rounding_options == {"unit": "2", "iterations": 9}
+    assert tuned.rounding_options == {"unit": "layers:2", "iterations": 9}
     assert settings_of({"rounding": "gptq"}, recipe="calibtip").rounding_options == {}
     pinned = settings_of({"pins": {"stem": "W8A8"}, "recipe": "clado"})
     assert list(pinned.pins) == ["stem"]

@@ -19,7 +19,7 @@ class Reconstruction(Options):
     `feat` the squared error of the values that the last weighted op reads.
 
     Args:
-        unit: "layer", "block", a number of neighbouring blocks, "stage" or "network".
+        unit: "layer", "layers:k" (k neighbouring ones), "block", a number of neighbouring blocks, "stage" or "network".
         iterations: steps of the optimizer for each unit.
         batch: images of a step.
         learned: "rounding" (AdaRound: up or down, scales fixed) or "straight_through" (values and scales, LSQ).

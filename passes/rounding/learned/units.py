@@ -21,6 +21,8 @@ WIDEST = 16
 """Most values that may cross a cut."""
 
 GRANULARITIES = ("layer", "block", "stage", "network")
+LAYERS = "layers:"
+"""Before a number of neighbouring weighted ops."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,12 @@ def check_granularity(granularity: str) -> None:
     Raises:
         OptionError: it is unknown.
     """
-    if granularity not in GRANULARITIES and not (granularity.isdecimal() and int(granularity) > 0):
-        raise OptionError(f"unit={granularity!r} is unknown; known: {', '.join(GRANULARITIES)}, or a number of blocks")
+    number = granularity.removeprefix(LAYERS)
+    if granularity not in GRANULARITIES and not (number.isdecimal() and int(number) > 0):
+        raise OptionError(
+            f"unit={granularity!r} is unknown; known: {', '.join(GRANULARITIES)}, a number of blocks, or {LAYERS} and "
+            f"a number, for example {LAYERS}2"
+        )
 
 
 def find_units(module: GraphModule, sites: tuple[Site, ...], granularity: str = "block") -> tuple[Unit, ...]:
@@ -58,8 +64,9 @@ def find_units(module: GraphModule, sites: tuple[Site, ...], granularity: str = 
     Args:
         module: simulated graph.
         sites: the sites it quantizes, at least one.
-        granularity: "layer" (one weighted op), "block" (between cuts of one value), a number k as text (k neighbouring
-            blocks, the cross-layer window of UWC), "stage" (blocks of one image size) or "network".
+        granularity: "layer" (one weighted op), "layers:k" (k neighbouring ones, the basic unit of UWC, arXiv
+            2201.06376), "block" (between cuts of one value), a number k as text (k neighbouring blocks), "stage"
+            (blocks of one image size) or "network".
 
     Raises:
         OptionError: the granularity is unknown.
@@ -69,7 +76,9 @@ def find_units(module: GraphModule, sites: tuple[Site, ...], granularity: str = 
     if granularity == "network":
         return cutter.units([0])
     if granularity == "layer":
-        return cutter.units(cutter.before_layers())
+        return cutter.units(cutter.before_layers(1))
+    if granularity.startswith(LAYERS):
+        return cutter.units(cutter.before_layers(int(granularity.removeprefix(LAYERS))))
     blocks = cutter.blocks()
     if granularity == "stage":
         return cutter.units(cutter.between_sizes(blocks))
@@ -103,10 +112,19 @@ class _Cutter:
                 live[boundary].append(node)
         return live
 
-    def before_layers(self) -> list[int]:
-        """Return 0 and the boundary before each weighted op but the first, if the values that cross it can be kept."""
+    def before_layers(self, count: int) -> list[int]:
+        """Return 0 and the boundaries before weighted ops that follow `count` others or more.
+
+        A piece grows beyond that where the values that cross the boundary cannot be kept.
+        """
         layers = [index for index, node in enumerate(self.nodes) if node.name in self.site_of]
-        return [0, *(index for index in layers[1:] if self._cacheable(index))]
+        kept, held = [0], 1
+        for index in layers[1:]:
+            if held >= count and self._cacheable(index):
+                kept.append(index)
+                held = 0
+            held += 1
+        return kept
 
     def blocks(self) -> list[int]:
         """Return the boundaries between pieces with weights, each crossed by as few values as their size allows."""

@@ -61,7 +61,7 @@ def sites(name: str, granularity: str = "block") -> list[tuple[str, ...]]:
     return [unit.sites for unit in units(scoring.simulated(name), granularity)]
 
 
-@pytest.mark.parametrize("granularity", ["layer", "block", "2", "stage", "network"])
+@pytest.mark.parametrize("granularity", ["layer", "layers:2", "block", "2", "stage", "network"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_varying_node_is_in_exactly_one_unit(name: str, granularity: str) -> None:
     program = scoring.simulated(name)
@@ -71,7 +71,7 @@ def test_every_varying_node_is_in_exactly_one_unit(name: str, granularity: str) 
     assert {site for unit in found for site in unit.sites} == {site.name for site in program[Sites].sites}
 
 
-@pytest.mark.parametrize("granularity", ["layer", "block", "stage"])
+@pytest.mark.parametrize("granularity", ["layer", "layers:3", "block", "stage"])
 @pytest.mark.parametrize("name", NAMES)
 def test_units_read_only_what_came_before(name: str, granularity: str) -> None:
     program = scoring.simulated(name)
@@ -123,6 +123,12 @@ def test_a_value_is_not_parted_from_its_clip_and_its_quantizer() -> None:
         ("plain", "1", GOLDEN["plain"]),
         ("plain", "2", [("conv1", "conv2", "conv3"), ("fc",)]),
         ("plain", "99", [("conv1", "conv2", "conv3", "fc")]),
+        # Where the values that cross cannot be kept, a piece has more layers than asked for.
+        (
+            "attention",
+            "layers:2",
+            [("patch", "attention.in_proj_weight", "attention.out_proj"), ("wide", "narrow"), ("head",)],
+        ),
         ("two_inputs", "network", [("image", "mask", "out")]),
         # Stages end where the image size changes.
         ("padded", "stage", [("grouped", "same", "even"), ("last",)]),
@@ -137,6 +143,48 @@ def test_layers_are_not_cut_where_values_have_no_axis_of_images() -> None:
     # Between the projections of an attention images and heads share an axis.
     assert sites("attention", "layer")[0] == ("patch", "attention.in_proj_weight", "attention.out_proj")
     assert sites("attention", "stage")[-1] == ("head",)
+
+
+class PairNet(nn.Module):
+    """Residual blocks of two convolutions each, the first of them without a stem."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(6))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for k in range(0, 6, 2):
+            x = torch.relu(x + self.layers[k + 1](torch.relu(self.layers[k](x))))
+        answer: Tensor = self.head(x.mean(dim=(2, 3)))
+        return answer
+
+
+@cache
+def pairs() -> Program:
+    torch.manual_seed(0)
+    images = torch.randn(4, 4, 6, 6)
+    program = flow.prepare(capture(PairNet().eval(), (images[:2],)), Settings(target="reference"))
+    return simulate(flow.calibrate(program, CalibrationSet((images,))), widest_plan(program), round_biases=False)
+
+
+def test_neighbouring_layers_between_one_layer_and_one_block() -> None:
+    program = pairs()
+    # k = 1 is layer-wise reconstruction, k = the layers of a block is BRECQ's.
+    assert units(program, "layers:1") == units(program, "layer")
+    two, blocks = units(program, "layers:2"), units(program, "block")
+    assert [unit.sites for unit in two] == [unit.sites for unit in blocks]
+    # The pooling in front of the classifier is with the block behind it, or with the layers in front.
+    assert two[:2] == blocks[:2]
+    names = [f"layers.{k}" for k in range(6)]
+    assert [unit.sites for unit in units(program, "layers:4")] == [tuple(names[:4]), (*names[4:], "head")]
+    assert units(program, "layers:7") == units(program, "network")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_neighbouring_layer_is_one_layer(name: str) -> None:
+    program = scoring.simulated(name)
+    assert units(program, "layers:1") == units(program, "layer")
 
 
 def test_long_skips_that_make_no_large_piece_are_left_whole() -> None:
@@ -154,7 +202,7 @@ def test_long_skips_are_cut_where_several_values_cross() -> None:
     assert found["up.5"].inputs[1] in found["stem"].outputs
 
 
-@pytest.mark.parametrize("granularity", ["blocks", "0", "-1", "1.5", ""])
+@pytest.mark.parametrize("granularity", ["blocks", "0", "-1", "1.5", "", "layers:", "layers:0"])
 def test_an_unknown_granularity_is_refused_with_those_there_are(granularity: str) -> None:
     program = scoring.simulated("plain")
     with pytest.raises(OptionError, match="known: layer, block, stage, network"):
