@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -54,6 +55,16 @@ def planned() -> Result:
     )
 
 
+@cache
+def two_schemes() -> Result:
+    """Return the network with rows of powers of two, 4 and 8 bits in every layer."""
+    budget = fxquant.Budget(average_bits=8)
+    options = {"pins": {"*": "W5sA8"}}
+    return fxquant.quantize(
+        Net().eval(), images(), budget, bits=("5s",), effort="fast", progress=False, options=options
+    )
+
+
 def test_every_layer_gets_the_format_it_was_given() -> None:
     result = planned()
     assert {name: choice.label for name, choice in result.allocation.choices.items()} == PLAN
@@ -62,8 +73,9 @@ def test_every_layer_gets_the_format_it_was_given() -> None:
         assert (grid.levels is None) == (site.name == "stem")
 
 
-def test_the_file_and_the_integer_graph_answer_as_the_simulation(tmp_path: Path) -> None:
-    result, x = planned(), images()
+@pytest.mark.parametrize("made", [planned, two_schemes])
+def test_the_file_and_the_integer_graph_answer_as_the_simulation(made: Callable[[], Result], tmp_path: Path) -> None:
+    result, x = made(), images()
     wanted = result.simulated(x).detach()
     step = float(wanted.abs().max()) / 100
     found = result.lowered(x)
@@ -71,6 +83,20 @@ def test_the_file_and_the_integer_graph_answer_as_the_simulation(tmp_path: Path)
     session = onnxruntime.InferenceSession(str(result.to_onnx(tmp_path / "model.onnx").path))
     (answer,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert float(np.abs(answer - wanted.numpy()).max()) < step
+
+
+def test_kernels_multiply_the_dequantized_rows_of_two_schemes() -> None:
+    result, x = two_schemes(), images()
+    simulated = result.simulated_program
+    for site in result.program[Sites].sites:
+        grid = result.program[WeightGrids].at(site.name, WeightFormat(5, "two-scheme"))
+        assert grid.levels is not None
+        counts = [len(torch.unique(row)) for row in grid.levels]
+        assert sum(count == 256 for count in counts) <= len(counts) / 4
+        assert set(counts) <= {15, 16, 256}
+    assert any(node.op == "call_module" for node in simulated.module.graph.nodes)
+    found, wanted = fxquant.lower(result, "fx_int8")(x), result.simulated(x).detach()
+    assert float((found - wanted).abs().max()) < float(wanted.abs().max()) / 100
 
 
 def test_a_saved_result_has_the_same_levels(tmp_path: Path) -> None:

@@ -247,6 +247,13 @@ ROWS = (
         needs=("training",),
     ),
     Recipe(
+        "rmsmp",
+        "rows of a layer at powers of two, 4 bits or 8 bits by their output error; the share at 8 bits by layer",
+        "arXiv 2111.00153, without its training",
+        {**LINEAR, "estimators": ("diagonal",), "bits": ("4s", "4.4s", "5s", "6s")},
+        essence=("bits",),
+    ),
+    Recipe(
         "uwc",
         "reconstruction over neighbouring layers at once, here two",
         "arXiv 2201.06376",

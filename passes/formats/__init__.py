@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxquant.passes.formats import codebook, evenly_spaced, powers_of_two, row_mixed
+from fxquant.passes.formats import codebook, evenly_spaced, powers_of_two, row_mixed, two_scheme
 from fxquant.passes.formats.problem import (
     RATIOS,
     MeasuredRounder,
@@ -13,6 +13,6 @@ from fxquant.passes.formats.problem import (
     squared_error,
 )
 from fxquant.passes.formats.registry import FORMATS, find, grid_of, rows_of
-from fxquant.passes.formats.row_mixed import cheapest_rows
+from fxquant.passes.formats.row_mixed import cheapest_mix, cheapest_rows
 
-del codebook, evenly_spaced, powers_of_two, row_mixed
+del codebook, evenly_spaced, powers_of_two, row_mixed, two_scheme

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,10 +23,15 @@ def row_mixed(problem: RowProblem, bits: float) -> RowGrid:
 
     Rows are independent given H, so a Lagrangian solves it up to one row: every row takes the format of least
     `error + price x bits`, the price is found by bisection, and what is left is spent where it gains most. Bits of a
-    row's own table count. RMSMP (arXiv 2111.00153) is the special case of two widths at a fixed share.
+    row's own table count.
     """
-    grids = [find(problem, each) for each in CHOICES]
-    costs = torch.stack([_row_bits(problem, each) for each in CHOICES], dim=-1)
+    return cheapest_mix(problem, bits, CHOICES)
+
+
+def cheapest_mix(problem: RowProblem, bits: float, choices: Sequence[WeightFormat]) -> RowGrid:
+    """Return the grid of least error whose rows take some of these formats, at most `bits` per element on average."""
+    grids = [find(problem, each) for each in choices]
+    costs = torch.stack([_row_bits(problem, each) for each in choices], dim=-1)
     errors = torch.stack([problem.error(grid) for grid in grids], dim=-1)
     flat_errors, flat_costs = errors.flatten(0, 1), costs.flatten(0, 1)
     picked = cheapest_rows(flat_errors, flat_costs, bits * problem.rows.numel())

@@ -15,6 +15,7 @@ import torch
 import fxquant
 from fxquant.core.errors import CalibrationError
 from fxquant.core.facts import Settings
+from fxquant.core.ir import WeightFormat
 from fxquant.core.registry import Registry
 from fxquant.core.run import OBSERVERS, model_outputs
 from fxquant.passes.allocation import SOLVERS
@@ -125,7 +126,8 @@ def test_it_keeps_the_budget_and_its_widths(recipe: Recipe) -> None:
     plan, settings = made(recipe.name).allocation, recipe.settings
     assert 0 < plan.used["average_bits"] <= 6.5
     widths = {choice.weight_bits for choice in plan.choices.values()}
-    assert widths <= {*settings.bits, 8} if settings.pin_ends else widths <= set(settings.bits)
+    asked = {WeightFormat.parse(bits).bits for bits in settings.bits or ()}
+    assert widths <= {*asked, 8} if settings.pin_ends else widths <= asked
     inner = plan.choices["body"].weight_bits
     if settings.choose == "uniform":
         assert {plan.status, inner} == {"uniform", 6}

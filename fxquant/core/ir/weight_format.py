@@ -36,9 +36,10 @@ FORMAT_KINDS = {
     "codebook": FormatKind("c", 1, 4, fractional=True),
     "pow2": FormatKind("p", 2, 4),
     "row-mixed": FormatKind("r", MIN_BITS, MAX_BITS, fractional=True),
+    "two-scheme": FormatKind("s", 4, MAX_BITS, fractional=True),
 }
 """Kind -> what is known of it: evenly spaced levels; any `floor(2^bits)` int8 levels for each channel; zero and powers
-of two; a width of its own for each output channel."""
+of two; a width of its own for each output channel; powers of two or 4 bits or 8 bits for each output channel."""
 
 
 @dataclass(frozen=True, order=True)
@@ -46,8 +47,8 @@ class WeightFormat:
     """How a weight is stored: bits for each element, and the kind of its levels.
 
     Args:
-        bits: bits of one element, the average over the elements for "row-mixed"; 1.6 is a codebook of 3 levels; 32 is
-            float.
+        bits: bits of one element, the average over the elements where rows are mixed; 1.6 is a codebook of 3 levels;
+            32 is float.
         kind: one of `FORMAT_KINDS`.
 
     Raises:

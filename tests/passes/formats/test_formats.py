@@ -19,7 +19,12 @@ from tests.passes.rounding.tasks import correlated
 EVERY = [
     WeightFormat(bits, kind) for kind, known in FORMAT_KINDS.items() for bits in range(known.least, known.most + 1)
 ]
-EVERY += [WeightFormat(2.5, "row-mixed"), WeightFormat(1.6, "codebook"), WeightFormat(2.4, "codebook")]
+EVERY += [
+    WeightFormat(2.5, "row-mixed"),
+    WeightFormat(4.2, "two-scheme"),
+    WeightFormat(1.6, "codebook"),
+    WeightFormat(2.4, "codebook"),
+]
 some = pytest.mark.parametrize("weight", EVERY, ids=lambda weight: weight.label)
 
 
@@ -100,6 +105,22 @@ def test_rows_of_several_widths_keep_their_average(bits: float) -> None:
     assert len(set(counts.tolist())) > 1
     assert float(counts.log2().ceil().mean()) <= bits
     assert given_rows.error(grid).sum() < given_rows.error(find(given_rows, WeightFormat(int(bits)))).sum()
+
+
+def test_rows_of_two_schemes_take_what_errs_least_and_a_share_of_them_8_bits() -> None:
+    draw = torch.Generator().manual_seed(0)
+    # Rows of powers of two, rows of even spacing, and rows of 30 times the size, whose errors weigh most.
+    powers = 2.0 ** torch.randint(-6, 1, (10, 64), generator=draw).double()
+    powers *= torch.randint(0, 2, (10, 64), generator=draw) * 2.0 - 1
+    even = torch.rand(10, 64, generator=draw).double() * 2 - 1
+    large = 30 * (torch.rand(5, 64, generator=draw).double() * 2 - 1)
+    given_rows = RowProblem(rows_of(torch.cat([powers, even, large])))
+    grid = find(given_rows, WeightFormat(4.8, "two-scheme"))
+    counts = [len(torch.unique(row)) for row in grid.integers()[0]]
+    assert counts == [15] * 10 + [16] * 10 + [256] * 5
+    plain = [given_rows.error(find(given_rows, each)) for each in (WeightFormat(4), WeightFormat(4, "pow2"))]
+    found = given_rows.error(find(given_rows, WeightFormat(4, "two-scheme")))
+    assert torch.equal(found, torch.minimum(*plain))
 
 
 @settings(max_examples=30, deadline=None)
