@@ -13,6 +13,6 @@ from fxquant.passes.formats.problem import (
     squared_error,
 )
 from fxquant.passes.formats.registry import FORMATS, find, grid_of, rows_of
-from fxquant.passes.formats.row_mixed import cheapest_mix, cheapest_rows
+from fxquant.passes.formats.row_mixed import cheapest_rows
 
 del codebook, evenly_spaced, powers_of_two, row_mixed, two_scheme
