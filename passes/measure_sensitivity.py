@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fxquant.core.facts import BitAllocation, FakeQuantNodes, Ranges, SensitivityMatrix, Surrogates, WeightGrids
-from fxquant.core.host import ALONE, SILENT, Reporter, Shards, give_back
+from fxquant.core.host import ALONE, SILENT, Reporter, Shards, give_back, seconds_text
 from fxquant.core.ir import EdgeGroups, Program, Sites
 from fxquant.core.run import CalibrationSet, Loss, loss_of
 from fxquant.core.storage import ScoreStore
 from fxquant.passes.base import Pass
-from fxquant.passes.sensitivity import ESTIMATORS, Scorer
+from fxquant.passes.sensitivity import ESTIMATORS, Scorer, expected_seconds
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ class MeasureSensitivity(Pass):
             f"{len(scorer.candidates)} candidates, {len(scorer.columns)} perturbations to measure on "
             f"{len(self.images)} images with {', '.join(estimators)}; {scorer.memory.text()}"
         )
+        seconds = expected_seconds(scorer, estimators.values()) if self.shards.world_size == 1 else None
+        if seconds is not None:
+            self.reporter.say(f"scoring takes about {seconds_text(seconds)}")
         matrices: dict[str, SensitivityMatrix] = {}
         for name, estimate in estimators.items():
             matrices[name] = estimate(scorer)

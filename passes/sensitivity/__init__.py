@@ -26,6 +26,7 @@ from fxquant.passes.sensitivity.cell_sweep import Cell, Memory, Work, sweep
 from fxquant.passes.sensitivity.columns import Column, Replacements, RoundedWeight, columns_of
 from fxquant.passes.sensitivity.cotangents import generator, image_generators, loss_gradient, stream_of
 from fxquant.passes.sensitivity.coverage import coverage_pairs, link
+from fxquant.passes.sensitivity.expected_time import expected_seconds
 from fxquant.passes.sensitivity.hawq import probe
 from fxquant.passes.sensitivity.layer_features import jackknife_error, layer_features
 from fxquant.passes.sensitivity.leaves import Leaves, activation_noise, rounded_values, weight_noise

@@ -22,7 +22,7 @@ PAIRS_PER_SINGLE = 4.0
 """Evaluations spent on pairs, the sample included, at most this many times those of the single substitutions."""
 
 
-@estimator("hybrid", has_pairs=True, measured=True)
+@estimator("hybrid", has_pairs=True, measured=True, work="own")
 def hybrid(scorer: Scorer) -> Estimate:
     """Return measured pairs where the predicted interaction is largest, scaled predictions elsewhere.
 

@@ -30,7 +30,7 @@ BETA = 1.0
 FloatArray = NDArray[np.float64]
 
 
-@estimator("orm", float_only=True, unit="bits x orthogonality")
+@estimator("orm", float_only=True, unit="bits x orthogonality", work="own")
 def orm(scorer: Scorer) -> Estimate:
     """Return `values = diag(c_l (32 - bits))`, one pass per image, no labels (Ma et al., OMPQ, arXiv 2109.07865).
 

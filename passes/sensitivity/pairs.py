@@ -71,7 +71,7 @@ def pair_model(name: str, unit: str | None = None) -> Callable[[PairModel], Pair
     """
 
     def register(model: PairModel) -> PairModel:
-        _ = estimator(name, unit=unit, has_pairs=True, measured=unit is None)(
+        _ = estimator(name, unit=unit, has_pairs=True, measured=unit is None, work="pairs")(
             lambda scorer: model(measure_pairs(scorer, scorer.between))
         )
         return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,8 @@ class Estimate:
 
 Measure = Callable[[Scorer], Estimate]
 
+Sweep = Literal["batches", "pairs", "own"]
+
 
 @dataclass(frozen=True)
 class Estimator:
@@ -60,6 +63,8 @@ class Estimator:
         has_pairs: entries between two sites may differ from 0.
         measured: its diagonal holds the measured loss of each substitution.
         curvature: it needs the curvature of the loss, of which a function says nothing.
+        work: what it measures: "batches", one cell for each by `Scorer.by_batch`; "pairs", all pairs of columns as
+            well; or what only itself knows, its "own".
         images: it runs the network, and its standard errors are over images: unknown for a single one.
     """
 
@@ -71,6 +76,7 @@ class Estimator:
     measured: bool = False
     images: bool = True
     curvature: bool = False
+    work: Sweep = "batches"
 
     def __call__(self, scorer: Scorer) -> SensitivityMatrix:
         """Return the candidates' matrix: `spread values spread'` of what was found on the columns.
@@ -116,6 +122,7 @@ def estimator(
     measured: bool = False,
     images: bool = True,
     curvature: bool = False,
+    work: Sweep = "batches",
 ) -> Callable[[Measure], Measure]:
     """Decorate a function that measures: register it under a name with what it declares; see `Estimator`.
 
@@ -125,7 +132,7 @@ def estimator(
 
     def register(measure: Measure) -> Measure:
         _ = ESTIMATORS.register(name)(
-            Estimator(name, measure, float_only, unit, has_pairs, measured, images, curvature)
+            Estimator(name, measure, float_only, unit, has_pairs, measured, images, curvature, work)
         )
         return measure
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from fxquant.core.storage import Arrays, ScoreStore, text_digest
 from fxquant.passes.sensitivity.cell_sweep import Cell, Gathered, Memory, Work, sweep
 from fxquant.passes.sensitivity.columns import Column, Replacement, Replacements, columns_of
 
-ENVIRONMENT_LIMIT = 384 * 10**6
+ENVIRONMENT_LIMIT = 128 * 10**6
 """Bytes of intermediate values kept for one batch; a pair sweep keeps two such sets. If one image takes more, a part is
 kept and the rest recomputed."""
 
@@ -55,6 +56,13 @@ class Base:
     answer: Tensor
     environment: Environment
     losses: Tensor
+
+
+class Preview(Protocol):
+    """Finds out what work will take, instead of doing it."""
+
+    def of(self, name: str, work: Work, scorer: Scorer) -> None:
+        """Measure a cell of the work, whose keys are `name-0`, `name-1`, ..., and raise to end the estimator."""
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -117,6 +125,8 @@ class Scorer:
         self.by_depth: list[int] = sorted(range(len(self.columns)), key=lambda k: owners[self.columns[k].owner])
         #: the replacement of every quantizer in the context
         self.in_context = self._assigned()
+        #: where only what the work will take is wanted
+        self.preview: Preview | None = None
         self._kept: tuple[int, Base] | None = None
         self._footprint = self.replay.footprint(images.slice(0, 1).inputs, self.in_context)
         self._parts_kept = self._footprint.within(ENVIRONMENT_LIMIT, self.costs)
@@ -208,13 +218,17 @@ class Scorer:
         Raises:
             WorkerError: another process of a sharded run was lost.
         """
-        # The store is for one model, data and settings; the name of a cell holds what else its numbers depend on.
-        around = "" if self.context is None else f"-{text_digest(str(sorted(self._labels(self.context).items())))}"
-        prefix = f"batch{self.batch}-seed{self.seed}{around}-"
+        prefix = self.prefix
         named = {f"{prefix}{key}": measured for key, measured in work.items()}
         device = self.images.inputs[0].device
         cells = sweep(title, named, self.store, self.shards, self.reporter, device)
         return {key.removeprefix(prefix): cell for key, cell in cells.items()}
+
+    @property
+    def prefix(self) -> str:
+        """What names of cells begin with: the store is for one model, data and settings; this is what else counts."""
+        around = "" if self.context is None else f"-{text_digest(str(sorted(self._labels(self.context).items())))}"
+        return f"batch{self.batch}-seed{self.seed}{around}-"
 
     def by_batch(self, title: str, name: str, cell: Callable[[Scorer, Batch], Cell]) -> Gathered:
         """Measure one cell for each batch, called `name-0`, `name-1`, ...; `evaluations` are added where it has none.
@@ -228,6 +242,8 @@ class Scorer:
             return {"evaluations": self.take_spent(len(batch.images)), **found}
 
         work = {f"{name}-{batch.index}": partial(counted, batch) for batch in self.batches}
+        if self.preview is not None:
+            self.preview.of(name, work, self)
         return Gathered(list(self.measure(title, work).values()))
 
     @staticmethod

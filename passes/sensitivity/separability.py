@@ -32,7 +32,7 @@ BETA = 1.0
 FloatArray = NDArray[np.float64]
 
 
-@estimator("separability", float_only=True, unit="bits x separability")
+@estimator("separability", float_only=True, unit="bits x separability", work="own")
 def separability(scorer: Scorer) -> Estimate:
     """Return `values = diag(s_l (32 - bits))`, one pass over at most 64 images (Wang et al., CSMPQ, arXiv 2212.10220).
 
@@ -42,7 +42,7 @@ def separability(scorer: Scorer) -> Estimate:
     return _priced(scorer, lambda scores: np.maximum(scores, 0.0))
 
 
-@estimator("separability_exp", float_only=True, unit="bits x exp(-separability)")
+@estimator("separability_exp", float_only=True, unit="bits x exp(-separability)", work="own")
 def separability_exp(scorer: Scorer) -> Estimate:
     """Return `values = diag(exp(-beta s_l) (32 - bits))`, otherwise as `separability` (CSMPQ, post-training)."""
     return _priced(scorer, lambda scores: np.exp(-BETA * scores))

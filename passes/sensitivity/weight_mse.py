@@ -14,7 +14,9 @@ from fxquant.passes.sensitivity.registry import Estimate, estimator
 from fxquant.passes.sensitivity.scorer import Scorer
 
 
-@estimator("weight_mse", float_only=True, unit="relative squared error of weights and activations", images=False)
+@estimator(
+    "weight_mse", float_only=True, unit="relative squared error of weights and activations", images=False, work="own"
+)
 def weight_mse(scorer: Scorer) -> Estimate:
     """Return `values = diag(|dW|^2 / |W|^2 + sum over values read of step^2 / 12 / E[x^2])`, no run at all.
 
