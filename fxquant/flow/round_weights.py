@@ -32,6 +32,8 @@ from fxquant.passes.rounding.learned import Reconstruction
 
 CLOSE = 1.5
 """A uniform plan whose loss is at most this many times the chosen plan's is rounded to the end too."""
+GAINED = 4.0
+"""Rounding that divides the loss by more than this decides more than what plans lost before it."""
 LESS_MEMORY = "give fewer images, or a smaller memory_mb or batch among the rounding options"
 
 
@@ -133,28 +135,39 @@ def finisher(
 
 
 def rounded_best(solved: Program, finish: Callable[[Program], Program]) -> Program:
-    """Return the solved plan finished, or the uniform plan where that has less loss once it is finished too.
+    """Return the solved plan finished, or another finalist where that has less loss once it is finished too.
 
     Plans are chosen by weights of the bank. What another rounding gains differs from plan to plan, so a uniform plan
-    that came close is finished as well, and the measured loss decides.
+    that came close is finished as well, and the measured loss decides. Where rounding gains so much that the losses
+    before it say little, as it does where the error of activations has a mean that biases can correct, so are the plan
+    of every surrogate and the uniform one of least modelled loss.
 
     Args:
         solved: with `Finalists` and their measured losses.
         finish: rounds the weights of a program's plan and measures it again.
     """
     plan, plans = solved[BitAllocation], solved[Finalists].plans
+    known = {name: loss for name, loss in plan.finalists.items() if name in plans}
     rivals = {
         name: loss + plans[name].border_cost
-        for name, loss in plan.finalists.items()
-        if name in plans and plans[name].status == "uniform" and plans[name].choices != plan.choices
+        for name, loss in known.items()
+        if plans[name].status == "uniform" and plans[name].choices != plan.choices
     }
-    finished, best = finish(solved), min(rivals, key=rivals.__getitem__, default=None)
+    best = finish(solved)
     near = math.nan if plan.measured_loss is None else CLOSE * (plan.measured_loss + plan.border_cost)
-    if best is None or not rivals[best] <= near:
-        return finished
-    rival = replace(plans[best], measured_loss=plan.finalists[best], loss=plan.loss, finalists=plan.finalists)
-    other = finish(solved.with_facts(rival))
-    return other if accepted(_total(finished), _total(other)) else finished
+    names = [name for name in sorted(rivals, key=rivals.__getitem__)[:1] if rivals[name] <= near]
+    if plan.measured_loss is not None and GAINED * _loss(best) < plan.measured_loss:
+        names += [name for name in solved[Surrogates].matrices if name in known]
+        names += sorted(rivals, key=lambda name: plans[name].objective)[:1]
+    tried = [plan.choices]
+    for name in names:
+        if plans[name].choices in tried:
+            continue
+        tried.append(plans[name].choices)
+        rival = replace(plans[name], measured_loss=known[name], loss=plan.loss, finalists=plan.finalists)
+        other = finish(solved.with_facts(rival))
+        best = other if accepted(_total(best), _total(other)) else best
+    return best
 
 
 def _total(program: Program) -> float:

@@ -53,7 +53,8 @@ def test_the_loss_of_a_result_is_that_of_the_model_it_holds() -> None:
     assert result.judging is not None
     assert len(result.judging) == len(IMAGES) * 5 // 4
     measured = Meter(result.program, result.judging, "kl").losses(result.allocation).mean()
-    assert result.allocation.measured_loss == pytest.approx(float(measured), rel=1e-6)
+    # A loss of 1e-6 nats is within a few of float32's roundings, which are other ones for batches of another size.
+    assert result.allocation.measured_loss == pytest.approx(float(measured), rel=1e-5)
 
 
 def test_another_budget_is_rounded_to_the_end_too(tmp_path: Path) -> None:
@@ -86,6 +87,41 @@ def test_a_uniform_plan_that_came_close_is_finished_as_well(gain: float, winner:
 
     assert rounded_best(solved.with_facts(chosen), finish)[BitAllocation].estimator == winner
     assert finished == ["diagonal", "uniform W4A8"]
+
+
+@pytest.mark.parametrize(
+    ("after", "winner", "tried"),
+    [
+        (0.3, "refined", ["refined"]),
+        (0.2, "diagonal", ["refined", "diagonal", "uniform W4A8"]),
+        (0.01, "refined", ["refined", "diagonal", "uniform W4A8"]),
+    ],
+)
+def test_where_rounding_gains_most_of_the_loss_other_plans_are_finished(
+    after: float, winner: str, tried: list[str]
+) -> None:
+    """What plans lost before rounding says little then: here the one that lost least ends behind another."""
+    images_ = CalibrationSet(inputs("plain", 9))
+    solved = flow.choose(scored("plain"), Budget(average_bits=4.5), images_)
+    plans = solved[Finalists].plans
+    assert {"diagonal", "uniform W4A8"} <= set(plans)
+    chosen = BitAllocation(
+        {**plans["uniform W4A8"].choices, "conv1": Choice(8, 8)},
+        "refined",
+        measured_loss=1.0,
+        finalists={"diagonal": 3.0, "uniform W4A8": 5.0, "refined": 1.0},
+    )
+    assert chosen.choices != plans["diagonal"].choices
+    finished: list[str] = []
+
+    def finish(program: Program) -> Program:
+        plan = program[BitAllocation]
+        finished.append(plan.estimator)
+        loss = {"refined": after, "diagonal": 0.05}.get(plan.estimator, 0.5)
+        return program.with_facts(plan.remeasured(loss, len(images_)))
+
+    assert rounded_best(solved.with_facts(chosen), finish)[BitAllocation].estimator == winner
+    assert finished == tried
 
 
 def test_where_nothing_is_to_be_chosen_nothing_is_scored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
