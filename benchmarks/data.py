@@ -94,8 +94,21 @@ def cifar10_calibration(count: int = 256, seed: int = 0) -> Tensor:
         FileFormatError: the data are missing.
     """
     arrays = _cifar_arrays()
-    order = np.random.default_rng(seed).permutation(arrays["train_balanced5k"])[:count]
+    order = _cifar_order(count, seed)
     return torch.from_numpy(arrays["train_x"][order]).permute(0, 3, 1, 2).float().contiguous()
+
+
+def cifar10_calibration_labels(count: int = 256, seed: int = 0) -> Tensor:
+    """Return the labels of these images, int64 `(count,)`, for methods that need them.
+
+    Raises:
+        FileFormatError: the data are missing.
+    """
+    return torch.from_numpy(_cifar_arrays()["train_y"][_cifar_order(count, seed)]).long()
+
+
+def _cifar_order(count: int, seed: int) -> NDArray[np.generic]:
+    return np.random.default_rng(seed).permutation(_cifar_arrays()["train_balanced5k"])[:count]
 
 
 _DECODED: dict[str, Labelled] = {}

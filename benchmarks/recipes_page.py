@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.arguments import asked
-from fxquant.recipes import COLUMNS, listing
+from benchmarks.report_table import RESULTS
+from fxquant.core.storage import read_json
+from fxquant.recipes import COLUMNS, RECIPES, listing
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
+
+Row = Mapping[str, Any]
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -26,12 +31,47 @@ def recipe_table() -> str:
     return table(columns, rows)
 
 
+def figure_table(network: str) -> str:
+    """Return the measured figures of one network: a line for each recipe, a column for each budget and rounding."""
+    document = read_json(RESULTS / f"recipes_{network}.json", "benchmark", 1)
+    first, *rows = document["rows"]
+    found = {(row["recipe"], row["budget, bits"], row["which"]): row for row in rows}
+    budgets = sorted({row["budget, bits"] for row in rows})
+    cells = [(bits, which) for bits in budgets for which in ("own", "gptq")]
+    columns = ["recipe", "own rounding", *(f"{bits:g} bits{', GPTQ' * (which == 'gptq')}" for bits, which in cells)]
+    lines = []
+    for name in dict.fromkeys(row["recipe"] for row in rows):
+        own = found[name, budgets[0], "own"]
+        figures = [_figure(found.get((name, *cell))) for cell in cells]
+        shown = f"`{name}`" if name in RECIPES else name
+        lines.append([shown, own["rounding"], *figures, f"{own['bytes'] / 1000:.0f}", f"{own['processor s']:.0f}"])
+    made = table([*columns, f"kB at {budgets[0]:g}", "processor s"], lines)
+    return f"Float: {_figure(first)}.\n\n{made}"
+
+
+def _figure(row: Row | None) -> str:
+    """Return accuracy in per cent with the KL behind it, or perplexity; in brackets what was rejected."""
+    if row is None:
+        return ""
+    if "perplexity" in row:
+        text = f"{row['perplexity']:.1f}"
+    else:
+        text = f"{row['accuracy %']:.1f}" + (f" ({row['KL']:.3f})" if "KL" in row else "")
+    return f"[{text}]" if row.get("rejected") else text
+
+
+def made() -> dict[str, str]:
+    """Return name -> what stands on the page between the marks of that name."""
+    results = sorted(path.stem.removeprefix("recipes_") for path in RESULTS.glob("recipes_*.json"))
+    return {"recipes": recipe_table()} | {f"figures of {name}": figure_table(name) for name in results}
+
+
 def filled(text: str) -> str:
     """Return the page with what stands between `<!-- name -->` and `<!-- end of name -->` made again."""
-    for name, made in {"recipes": recipe_table()}.items():
+    for name, text_between in made().items():
         start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         before, _, rest = text.partition(start)
-        text = f"{before}{start}\n{made}\n\n{end}{rest.partition(end)[2]}"
+        text = f"{before}{start}\n{text_between}\n\n{end}{rest.partition(end)[2]}"
     return text
 
 
