@@ -40,12 +40,19 @@ ITERATIONS = 100
 """Steps for each unit of all roundings that are learned; fewer than the papers', alike for all."""
 COMMON = {"pin_ends": False, "curve": 0, "seed": 0}
 OWN, GPTQ = "own", "gptq"
-DEFAULTS: dict[str, dict[str, object]] = {"default": {"bits": BITS}, "default, its own widths": {}}
-"""Contestants that are no recipes -> their settings."""
+OTHERS: dict[str, dict[str, object]] = {
+    "default": {"bits": BITS},
+    "default, its own widths": {},
+    "hawq-v3, loss kl": {"bits": BITS, "recipe": "hawq-v3", "loss": "kl"},
+    "mpqco, loss kl": {"bits": BITS, "recipe": "mpqco", "loss": "kl"},
+    "zeroq, scored by GPTQ": {"bits": BITS, "recipe": "zeroq", "scoring_rounding": GPTQ, "rounding": GPTQ},
+    "modelopt, scored by GPTQ": {"bits": BITS, "recipe": "modelopt", "scoring_rounding": GPTQ, "rounding": GPTQ},
+}
+"""Contestants that are no rows of `RECIPES` as they are -> their settings."""
 LEFT_OUT = ("hawq-v2", "kl-lm", "hessian-lm")
 """With widths and ends like all others, HAWQ-v2 is HAWQ-v3; `benchmarks.recipes_language` has the language models'."""
 
-CONTESTANTS = (*DEFAULTS, *(name for name in RECIPES if name not in LEFT_OUT))
+CONTESTANTS = (*OTHERS, *(name for name in RECIPES if name not in LEFT_OUT))
 
 Row = dict[str, str | float | None]
 
@@ -108,7 +115,8 @@ def work(names: Iterable[str]) -> list[Work]:
     quick, slow = list[Work](), list[Work]()
     for name in names:
         learns = name in RECIPES and bool(RECIPES[name].learned)
-        other = () if name in RECIPES and "rounding" in RECIPES[name].essence else (GPTQ,)
+        fixed = name in RECIPES and "rounding" in RECIPES[name].essence
+        other = () if fixed or OTHERS.get(name, {}).get("rounding") == GPTQ else (GPTQ,)
         if learns:
             slow.append((name, (OWN,)))
         quick += [(name, other if learns else (OWN, *other))] if other or not learns else []
@@ -134,7 +142,7 @@ def solutions(scored: Result, rounding: str) -> Iterator[tuple[float, str, Resul
 def rows_of(network: str, item: Work, judge: Judge, folder: Path) -> Iterator[Row]:
     """Yield the rows of one contestant: scored once, then solved and rounded for each budget."""
     name, roundings = item
-    case, settings = CASES[network], {"bits": BITS, "recipe": name} if name in RECIPES else DEFAULTS[name]
+    case, settings = CASES[network], {"bits": BITS, "recipe": name} if name in RECIPES else OTHERS[name]
     calibration = [(NETWORKS[network].calibration(case.calibration), case.labels(case.calibration))]
     learned = {"rounding_options": {"iterations": ITERATIONS}}
     began = time.process_time()

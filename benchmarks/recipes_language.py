@@ -15,7 +15,7 @@ import torch
 
 import fxquant
 from benchmarks.arguments import asked
-from benchmarks.recipes import BITS, COMMON, DEFAULTS, FOLDER, GPTQ, OWN, Row, rejected, solutions
+from benchmarks.recipes import BITS, COMMON, FOLDER, GPTQ, OTHERS, OWN, Row, rejected, solutions
 from benchmarks.report_table import write
 from benchmarks.task import Task, file_answers, torch_answers
 from benchmarks.task_table import TASKS
@@ -29,7 +29,7 @@ WORDS = 10_000
 
 def rows_of(task: Task, name: str, folder: Path) -> Iterator[Row]:
     """Yield the rows of one contestant: scored once, then solved and rounded for each budget."""
-    own = DEFAULTS.get(name, {"bits": BITS, "recipe": name})
+    own = OTHERS.get(name, {"bits": BITS, "recipe": name})
     began = time.process_time()
     options = {**COMMON, **own, **task.options}
     scored = fxquant.quantize(task.model(), task.calibration(), None, progress=False, options=options)
