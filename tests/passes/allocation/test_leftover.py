@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxquant.passes.allocation import BoolArray, FloatArray, fill
+from fxquant.passes.allocation import SOLVERS, BoolArray, FloatArray, fill
+from tests.passes.allocation.instances import golden_instance, golden_problems, needs_data
 
 GROUPS = [np.array([0, 1, 2]), np.array([3, 4, 5])]
 WIDTHS = np.array([[2.0], [4.0], [8.0]] * 2)
@@ -40,6 +41,22 @@ def test_what_costs_nothing_is_taken_and_narrowing_is_not() -> None:
     widths = np.array([[2.0, 8.0], [4.0, 8.0], [2.0, 4.0], [2.0, 8.0], [2.0, 4.0], [4.0, 4.0]])
     plan = fill(np.array([5.0, 4, 0, 5, 0, 0]), GROUPS, costs, np.array([2.0]), *NO_TIES, widths, narrow())
     assert list(np.flatnonzero(plan)) == [1, 3], "a narrower activation is no gain, whatever the scores say"
+
+
+@needs_data
+def test_what_is_left_of_a_golden_problem_buys_nothing() -> None:
+    # HAWQ-v3's ResNet-18 at half the range of sizes: .715 MB are left, and each layer at 4 bits would take 1.125.
+    (problem,) = (
+        p for p in golden_problems() if (p["network"], p["cost"], p["fraction"]) == ("resnet18", "size_mb", 0.5)
+    )
+    instance = golden_instance(problem)
+    best = SOLVERS["linear"](*instance.arguments).choice
+    assert float(instance.limits[0] - instance.costs[0] @ best) > 0.7
+    widths = np.array([[4.0], [8.0]] * len(instance.groups))
+    rows, sides = instance.costs, instance.limits
+    ties = rows[1:], sides[1:]
+    wider = fill(np.diag(instance.values), instance.groups, rows[:1], sides[:1], *ties, widths, best)
+    assert np.array_equal(wider, best)
 
 
 def test_ties_hold() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
-from fxquant.core.run import LOSSES, CalibrationSet
-from fxquant.passes.sensitivity import ESTIMATORS, measure_singles
+from fxquant.core.ir import Sites
+from fxquant.core.run import LOSSES, CalibrationSet, loss_of
+from fxquant.core.storage import ScoreStore
+from fxquant.passes import widest_plan
+from fxquant.passes.sensitivity import ESTIMATORS, Scorer, measure_singles
 from tests.scoring import full_forward, full_forward_losses, inputs, scorer, simulated
 
 diagonal, gram, sqnr = (ESTIMATORS[name] for name in ("diagonal", "gram", "sqnr"))
@@ -72,3 +77,21 @@ def test_noise_over_signal_of_whole_forward_passes() -> None:
         spread = float((noise - ratio * signal).std()) / 6**0.5 / float(signal.mean())
         assert found.stderr[row, row] == pytest.approx(spread, rel=1e-3)
     assert np.array_equal(found.values, other.values), "the loss does not matter"
+
+
+def along(reference: torch.Tensor, output: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    """A loss that is linear in the answer."""
+    del labels
+    return ((output - reference) * torch.arange(1, 6)).sum(dim=1)
+
+
+def test_in_the_widest_context_deltas_of_an_additive_network_are_exact() -> None:
+    # CalibTIP: each layer narrowed alone in a network of 8 bits. Where answers and loss add up, so do the deltas.
+    program, images = simulated("split"), CalibrationSet(inputs("split", 6))
+    found = diagonal(Scorer(program, images, loss_of(along), ScoreStore(None, {}), context=widest_plan(program)))
+    reference = full_forward("split", 6)
+    for plan in itertools.product(*(site.candidates for site in program[Sites].sites)):
+        measured = along(reference, full_forward("split", 6, *plan), None).double().mean()
+        predicted = found.predict({candidate.site: candidate.choice for candidate in plan})
+        assert predicted == pytest.approx(float(measured), rel=1e-4, abs=1e-6)
+    assert found.constant != 0

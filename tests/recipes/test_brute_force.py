@@ -1,0 +1,74 @@
+"""Recipes that allocate exactly: the plan is the best of all plans, tried one by one on eight layers."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxquant
+from fxquant.core.ir import WeightFormat
+from fxquant.recipes import RECIPES
+
+EXACT = [name for name, each in RECIPES.items() if each.allocator in ("linear", "iqp")]
+LAYERS = 8
+
+
+class Eight(nn.Module):
+    """Eight linear layers of unlike sizes and scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        widths = [6, 24, 12, 32, 20, 28, 18, 14, 6]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(x)
+            x = layer(x) * 2.0
+        return x
+
+
+@cache
+def inputs() -> Tensor:
+    return torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_plan_is_the_best_of_all(name: str) -> None:
+    recipe = RECIPES[name]
+    widths = sorted(WeightFormat.parse(each).bits for each in recipe.settings.bits or ())
+    result = fxquant.quantize(
+        Eight().eval(),
+        [(inputs(), torch.arange(24) % 3)],
+        # Scales and pinned ends take about one bit a weight.
+        fxquant.Budget(average_bits=1.0 + 0.6 * widths[0] + 0.4 * widths[-1]),
+        recipe=name,
+        target="reference",
+        rounding="nearest" if "rounding" not in recipe.essence else None,
+        progress=False,
+        options={"curve": 0},
+    )
+    matrix, table = result.sensitivity, result.costs["average_bits"]
+    limit = result.allocation.limits["average_bits"] * (1 + 1e-9)
+    candidates = matrix.candidates
+    of: dict[str, list[int]] = {}
+    for k, candidate in enumerate(candidates):
+        of.setdefault(candidate.site, []).append(k)
+    assert len(of) == LAYERS
+    plans = np.array(list(itertools.product(*of.values())))
+    costs = table.constant + table.values[plans].sum(axis=1)
+    scores = np.zeros(len(plans))
+    for one, other in itertools.product(range(LAYERS), repeat=2):
+        scores += matrix.values[plans[:, one], plans[:, other]]
+    fits = costs <= limit
+    assert 0 < fits.sum() < len(plans)
+    best = float(scores[fits].min())
+    taken = [k for k, c in enumerate(candidates) if result.allocation.choices[c.site] == c.choice]
+    assert float(costs[(plans == taken).all(axis=1)][0]) <= limit
+    assert float(matrix.values[np.ix_(taken, taken)].sum()) == pytest.approx(best, rel=1e-6, abs=1e-12)
