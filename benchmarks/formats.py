@@ -27,7 +27,7 @@ from fxquant.core.ir import Choice, Program, RowGrid, Site, Sites, WeightFormat,
 from fxquant.core.run import LOSSES, CalibrationSet, model_outputs
 from fxquant.passes import simulate
 from fxquant.passes.formats import RowProblem, find, rows_of
-from fxquant.passes.rounding.closed_form import Prefix, fitting, gptq_rows, moments_of
+from fxquant.passes.rounding.closed_form import Prefix, go_to, gptq_rows, moments_of
 
 FORMATS = ("1.6c", "2", "2p", "2c", "2.4c", "2.5r", "2.67c", "3", "3p", "3c", "3r", "4", "4p", "4c", "8")
 CASES = {"resnet20": 256, "mobilenet_v1": 96, "mobilenet_v2": 96, "efficientnet_lite0": 96, "deit_tiny": 64}
@@ -60,9 +60,9 @@ def banked(program: Program, images: CalibrationSet) -> tuple[Program, Errors, d
     rounded: dict[tuple[str, WeightFormat], Tensor] = {}
     errors: Errors = defaultdict(float)
     seconds: dict[str, float] = defaultdict(float)
-    walk = Prefix(program.module, fitting(program.module, images))
+    walk = Prefix(program.module, images)
     for site in program[Sites].sites:
-        walk.to(site.nodes[0])
+        _ = go_to(site.nodes[0], walk)
         moments = moments_of(site, program.module, walk)
         weight = tensor_at(program.module, site.weight)
         rows = rows_of(weight, groups=len(moments.gram))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from torch import Tensor
@@ -20,10 +20,12 @@ class Footprint:
     Args:
         values: nodes whose value has a storage of its own, in graph order, with that storage's bytes.
         working: most bytes alive at once when each value is dropped after its last reader.
+        alive: node -> bytes alive then, its own value among them.
     """
 
     values: tuple[tuple[Node, int], ...]
     working: int
+    alive: Mapping[Node, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:

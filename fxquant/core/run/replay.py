@@ -86,13 +86,12 @@ class GraphReplay(Runner):
         values: list[tuple[Node, int]] = []
         live = self.given(inputs)
         seen: dict[Node, int] = {}
-        working, before = 0, self.spent
+        alive, before = dict[Node, int](), self.spent
 
         def weigh(node: Node) -> None:
-            nonlocal working
             fixed = storages({known: value for known, value in live.items() if known in self._always})
             own = {address: size for address, size in storages(live).items() if address not in fixed}
-            working = max(working, sum(own.values()))
+            alive[node] = sum(own.values())
             value = live[node]
             if isinstance(value, Tensor) and node not in self._always:
                 address = value.untyped_storage().data_ptr()
@@ -103,7 +102,7 @@ class GraphReplay(Runner):
 
         self.run(self.steps, live, None, substitution, self._keep(frozenset()), weigh)
         self.spent = before
-        return Footprint(tuple(values), working)
+        return Footprint(tuple(values), max(alive.values(), default=0), alive)
 
     def replay(
         self,

@@ -20,7 +20,7 @@ from fxquant.passes.rounding.closed_form.layerwise import (
     round_layerwise,
 )
 from fxquant.passes.rounding.closed_form.output_moments import OutputMoments, output_moments
-from fxquant.passes.rounding.closed_form.prefix import FEWEST, Prefix, fitting
+from fxquant.passes.rounding.closed_form.prefix import FEWEST, Prefix, go_to
 from fxquant.passes.rounding.closed_form.qronos import aimed, refitted
 from fxquant.passes.rounding.closed_form.spfq import spfq_rows, stochastic
 from fxquant.passes.rounding.closed_form.verdict import first_site, judged

@@ -19,7 +19,7 @@ from fxquant.passes.base import Pass
 from fxquant.passes.formats import RowProblem, find, rows_of
 from fxquant.passes.rounding.closed_form.gptq import gptq_rounder
 from fxquant.passes.rounding.closed_form.layerwise import gram_of
-from fxquant.passes.rounding.closed_form.prefix import Prefix, fitting
+from fxquant.passes.rounding.closed_form.prefix import Prefix, go_to
 from fxquant.passes.scale_weights import used_formats
 
 
@@ -43,9 +43,9 @@ class RoundWeights(Pass):
         sites = [site for site in program[Sites].sites if not site.stored]
         grids = {site: dict(own) for site, own in program[WeightGrids].grids.items()}
         rounded: dict[tuple[str, WeightFormat], Tensor] = {}
-        walk = Prefix(program.module, fitting(program.module, self.images))
+        walk = Prefix(program.module, self.images)
         for site in self.reporter.track(sites, "round weights in every format", len(sites)):
-            walk.to(site.nodes[0])
+            _ = go_to(site.nodes[0], walk)
             gram = gram_of(site, program.module, walk)
             weight, groups = tensor_at(program.module, site.weight), len(gram)
             # Even spacing is found already; other levels are better when found under the method.

@@ -14,7 +14,7 @@ from fxquant.core.facts import Rounding
 from fxquant.core.ir import Program, resolve
 from fxquant.passes.rounding.closed_form.input_gram import channel_axis
 from fxquant.passes.rounding.closed_form.output_moments import bias_of
-from fxquant.passes.rounding.closed_form.prefix import Prefix, fitting
+from fxquant.passes.rounding.closed_form.prefix import Prefix, go_to
 from fxquant.passes.rounding.closed_form.verdict import judged
 from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
 
@@ -35,12 +35,13 @@ def bias_correction(task: RoundingTask) -> Program:
 def corrected_biases(task: RoundingTask) -> Rounding:
     """Return the task's rounding with corrected biases."""
     simulated = task.simulated()
-    images = fitting(simulated.module, task.images)
-    quantized, floating = Prefix(simulated.module, images), Prefix(task.program.module, images)
+    quantized = Prefix(simulated.module, task.images)
+    floating = Prefix(task.program.module, task.images, quantized.batch)
     names = {name for site in task.sites for name in site.nodes}
     ops = [node.name for node in simulated.module.graph.nodes if node.name in names]
     biases: dict[str, Tensor] = {}
     for name in task.reporter.track(ops, "bias_correction", len(ops)):
+        _ = go_to(name, quantized, floating)
         quantized.past(name)
         floating.past(name)
         node = resolve(simulated.module.graph, name)

@@ -14,7 +14,7 @@ from fxquant.core.ir import RowGrid, Site, WeightFormat, resolve, tensor_at
 from fxquant.passes.formats import Patches, RowProblem, RowRounder, rows_of
 from fxquant.passes.rounding.closed_form.input_gram import GramAccumulator, Moments, geometry_of
 from fxquant.passes.rounding.closed_form.output_moments import OutputMoments, bias_of, output_moments
-from fxquant.passes.rounding.closed_form.prefix import Prefix, fitting
+from fxquant.passes.rounding.closed_form.prefix import Prefix, go_to
 from fxquant.passes.rounding.registry import RoundingTask
 
 Fit = Callable[[RowProblem, RowGrid, WeightFormat], tuple[RowGrid, Tensor]]
@@ -56,13 +56,15 @@ def round_layerwise(
     """
     earlier = replace(task.rounding, weights={})
     simulated = task.simulated(earlier)
-    images = fitting(simulated.module, task.images)
-    quantized = Prefix(simulated.module, images)
-    floating = Prefix(task.program.module, images) if crossed or aim is not None else None
+    quantized = Prefix(simulated.module, task.images)
+    also = crossed or aim is not None
+    floating = Prefix(task.program.module, task.images, quantized.batch) if also else None
+    walks = (quantized,) if floating is None else (quantized, floating)
+    seen = len(task.images)
     weights: dict[str, Tensor] = {}
     grids, biases = dict(earlier.grids), dict(earlier.biases)
     for site in task.reporter.track(task.sites, title, len(task.sites)):
-        quantized.to(site.nodes[0])
+        seen = min(seen, go_to(site.nodes[0], *walks))
         weight, outputs = tensor_at(task.program.module, site.weight), list[OutputMoments]()
         together = None
         if aim is None:
@@ -90,7 +92,8 @@ def round_layerwise(
         for name, each in zip(site.nodes, outputs, strict=False):
             biases[name] = each.bias(rows_of(weights[site.name], groups=len(rows))).float()
             quantized.shift(name, biases[name] - bias_of(simulated, resolve(simulated.module.graph, name)).float())
-    notes = () if len(images) == len(task.images) else (f"{title} saw {len(images)} of {len(task.images)} images",)
+    whole = len(task.images)
+    notes = () if seen == whole else (f"{title} saw {seen} of {whole} images where values are largest",)
     return replace(earlier, weights=weights, grids=grids, biases=biases, notes=(*earlier.notes, *notes))
 
 

@@ -1,7 +1,9 @@
 """A network run up to one node after the other, over all images, so that a decision at one layer reaches the next.
 
 Sequential algorithms (GPTQ, GPFQ, bias correction) decide on a layer from the outputs of the decided layers before it.
-One walk through the graph serves all layers: no node runs twice, and only values that are still to be read are kept.
+One walk through the graph serves all layers: no node runs twice for an image, and only values that are still to be read
+are kept. Where values are large, as in front layers of networks for images, fewer images are walked with; where they
+are small again, the others catch up.
 """
 
 from __future__ import annotations
@@ -19,22 +21,33 @@ from fxquant.core.run import CalibrationSet, GraphReplay, Runner
 from fxquant.passes.rounding.closed_form.input_gram import channel_axis
 
 BATCH = 32
-LIMIT = 10**9
+LIMIT = 256 * 10**6
 """Bytes that the values of one walk may take."""
+SHARE = 4
+"""A batch takes at most one part in so many of the limit."""
 FEWEST = 8
 """Images that are used whatever the limit."""
+WORTH = 1.5
+"""Times as many images have to fit for others to catch up."""
 
 
-def fitting(module: GraphModule, images: CalibrationSet, limit: int = LIMIT) -> CalibrationSet:
-    """Return the first of the images, as many as keep a walk's values within `limit` bytes, at least 8.
+def go_to(name: str, *walks: Prefix) -> int:
+    """Run every node before this one with as many images as fit, the same in all walks; return how many are left.
 
     Args:
-        module: the graph to run.
-        images: all images available.
-        limit: bytes.
+        name: a node of every walk's graph.
+        walks: in batches of one size.
     """
-    for_one = GraphReplay(module).footprint(images.slice(0, 1).inputs).working
-    return images.slice(0, max(FEWEST, limit // max(1, for_one)))
+    now = min(len(walk.batches) for walk in walks)
+    on_the_way = min(now, *(walk.room(name) for walk in walks))
+    for walk in walks:
+        walk.use(on_the_way)
+        walk.to(name)
+    here = min(walk.room(name) for walk in walks)
+    if here >= min(WORTH * on_the_way, walks[0].most):
+        for walk in walks:
+            walk.use(here)
+    return sum(walks[0].batches)
 
 
 class Prefix:
@@ -43,10 +56,13 @@ class Prefix:
     Args:
         module: the graph; it is not changed.
         images: the images to run.
-        batch: images for each run of a node.
+        batch: images for each run of a node; None takes as many as a share of the limit holds.
+        limit: bytes that values may take while the walk is fitted.
     """
 
-    def __init__(self, module: GraphModule, images: CalibrationSet, batch: int = BATCH) -> None:
+    def __init__(
+        self, module: GraphModule, images: CalibrationSet, batch: int | None = None, limit: int = LIMIT
+    ) -> None:
         self.module = module
         self._runner = Runner(module)
         self._position = self._runner.position
@@ -56,16 +72,56 @@ class Prefix:
         self._next = 0
         self._settled: dict[str, Callable[[Tensor], Tensor]] = {}
         self._shifts: dict[str, Tensor] = {}
+        self._changes: dict[str, list[Callable[[Tensor], Tensor]]] = {}
         #: values that no image reaches, one for all batches
         self._constants: dict[Node, Any] = {}
-        self._values = [self._runner.given(part.inputs) for part in images.batches(batch)]
+        self._limit = limit
+        footprint = GraphReplay(module).footprint(images.slice(0, 1).inputs)
+        #: bytes of one image while each node runs
+        self._alive = [footprint.alive.get(node, 0) for node in self._runner.nodes]
+        fitting = max(1, min(BATCH, limit // SHARE // max(1, footprint.working)))
+        #: images for each run of a node
+        self.batch = batch or fitting
+        self._batches = list(images.batches(self.batch))
+        self._values = [self._runner.given(part.inputs) for part in self._batches]
+
+    @property
+    def batches(self) -> list[int]:
+        """Images of each batch that is walked with."""
+        return [len(part) for part in self._batches[: len(self._values)]]
+
+    @property
+    def most(self) -> int:
+        """Batches of all images."""
+        return len(self._batches)
+
+    def room(self, name: str) -> int:
+        """Return how many batches keep the values up to and including a node within the limit, at least one."""
+        stretch = self._alive[self._next : self._position[resolve(self.module.graph, name)] + 1]
+        images = max(FEWEST, self._limit // max(1, *stretch))
+        # Whole batches: the last one may hold fewer images.
+        return min(max(1, images // self.batch), self.most)
+
+    def use(self, batches: int) -> None:
+        """Go on with so many of the batches: values of others are dropped, or made from the start."""
+        new = self._batches[len(self._values) : batches]
+        del self._values[batches:]
+        if not new:
+            return
+        run = [node for node in self._runner.nodes[: self._next] if node.op not in ("placeholder", "output")]
+        constants: dict[Node, Any] = {}
+        with torch.no_grad():
+            self._runner.run([n for n in run if n not in self._runner.varying], constants, None, self._settled)
+            for part in new:
+                self._values.append(values := self._runner.given(part.inputs))
+                self._advance([n for n in run if n in self._runner.varying], values, constants, self._next)
 
     def ahead(self) -> Prefix:
         """Return a second walk that starts at this position and does not move this one."""
         other = object.__new__(Prefix)
         other.__dict__.update(self.__dict__)
         other._settled, other._constants = dict(self._settled), dict(self._constants)
-        other._shifts = dict(self._shifts)
+        other._shifts, other._changes = dict(self._shifts), {name: list(made) for name, made in self._changes.items()}
         other._values = [dict(values) for values in self._values]
         return other
 
@@ -106,22 +162,28 @@ class Prefix:
         node = resolve(self.module.graph, name)
         for values in self._values:
             values[node] = function(values[node])
+        self._changes.setdefault(node.name, []).append(function)
 
-    def _shifted(self, values: dict[Node, Any], node: Node) -> None:
+    def _changed(self, values: dict[Node, Any], node: Node) -> None:
         if node.name in self._shifts:
             values[node] = values[node] + self._shifts[node.name].to(values[node])
+        for function in self._changes.get(node.name, ()):
+            values[node] = function(values[node])
+
+    def _advance(self, nodes: list[Node], values: dict[Node, Any], constants: dict[Node, Any], stop: int) -> None:
+        def keep(node: Node) -> bool:
+            return self._last_reader[node] >= stop
+
+        self._runner.run(nodes, values, constants, self._settled, keep, partial(self._changed, values))
 
     def _run(self, stop: int) -> None:
         runner = self._runner
         ahead = [node for node in runner.nodes[self._next : stop] if node.op not in ("placeholder", "output")]
         self._next = max(self._next, stop)
 
-        def keep(node: Node) -> bool:
-            return self._last_reader[node] >= stop
-
         with torch.no_grad():
             runner.run([node for node in ahead if node not in runner.varying], self._constants, None, self._settled)
             varying = [node for node in ahead if node in runner.varying]
             for values in self._values:
-                runner.run(varying, values, self._constants, self._settled, keep, partial(self._shifted, values))
-        self._constants = {node: value for node, value in self._constants.items() if keep(node)}
+                self._advance(varying, values, self._constants, stop)
+        self._constants = {node: value for node, value in self._constants.items() if self._last_reader[node] >= stop}

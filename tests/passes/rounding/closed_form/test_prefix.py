@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fxquant.core.facts import FakeQuantNodes
-from fxquant.core.ir import Sites, images_axis
+from fxquant.core.ir import Sites, images_axis, tensor_at
 from fxquant.core.run import GraphReplay
-from fxquant.passes.rounding.closed_form import FEWEST, Prefix, fitting
+from fxquant.passes.rounding.closed_form import FEWEST, Prefix, go_to
 from tests.passes.rounding.tasks import images, task_of
 
 
@@ -76,12 +76,39 @@ def test_changed_values_are_read_by_what_comes_behind() -> None:
     assert not torch.equal(walk.source(last)[0], other.source(last)[0])
 
 
-def test_images_are_left_out_until_the_values_fit() -> None:
-    module, given = task_of("plain", 4).program.module, images("plain", 20)
-    for_one = GraphReplay(module).footprint(given.slice(0, 1).inputs).working
-    assert len(fitting(module, given)) == 20
-    assert len(fitting(module, given, 12 * for_one)) == 12
-    assert len(fitting(module, given, 1)) == FEWEST
+def test_few_images_are_walked_with_where_values_are_large_and_all_where_they_are_small() -> None:
+    task = task_of("plain", 4)
+    simulated, given = task.simulated(), images("plain", 40)
+    quantized = simulated.module
+    working = GraphReplay(quantized).footprint(given.slice(0, 1).inputs).working
+    walks = [Prefix(quantized, given, 4, limit=12 * working), Prefix(task.program.module, given, 4, limit=12 * working)]
+    whole = [Prefix(quantized, given, 4), Prefix(task.program.module, given, 4)]
+    counts = []
+    for site in task.sites:
+        name = site.nodes[0]
+        counts.append(go_to(name, *walks))
+        assert [sum(walk.batches) for walk in walks] == [counts[-1]] * 2
+        for each, every in zip(walks, whole, strict=True):
+            every.to(name)
+            for one, other in zip(each.source(name), every.source(name), strict=False):
+                assert torch.equal(one, other)
+        weight = torch.zeros_like(tensor_at(task.program.module, site.weight))
+        for walk in (walks[0], whole[0]):
+            for quantizer in simulated[FakeQuantNodes].weights[site.name]:
+                walk.settle(quantizer, weight + 0.1)
+        for walk in (walks[1], whole[1]):
+            walk.shift(name, torch.full((len(weight),), 0.3))
+            walk.past(name)
+            walk.change(name, lambda y: y + 0.2)
+    assert min(counts) <= 16
+    assert counts[-1] == 40, "at the classifier all images have caught up"
+
+
+def test_a_few_images_are_walked_with_whatever_they_take() -> None:
+    task = task_of("plain", 4)
+    walk = Prefix(task.program.module, images("plain", 40), limit=1)
+    assert go_to(task.sites[1].nodes[0], walk) == FEWEST
+    assert walk.batch == 1
 
 
 def test_a_shifted_op_gives_the_shift_to_what_comes_behind_it_but_not_to_another_walk() -> None:
