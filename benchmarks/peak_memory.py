@@ -21,6 +21,7 @@ import torch
 import fxquant
 from benchmarks.arguments import asked
 from benchmarks.report_table import write
+from benchmarks.stage_clock import PEAK_RESET, memory_mb
 from benchmarks.zoo import NETWORKS
 from fxquant import flow
 from fxquant.core.facts import EFFORTS, SensitivityMatrix, Settings, Surrogates
@@ -32,16 +33,9 @@ from fxquant.result import Result
 
 SEED = 0
 LIMIT_GB = 3.0
-STATUS, PEAK_RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 Row = dict[str, str | float]
 T = TypeVar("T")
-
-
-def memory_mb(field: str) -> float:
-    """Return a field of the process's status, `VmRSS` or `VmHWM` (the peak since it was reset), in 10^6 bytes."""
-    line = next(line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024 / 1e6
 
 
 class Stages:
