@@ -97,6 +97,14 @@ ROWS = (
         needs=("training",),
     ),
     Recipe(
+        "limpq",
+        "steps of all widths learned jointly are the scores of weights and activations, linear program",
+        "arXiv 2203.08368, steps alone trained",
+        {**LINEAR, "estimators": ("limpq",), "bits": (2, 3, 4, 5, 6), "activation_bits": (2, 3, 4, 5, 6)},
+        essence=("estimators",),
+        needs=("gradients",),
+    ),
+    Recipe(
         "zeroq",
         "divergence of the answer for each choice alone; calibration images in the place of synthesised ones",
         "arXiv 2001.00281",

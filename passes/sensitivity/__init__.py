@@ -11,6 +11,7 @@ from fxquant.passes.sensitivity import (
     gram,
     hawq,
     hybrid,
+    limpq,
     monotone,
     mpqco,
     orm,
@@ -30,6 +31,7 @@ from fxquant.passes.sensitivity.expected_time import expected_seconds
 from fxquant.passes.sensitivity.hawq import probe
 from fxquant.passes.sensitivity.layer_features import jackknife_error, layer_features
 from fxquant.passes.sensitivity.leaves import Leaves, activation_noise, rounded_values, weight_noise
+from fxquant.passes.sensitivity.limpq import rising_to_narrow
 from fxquant.passes.sensitivity.monotone import falling, monotone_pairs, repair
 from fxquant.passes.sensitivity.mpqco import label_cotangents
 from fxquant.passes.sensitivity.orm import orthogonality, unbiased_hsic
