@@ -62,8 +62,8 @@ def quantize(
         dynamic_image: True leaves height and width of images free, where the model takes images of any size.
         rounding: how the plan's weights are rounded: "nearest", "qronos", "pdquant" or another algorithm, or several
             joined by "+"; by default the effort's. Kept only where the held-out loss falls.
-        recipe: a published method by its name in `fxquant.recipes.RECIPES`, for example "hawq-v3": its parts are the
-            settings of which nothing else is said here or in `options`.
+        recipe: a published method by its name in `fxquant.recipes.RECIPES`, for example "hawq-v3"; its values apply
+            wherever none is given here or in `options`.
         workdir: folder that keeps finished scores; the same call goes on where a killed one stopped.
         progress: bars on a terminal, elsewhere a line on stderr for each stage.
         options: all other settings, as a `Settings` or as name -> value: `{"seed": 1, "pins": {"stem": "W8A8"}}`. What

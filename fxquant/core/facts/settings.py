@@ -96,7 +96,7 @@ class Settings(Options):
         rounding: algorithms that round the plan's weights, joined by "+"; by default that of the effort. A rounding is
             kept only where it lowers the held-out loss.
         rounding_options: option of the reconstruction engine -> value, for example iterations=300.
-        recipe: published method whose parts are the settings that nothing else is said of (`fxquant.recipes`).
+        recipe: published method by its name in `fxquant.recipes`; its values apply wherever no other is given.
         seed: same seed, same answer.
         threads: threads of the target's runtime; by default it chooses.
         distributed: share the scoring among the processes that torchrun started. Each of them makes the same call, all
