@@ -37,7 +37,7 @@ Key = tuple[str, float]
 """What is rounded (a site, or an activation node) and the bits."""
 
 
-@estimator("limpq", float_only=True, unit="learned steps", images=False)
+@estimator("limpq", float_only=True, unit="learned steps", images=False, work="own")
 def limpq(scorer: Scorer) -> Estimate:
     """Return `values = diag(alpha s_w + sum of s_a)`, s the learned steps, inversions repaired (`rising_to_narrow`).
 
