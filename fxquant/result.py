@@ -21,6 +21,7 @@ from fxquant.core.facts import (
     BitAllocation,
     Budget,
     BudgetCurve,
+    ChannelScales,
     CostTable,
     CostTables,
     Finalists,
@@ -46,7 +47,7 @@ from fxquant.core.storage import (
     text_digest,
     write_json,
 )
-from fxquant.passes import ScaleWeights, channel_axes, measured_loss, simulate
+from fxquant.passes import ScaleWeights, channel_axes, measured_loss, scaled, simulate
 from fxquant.qat import METHOD, TrainedValues, gather, trainable, with_values
 from fxquant.report import content, one_line, page, summary, write_page
 from fxquant.saved_parts import file_name, images_that_fit, load_matrix, plan_digest, with_rounding
@@ -285,6 +286,7 @@ class Result:
             "held_out": HELD_OUT in kept,
             "scoring": SCORING in kept,
             "bank": bool(program[WeightGrids].rounded),
+            "scaled": bool(program[ChannelScales].paths) if ChannelScales in program else False,
             "rounding": Rounding in program,
             "trained": TrainedValues in program,
             "graph": text_digest(str(program.module.graph)),
@@ -307,6 +309,8 @@ class Result:
             each.save(folder / name)
         if program[WeightGrids].rounded:
             program[WeightGrids].save_rounded(folder / "rounded_weights.npz")
+        if ChannelScales in program and program[ChannelScales].paths:
+            program[ChannelScales].save(folder / "channel_scales.npz")
         if Rounding in program:
             program[Rounding].save(folder / "rounding.npz")
         if TrainedValues in program:
@@ -354,9 +358,11 @@ class Result:
             digest = str(document["plan"])
             tables = {name: CostTable.from_json(table, candidates) for name, table in document["costs"].items()}
             # Files from before there were such have none.
-            rounded, trained = (bool(document.get(name, False)) for name in ("rounding", "trained"))
+            was_scaled, rounded, trained = (bool(document.get(name)) for name in ("scaled", "rounding", "trained"))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, OptionError) as error:
             raise FileFormatError(f"{folder}/result.json is not an intact result ({error}); quantize again") from error
+        if was_scaled:
+            program = scaled(program, ChannelScales.load(folder / "channel_scales.npz"))
         program = program.with_facts(
             Ranges.load(folder / "ranges.npz"),
             Surrogates(matrices),

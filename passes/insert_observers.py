@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch.fx import GraphModule
+
 from fxquant.core.facts import Ranges
-from fxquant.core.ir import Program, QuantizedEdges, insert_after, resolve
+from fxquant.core.ir import Program, QuantizedEdges, finish, fork, insert_after, resolve
 from fxquant.core.run import OBSERVERS, Observer
 from fxquant.passes.base import Pass
 
@@ -42,14 +45,26 @@ class CollectRanges(Pass):
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the graph without observers, and the ranges."""
         histograms, clips = {}, set()
-        for node in list(program.module.graph.nodes):
-            if node.op != "call_module":
-                continue
-            observer = program.module.get_submodule(str(node.target))
-            if isinstance(observer, Observer):
-                histograms[observer.producer] = observer.histogram()
-                clips.add(observer.clip)
-                node.replace_all_uses_with(node.args[0])
-                program.module.graph.erase_node(node)
+        for observer in _taken_out(program.module):
+            histograms[observer.producer] = observer.histogram()
+            clips.add(observer.clip)
         # One observer made them all; a graph without any has nothing to clip.
         return program.with_facts(Ranges(histograms, next(iter(clips), "full"))), len(histograms)
+
+
+def without_observers(module: GraphModule) -> GraphModule:
+    """Return a copy of a graph without its observers, which keep what they saw; parameters are shared."""
+    copied = fork(module)
+    for _ in _taken_out(copied):
+        pass
+    return finish(copied)
+
+
+def _taken_out(module: GraphModule) -> Iterator[Observer]:
+    """Erase the observers from a graph, and yield each of them."""
+    for node in list(module.graph.nodes):
+        observer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(observer, Observer):
+            yield observer
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)

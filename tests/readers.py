@@ -15,7 +15,16 @@ import torch
 from PIL import Image
 
 from fxquant.cli import ImageOptions, inspect, load_calibration, load_model
-from fxquant.core.facts import BitAllocation, Ranges, Rounding, SensitivityMatrix, UnitRecord, WeightGrids, read_target
+from fxquant.core.facts import (
+    BitAllocation,
+    ChannelScales,
+    Ranges,
+    Rounding,
+    SensitivityMatrix,
+    UnitRecord,
+    WeightGrids,
+    read_target,
+)
 from fxquant.core.host import Timing, TimingCache
 from fxquant.core.ir import Choice, Grid, activation_spec
 from fxquant.core.run import CalibrationSet, collect
@@ -187,6 +196,7 @@ READERS = {
     "target": Reader(
         "target.json", read_target, document("target", **TARGET), f"{CORE}/facts/target_file.py:read_target"
     ),
+    "channel scales": Reader("channel_scales.npz", ChannelScales.load, copied, f"{CORE}/facts/channel_scales.py:load"),
     "ranges": Reader("ranges.npz", Ranges.load, copied, f"{CORE}/facts/ranges.py:load"),
     "sensitivity": Reader(
         "sensitivity_fisher_out.npz",

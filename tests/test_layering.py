@@ -38,6 +38,7 @@ the other."""
 
 ATEN = {
     *("fxquant/core/ir/ops.py", "fxquant/capture/decompositions.py", "fxquant/capture/free_batch.py"),
+    *("passes/equalization/channel_factors.py", "passes/equalization/factor_ops.py"),
     *("passes/canonicalize.py", "passes/core_aten.py", "passes/linear_layers.py"),
     *("passes/fold_batchnorm.py", "passes/rewrite_transposed.py", "passes/recurrent_cells.py"),
 }

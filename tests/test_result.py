@@ -234,12 +234,14 @@ def test_views_of_one_result_agree() -> None:
     assert result.simulated is result.simulated
     assert result.sensitivity is result.program[Surrogates].matrices["gram"]
     measured = result.allocation.finalists
-    assert result.allocation.choices == result.finalists[min(measured, key=measured.__getitem__)].choices
-    assert set(measured) == set(result.finalists)
+    # What swaps made of a finalist is no finalist.
+    assert set(measured) - {"refined"} == set(result.finalists)
+    best = min(measured, key=measured.__getitem__)
+    assert best == "refined" or result.allocation.choices == result.finalists[best].choices
     plan = result.allocation
     # The rounding of so small a network may be rejected, and then nothing was measured again.
     compared = plan.measured_loss if plan.compared_loss is None else plan.compared_loss
-    assert compared == pytest.approx(min(measured.values()))
+    assert compared == pytest.approx(min(measured.values()), rel=1e-4)
     assert set(result.costs.tables) == {"size", "bops", "average_bits", "activation"}
 
 

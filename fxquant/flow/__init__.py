@@ -6,6 +6,7 @@ from fxquant.flow.allocate import check_budget, impose
 from fxquant.flow.cheapest import choose
 from fxquant.flow.curve import measure_curve
 from fxquant.flow.file_size import measure_file
+from fxquant.flow.judged_factors import equalize
 from fxquant.flow.judged_images import check_answers, check_labels, learned_note, split_images, wanted_images
 from fxquant.flow.latency import measure_latency
 from fxquant.flow.pipeline import KNOWN_NAMES, Pipeline, calibrate, check_names, find_sites, prepare, run

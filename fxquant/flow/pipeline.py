@@ -12,6 +12,7 @@ from fxquant.core.host import SILENT, Reporter
 from fxquant.core.ir import PlanEdges, Program, Sites
 from fxquant.core.registry import Registry, unknown
 from fxquant.core.run import JOIN, LOSSES, OBSERVERS, CalibrationSet, find_answers
+from fxquant.flow.judged_factors import equalize
 from fxquant.passes import (
     Calibrate,
     Canonicalize,
@@ -155,9 +156,11 @@ def prepare(program: Program, settings: Settings) -> Program:
 
 
 def calibrate(program: Program, images: CalibrationSet | None, reporter: Reporter = SILENT) -> Program:
-    """Run images through the observers (None: done already), replace observers by facts, and fix grids and costs."""
+    """Equalize channels and run images through the observers (None: done already), replace observers by facts, and fix
+    grids and costs."""
     settings = program[Settings]
     feed = () if images is None else (Calibrate(images, reporter=reporter),)
+    program = program if images is None else equalize(program, images)
     target = program[Target]
     rounds = settings.scoring_rounding != "nearest"
     if rounds and images is None:

@@ -11,6 +11,7 @@ import numpy as np
 from fxquant.core.facts import (
     EFFORTS,
     BitAllocation,
+    ChannelScales,
     Ranges,
     SensitivityMatrix,
     Settings,
@@ -22,7 +23,7 @@ from fxquant.core.facts import (
 from fxquant.core.host import ALONE, SILENT, Reporter, Shards
 from fxquant.core.ir import Program, Sites
 from fxquant.core.run import CalibrationSet, Loss, answer_loss, find_answers, judging_images
-from fxquant.core.storage import ScoreStore, tensor_digest, text_digest
+from fxquant.core.storage import ScoreStore, StoredProgram, tensor_digest, text_digest
 from fxquant.flow.judged_images import compared_images
 from fxquant.passes import MeasureSensitivity, simulate, widest_plan
 
@@ -154,7 +155,10 @@ def score_identity(program: Program, images: CalibrationSet, loss: Loss) -> dict
     tensors = {f"input {i}": tensor for i, tensor in enumerate(images.inputs)}
     if loss.needs_labels and images.labels is not None:
         tensors["labels"] = images.labels
-    weights = {name: tensor for name, tensor in module.state_dict().items() if tensor.numel()}
+    scales = program[ChannelScales] if ChannelScales in program else ChannelScales()
+    # Equalized weights are as much the images' as the model's.
+    named = program[StoredProgram].exported.state_dict if scales.paths else module.state_dict()
+    weights = {name: tensor for name, tensor in named.items() if tensor.numel()}
     settings, target = program[Settings], json.dumps(target_to_json(program[Target]), sort_keys=True)
     # Rounded, so that another summation order on the same images stays the same calibration.
     seen = [

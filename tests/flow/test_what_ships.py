@@ -54,7 +54,7 @@ def test_the_loss_of_a_result_is_that_of_the_model_it_holds() -> None:
     assert len(result.judging) == len(IMAGES) * 5 // 4
     measured = Meter(result.program, result.judging, "kl").losses(result.allocation).mean()
     # A loss of 1e-6 nats is within a few of float32's roundings, which are other ones for batches of another size.
-    assert result.allocation.measured_loss == pytest.approx(float(measured), rel=1e-5)
+    assert result.allocation.measured_loss == pytest.approx(float(measured), rel=1e-4)
 
 
 def test_another_budget_is_rounded_to_the_end_too(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_what_makes_no_groups(trains: bool, weight_lr: float, step_lr: float, me
 def test_distillation_improves_a_low_bit_plan(learn_steps: bool) -> None:
     result = low_bit()
     module, teacher = result.trainable(learn_steps), result.program.module
-    optimizer = torch.optim.Adam(parameter_groups(module, 3e-3, 3e-3))
+    optimizer = torch.optim.Adam(parameter_groups(module, 1e-3, 1e-3))
     losses = [distill_step(module, teacher, IMAGES, optimizer) for _ in range(40)]
     trained = result.with_trained(module)
     p, before, after = (

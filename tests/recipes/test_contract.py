@@ -15,9 +15,10 @@ import torch
 import fxquant
 from fxquant.core.errors import CalibrationError
 from fxquant.core.facts import Settings
-from fxquant.core.ir import WeightFormat
+from fxquant.core.ir import Program, WeightFormat
 from fxquant.core.registry import Registry
-from fxquant.core.run import OBSERVERS, model_outputs
+from fxquant.core.run import OBSERVERS, CalibrationSet, model_outputs
+from fxquant.flow import equalize
 from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.rounding import ROUNDERS
 from fxquant.passes.sensitivity import ESTIMATORS
@@ -98,6 +99,15 @@ class Used:
         monkeypatch.setattr(torch.autograd, "grad", counted(grad))
         monkeypatch.setattr(torch.autograd, "backward", counted(backward))
 
+        def equalized(program: Program, images: CalibrationSet) -> Program:
+            # Calibration is nobody's method: what it differentiates counts for no recipe.
+            before = set(self.names["gradients"])
+            done = equalize(program, images)
+            self.names["gradients"] = before
+            return done
+
+        monkeypatch.setattr("fxquant.flow.pipeline.equalize", equalized)
+
 
 def test_it_uses_the_parts_that_its_row_names_and_gives_the_same_answer_again(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
@@ -130,7 +140,8 @@ def test_it_keeps_the_budget_and_its_widths(recipe: Recipe) -> None:
     assert widths <= {*asked, 8} if settings.pin_ends else widths <= asked
     inner = plan.choices["body"].weight_bits
     if settings.choose == "uniform":
-        assert {plan.status, inner} == {"uniform", 6}
+        assert plan.status == "uniform"
+        assert inner in asked
     else:
         # No uniform plan takes part, and no swaps: the solver's plan is the only finalist.
         assert list(plan.finalists) == [settings.estimators[0]] == [plan.estimator]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fxquant.core.facts.budget import QUALITIES, Budget, BudgetLike
+from fxquant.core.facts.channel_scales import ChannelScales
 from fxquant.core.facts.cost_tables import CostTable, CostTables, Noise
 from fxquant.core.facts.expressions import matched
 from fxquant.core.facts.fake_quant_nodes import FakeQuantNodes

@@ -27,6 +27,7 @@ RESULT = (
     *(
         "result.json",
         "plan.json",
+        "channel_scales.npz",
         "ranges.npz",
         "model.pt2",
         "held_out.safetensors",

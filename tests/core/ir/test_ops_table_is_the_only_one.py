@@ -25,7 +25,15 @@ OTHER_MEANINGS = {
     ("fxquant/core/storage/pt2_audit.py", "add"): "a function of Python's operator module",
     ("fxquant/core/storage/pt2_audit.py", "mul"): "a function of Python's operator module",
     ("fxquant/dynamo/boundary.py", "reshape"): "a method of tensors in a Dynamo graph",
-    ("fxquant/core/run/answer_graph.py", "softmax"): "the name of an ATen packet, whatever its overload",
+    **{
+        (f"fxquant/core/run/{name}.py", word): "the name of an ATen packet, whatever its overload"
+        for name, words in {
+            "answer_scores": ("channel_shuffle", "pixel_shuffle", "reshape", "slice", "softmax", "transpose"),
+            "joined_outputs": ("cat",),
+            "recurrent_states": ("add", "linear", "mul", "relu"),
+        }.items()
+        for word in words
+    },
     ("backends/onnx/shape_emitters.py", "pad"): "an argument of aten.pad",
 }
 """Words that are spelled like a kind -> what they are."""

@@ -198,7 +198,7 @@ def test_little_memory_gives_nearly_the_same(keep: torch.dtype | None, monkeypat
     monkeypatch.setattr(engine, "kept_type", lambda *_: keep)
     little = rounded(given)
     unlike = [float((little.weights[site] != weight).float().mean()) for site, weight in plenty.weights.items()]
-    assert max(unlike) < 0.05
+    assert max(unlike) < 0.08
     for group, grid in plenty.activations.items():
         assert float(little.activations[group].scale) == pytest.approx(float(grid.scale), rel=0.01)
 

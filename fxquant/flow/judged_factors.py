@@ -1,0 +1,82 @@
+"""Equalize channels as far as the measured loss of plans falls."""
+
+from __future__ import annotations
+
+from math import log
+
+from fxquant.core.facts import BitAllocation, ChannelScales, Settings, Target
+from fxquant.core.ir import Program, Sites
+from fxquant.core.run import CalibrationSet, model_outputs
+from fxquant.flow.score import judging, loss_in_use
+from fxquant.passes import (
+    EVEN,
+    Calibrate,
+    CollectRanges,
+    EqualizeChannels,
+    InsertObservers,
+    ScaleWeights,
+    measured_loss,
+    scaled,
+    simulate,
+    uniform_plans,
+    widest_plan,
+    without_observers,
+)
+
+SHARES = (1.0, 0.5)
+"""Powers of the factors that are tried, beside none of them."""
+JUDGED = 48
+"""Calibration images that the powers are judged on."""
+LEAST = 1e-12
+"""Smallest loss that counts, in its own unit: below it lies the round-off of float32."""
+
+
+def equalize(program: Program, images: CalibrationSet) -> Program:
+    """Return the program with its channels scaled by the power of their factors that loses least, with 0 among them.
+
+    A model of rounding noise proposes factors; the losses of uniform plans with weights rounded to nearest decide.
+
+    Args:
+        program: from `prepare`, its observers empty.
+        images: calibration images.
+    """
+    proposed = EqualizeChannels(images)(program)
+    scales = proposed[ChannelScales]
+    if not scales.paths:
+        return proposed
+    few = images.slice(0, JUDGED)
+    tried = {0.0: scaled(program, ChannelScales())} | {share: scaled(program, scales.power(share)) for share in SHARES}
+    plans = _plans(program)
+    losses = {share: _logarithm(each, few, plans) for share, each in tried.items()}
+    best = tried[min(losses, key=losses.__getitem__)]
+    return Program(best.module, best.facts, proposed.log)
+
+
+def _plans(program: Program) -> list[BitAllocation]:
+    """Return the plans that factors are judged by: the middle one and the widest of the uniform plans."""
+    plans = [BitAllocation(choices) for choices in uniform_plans(program[Sites].sites).values()]
+    even = [plan for plan in plans if _is_even(plan) and not all(c.weights_only for c in plan.choices.values())]
+    if not even:
+        return [widest_plan(program)]
+    return [even[len(even) // 2], *even[-1:]] if len(even) > 1 else even
+
+
+def _is_even(plan: BitAllocation) -> bool:
+    return all(choice.kind == EVEN and not choice.is_float for choice in plan.choices.values())
+
+
+def _logarithm(program: Program, images: CalibrationSet, plans: list[BitAllocation]) -> float:
+    """Return the sum of the logarithms of the plans' losses, so that each counts by its ratio."""
+    bare = Program(without_observers(program.module), program.facts, program.log)
+    passes = (
+        InsertObservers(program[Settings].observer),
+        Calibrate(images),
+        CollectRanges(),
+        ScaleWeights(program[Target].per_channel, even_only=all(_is_even(plan) for plan in plans)),
+    )
+    for step in passes:
+        bare = step(bare)
+    # Not of `program`: its observers must not see these images.
+    loss, judged = loss_in_use(bare, images), judging(bare, images)
+    reference = model_outputs(bare.module, judged.inputs)
+    return sum(log(max(LEAST, measured_loss(simulate(bare, plan).module, judged, reference, loss))) for plan in plans)
