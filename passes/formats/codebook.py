@@ -13,10 +13,10 @@ from fxquant.core.ir import (
     HIGHEST_LEVEL,
     LOWEST_LEVEL,
     SMALLEST_SCALE,
-    Grid,
     RowGrid,
     WeightFormat,
 )
+from fxquant.passes.formats.evenly_spaced import nearest_grid
 from fxquant.passes.formats.problem import RowProblem
 from fxquant.passes.formats.registry import FORMATS, find
 
@@ -73,8 +73,7 @@ def _own_tables(problem: RowProblem, count: int) -> RowGrid:
     """Return a table for each row."""
     ordered = problem.once("ordered", lambda: Ordered(problem.rows, problem.importance))
     best = _on_int8(ordered.lloyd(ordered.quantiles(count)))
-    even = Grid.of_weight(problem.rows.flatten(0, 1), max(FORMAT_KINDS["uniform"].least, math.ceil(math.log2(count))))
-    spaced = RowGrid.of(even, len(problem.rows), len(even.scale))
+    spaced = nearest_grid(problem, max(FORMAT_KINDS["uniform"].least, math.ceil(math.log2(count))))
     # Of an odd number of levels, those around zero.
     levels = spaced.value(spaced.integers())[..., -count:]
     return problem.better(best, _on_int8(ordered.lloyd(levels)))

@@ -13,6 +13,16 @@ def uniform(problem: RowProblem, bits: float) -> RowGrid:
 
     The scale of least squared error of nearest rounding (`Grid.of_weight`), then the best ratio under the rounder.
     """
-    groups, size, _ = problem.rows.shape
-    grid = Grid.of_weight(problem.rows.flatten(0, 1), int(bits))
-    return problem.rescaled(RowGrid.of(grid, groups, groups * size))
+    return problem.rescaled(nearest_grid(problem.to_nearest, int(bits)))
+
+
+def nearest_grid(plain: RowProblem, bits: int) -> RowGrid:
+    """Return the evenly spaced levels of least squared error of nearest rounding, searched for once.
+
+    Args:
+        plain: `RowProblem.to_nearest`, which keeps it.
+        bits: width of the grid.
+    """
+    groups, size, _ = plain.rows.shape
+    rows = plain.rows.flatten(0, 1)
+    return plain.once(f"{bits} bits", lambda: RowGrid.of(Grid.of_weight(rows, bits), groups, groups * size))
