@@ -156,7 +156,7 @@ def rounded_best(solved: Program, finish: Callable[[Program], Program]) -> Progr
     best = finish(solved)
     near = math.nan if plan.measured_loss is None else CLOSE * (plan.measured_loss + plan.border_cost)
     names = [name for name in sorted(rivals, key=rivals.__getitem__)[:1] if rivals[name] <= near]
-    if plan.measured_loss is not None and GAINED * _loss(best) < plan.measured_loss:
+    if plan.measured_loss is not None and accepted(plan.measured_loss, GAINED * _loss(best)):
         names += [name for name in solved[Surrogates].matrices if name in known]
         names += sorted(rivals, key=lambda name: plans[name].objective)[:1]
     tried = [plan.choices]
