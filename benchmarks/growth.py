@@ -85,11 +85,12 @@ def exponents(series: str, rows: Sequence[Row]) -> Row:
 
 def main() -> None:
     """Measure, print the table, write the JSON."""
+    chosen = asked(__doc__, "series", SERIES)
     torch.set_num_threads(1)
     # The first run of a process sets up what later ones find.
     _ = measured("layers", Case(images=8, bits=(4, 8)))
     rows: list[Row] = []
-    for series in asked(__doc__, "series", SERIES):
+    for series in chosen:
         found = [measured(series, case) for case in SERIES[series]]
         rows += [*found, exponents(series, found)]
         print(rows[-1], flush=True)
