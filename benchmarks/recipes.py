@@ -51,7 +51,7 @@ OTHERS: dict[str, dict[str, object]] = {
 """Contestants that are no rows of `RECIPES` as they are -> their settings."""
 LEFT_OUT = ("hawq-v2", "daq", "limpq", "rmsmp", "kl-lm", "hessian-lm")
 """With widths and ends like all others, HAWQ-v2 is HAWQ-v3; DAQ and LIMPQ have activations below 8 bits, which ONNX
-Runtime does not run; RMSMP has formats of its own, of 4 bits and more; `benchmarks.recipes_language` has the others."""
+Runtime does not run; RMSMP has other formats, of 4 bits and more; `benchmarks.recipes_language` has the others."""
 
 CONTESTANTS = (*OTHERS, *(name for name in RECIPES if name not in LEFT_OUT))
 
@@ -166,7 +166,7 @@ def rejected(result: Result) -> str:
 
 
 def measure(network: str, names: Iterable[str]) -> None:
-    """Write the JSON of one network anew after each contestant; rows of those not named stay as they are."""
+    """Write the JSON of one network again after each contestant; rows of those not named stay as they are."""
     case, folder, judge = CASES[network], FOLDER / network, Judge.of(network)
     folder.mkdir(parents=True, exist_ok=True)
     first: Row = {"network": network, "recipe": "float", "accuracy %": judge.accuracy(judge.reference)}

@@ -63,13 +63,13 @@ def _figure(row: Row | None) -> str:
 
 
 def made() -> dict[str, str]:
-    """Return name -> what stands on the page between the marks of that name."""
+    """Return name -> the text of the page between the marks of that name."""
     results = sorted(path.stem.removeprefix("recipes_") for path in RESULTS.glob("recipes_*.json"))
     return {"recipes": recipe_table()} | {f"figures of {name}": figure_table(name) for name in results}
 
 
 def filled(text: str) -> str:
-    """Return the page with what stands between `<!-- name -->` and `<!-- end of name -->` made again."""
+    """Return the page with the text between `<!-- name -->` and `<!-- end of name -->` made again."""
     for name, text_between in made().items():
         start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         before, _, rest = text.partition(start)

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.time_to_deploy [--networks ...] [--efforts ...]`: `fxquant.quantize` at an average of 5 bits, then
 the ONNX file, the saved result, and both loaded again; processor seconds, seconds and peak memory of each stage on one
-thread, every run in a process of its own. What is finished is kept in `build/time_to_deploy`, so that a killed run goes
+thread, every run in a separate process. What is finished is kept in `build/time_to_deploy`, so that a killed run goes
 on; remove it after a change that matters. Linux only.
 """
 
@@ -102,7 +102,7 @@ def deployed(name: str, effort: str) -> Row:
 
 
 def measured(name: str, effort: str) -> Row:
-    """Return the row of a network at an effort, measured in a process of its own, or by an earlier run."""
+    """Return the row of a network at an effort, measured in a separate process, or by an earlier run."""
     place = FOLDER / f"{name}-{effort}.json"
     if not place.is_file():
         command = [sys.executable, "-m", "benchmarks.time_to_deploy", "--networks", name, "--efforts", effort]

@@ -13,7 +13,7 @@ from fxquant.core.run import JOIN
 from fxquant.passes.rounding.learned import PROFILES
 
 Need = Literal["labels", "gradients", "training"]
-"""What a method takes besides calibration images: labels of them, gradients of the network, gradient steps on them."""
+"""What a method takes beside calibration images: labels of them, gradients of the network, gradient steps on them."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Recipe:
         source: paper, with the section or equation.
         options: setting -> value, for the parts that the method says something of.
         essence: the settings that make the method what it is; other values of these are refused.
-        needs: what it takes besides calibration images; "training" implies gradients.
+        needs: what it takes beside calibration images; "training" implies gradients.
 
     Raises:
         OptionError: an unknown setting or need, a value that is not allowed, or an essence that is no part.

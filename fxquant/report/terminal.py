@@ -74,8 +74,8 @@ def _headline(data: Mapping[str, Any]) -> list[str]:
         f"Size {size} {bytes_text(outcome['float_bytes'])}" + (f"; {bits:.4g} stored bits a weight" if bits else "")
     ]
     if data["recipe"] is not None:
-        told = f": {data['recipe']['about']} ({data['recipe']['source']})" if "about" in data["recipe"] else ""
-        lines.append(f"Recipe {data['recipe']['name']}{told}")
+        about = f": {data['recipe']['about']} ({data['recipe']['source']})" if "about" in data["recipe"] else ""
+        lines.append(f"Recipe {data['recipe']['name']}{about}")
     for limit in outcome["limits"]:
         name, used = limit["name"], limit_text(limit["name"], limit["used"])
         allowed = limit_text(name, limit["limit"])

@@ -26,7 +26,7 @@ class _Timed:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self.seconds = 0.0
-        #: every sweep has batches left besides the one that is timed
+        #: every sweep has batches left beside the one that is timed
         self.whole = True
         #: seconds of one whole-network pass over one image, of the first sweep
         self.of_a_pass: float | None = None

@@ -1,6 +1,6 @@
 """`limpq`: steps learned jointly over all widths are the indicators of importance (LIMPQ, arXiv 2203.08368).
 
-Every (layer, width) has a step of its own for its weight, and one for what it reads. In each iteration every layer
+Every (layer, width) has a separate step for its weight, and one for what it reads. In each iteration every layer
 takes one of its widths at random, and only the steps that took part are trained. A layer that needs fine steps keeps
 them small: a larger step is a larger loss to expect.
 
@@ -62,7 +62,7 @@ def limpq(scorer: Scorer) -> Estimate:
 
 
 def rising_to_narrow(steps: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return steps that never fall from wider to narrower, each the largest of its own and of all wider ones.
+    """Return steps that never fall from wider to narrower, each the largest of itself and of all wider ones.
 
     The paper forbids a width whose indicator is below that of a wider one; with its indicator raised it loses to the
     wider one in score and can only be taken for its cost.

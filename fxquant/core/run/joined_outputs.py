@@ -40,7 +40,7 @@ class Joined:
 def joined(value: Node) -> Joined | None:
     """Return the parts of an output, None where it is compared as a whole.
 
-    Its parts are told apart where one of them shows a softmax or sigmoid, or where, of (images, positions, numbers),
+    Its parts are known where one of them shows a softmax or sigmoid, or where, of (images, positions, numbers),
     one part are boxes of four numbers beside others.
     """
     parts = tuple(_parts(value))
