@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fxquant.passes.equalization.channel_factors import ChannelFactors, channel_factors
 from fxquant.passes.equalization.equalize_channels import EqualizeChannels, scaled
+from fxquant.passes.equalization.measure_noise import measured_noise
 from fxquant.passes.equalization.rounding_noise import RoundingNoise, ValueNoise, WeightNoise, fewest_noise
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "WeightNoise",
     "channel_factors",
     "fewest_noise",
+    "measured_noise",
     "scaled",
 ]

@@ -35,6 +35,8 @@ RECORDED_BYTES = 5 * 10**8
 LEAST_RANGE = 0.01
 """Share of a value's range that each class has at least: a channel that is silent on the calibration images need not
 be on others."""
+MOST_ROWS = 128
+"""Output channels of a layer that are looked at; of more, a sample is, evenly spaced."""
 PROJECTIONS = 2
 """Random projections of the answers of each batch."""
 
@@ -201,8 +203,11 @@ class _WeightStatistics:
 
     def noise(self, levels: float) -> WeightNoise:
         """Return the numbers of the model."""
-        power = self.power / max(1, self.counted)
-        return WeightNoise(self.classes, self.largest, power, self.taps * self.sensitivity, levels)
+        power, rows = self.power / max(1, self.counted), self.largest.shape[1]
+        every = -(-rows // MOST_ROWS)
+        # The rows that are left out count as those that are in.
+        sensitivity = self.taps * self.sensitivity[:, ::every] * rows / len(range(0, rows, every))
+        return WeightNoise(self.classes, self.largest[:, ::every], power, sensitivity, levels)
 
 
 class _Recorder(Interpreter):

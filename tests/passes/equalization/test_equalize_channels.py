@@ -11,8 +11,15 @@ from fxquant.core.errors import FileFormatError
 from fxquant.core.facts import ChannelScales, NormStatistics, Settings
 from fxquant.core.ir import Program
 from fxquant.core.run import CalibrationSet
-from fxquant.passes import EqualizeChannels, scaled
-from fxquant.passes.equalization import RoundingNoise, ValueNoise, WeightNoise, fewest_noise
+from fxquant.passes import EqualizeChannels, scaled, without_observers
+from fxquant.passes.equalization import (
+    RoundingNoise,
+    ValueNoise,
+    WeightNoise,
+    channel_factors,
+    fewest_noise,
+    measured_noise,
+)
 from tests.passes.equalization.networks import images, network, scale_channel
 
 
@@ -112,3 +119,16 @@ def test_factors_of_another_network_are_refused() -> None:
     program = _prepared("relu")
     with pytest.raises(FileFormatError, match=r"factors of 'one\.weight' do not fit its shape"):
         scaled(program, ChannelScales({"one.weight": torch.ones(5, 1, 1, 1, dtype=torch.float64)}))
+
+
+def test_a_sample_of_the_rows_counts_as_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, x = _prepared("grouped"), CalibrationSet((images(8),))
+    module = without_observers(program.module)
+    factors = channel_factors(module, x.inputs)
+    whole = measured_noise(program, module, factors, x, 8)
+    monkeypatch.setattr("fxquant.passes.equalization.measure_noise.MOST_ROWS", 2)
+    some = measured_noise(program, module, factors, x, 8)
+    assert [each.largest.shape[1] for each in whole.weights] == [6, 2, 2, 3]
+    assert [each.largest.shape[1] for each in some.weights] == [2, 2, 2, 2]
+    logarithms = torch.zeros(factors.count)
+    assert float(some.total(logarithms)) == pytest.approx(float(whole.total(logarithms)), rel=0.5)
