@@ -100,7 +100,7 @@ class Used:
         monkeypatch.setattr(torch.autograd, "backward", counted(backward))
 
         def equalized(program: Program, images: CalibrationSet) -> Program:
-            # Calibration is nobody's method: what it differentiates counts for no recipe.
+            # Calibration belongs to no recipe, nor do the gradients that it takes.
             before = set(self.names["gradients"])
             done = equalize(program, images)
             self.names["gradients"] = before

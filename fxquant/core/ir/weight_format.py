@@ -39,7 +39,7 @@ FORMAT_KINDS = {
     "two-scheme": FormatKind("s", 4, MAX_BITS, fractional=True),
 }
 """Kind -> what is known of it: evenly spaced levels; any `floor(2^bits)` int8 levels for each channel; zero and powers
-of two; a width of its own for each output channel; powers of two or 4 bits or 8 bits for each output channel."""
+of two; another width for each output channel; powers of two or 4 bits or 8 bits for each output channel."""
 
 
 @dataclass(frozen=True, order=True)
