@@ -82,6 +82,7 @@ class Export:
             below by name; returns the bytes written.
         options: the class of those options, which gives `fxquant export` its flags; None without any. If it has a
             field `runtime`, that is what `fxquant export --runtime` may be for this file.
+        routes: whether there is a file of the same kind that holds two plans and a router.
 
     Raises:
         OptionError: a file name of another form.
@@ -90,6 +91,7 @@ class Export:
     file: str
     write: Callable[..., int]
     options: type[Options] | None = None
+    routes: bool = False
 
     @property
     def layouts(self) -> tuple[str, ...]:

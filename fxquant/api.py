@@ -99,6 +99,7 @@ def quantize(
     flow.check_labels(images, settings)
     scoring, held_out = flow.split_images(images, limits, settings)
     flow.check_answers(limits, held_out, settings)
+    flow.check_routes(settings, limits, held_out)
     with reporter.stages(flow.stages(settings, limits)):
         reporter.stage(flow.CAPTURE)
         captured = capture_program(model, images.slice(0, 2).inputs, dynamic_image=settings.dynamic_image)
@@ -134,7 +135,10 @@ def _search(
         curve = [flow.measure_curve(program, None, judging, reporter)] if shards.is_first else []
         return Result(plain.with_facts(*curve), held_out, scoring)
     finish = finisher(settings, scoring, held_out, reporter, place)
-    return Result(choose(program, limits, held_out, reporter, scoring, folder, finish), held_out, scoring)
+    chosen = choose(program, limits, held_out, reporter, scoring, folder, finish)
+    return Result(
+        flow.with_routes(program, chosen, limits, scoring.joined(held_out), finish, reporter), held_out, scoring
+    )
 
 
 def capture(model: nn.Module | ExportedProgram, calibration: object, dynamic_image: bool = False) -> Program:
@@ -330,10 +334,13 @@ def resolve(
     if held_out is not None or calibration is not None:
         # Losses on other images do not compare with those of the curve, which is measured again.
         program = program.without(BudgetCurve)
-    finish = finisher(settings, known.scoring, known.held_out, reporter)
+    limits, finish = Budget.of(budget), finisher(settings, known.scoring, known.held_out, reporter)
+    flow.check_limits(settings, limits)
     judging = judged_on(program, None if held_out is not None else known.scoring, known.held_out)
-    solved = choose(program, Budget.of(budget), known.held_out, reporter, finish=finish, judging=judging)
-    return replace(known, program=solved)
+    solved = choose(program, limits, known.held_out, reporter, finish=finish, judging=judging)
+    kept = [images for images in (known.scoring, known.held_out) if images is not None]
+    patches = None if not kept else kept[0].joined(kept[1]) if len(kept) > 1 else kept[0]
+    return replace(known, program=flow.with_routes(program, solved, limits, patches, finish, reporter))
 
 
 def pareto(

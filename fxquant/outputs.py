@@ -12,10 +12,11 @@ from typing import Any
 
 from fxquant.backends import Backend, backend, backends
 from fxquant.core.errors import FileFormatError, MissingDependencyError, OptionError
-from fxquant.core.facts import Target
+from fxquant.core.facts import Routes, Target
 from fxquant.core.storage import OUTPUT, check_writable, finish, only_writer, read_json, staged, sweep, write_json
 from fxquant.report import FORMAT_VERSION, write_page
 from fxquant.result import Result
+from fxquant.routed import ROUTED_FILE
 
 SCORES, ROUNDING = "scores", "rounding"
 """Folders of finished work, from which a run resumes."""
@@ -96,6 +97,9 @@ def write_outputs(result: Result, folder: Path, extras: Mapping[str, Any] | None
         _ = result.save(staging)
         if runtime.export is not None:
             measured |= export(result, runtime, staging / runtime.export.file)
+            if Routes in result.program and runtime.export.routes:
+                _ = result.routed.to_onnx(staging / ROUTED_FILE)
+                names.insert(2, ROUTED_FILE)
         elif runtime.kernels is not None:
             measured["kernels"] = runtime.kernels(result.simulated, None)
         write_reports(result, staging, measured)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule
 
-from fxquant import flow
+from fxquant import flow, saved_parts
 from fxquant.backends import is_known_by_name, lower
 from fxquant.backends.onnx import write_onnx
 from fxquant.capture import capture
@@ -27,6 +27,7 @@ from fxquant.core.facts import (
     Finalists,
     Ranges,
     Rounding,
+    Routes,
     SensitivityMatrix,
     Settings,
     Surrogates,
@@ -47,10 +48,10 @@ from fxquant.core.storage import (
     text_digest,
     write_json,
 )
-from fxquant.passes import ScaleWeights, channel_axes, measured_loss, scaled, simulate
+from fxquant.passes import measured_loss, scaled, simulate
 from fxquant.qat import METHOD, TrainedValues, gather, trainable, with_values
 from fxquant.report import content, one_line, page, summary, write_page
-from fxquant.saved_parts import file_name, images_that_fit, load_matrix, plan_digest, with_rounding
+from fxquant.routed import Routed, routed_of
 
 if TYPE_CHECKING:
     from fxquant.backends.onnx import ExportReport, OnnxOptions
@@ -127,6 +128,15 @@ class Result:
             LoweringError: the target has no such graph, or this one cannot be expressed there.
         """
         return lower(self.program[Target], self.simulated)
+
+    @property
+    def routed(self) -> Routed:
+        """The network that runs one of two plans for each image, where `routes=2` or a recipe asked for it.
+
+        Raises:
+            OptionError: it was not asked for, or no plan was chosen yet.
+        """
+        return routed_of(self.program)
 
     def with_plan(self, plan: BitAllocation | str | Path) -> Result:
         """Return this result with a plan made elsewhere, for example a plan.json edited by hand.
@@ -245,7 +255,8 @@ class Result:
 
     def summary(self) -> str:
         """Return the plan as a table for the terminal."""
-        return summary(self.program)
+        text = summary(self.program)
+        return f"{text}\n\n{self.routed.summary()}" if Routes in self.program else text
 
     def report_data(self, extras: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return everything the report shows as plain JSON values.
@@ -275,14 +286,14 @@ class Result:
         """
         folder, program = Path(folder), self.program
         target = program[Target].name if is_known_by_name(program[Target]) else TARGET_FILE
-        kept = images_that_fit({HELD_OUT: self.held_out, SCORING: self.scoring})
+        kept = saved_parts.images_that_fit({HELD_OUT: self.held_out, SCORING: self.scoring})
         document = {
             "settings": program[Settings].to_json() | {"target": target},
             "costs": {name: table.to_json() for name, table in self.costs.tables.items()},
             "estimators": list(program[Surrogates].matrices),
             "finalists": {name: plan.to_json() for name, plan in self.finalists.items()},
             "curve": {name: plan.to_json() for name, plan in self._curve.items()},
-            "plan": plan_digest(self.allocation),
+            "plan": saved_parts.plan_digest(self.allocation),
             "held_out": HELD_OUT in kept,
             "scoring": SCORING in kept,
             "bank": bool(program[WeightGrids].rounded),
@@ -317,7 +328,8 @@ class Result:
             # The same file format serves: other values than a rounding's are parameters by their path.
             values = program[TrainedValues]
             Rounding(values.choices, METHOD, parameters=values.values).save(folder / "trained.npz")
-        write_json(folder / "result.json", "result", FORMAT_VERSION, document)
+        routes = saved_parts.write_routes(program[Routes], folder) if Routes in program else {}
+        write_json(folder / "result.json", "result", FORMAT_VERSION, {**document, **routes})
 
     @staticmethod
     def load(folder: str | Path, loss: LossFunction | str | None = None) -> Result:
@@ -347,8 +359,8 @@ class Result:
                     "captures differently; quantize again"
                 )
             candidates = program[Sites].candidates
-            names = [file_name(name) for name in document["estimators"]]
-            matrices = {n: load_matrix(folder / f"sensitivity_{n}.npz", candidates) for n in names}
+            names = [saved_parts.file_name(name) for name in document["estimators"]]
+            matrices = {n: saved_parts.load_matrix(folder / f"sensitivity_{n}.npz", candidates) for n in names}
             preferred, with_images = matrices[names[0]], bool(document["held_out"])
             finalists = {name: BitAllocation.from_json(plan) for name, plan in document["finalists"].items()}
             curve = {name: BitAllocation.from_json(plan) for name, plan in document.get("curve", {}).items()}
@@ -358,7 +370,7 @@ class Result:
             digest = str(document["plan"])
             tables = {name: CostTable.from_json(table, candidates) for name, table in document["costs"].items()}
             # Files from before there were such have none.
-            was_scaled, rounded, trained = (bool(document.get(name)) for name in ("scaled", "rounding", "trained"))
+            was_scaled, trained = (bool(document.get(name)) for name in ("scaled", "trained"))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, OptionError) as error:
             raise FileFormatError(f"{folder}/result.json is not an intact result ({error}); quantize again") from error
         if was_scaled:
@@ -371,12 +383,8 @@ class Result:
             Finalists(finalists),
             BudgetCurve(curve),
         )
-        if rounded:
-            program = with_rounding(program, folder / "rounding.npz")
-        grids = WeightGrids({})
-        if bool(document.get("bank", settings.scoring_rounding != "nearest")):
-            grids = grids.with_rounded(folder / "rounded_weights.npz", channel_axes(program))
-        program = flow.run(program, ScaleWeights(program[Target].per_channel, grids))
+        routes = (saved_parts.read_routes(program, folder, document),) if "routes" in document else ()
+        program = saved_parts.rounded_program(program, folder, document).with_facts(*routes)
         plan = BitAllocation.from_json(folder / "plan.json")
         held_out, scoring = (
             CalibrationSet.load(folder / name) if kept else None
@@ -387,4 +395,4 @@ class Result:
             program = program.with_facts(TrainedValues(known.choices, known.parameters))
         result = Result(flow.impose(program, plan), held_out, scoring)
         # A person may edit plan.json; what the solver proved does not hold for another plan.
-        return result if plan_digest(plan) == digest else result.with_plan(plan)
+        return result if saved_parts.plan_digest(plan) == digest else result.with_plan(plan)

@@ -6,12 +6,26 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from fxquant import flow
 from fxquant.core.errors import FileFormatError, OptionError, PipelineError
-from fxquant.core.facts import BitAllocation, Rounding, SensitivityMatrix
+from fxquant.core.facts import (
+    EASY,
+    HARD,
+    BitAllocation,
+    Rounding,
+    RouteFit,
+    Routes,
+    SensitivityMatrix,
+    Settings,
+    Target,
+    WeightGrids,
+)
 from fxquant.core.ir import Candidate, Program
 from fxquant.core.run import CalibrationSet
 from fxquant.core.storage import text_digest
+from fxquant.passes import ScaleWeights, channel_axes
 from fxquant.qat import with_values
 
 IMAGES_LIMIT = 64 * 10**6
@@ -59,3 +73,60 @@ def with_rounding(program: Program, path: Path) -> Program:
         return with_values(program, rounding.parameters).with_facts(rounding)
     except (OptionError, PipelineError) as error:
         raise FileFormatError(f"{path} belongs to another model ({error}); restore it or quantize again") from error
+
+
+def rounded_program(program: Program, folder: Path, document: Mapping[str, Any], part: str = "") -> Program:
+    """Return a program with its saved rounding and the grids of its weights.
+
+    Args:
+        program: with ranges, without a rounding.
+        folder: where it was saved.
+        document: what `result.json` holds.
+        part: what the names of the files of one of its routes begin with.
+
+    Raises:
+        FileFormatError: a file is missing, damaged, or of another network.
+    """
+    if bool(document.get(f"{part}rounding")):
+        program = with_rounding(program, folder / f"{part}rounding.npz")
+    grids = WeightGrids({})
+    if bool(document.get("bank", program[Settings].scoring_rounding != "nearest")):
+        grids = grids.with_rounded(folder / "rounded_weights.npz", channel_axes(program))
+    return flow.run(program, ScaleWeights(program[Target].per_channel, grids))
+
+
+def write_routes(routes: Routes, folder: Path) -> dict[str, Any]:
+    """Write the plans and roundings of routes, and return what `result.json` says of them.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    document: dict[str, Any] = {"routes": routes.fit.to_json()}
+    for name, program in routes.plans.items():
+        program[BitAllocation].to_json(folder / f"{name}_plan.json")
+        document[f"{name}_rounding"] = Rounding in program
+        if Rounding in program:
+            program[Rounding].save(folder / f"{name}_rounding.npz")
+    return document
+
+
+def read_routes(program: Program, folder: Path, document: Mapping[str, Any]) -> Routes:
+    """Return the routes that `write_routes` wrote.
+
+    Args:
+        program: with ranges, without a rounding.
+        folder: where they were written.
+        document: what `result.json` holds.
+
+    Raises:
+        FileFormatError: a file is missing, damaged, or of another network.
+    """
+    try:
+        fit = RouteFit.from_json(document["routes"])
+        plans = {}
+        for name in (HARD, EASY):
+            made = rounded_program(program, folder, document, f"{name}_")
+            plans[name] = flow.impose(made, BitAllocation.from_json(folder / f"{name}_plan.json"))
+        return Routes(plans, fit)
+    except (KeyError, TypeError, ValueError, AttributeError, OptionError) as error:
+        raise FileFormatError(f"{folder} holds no intact routes ({error}); quantize again") from error

@@ -24,7 +24,7 @@ FLOORS = (
     ("recipes",),
     ("capture", "flow", "qat"),
     ("report",),
-    ("saved_parts",),
+    ("routed", "saved_parts"),
     ("result",),
     ("bench", "outputs", "parity", "parts"),
     ("api",),

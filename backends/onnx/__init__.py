@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from fxquant.backends.onnx.backend import check_packages, write_onnx
+from fxquant.backends.onnx.backend import check_packages, write_onnx, write_routed
 from fxquant.backends.onnx.export_options import LARGEST_FILE, OnnxOptions
 from fxquant.backends.onnx.runtime_kernels import RUNTIME_KERNELS, runtime_formulas
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fxquant.backends.onnx.rewrites import fuse_integers, padded_conv
     from fxquant.backends.onnx.session import (
         KernelReport,
+        all_nodes,
         executable,
         kernel_report,
         open_session,
@@ -62,6 +63,7 @@ __all__ = [
     "PackedWeights",
     "Stored",
     "add_biases",
+    "all_nodes",
     "block_linear",
     "block_weight",
     "block_weights",
@@ -81,4 +83,5 @@ __all__ = [
     "to_onnx",
     "type_name",
     "write_onnx",
+    "write_routed",
 ]

@@ -53,6 +53,28 @@ def write_onnx(
     return export_onnx(module, path, metadata, options)
 
 
+def write_routed(
+    hard: GraphModule,
+    easy: GraphModule,
+    threshold: float,
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    options: OnnxOptions | None = None,
+) -> ExportReport:
+    """Write two simulated graphs and a router as one ONNX file; see `export_branches`.
+
+    Raises:
+        MissingDependencyError: the ONNX packages are not installed.
+        LoweringError: an op has no ONNX form, or the graphs do not have one image as their input.
+        OptionError: `options.weight_only` names a layer that cannot have it.
+        OutputError: the folder cannot be written.
+    """
+    check_packages()
+    from fxquant.backends.onnx.branches import export_branches
+
+    return export_branches(hard, easy, threshold, path, metadata, options)
+
+
 def _compile(module: GraphModule, inputs: tuple[Tensor, ...], threads: int | None = None) -> Executable:
     del inputs
     model = _model(module)
@@ -109,7 +131,7 @@ def onnx_runtime() -> Backend:
         target=target_of("onnxruntime", RUNTIME_KERNELS, (2, 3, 4, 5, 6, 7, 8), (8,), STORAGE_BITS),
         compile=_compile,
         lower=_lower,
-        export=Export("model.onnx", _write, OnnxOptions),
+        export=Export("model.onnx", _write, OnnxOptions, routes=True),
         file_bytes=_file_bytes,
         kernels=_kernels,
         runtimes={"onnxruntime": Runtime(_trace, _formulas)},

@@ -155,11 +155,20 @@ def kernel_report(model: Path | bytes) -> KernelReport:
         options.optimized_model_filepath = str(target)
         open_session(model, options)
         optimized = onnx.load_model(target, load_external_data=False)
-    ran = {_layer(node.name): str(node.op_type) for node in optimized.graph.node if _is_integer(node.op_type)}
-    layers = [node.name for node in original.graph.node if node.name and node.op_type in LAYER_OPS]
-    operators = Counter(str(node.op_type) for node in optimized.graph.node)
-    kernels = {name: ran.get(name, "float") for name in layers}
+    nodes = all_nodes(optimized.graph)
+    integer = [node for node in nodes if _is_integer(node.op_type)]
+    ran, runs = ({_layer(n.name): str(n.op_type) for n in integer}, Counter(_layer(n.name) for n in integer))
+    layers = Counter(node.name for node in all_nodes(original.graph) if node.name and node.op_type in LAYER_OPS)
+    operators = Counter(str(node.op_type) for node in nodes)
+    # A layer that two branches of a file hold counts as float unless both run it on integers.
+    kernels = {name: ran[name] if runs[name] >= count else "float" for name, count in layers.items()}
     return KernelReport(kernels, dict(operators), stray_conversions(optimized.graph))
+
+
+def all_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Return the nodes of a graph and of the graphs in their attributes."""
+    inner = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
+    return [*graph.node, *(node for each in inner for node in all_nodes(each))]
 
 
 def stray_conversions(graph: onnx.GraphProto) -> tuple[str, ...]:

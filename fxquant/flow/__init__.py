@@ -11,5 +11,6 @@ from fxquant.flow.judged_images import check_answers, check_labels, learned_note
 from fxquant.flow.latency import measure_latency
 from fxquant.flow.pipeline import KNOWN_NAMES, Pipeline, calibrate, check_names, find_sites, prepare, run
 from fxquant.flow.round_weights import algorithms, finisher, realised, round_plan, round_with_feedback, rounded_best
+from fxquant.flow.routing import check_limits, check_routes, most_hard, split, with_routes
 from fxquant.flow.score import answer_note, judged_on, loss_in_use, measure_sensitivity, score_identity
 from fxquant.flow.stages import CALIBRATE, CAPTURE, CURVE, SCORE, stages

@@ -11,6 +11,7 @@ SCORE = "score layers"
 LATENCY = "measure latency"
 CHOOSE = "choose a plan"
 ROUND = "round weights"
+ROUTE = "fit the router"
 CURVE = "measure other budgets"
 
 
@@ -32,5 +33,6 @@ def stages(settings: Settings, budget: Budget | None) -> list[str]:
         # Within limits on answers every plan that is tried is rounded, so that this is no stage of its own.
         ROUND: budget is not None and not budget.quality and settings.rounding != "nearest",
         CURVE: curve > 0,
+        ROUTE: chooses and settings.routes > 1,
     }
     return [name for name, happens in asked.items() if happens]

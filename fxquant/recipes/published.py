@@ -262,6 +262,14 @@ ROWS = (
         essence=("bits",),
     ),
     Recipe(
+        "dynamic",
+        "one of two plans for each patch, by its gradient magnitude; bit operations are limited in the mean",
+        "arXiv 2207.10345, without its training",
+        {**LINEAR, "routes": 2, "estimators": ("diagonal",), "bits": WIDTHS, "scoring_rounding": "gptq"}
+        | {"rounding": "gptq", "curve": 0},
+        essence=("routes",),
+    ),
+    Recipe(
         "uwc",
         "reconstruction over neighbouring layers at once, here two",
         "arXiv 2201.06376",

@@ -34,6 +34,7 @@ from fxquant.core.facts.ranges import (
     mse_range,
 )
 from fxquant.core.facts.rounding import Rounding, UnitRecord
+from fxquant.core.facts.routes import EASY, HARD, RouteFit, Routes
 from fxquant.core.facts.sensitivity_matrix import SensitivityMatrix, Surrogates
 from fxquant.core.facts.settings import EFFORTS, EffortName, ScoringRounding, Settings
 from fxquant.core.facts.target import LatencyRow, Target

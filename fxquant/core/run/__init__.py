@@ -21,6 +21,7 @@ from fxquant.core.run.observers import (
     Observer,
     PercentileObserver,
 )
+from fxquant.core.run.patch_router import PatchRouter, gradient_magnitude
 from fxquant.core.run.replay import (
     Environment,
     GraphReplay,

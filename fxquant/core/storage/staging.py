@@ -35,9 +35,18 @@ RESULT = (
         "sensitivity_*.npz",
     ),
     *("rounded_weights.npz", "rounding.npz", "trained.npz", "target.json"),
+    *("hard_plan.json", "hard_rounding.npz", "easy_plan.json", "easy_rounding.npz"),
 )
 """Patterns of the files of a saved result."""
-OUTPUT = (*RESULT, "model.onnx", "model.onnx.data", "report.html", "report.json")
+OUTPUT = (
+    *RESULT,
+    "model.onnx",
+    "model.onnx.data",
+    "model.routed.onnx",
+    "model.routed.onnx.data",
+    "report.html",
+    "report.json",
+)
 """Patterns of the files that a command writes: a saved result, what runs and what tells of it."""
 MOVABLE = (*OUTPUT, "model.*")
 """Patterns of all names that a move may touch: a backend may export a file of another kind."""
