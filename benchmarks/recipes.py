@@ -49,10 +49,10 @@ OTHERS: dict[str, dict[str, object]] = {
     "modelopt, scored by GPTQ": {"bits": BITS, "recipe": "modelopt", "scoring_rounding": GPTQ, "rounding": GPTQ},
 }
 """Contestants that are no rows of `RECIPES` as they are -> their settings."""
-LEFT_OUT = ("hawq-v2", "daq", "limpq", "rmsmp", "dynamic", "kl-lm", "hessian-lm")
+LEFT_OUT = ("hawq-v2", "daq", "limpq", "rmsmp", "expand", "prune", "dynamic", "kl-lm", "hessian-lm")
 """With widths and ends like all others, HAWQ-v2 is HAWQ-v3; DAQ and LIMPQ have activations below 8 bits, which ONNX
-Runtime does not run; RMSMP has other formats, of 4 bits and more; `benchmarks.routed` has `dynamic`, and
-`benchmarks.recipes_language` the others."""
+Runtime does not run; RMSMP has other formats, of 4 bits and more; `benchmarks.new_channels` has `expand` and `prune`,
+`benchmarks.routed` has `dynamic`, and `benchmarks.recipes_language` the others."""
 
 CONTESTANTS = (*OTHERS, *(name for name in RECIPES if name not in LEFT_OUT))
 

@@ -146,8 +146,8 @@ def main() -> None:
     scored = fxquant.quantize(model, images, None, recipe="dynamic", workdir=FOLDER, progress=False)
     seconds = time.process_time() - began
 
-    def resolve(limit: float, routes: int) -> Result:
-        settings = replace(scored.program[Settings], routes=routes)
+    def resolve(limit: float, routed: bool) -> Result:
+        settings = replace(scored.program[Settings], routed=routed)
         known = replace(scored, program=scored.program.with_facts(settings))
         return fxquant.resolve(known, {"bops_ratio": limit}, progress=False)
 
@@ -155,7 +155,7 @@ def main() -> None:
         rows: list[Row] = [{"network": "float", **judge.figures(model)}]
     for average in AVERAGES:
         limit = average * ACTIVATION_BITS / FLOAT_BITS
-        rows += rows_of(resolve(limit, 2), limit, judge, partial(resolve, routes=1))
+        rows += rows_of(resolve(limit, True), limit, judge, partial(resolve, routed=False))
         meta = {"network": "CARN-M x2", "patches": len(images), "side": SIDE, "scoring processor s": round(seconds, 1)}
         _ = write("routed_carn_m", rows, {**meta, "crops": len(judge.pairs), "seed": 0, "threads": 1})
 

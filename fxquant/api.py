@@ -85,6 +85,7 @@ def quantize(
     preset = EFFORTS[settings.effort]
     settings = settings if settings.rounding is not None else replace(settings, rounding=preset.rounding)
     flow.check_names(settings)
+    flow.check_channels(settings, limits)
     _ = algorithms(settings.rounding or "", settings.rounding_options)
     shards = Shards.from_environment() if settings.distributed else ALONE
     reporter = Reporter(progress and shards.is_first)
@@ -103,7 +104,12 @@ def quantize(
     with reporter.stages(flow.stages(settings, limits)):
         reporter.stage(flow.CAPTURE)
         captured = capture_program(model, images.slice(0, 2).inputs, dynamic_image=settings.dynamic_image)
-        return _search(captured, limits, settings, scoring, held_out, reporter, shards, (folder, place))
+        notes: tuple[str, ...] = ()
+        if limits is not None and flow.changes_channels(settings):
+            new = flow.new_channels(captured, limits, settings, scoring, reporter)
+            limits, notes = new.budget, new.notes
+            captured = capture_program(new.module, images.slice(0, 2).inputs, dynamic_image=settings.dynamic_image)
+        return _search(captured, limits, settings, scoring, held_out, reporter, shards, (folder, place), notes)
 
 
 def _search(
@@ -115,6 +121,7 @@ def _search(
     reporter: Reporter,
     shards: Shards,
     folders: tuple[Path | None, Path | None],
+    notes: tuple[str, ...] = (),
 ) -> Result:
     """Return the result of the stages after capture; `folders` keep finished scores and finished roundings."""
     folder, place = folders
@@ -135,7 +142,7 @@ def _search(
         curve = [flow.measure_curve(program, None, judging, reporter)] if shards.is_first else []
         return Result(plain.with_facts(*curve), held_out, scoring)
     finish = finisher(settings, scoring, held_out, reporter, place)
-    chosen = choose(program, limits, held_out, reporter, scoring, folder, finish)
+    chosen = flow.noted(choose(program, limits, held_out, reporter, scoring, folder, finish), notes)
     return Result(
         flow.with_routes(program, chosen, limits, scoring.joined(held_out), finish, reporter), held_out, scoring
     )

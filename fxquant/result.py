@@ -131,7 +131,7 @@ class Result:
 
     @property
     def routed(self) -> Routed:
-        """The network that runs one of two plans for each image, where `routes=2` or a recipe asked for it.
+        """The network that runs one of two plans for each image, where `routed=True` or a recipe asked for it.
 
         Raises:
             OptionError: it was not asked for, or no plan was chosen yet.

@@ -118,5 +118,5 @@ def routed_of(program: Program) -> Routed:
         OptionError: no routes were asked for, or no plan was chosen yet.
     """
     if Routes not in program:
-        raise OptionError("this result has one plan; quantize with recipe='dynamic' or routes=2, and a budget")
+        raise OptionError("this result has one plan; quantize with recipe='dynamic' or routed=True, and a budget")
     return Routed(program[Routes])

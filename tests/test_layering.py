@@ -40,6 +40,7 @@ ATEN = {
     *("fxquant/core/ir/ops.py", "fxquant/capture/decompositions.py", "fxquant/capture/free_batch.py"),
     *("passes/equalization/channel_factors.py", "passes/equalization/factor_ops.py"),
     *("passes/canonicalize.py", "passes/core_aten.py", "passes/linear_layers.py"),
+    "passes/reshaping/new_shape.py",
     *("passes/fold_batchnorm.py", "passes/rewrite_transposed.py", "passes/recurrent_cells.py"),
 }
 """Files that may name ATen overloads, in addition to the lowering tables of the backends."""

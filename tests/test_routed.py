@@ -154,7 +154,7 @@ def test_what_cannot_be_routed_is_refused(images: Tensor, budget: str, message: 
 def test_without_routes_there_is_no_routed_network() -> None:
     result = fxquant.quantize(network(), patches(), BUDGET, effort="fast", progress=False)
     assert Routes not in result.program
-    with pytest.raises(OptionError, match="recipe='dynamic' or routes=2"):
+    with pytest.raises(OptionError, match="recipe='dynamic' or routed=True"):
         _ = result.routed
 
 

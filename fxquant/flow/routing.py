@@ -33,7 +33,7 @@ def check_routes(settings: Settings, budget: Budget | None, images: CalibrationS
         OptionError: a limit that does not hold in the mean over patches, or a model that does not take one image.
     """
     check_limits(settings, budget)
-    if settings.routes < 2:
+    if not settings.routed:
         return
     if len(images.inputs) != 1:
         raise OptionError(f"a router looks at the model's one input, and this model takes {len(images.inputs)}")
@@ -46,13 +46,13 @@ def check_limits(settings: Settings, budget: Budget | None) -> None:
     Raises:
         OptionError: there are such limits.
     """
-    if settings.routes < 2:
+    if not settings.routed:
         return
     asked = {} if budget is None else {**budget.limits, **budget.quality}
     others = [name for name in asked if name not in MEANS]
     if others:
         raise OptionError(
-            f"routes={settings.routes} keeps limits in the mean over patches, which {', '.join(others)} does not have; "
+            f"a router keeps limits in the mean over patches, which {', '.join(others)} does not have; "
             f"limit {', '.join(MEANS)}"
         )
 
@@ -203,7 +203,7 @@ def with_routes(
         InfeasibleBudgetError: no plan keeps the limits.
         CalibrationError: routes are asked for, and there are no images.
     """
-    if program[Settings].routes < 2:
+    if not program[Settings].routed:
         return chosen
     if images is None:
         raise CalibrationError("a router is fitted to images, and this result was saved without; give calibration")

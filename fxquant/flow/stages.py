@@ -12,6 +12,7 @@ LATENCY = "measure latency"
 CHOOSE = "choose a plan"
 ROUND = "round weights"
 ROUTE = "fit the router"
+RESHAPE = "choose channels"
 CURVE = "measure other budgets"
 
 
@@ -25,6 +26,7 @@ def stages(settings: Settings, budget: Budget | None) -> list[str]:
     chooses, curve = budget is not None, settings.settled().curve
     asked = {
         CAPTURE: True,
+        RESHAPE: chooses and bool(settings.expand or settings.prune),
         CALIBRATE: True,
         MEASURE_FILE: budget is not None and budget.needs_file,
         SCORE: True,
@@ -33,6 +35,6 @@ def stages(settings: Settings, budget: Budget | None) -> list[str]:
         # Within limits on answers every plan that is tried is rounded, so that this is no stage of its own.
         ROUND: budget is not None and not budget.quality and settings.rounding != "nearest",
         CURVE: curve > 0,
-        ROUTE: chooses and settings.routes > 1,
+        ROUTE: chooses and settings.routed,
     }
     return [name for name, happens in asked.items() if happens]

@@ -262,12 +262,28 @@ ROWS = (
         essence=("bits",),
     ),
     Recipe(
+        "expand",
+        "outlier input channels split in two, exact in float; ratios and widths of all layers by one program",
+        "arXiv 1901.09504, the ratio of each layer chosen",
+        {**LINEAR, "expand": (0.05, 0.1, 0.25), "estimators": ("diagonal",), "bits": WIDTHS}
+        | {"scoring_rounding": "gptq", "rounding": "gptq", "curve": 0},
+        essence=("expand",),
+    ),
+    Recipe(
+        "prune",
+        "input channels left out, all others reconstructed; ratios and widths of all layers by one program",
+        "arXiv 2208.11580 and 2302.04089, no training",
+        {**LINEAR, "prune": (0.125, 0.25, 0.5), "estimators": ("diagonal",), "bits": WIDTHS}
+        | {"scoring_rounding": "gptq", "rounding": "gptq", "curve": 0},
+        essence=("prune",),
+    ),
+    Recipe(
         "dynamic",
         "one of two plans for each patch, by its gradient magnitude; bit operations are limited in the mean",
         "arXiv 2207.10345, without its training",
-        {**LINEAR, "routes": 2, "estimators": ("diagonal",), "bits": WIDTHS, "scoring_rounding": "gptq"}
+        {**LINEAR, "routed": True, "estimators": ("diagonal",), "bits": WIDTHS, "scoring_rounding": "gptq"}
         | {"rounding": "gptq", "curve": 0},
-        essence=("routes",),
+        essence=("routed",),
     ),
     Recipe(
         "uwc",

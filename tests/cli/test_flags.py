@@ -56,6 +56,7 @@ def example(option: Option) -> tuple[list[str], Any]:
         "Choice": ("a=b*=W4A8", {"a=b*": Choice(4, 8)}),
         "tuple[Choice, ...]": ("a=b*=W4A8,float", {"a=b*": (Choice(4, 8), Choice(32, 32))}),
         "object": ("beta=[20, 2]", {"beta": (20, 2)}),
+        "tuple[float, ...]": ("0.25,0.5", (0.25, 0.5)),
         "float": ("0.5", 0.5),
         "int": ("3", 3),
         "tuple[int | str, ...]": ("3,5", (3, 5)),

@@ -134,7 +134,10 @@ def test_it_uses_the_parts_that_its_row_names_and_gives_the_same_answer_again(
 
 def test_it_keeps_the_budget_and_its_widths(recipe: Recipe) -> None:
     plan, settings = made(recipe.name).allocation, recipe.settings
-    assert 0 < plan.used["average_bits"] <= 6.5
+    # Of a network with other channels the limit is restated: its average is over fewer weights, or more.
+    changed = bool(settings.expand or settings.prune)
+    assert changed or plan.limits["average_bits"] == 6.5
+    assert 0 < plan.used["average_bits"] <= plan.limits["average_bits"]
     widths = {choice.weight_bits for choice in plan.choices.values()}
     asked = {WeightFormat.parse(bits).bits for bits in settings.bits or ()}
     assert widths <= {*asked, 8} if settings.pin_ends else widths <= asked

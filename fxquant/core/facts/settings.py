@@ -96,7 +96,12 @@ class Settings(Options):
         rounding: algorithms that round the plan's weights, joined by "+"; by default that of the effort. A rounding is
             kept only where it lowers the held-out loss.
         rounding_options: option of the reconstruction engine -> value, for example iterations=300.
-        routes: 2 makes, besides the plan, a network that runs one of two plans for each image: `Result.routed`. The
+        expand: shares of each layer's input channels that may be split in two, exactly in float, so that they have
+            twice the range; formats and shares are chosen by one program, within limits on bits, bytes or bit
+            operations.
+        prune: shares that may be left out where one layer alone reads another's output, the weights of the channels
+            that stay reconstructed; chosen likewise.
+        routed: make, besides the plan, a network that runs one of two plans for each image: `Result.routed`. The
             limits hold in the mean over images.
         recipe: published method by its name in `fxquant.recipes`; its values apply wherever no other is given.
         seed: same seed, same answer.
@@ -133,7 +138,9 @@ class Settings(Options):
     curve: int = field(default=BY_EFFORT, metadata=rules(least=0))
     rounding: str = BY_EFFORT
     rounding_options: Mapping[str, object] = field(default_factory=dict, metadata=rules(flag="rounding_option"))
-    routes: int = field(default=1, metadata=rules(least=1, most=2))
+    expand: tuple[float, ...] = field(default=(), metadata=rules(above=0, most=1))
+    prune: tuple[float, ...] = field(default=(), metadata=rules(above=0, below=1))
+    routed: bool = False
     recipe: str | None = None
     seed: int = 0
     threads: int | None = field(default=None, metadata=rules(least=1))
