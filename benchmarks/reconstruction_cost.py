@@ -61,7 +61,8 @@ class PlainRounding(nn.Module):
 
     def __init__(self, start: SoftRounding) -> None:
         super().__init__()
-        self.scale, self.base, self.top = start.scale, start.low, start.low + start.gap
+        self.base, self.top = start.below, start.above
+        self.scale = start.steps().detach().reshape(-1, *[1] * (self.base.dim() - 1))
         self.alpha = nn.Parameter(start.logits.detach().clone())
 
     def h(self) -> Tensor:

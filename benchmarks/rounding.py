@@ -73,7 +73,7 @@ class Case:
     calibration: int = 1024
     evaluation: int | None = None
     options: Mapping[str, object] = field(default_factory=dict)
-    bits: tuple[int, ...] = (2, 4, 8)
+    bits: tuple[int | str, ...] = (2, 4, 8)
     lowered: bool = True
     pictures: bool = False
     scoring: ScoringRounding = "nearest"
@@ -179,9 +179,9 @@ def prepared(name: str, plan: str) -> tuple[Program, CalibrationSet, Calibration
     network = NETWORKS[case.network]
     images = CalibrationSet((network.calibration(case.calibration),))
     tuning, held_out = images.split(0.25, 0)
-    widths = _widths(plan)
-    bits = case.bits if widths is None else tuple(sorted({widths[0], 4, 8}))
-    activations = (8,) if widths is None else tuple(sorted({widths[1], 8}))
+    uniform = _uniform(plan)
+    bits = case.bits if uniform is None else (uniform.weight.label, 4, 8)
+    activations = (8,) if uniform is None else tuple(sorted({uniform.activation_bits, 8}))
     # ONNX Runtime has no narrower activations than 8 bits; our own integer graph does.
     target = case.target or ("onnxruntime" if activations == (8,) else "fx_int8")
     settings = Settings(
@@ -193,20 +193,19 @@ def prepared(name: str, plan: str) -> tuple[Program, CalibrationSet, Calibration
         scoring_rounding=case.scoring,
     )
     program = flow.calibrate(prepare(capture(network.factory(), images), settings), tuning.slice(0, 256))
-    return program.with_facts(_plan(program, plan, widths, tuning, held_out)), tuning, held_out
+    return program.with_facts(_plan(program, plan, uniform, tuning, held_out)), tuning, held_out
 
 
-def _widths(plan: str) -> tuple[int, int] | None:
-    choice = None if plan.endswith("bits") else Choice.parse(plan.removesuffix(ALL))
-    return None if choice is None else (int(choice.weight_bits), choice.activation_bits)
+def _uniform(plan: str) -> Choice | None:
+    return None if plan.endswith("bits") else Choice.parse(plan.removesuffix(ALL))
 
 
 def _plan(
-    program: Program, plan: str, widths: tuple[int, int] | None, tuning: CalibrationSet, held_out: CalibrationSet
+    program: Program, plan: str, uniform: Choice | None, tuning: CalibrationSet, held_out: CalibrationSet
 ) -> BitAllocation:
     sites = program[Sites].sites
-    if widths is not None:
-        choices = {site.name: Choice(*widths) for site in sites}
+    if uniform is not None:
+        choices = {site.name: uniform for site in sites}
         ends = {sites[0].name: Choice(8, 8), sites[-1].name: Choice(8, 8)}
         return BitAllocation(choices if plan.endswith(ALL) else {**choices, **ends})
     scored = flow.measure_sensitivity(program, tuning.slice(0, 64))

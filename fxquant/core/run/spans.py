@@ -117,7 +117,8 @@ def cut_span(
         names: the nodes; every other varying value they read becomes an input.
         outputs: those whose values are returned.
         quantized: False leaves every fake-quant node out, on weights too.
-        replacements: fake-quant node name -> module that takes its place.
+        replacements: fake-quant node name -> module that takes its place; op node name -> module without arguments
+            that returns its bias.
     """
     inside, wanted = set(names), tuple(outputs)
     varying = dependents(module.graph.nodes, placeholders(module.graph))
@@ -136,6 +137,8 @@ def cut_span(
         # A fake-quant node that no output depends on was not copied.
         if name in copy.quantizers:
             set_module(made, copy.quantizers[name], replacement)
+        elif name in chosen and rule_of(chosen[name]) is not None:
+            _put_bias(made, copy.of(chosen[name]), replacement)
     _freeze(made)
     images = traced_images(module.graph)
     return Span(finish(made), tuple(n.name for n in tensors), {n.name: _size(n) // images for n in sizes}, wanted)
@@ -192,6 +195,17 @@ class _Copy:
             self.quantizers[node.name] = str(node.target)
         self._copies[node] = self.graph.node_copy(node, self._copies.__getitem__)
         return self._copies[node]
+
+
+def _put_bias(module: GraphModule, op: Node, bias: nn.Module) -> None:
+    """Let an op of a span read its bias from a module."""
+    rule, path = rule_of(op), f"bias_of_{op.name}"
+    assert rule is not None
+    assert rule.bias is not None
+    set_module(module, path, bias)
+    with module.graph.inserting_before(op):
+        made = module.graph.call_module(path)
+    op.args = (*op.args[: rule.bias], *(None for _ in range(rule.bias - len(op.args))), made, *op.args[rule.bias + 1 :])
 
 
 def _end(node: Node) -> Node:

@@ -34,13 +34,15 @@ def asymmetric_grid(weight: Tensor, spec: QuantSpec) -> Grid:
     best_scale, best_zero = widest.scale, widest.zero_point
     best = torch.full_like(low, torch.inf)
     levels = spec.qmax - spec.qmin
+    # Where all values lie on one side, another zero-point only wastes levels.
+    one_sided = not bool((low < 0).any())
     for fraction in torch.linspace(1.0 / FRACTIONS, 1.0, FRACTIONS).tolist():
         tried = Grid.covering(low * fraction, high * fraction, spec)
         scale, own = tried.scale, tried.zero_point
         # Beyond 4 bits only zero-points near the range's own can win, and all 256 would take minutes.
-        offsets = range(spec.qmin, spec.qmax + 1) if levels < 16 else range(-2, 3)
-        for offset in offsets:
-            zero = torch.full_like(own, offset) if levels < 16 else (own + offset).clamp(spec.qmin, spec.qmax)
+        every = levels < 16 and not one_sided
+        for offset in (0,) if one_sided else range(spec.qmin, spec.qmax + 1) if every else range(-2, 3):
+            zero = torch.full_like(own, offset) if every else (own + offset).clamp(spec.qmin, spec.qmax)
             rounded = torch.fake_quantize_per_channel_affine(rows, scale, zero, 0, spec.qmin, spec.qmax)
             error = rounded.sub_(rows).abs_().pow_(POWER).mean(dim=1)
             better = error < best

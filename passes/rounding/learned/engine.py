@@ -13,16 +13,19 @@ from torch.fx import Node
 
 from fxquant.core.errors import CalibrationError
 from fxquant.core.facts import FakeQuantNodes, NormStatistics, Statistics, UnitRecord, WeightGrids
-from fxquant.core.ir import Program
+from fxquant.core.ir import Grid, Program
 from fxquant.core.run import CalibrationSet, Span, answer_graph, cut_span, loss_of, varying_nodes
 from fxquant.core.storage import Arrays, tensor_digest, text_digest
-from fxquant.passes.rounding.acceptance import record_of, rejection
+from fxquant.passes.rounding.acceptance import record_of
+from fxquant.passes.rounding.learned.activation_starts import START_IMAGES
 from fxquant.passes.rounding.learned.correction import corrected_inputs, has_statistics
 from fxquant.passes.rounding.learned.cut import Cut, answer_of, feature_of
 from fxquant.passes.rounding.learned.options import Reconstruction
-from fxquant.passes.rounding.learned.outcome import Outcome, UnitQuantizers
+from fxquant.passes.rounding.learned.outcome import Outcome
 from fxquant.passes.rounding.learned.sources import RUN, Source, kept_bytes, kept_type
 from fxquant.passes.rounding.learned.tune import Material, Pieces, Tuner
+from fxquant.passes.rounding.learned.unit_quantizers import Chosen, UnitQuantizers
+from fxquant.passes.rounding.learned.unit_verdict import Judged, UnitVerdict
 from fxquant.passes.rounding.learned.units import Unit, find_units
 from fxquant.passes.rounding.registry import RoundingTask
 
@@ -112,7 +115,11 @@ class Reconstructor:
         """Tune unit after unit."""
         images, held_out = self.task.images, self.task.held_out
         quantized, floats = Source(self._named(images), self.keep), Source(self._named(images), self.keep)
-        held = None if held_out is None or not self.options.guard else Source(self._named(held_out), self.keep)
+        held = None
+        if held_out is not None and self.options.guard:
+            one, other = (Source(self._named(held_out), self.keep) for _ in range(2))
+            answers = self._float_answers(held_out)[self.answer]
+            held = UnitVerdict(one, other, held_out, loss_of(self.task.loss), self.answer, answers)
         decided, records = Outcome(), list[UnitRecord]()
         for index, unit in enumerate(self.units):
             cut = self.cut(index)
@@ -130,7 +137,7 @@ class Reconstructor:
             quantized.advance(final, needed)
             floats.advance(cut.floats, needed)
             if held is not None:
-                held.advance(final, needed)
+                held.advance(cut, final, needed)
         return self._done(decided, tuple(records))
 
     def cut(self, index: int) -> Cut:
@@ -154,7 +161,11 @@ class Reconstructor:
         # Where the answer does not depend on the unit, only its own outputs can be compared.
         options = self.options if cut.computes(self.answer) else replace(self.options, prediction=0.0, feature=0.0)
         generator = torch.Generator(self.device).manual_seed(self.seed(cut.index))
-        learned = self.quantizers.learned(cut.unit, decided, options, generator)
+        starts: dict[str, Grid] = {}
+        if options.activation_start == "quantized":
+            some = torch.arange(min(START_IMAGES, len(quantized)))
+            starts = self.quantizers.starts(cut.unit, decided, lambda names: quantized.take(names, some))
+        learned = self.quantizers.learned(cut.unit, decided, options, generator, starts)
         pieces = Pieces(
             cut.quantized(self.quantizers.in_place(learned, decided)),
             self.nearest(cut, decided),
@@ -173,20 +184,20 @@ class Reconstructor:
         return cut.quantized(self.quantizers.in_place({}, decided.joined(calibrated)))
 
     def _tuned(
-        self, cut: Cut, decided: Outcome, quantized: Source, floats: Source, held: Source | None
+        self, cut: Cut, decided: Outcome, quantized: Source, floats: Source, held: UnitVerdict | None
     ) -> tuple[Outcome, UnitRecord]:
         """Tune one unit and return its outcome, that of calibration where tuning is rejected."""
         started = time.perf_counter()
-        before = after = self._held_out_loss(cut, self.nearest(cut, decided), held)
+        before = after = Judged() if held is None else held.judged(cut, self.nearest(cut, decided))
         outcome, reason = self._learned(cut, decided, quantized, floats)
-        if not reason:
-            after = self._held_out_loss(cut, cut.quantized(self.quantizers.in_place({}, decided.joined(outcome))), held)
-            reason = rejection(before, after, self.task.loss)
+        if not reason and held is not None:
+            after = held.judged(cut, cut.quantized(self.quantizers.in_place({}, decided.joined(outcome))))
+            reason = after.rejection(before, self.task.loss)
         if reason:
             outcome = self.quantizers.as_calibrated(cut.unit, decided)
         seconds = time.perf_counter() - started
         unit = cut.unit
-        return outcome, record_of(unit.name, self.method, before, after, reason, seconds, unit.sites)
+        return outcome, record_of(unit.name, self.method, before.loss, after.loss, reason, seconds, unit.sites)
 
     def _learned(self, cut: Cut, decided: Outcome, quantized: Source, floats: Source) -> tuple[Outcome, str]:
         """Return the outcome of the loop, and why it cannot be used, "" if it can."""
@@ -199,23 +210,6 @@ class Reconstructor:
         if trace.diverged or not outcome.finite:
             return outcome, f"diverged: error {trace.first:.3g} at first, {trace.last:.3g} at last"
         return outcome, ""
-
-    def _held_out_loss(self, cut: Cut, span: Span, held: Source | None) -> float | None:
-        """Return the loss of the network quantized up to this unit, None without images or without an answer."""
-        if held is None or not cut.computes(self.answer):
-            return None
-        names = {*span.inputs, *(cut.suffix.inputs if cut.suffix is not None else ())} - set(span.outputs)
-        losses = []
-        with torch.no_grad():
-            for start in range(0, len(held), RUN):
-                index = torch.arange(start, min(start + RUN, len(held)))
-                values = held.take(names, index)
-                values |= span(values)
-                answer = {**values, **({} if cut.suffix is None else cut.suffix(values))}[self.answer]
-                assert self.task.held_out is not None
-                part = self.task.held_out.slice(start, start + RUN)
-                losses.append(loss_of(self.task.loss)(self._held_out_answers[start : start + RUN], answer, part.labels))
-        return float(torch.cat(losses).mean())
 
     def _material(self, cut: Cut, quantized: Source, floats: Source, options: Reconstruction) -> Material:
         unit, suffix = cut.unit, cut.suffix if options.wants_answers else None
@@ -267,11 +261,6 @@ class Reconstructor:
     def _answers(self) -> dict[str, Tensor]:
         return self._float_answers(self.task.images)
 
-    @cached_property
-    def _held_out_answers(self) -> Tensor:
-        assert self.task.held_out is not None
-        return self._float_answers(self.task.held_out)[self.answer]
-
     def _float_answers(self, images: CalibrationSet) -> dict[str, Tensor]:
         nodes = [node.name for node in varying_nodes(self.module.graph)]
         outputs = dict.fromkeys((self.answer, *([self.feature] if self.feature in nodes else [])))
@@ -292,19 +281,19 @@ class Reconstructor:
             known,
             weights=decided.weights,
             grids={**known.grids, **learned},
-            biases={},
-            activations={g: self.quantizers.with_step(g, scale) for g, scale in decided.steps.items()},
+            biases=decided.biases,
+            activations={g: self.quantizers.with_step(g, decided) for g in decided.steps},
             units=(*known.units, *records),
             notes=(*known.notes, *self.notes),
         )
         return self.task.done(rounding, self.method)
 
 
-def _earlier(task: RoundingTask) -> dict[str, Tensor]:
-    """Return site name -> weight that replaces nearest rounding in the task's program."""
+def _earlier(task: RoundingTask) -> Chosen:
+    """Return what replaces nearest rounding and the model's biases in the task's program."""
     rounding, grids = task.rounding, task.program[WeightGrids]
     weights = {site.name: rounding.weight_of(site.name, grids) for site in task.sites}
-    return {name: weight for name, weight in weights.items() if weight is not None}
+    return Chosen({name: weight for name, weight in weights.items() if weight is not None}, rounding.biases)
 
 
 def _constants(node: Node) -> list[Node]:

@@ -26,6 +26,12 @@ class Reconstruction(Options):
         rounding_lr: Adam's rate for the rounding logits.
         weight_lr: Adam's rate for straight-through weights, as a share of each channel's step.
         step_lr: Adam's rate for activation steps, falling to 0 as a cosine; 0 keeps them as calibrated.
+        bias_lr: Adam's rate for biases, as a share of `|w_c|` times the input's step, falling likewise; 0 keeps them.
+        level_lr: Adam's rate for weight scales and for levels that are not evenly spaced, relative to the scale and to
+            the space between levels, while directions are learned; falling likewise, 0 keeps them.
+        tail: share of the last iterations over which everything learned is averaged; 0 takes the last values.
+        activation_start: where activation steps start: as "calibrated" on the float network, or found again for each
+            unit behind the "quantized" one.
         step_share: whether that rate is relative to each step, or absolute as published.
         inputs: "quantized" (from the quantized network in front), "float", or "mixed" half and half by element.
         drop: probability that an element of an activation stays unrounded (QDrop); 0 is off.
@@ -36,7 +42,8 @@ class Reconstruction(Options):
         temperature: T.
         feature: weight of the penultimate features' error; 0 is off.
         normalise: divide each error by its value at nearest rounding, so that weights are comparable across units.
-        answer_by_prediction: tune the unit that computes the network's answer by the prediction term alone.
+        answer_by_prediction: tune the unit that computes the network's answer by the prediction term alone, also where
+            its weight is 0.
         correction: Adam steps of distribution correction of the float inputs; 0 is off. Without batch normalisation
             it is left out, with a note.
         correction_weight: weight of the distance between corrected and original inputs, `1 / lambda_c`.
@@ -57,6 +64,10 @@ class Reconstruction(Options):
     weight_lr: float = field(default=1e-2, metadata=rules(least=0))
     step_lr: float = field(default=5e-4, metadata=rules(least=0))
     step_share: bool = True
+    bias_lr: float = field(default=0.0, metadata=rules(least=0))
+    level_lr: float = field(default=0.0, metadata=rules(least=0))
+    tail: float = field(default=0.0, metadata=rules(least=0, most=1))
+    activation_start: Literal["calibrated", "quantized"] = "calibrated"
     inputs: Literal["quantized", "float", "mixed"] = "mixed"
     drop: float = field(default=0.5, metadata=rules(least=0, most=1))
     regulariser: float = field(default=0.05, metadata=rules(least=0))

@@ -5,57 +5,142 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fxquant.core.ir import SMALLEST_SCALE, FakeQuantize, Grid, round_learned, round_to_levels, whole_levels
+from fxquant.core.ir import (
+    HIGHEST_LEVEL,
+    LOWEST_LEVEL,
+    SMALLEST_SCALE,
+    FakeQuantize,
+    Grid,
+    round_learned,
+    round_to_levels,
+    whole_levels,
+)
 
 STRETCH = 1.2
 """The sigmoid is stretched to (-0.1, 1.1) and clipped, so that 0 and 1 are reached (AdaRound, arXiv 2004.10568)."""
 
 
-class SoftRounding(nn.Module):
-    """A weight between the two levels next to each value, by a learned h (AdaRound, arXiv 2004.10568, eq. 22-24).
+TRUST = 0.5
+"""How far the starting h moves from the float weight's to the level that an earlier algorithm chose."""
+NUDGE = 1e-3
+"""Share of a scale that a value is moved off its level, so that it has a neighbour on the intended side."""
 
-    `W = scale (low + h (high - low) - zero_point)`, `h = clamp(1.2 sigmoid(a) - 0.1, 0, 1)`, with `a` such that
-    initially W is w. Evenly spaced levels give the paper's `clamp(floor(w / scale) + h)`.
+
+class SoftRounding(nn.Module):
+    """A weight between two neighbouring levels, by a learned h (AdaRound, arXiv 2004.10568, eq. 22-24).
+
+    `W = scale (low + h (high - low) - zero_point)`, `h = clamp(1.2 sigmoid(a) - 0.1, 0, 1)`. Evenly spaced levels give
+    the paper's `clamp(floor(w / scale) + h)`. Initially W is w, and the levels are those next to it. Where an earlier
+    algorithm chose a level q, the other one is q's neighbour on the side of w, and initially
+    `h = h_w + trust (h_q - h_w)`, with h_w that of w clipped to the two levels, and h_q that of q, 0 or 1.
 
     Args:
         weight: float32 values to round.
         quantizer: the node's grid.
+        chosen: weight of an earlier algorithm, of the shape of weight; None if there is none.
+        trust: 0 starts between the two levels where w is, 1 at q.
+        learn: whether scales, and levels that are not evenly spaced, are learned too.
     """
 
-    low: Tensor
-    gap: Tensor
+    below: Tensor
+    above: Tensor
     scale: Tensor
+    zero_point: Tensor
+    spacing: Tensor
+    known: Tensor | None
 
-    def __init__(self, weight: Tensor, quantizer: FakeQuantize) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        quantizer: FakeQuantize,
+        chosen: Tensor | None = None,
+        trust: float = TRUST,
+        learn: bool = False,
+    ) -> None:
         super().__init__()
         grid, values = quantizer.grid, weight.detach().float()
+        self.spec = grid.spec
+        self._grid = grid
         scale, zero_point = grid.along(values, grid.scale), grid.along(values, grid.zero_point).float()
-        low, high = (integers - zero_point for integers in grid.neighbours(values))
-        self.register_buffer("low", low)
-        self.register_buffer("gap", high - low)
-        self.register_buffer("scale", scale)
-        fraction = ((values / scale - low) / (high - low).clamp(min=1)).clamp(1e-4, 1 - 1e-4)
+        if chosen is None:
+            low, high = (integers - zero_point for integers in grid.neighbours(values))
+            fraction = _share(values / scale, low, high)
+        else:
+            level = grid.round_trip(chosen.detach().float())
+            inner = level + NUDGE * scale * torch.where(values < level, -1.0, 1.0)
+            low, high = (integers - zero_point for integers in grid.neighbours(inner))
+            own, theirs = (_share(at / scale, low, high) for at in (values, level))
+            fraction = own + trust * (theirs.round() - own)
+        self.register_buffer("scale", grid.scale)
+        self.register_buffer("zero_point", grid.zero_point)
+        self.register_buffer("spacing", grid.spacing)
+        self.register_buffer("known", None if grid.levels is None else grid.levels.float())
+        # Integers where levels are evenly spaced, else their positions among the channel's levels.
+        self.register_buffer("below", low if self.known is None else self._position(low))
+        self.register_buffer("above", high if self.known is None else self._position(high))
+        self.factor = nn.Parameter(torch.ones_like(grid.scale), requires_grad=learn)
+        moves = None if self.known is None else torch.zeros_like(self.known)
+        self.moves = None if moves is None else nn.Parameter(moves, requires_grad=learn)
+        fraction = fraction.clamp(1e-4, 1 - 1e-4)
         self.logits = nn.Parameter(-torch.log(STRETCH / (fraction + (STRETCH - 1) / 2) - 1))
 
     def directions(self) -> Tensor:
         """Return h, of the shape of the weight, in 0..1."""
         return (STRETCH * torch.sigmoid(self.logits) - (STRETCH - 1) / 2).clamp(0.0, 1.0)
 
+    def steps(self) -> Tensor:
+        """Return the scale, shape (channels,)."""
+        return (self.scale * self.factor).clamp(min=SMALLEST_SCALE)
+
+    def whole_levels(self) -> Tensor | None:
+        """Return the levels as int8, as the grid will have them; None where they are evenly spaced."""
+        levels = self._levels()
+        return None if levels is None else whole_levels(levels.detach()).to(torch.int8)
+
     def forward(self, weight: Tensor) -> Tensor:
         """Return the softly rounded weight in place of the one passed."""
         del weight
-        return self._on_grid(self.directions())
+        return self._on_grid(self.directions(), self._levels())
 
     def hard(self) -> Tensor:
         """Return the weight with every h at 0 or 1, on its grid."""
-        return self._on_grid((self.logits.detach() >= 0).float())
+        with torch.no_grad():
+            levels = self._levels()
+            # Unsorted, so that positions stay those of the levels that were learned.
+            whole = None if levels is None else levels.round().clamp(LOWEST_LEVEL, HIGHEST_LEVEL)
+            return self._on_grid((self.logits >= 0).float(), whole)
 
     def penalty(self, beta: float) -> Tensor:
         """Return `sum(1 - |2h - 1|^beta)`, 0 where every h is 0 or 1."""
         return (1 - (2 * self.directions() - 1).abs().pow(beta)).sum()
 
-    def _on_grid(self, h: Tensor) -> Tensor:
-        return (self.low + h * self.gap) * self.scale
+    def _levels(self) -> Tensor | None:
+        if self.known is None or self.moves is None:
+            return None
+        return self.known + self.moves * self.spacing.unsqueeze(1)
+
+    def _position(self, levels: Tensor) -> Tensor:
+        assert self.known is not None
+        axis = self.spec.channel_axis or 0
+        rows = levels.movedim(axis, 0)
+        found = torch.searchsorted(self.known, rows.flatten(1).contiguous())
+        return found.reshape(rows.shape).movedim(0, axis)
+
+    def _on_grid(self, h: Tensor, levels: Tensor | None) -> Tensor:
+        low, high = self.below, self.above
+        if levels is not None:
+            low, high = (self._values(levels, positions) for positions in (low, high))
+        return (low + h * (high - low)) * self._grid.along(h, self.steps())
+
+    def _values(self, levels: Tensor, positions: Tensor) -> Tensor:
+        axis = self.spec.channel_axis or 0
+        rows = positions.movedim(axis, 0)
+        return levels.gather(1, rows.flatten(1)).reshape(rows.shape).movedim(0, axis)
+
+
+def _share(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return where x lies between low, 0, and high, 1."""
+    return ((x - low) / (high - low).clamp(min=1)).clamp(0.0, 1.0)
 
 
 class StraightThrough(nn.Module):
@@ -120,6 +205,28 @@ class StraightThrough(nn.Module):
         """Return the weight on its grid."""
         with torch.no_grad():
             return self.forward(self.base)
+
+
+class LearnedBias(nn.Module):
+    """A bias that is learned in units of the op's output error, so that one rate fits every channel.
+
+    Args:
+        bias: float32, shape (channels,).
+        unit: of the shape of bias, above 0.
+    """
+
+    bias: Tensor
+    unit: Tensor
+
+    def __init__(self, bias: Tensor, unit: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("bias", bias.detach().float().clone())
+        self.register_buffer("unit", unit.detach().float().clone())
+        self.shift = nn.Parameter(torch.zeros_like(self.bias))
+
+    def forward(self) -> Tensor:
+        """Return the bias, shape (channels,)."""
+        return self.bias + self.shift * self.unit
 
 
 class LearnedActivation(nn.Module):

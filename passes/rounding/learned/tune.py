@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from fxquant.core.run import Span
 from fxquant.passes.rounding.learned.options import Reconstruction
-from fxquant.passes.rounding.learned.quantizers import LearnedActivation, SoftRounding, StraightThrough, random_mask
+from fxquant.passes.rounding.learned.quantizers import (
+    LearnedActivation,
+    LearnedBias,
+    SoftRounding,
+    StraightThrough,
+    random_mask,
+)
 
 MIX = 0.5
 """Probability that an element of a mixed input is the quantized one (QDrop, arXiv 2203.05740)."""
@@ -99,6 +105,36 @@ def channel_sums(error: Tensor) -> Tensor:
     return error.square().sum() * (channels / error.numel())
 
 
+class TailAverage:
+    """The mean of parameters over the last steps of a loop (Polyak averaging).
+
+    Args:
+        parameters: what is learned.
+        start: number of the first step that counts; none counts from the end of the loop on.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], start: int) -> None:
+        self._parameters, self._start, self._steps = tuple(parameters), start, 0
+        self._means: list[Tensor] = []
+
+    def see(self, iteration: int) -> None:
+        """Count the parameters after a step."""
+        if iteration < self._start:
+            return
+        self._steps += 1
+        with torch.no_grad():
+            if not self._means:
+                self._means = [parameter.detach().clone() for parameter in self._parameters]
+            for mean, parameter in zip(self._means, self._parameters, strict=True):
+                mean.lerp_(parameter.detach(), 1 / self._steps)
+
+    def settle(self) -> None:
+        """Put the means in place of the parameters."""
+        with torch.no_grad():
+            for mean, parameter in zip(self._means, self._parameters, strict=False):
+                parameter.copy_(mean)
+
+
 class Tuner:
     """Runs the loop.
 
@@ -116,10 +152,12 @@ class Tuner:
         self.pieces, self.material, self.options, self.generator = pieces, material, options, generator
         # Drawn on the CPU, so that a seed picks the same images on every device.
         self._batches = torch.Generator().manual_seed(seed)
+        self._queue = torch.empty(0, dtype=torch.int64)
         self._soft = [m for m in pieces.learned.values() if isinstance(m, SoftRounding)]
         self._rates = {"rec": 1.0, "prediction": options.prediction, "feature": options.feature}
         if options.answer_by_prediction and pieces.holds_answer:
-            self._rates["rec"] = 0.0 if options.prediction else 1.0
+            self._rates |= {"rec": 0.0, "prediction": options.prediction or 1.0}
+        self._wants_answers = bool(self._rates["prediction"] or self._rates["feature"])
         # Without a reconstruction term a step without the prediction would learn nothing.
         self._every = options.prediction_every if self._rates["rec"] else 1
         self._norms = self._at_nearest() if options.normalise else dict.fromkeys(self._rates, 1.0)
@@ -133,10 +171,12 @@ class Tuner:
         options = self.options
         optimizer, schedule = self._optimizers()
         losses: list[float] = []
+        learned = [p for group in optimizer.param_groups for p in group["params"]]
+        average = TailAverage(learned, math.ceil(options.iterations * (1 - options.tail)))
         for module in self.pieces.learned.values():
             module.train()
         for iteration in track(range(options.iterations)):
-            batch = torch.randint(self.material.images, (options.batch,), generator=self._batches)
+            batch = self._draw()
             errors = self.errors(batch, iteration)
             loss = self.total(errors)
             penalty = self._penalty(iteration)
@@ -144,16 +184,25 @@ class Tuner:
             torch.autograd.backward(loss if penalty is None else loss + penalty)
             optimizer.step()
             schedule.step()
+            average.see(iteration)
             losses.append(float(loss.detach()))
             # Only normalised errors have a scale to compare with: 1 at nearest rounding.
             if not math.isfinite(losses[-1]) or (
                 options.normalise and losses[-1] > DIVERGED * sum(self._rates.values())
             ):
                 return Trace(losses[0], losses[-1], True, tuple(losses))
+        average.settle()
         for module in self.pieces.learned.values():
             module.eval()
         ends = max(1, len(losses) // 20)
         return Trace(sum(losses[:ends]) / ends, sum(losses[-ends:]) / ends, False, tuple(losses))
+
+    def _draw(self) -> Tensor:
+        """Return the images of the next step: all are drawn once, in random order, before any is drawn again."""
+        while len(self._queue) < self.options.batch:
+            self._queue = torch.cat([self._queue, torch.randperm(self.material.images, generator=self._batches)])
+        batch, self._queue = self._queue[: self.options.batch], self._queue[self.options.batch :]
+        return batch
 
     def total(self, errors: Mapping[str, Tensor]) -> Tensor:
         """Return the errors weighted and normalised, without the regulariser."""
@@ -162,7 +211,7 @@ class Tuner:
     def errors(self, index: Tensor, iteration: int) -> dict[str, Tensor]:
         """Return the errors of one batch, each a scalar; prediction and feature only every few steps."""
         options, unit = self.options, self.pieces.unit
-        turn = options.wants_answers and iteration % self._every == 0
+        turn = self._wants_answers and iteration % self._every == 0
         quantized = self.material.quantized(index) if turn or options.inputs != "float" else {}
         inputs = self._inputs(quantized, index)
         if turn and options.inputs == "quantized":
@@ -188,7 +237,7 @@ class Tuner:
             values = {**values, **pieces.suffix(values)}
         reference = self.material.answers(index)
         errors = {}
-        if options.prediction:
+        if self._rates["prediction"]:
             errors["prediction"] = pieces.divergence(reference[pieces.answer], values[pieces.answer])
         if options.feature and pieces.feature is not None:
             errors["feature"] = channel_sums(values[pieces.feature] - reference[pieces.feature])
@@ -225,10 +274,15 @@ class Tuner:
         for module in self.pieces.learned.values():
             if isinstance(module, SoftRounding):
                 groups.append({"params": [module.logits], "lr": options.rounding_lr, "falls": False})
+                if options.level_lr:
+                    grids = [p for p in (module.factor, module.moves) if p is not None]
+                    groups.append({"params": grids, "lr": options.level_lr, "falls": True})
             elif isinstance(module, StraightThrough):
                 rates = [(module.shift, options.weight_lr), (module.factor, options.step_lr)]
                 rates += [] if module.moves is None else [(module.moves, options.weight_lr)]
                 groups += [{"params": [p], "lr": rate, "falls": True} for p, rate in rates]
+            elif isinstance(module, LearnedBias) and options.bias_lr:
+                groups.append({"params": [module.shift], "lr": options.bias_lr, "falls": True})
             elif isinstance(module, LearnedActivation) and options.step_lr:
                 rate = options.step_lr if options.step_share else options.step_lr / float(module.start)
                 groups.append({"params": [module.factor], "lr": rate, "falls": True})
@@ -250,7 +304,7 @@ class Tuner:
                 quantized, targets = self.material.quantized(index), self.material.targets(index)
                 outputs = pieces.nearest(quantized)
                 errors = {"rec": sum((channel_sums(outputs[n] - targets[n]) for n in targets), torch.zeros(()))}
-                if self.options.wants_answers:
+                if self._wants_answers:
                     found = self._answer_errors({**quantized, **outputs}, index)
                     errors |= {n: e / self._every for n, e in found.items()}
                 for name, error in errors.items():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.core.ir import Sites, is_constant, nodes_by_name, resolve, show
+from fxquant.core.ir import Sites, is_constant, nodes_by_name, resolve, show, tensor_at
 from fxquant.core.run import (
     GraphReplay,
     Span,
@@ -115,6 +115,28 @@ def test_replacements_are_at_every_place_of_their_quantizer() -> None:
     answer = span(values_of("shared"))[answer_of(module)]
     assert torch.equal(answer, answer[:1].expand_as(answer)), "weights of 0 leave the biases alone"
     assert not any(isinstance(part, _Zero) for part in module.modules())
+
+
+def test_a_replacement_of_an_op_returns_its_bias() -> None:
+    module = module_of("residual")
+    nodes = [node.name for node in varying_nodes(module.graph)]
+    last = [node for node in module.graph.nodes if node.name in nodes and "linear" in node.name][-1]
+    before, bias = last.args, torch.arange(5.0)
+    plain, moved = (cut_span(module, nodes, [last.name], True, places) for places in ({}, {last.name: _Bias(bias)}))
+    values, own = values_of("residual"), tensor_at(module, str(last.args[2].target))
+    assert torch.allclose(moved(values)[last.name], plain(values)[last.name] - own + bias, atol=1e-5)
+    assert isinstance(moved.module, nn.Module)
+    assert len(list(moved.module.parameters())) == 1
+    assert last.args == before, "the graph itself stays"
+
+
+class _Bias(nn.Module):
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(value)
+
+    def forward(self) -> Tensor:
+        return self.value
 
 
 class _Given(nn.Module):

@@ -20,7 +20,7 @@ from fxquant.core.host import Reporter
 from fxquant.core.run import LOSSES, Span, model_outputs
 from fxquant.core.storage import ScoreStore
 from fxquant.passes.rounding import RoundingTask
-from fxquant.passes.rounding.learned import PROFILES, corrected_inputs, engine, reconstruct
+from fxquant.passes.rounding.learned import HARM, PROFILES, corrected_inputs, engine, reconstruct, unit_verdict
 from tests.models import MODELS
 from tests.passes.rounding.tasks import images, task_of
 
@@ -82,7 +82,7 @@ def test_every_profile_goes_through_every_network(name: str, profile: str) -> No
 
 @pytest.mark.parametrize("profile", ["adaround", "brecq", "pdquant", "fast", "network"])
 def test_the_loss_of_the_network_falls(profile: str) -> None:
-    given = task("plain", 2, 4, guard=False, iterations=80, drop=0.0)
+    given = task("plain", 2, 4, guard=False, iterations=160, drop=0.0)
     if profile == "adaround":
         given = replace(given, overrides={**given.overrides, "step_lr": 0.0})
     assert loss_of(given, rounded(given, profile)) < 0.8 * loss_of(given)
@@ -112,16 +112,14 @@ def test_the_guard_keeps_what_helps_held_out_images_alone() -> None:
     found = rounded(task("residual", 2, 4))
     assert {unit.kept for unit in found.units} <= {True, False}
     for unit in found.units:
-        assert unit.kept == (unit.after < unit.before)
+        assert unit.kept or unit.after > HARM * unit.before
         assert unit.kept == (unit.reason == "")
         assert unit.seconds > 0
 
 
-def test_where_nothing_helps_everything_stays_nearest() -> None:
-    given = task("plain", 2, 4, iterations=3, rounding_lr=0.0, step_lr=0.0)
+def test_where_nothing_is_learned_everything_stays_nearest() -> None:
+    given = task("plain", 2, 4, iterations=3, rounding_lr=0.0, step_lr=0.0, bias_lr=0.0, level_lr=0.0)
     found = rounded(given)
-    assert not any(unit.kept for unit in found.units)
-    assert all("held-out kl" in unit.reason for unit in found.units)
     simulated, nearest = given.simulated(found).module, given.simulated().module
     assert torch.equal(*(model_outputs(m, given.images.inputs) for m in (simulated, nearest)))
 
@@ -154,6 +152,14 @@ def test_held_out_losses_are_those_of_the_network_quantized_up_to_the_unit() -> 
     expected = float(LOSSES["kl"](reference, answer, None).mean())
     last = found.units[-1]
     assert (last.after if last.kept else last.before) == pytest.approx(expected, rel=0.02)
+
+
+def test_units_that_do_harm_stay_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unit_verdict, "HARM", 0.0)
+    given = task("plain", 2, 4, iterations=3, rounding_lr=0.0, step_lr=0.0, bias_lr=0.0, level_lr=0.0)
+    found = rounded(given)
+    assert not any(unit.kept for unit in found.units)
+    assert all("held-out kl" in unit.reason for unit in found.units)
 
 
 def test_another_seed_gives_another_rounding() -> None:
@@ -260,7 +266,8 @@ def test_a_second_stage_goes_on_from_the_first() -> None:
     assert len(second.units) == len(first[Rounding].units) + 1
 
 
-def test_learned_grids_of_a_first_stage_survive_a_second_that_is_rolled_back() -> None:
+def test_learned_grids_of_a_first_stage_survive_a_second_that_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unit_verdict, "HARM", 0.0)
     given = task("plain", 2, 4, iterations=40, guard=False)
     first = reconstruct(given, STAGES["fast"], "fast")
     idle = replace(given, program=first, overrides={**SHORT, "guard": True, "weight_lr": 0.0, "step_lr": 0.0})

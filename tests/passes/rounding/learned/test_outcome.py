@@ -10,8 +10,11 @@ import torch
 from fxquant.core.facts import FakeQuantNodes
 from fxquant.core.ir import FakeQuantize, Program, Sites
 from fxquant.passes.rounding.learned import (
+    Chosen,
+    DecidedBias,
     DecidedWeight,
     LearnedActivation,
+    LearnedBias,
     Outcome,
     Reconstruction,
     SoftRounding,
@@ -30,7 +33,7 @@ def simulated(name: str) -> Program:
     return task_of(name, 4).bare()
 
 
-def found(name: str, earlier: dict[str, torch.Tensor] | None = None) -> tuple[UnitQuantizers, tuple[Unit, ...]]:
+def found(name: str, earlier: Chosen | None = None) -> tuple[UnitQuantizers, tuple[Unit, ...]]:
     program = simulated(name)
     sites = program[Sites].sites
     return UnitQuantizers(program.module, program[FakeQuantNodes], sites, earlier), find_units(program.module, sites)
@@ -121,12 +124,29 @@ def test_an_earlier_algorithms_weights_take_the_place_of_nearest_ones() -> None:
     plain, units = found("residual")
     nearest = plain.as_calibrated(units[0], Outcome()).weights["conv1"]
     scale = torch.where(nearest >= 0, -0.5, 0.5) * nearest.abs().amax()
-    moved = found("residual", {"conv1": scale})[0]
-    assert not torch.equal(moved.as_calibrated(units[0], Outcome()).weights["conv1"], nearest)
+    moved = found("residual", Chosen({"conv1": scale}))[0]
+    on_grid = moved.as_calibrated(units[0], Outcome()).weights["conv1"]
+    assert not torch.equal(on_grid, nearest)
     straight = moved.learned(units[0], Outcome(), STRAIGHT, torch.Generator())["conv1"]
     assert isinstance(straight, StraightThrough)
     assert torch.equal(straight.base, scale)
-    # Directions go up or down from the float weight.
+    # Directions begin next to the level that was chosen, half way from where the float weight is.
     soft = moved.learned(units[0], Outcome(), OPTIONS, torch.Generator())["conv1"]
     assert isinstance(soft, SoftRounding)
-    assert torch.allclose(soft.hard(), nearest, atol=1e-6)
+    step = soft.steps().reshape(-1, 1, 1, 1)
+    assert float(((soft.hard() - on_grid) / step).abs().max()) <= 1 + 1e-4
+
+
+def test_an_earlier_algorithms_biases_go_with_its_weights() -> None:
+    plain, units = found("residual")
+    assert not plain.as_calibrated(units[0], Outcome()).biases
+    bias = torch.arange(8.0)
+    op = simulated("residual")[Sites].sites[0].nodes[0]
+    moved = found("residual", Chosen(biases={op: bias}))[0]
+    assert torch.equal(moved.as_calibrated(units[0], Outcome()).biases[op], bias)
+    for rate, kind in ((0.0, DecidedBias), (0.1, LearnedBias)):
+        learned = moved.learned(units[0], Outcome(), Reconstruction(bias_lr=rate), torch.Generator())
+        place = moved.in_place(learned, Outcome())[op]
+        assert isinstance(place, kind)
+        assert torch.equal(place(), bias)
+        assert torch.equal(moved.decided(units[0], learned).biases[op], bias)

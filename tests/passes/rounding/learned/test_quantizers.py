@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from fxquant.core.ir import SMALLEST_SCALE, FakeQuantize, Grid, QuantSpec, weight_spec
-from fxquant.passes.rounding.learned import LearnedActivation, SoftRounding, StraightThrough, random_mask
+from fxquant.passes.rounding.learned import (
+    LearnedActivation,
+    LearnedBias,
+    SoftRounding,
+    StraightThrough,
+    random_mask,
+)
 
 SHAPE = (5, 3, 3, 3)
 
@@ -68,15 +74,39 @@ class TestSoftRounding:
         assert float(module.penalty(beta).detach()) == 0.0
         assert torch.equal(module(weight()), module.hard())
 
+    def test_an_earlier_choice_is_one_end_and_the_start_is_half_way_to_it(self) -> None:
+        """By hand, scale 1: w of .3, .3, .3, 1.4, -.3 and choices 0, 1, 3, 1, 0."""
+        quantizer = FakeQuantize(Grid(QuantSpec(4, True, True, 0), torch.ones(1), torch.zeros(1, dtype=torch.int32)))
+        values, choices = torch.tensor([[0.3, 0.3, 0.3, 1.4, -0.3]]), torch.tensor([[0.0, 1.0, 3.0, 1.0, 0.0]])
+        for trust, expected in (
+            (0.0, [0.3, 0.3, 2.0, 1.4, -0.3]),
+            (0.5, [0.15, 0.65, 2.5, 1.2, -0.15]),
+            (1.0, [0.0, 1.0, 3.0, 1.0, 0.0]),
+        ):
+            module = SoftRounding(values, quantizer, choices, trust)
+            assert torch.allclose(module(values), torch.tensor([expected]), atol=1e-3)
+        module = SoftRounding(values, quantizer, choices, 1.0)
+        assert torch.equal(module.hard(), choices)
+        module.logits.data = -module.logits.data
+        assert torch.equal(module.hard(), torch.tensor([[1.0, 0.0, 2.0, 2.0, -1.0]]))
+
+    def test_a_choice_at_an_end_of_the_grid_has_a_neighbour_inside_or_stays(self) -> None:
+        quantizer = FakeQuantize(Grid(QuantSpec(2, True, True, 0), torch.ones(1), torch.zeros(1, dtype=torch.int32)))
+        values = torch.tensor([[5.0, -5.0, 0.0]])
+        module = SoftRounding(values, quantizer, torch.tensor([[1.0, -2.0, 1.0]]))
+        assert torch.equal(module.below, torch.tensor([[1.0, -2.0, 0.0]]))
+        assert torch.equal(module.above, torch.tensor([[1.0, -2.0, 1.0]]))
+
     def test_gradients_are_those_of_the_formula(self) -> None:
         module = SoftRounding(weight(), grid())
         upstream = torch.randn(SHAPE, generator=seeded(3))
         (found,) = torch.autograd.grad(module(weight()), module.logits, upstream)
         a = module.logits.detach().double()
         slope = 1.2 * torch.sigmoid(a) * (1 - torch.sigmoid(a))
-        q = torch.floor(weight() / module.scale) + module.directions().detach()
+        scale = grid().scale.reshape(-1, 1, 1, 1)
+        q = torch.floor(weight() / scale) + module.directions().detach()
         alive = (q >= -8) & (q <= 7)
-        assert torch.allclose(found.double(), upstream * module.scale * slope * alive, atol=1e-5)
+        assert torch.allclose(found.double(), upstream * scale * slope * alive, atol=1e-5)
 
 
 class TestStraightThrough:
@@ -222,3 +252,32 @@ class TestLevels:
         assert not torch.equal(levels, self.LEVELS)
         learned = FakeQuantize(Grid(module.spec, module.steps().detach(), module.zero_point, levels))
         assert torch.allclose(learned(module.hard()), module.hard(), atol=1e-6)
+
+    def test_directions_and_levels_are_learned_together_and_end_on_the_grid_found(self) -> None:
+        quantizer = self.quantizer()
+        module = SoftRounding(weight(), quantizer, learn=True)
+        assert module.moves is not None
+        target = weight() * 1.1
+        optimizer = torch.optim.Adam([module.moves, module.factor, module.logits], lr=0.02)
+        before = float((module(weight()) - target).square().sum().detach())
+        for _ in range(20):
+            optimizer.zero_grad()
+            torch.autograd.backward((module(weight()) - target).square().sum())
+            optimizer.step()
+        assert float((module(weight()) - target).square().sum().detach()) < 0.8 * before
+        levels = module.whole_levels()
+        assert levels is not None
+        assert not torch.equal(levels, self.LEVELS)
+        learned = FakeQuantize(Grid(module.spec, module.steps().detach(), module.zero_point, levels))
+        assert torch.allclose(learned(module.hard()), module.hard(), atol=1e-6)
+        assert not torch.equal(module.steps(), quantizer.scale)
+
+
+class TestLearnedBias:
+    def test_it_starts_where_it_is_and_moves_in_its_units(self) -> None:
+        module = LearnedBias(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 4.0]))
+        assert torch.equal(module(), torch.tensor([1.0, -2.0]))
+        module.shift.data = torch.tensor([2.0, -1.0])
+        assert torch.equal(module(), torch.tensor([2.0, -6.0]))
+        (gradient,) = torch.autograd.grad(module().sum(), module.shift)
+        assert torch.equal(gradient, torch.tensor([0.5, 4.0]))

@@ -23,6 +23,7 @@ from fxquant.passes.rounding.learned import (
     Pieces,
     Reconstruction,
     SoftRounding,
+    TailAverage,
     Tuner,
     UnitQuantizers,
     channel_sums,
@@ -123,7 +124,7 @@ def test_error_terms_are_the_published_ones() -> None:
 
 def test_the_loss_is_their_published_sum() -> None:
     made = tuner(replace(PLAIN, iterations=1, warmup=0.0))
-    first = torch.randint(IMAGES, (4,), generator=torch.Generator().manual_seed(0))
+    first = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(0))[:4]
     errors = made.errors(first, 0)
     soft = [module for module in made.pieces.learned.values() if isinstance(module, SoftRounding)]
     assert soft
@@ -170,6 +171,9 @@ def test_the_unit_with_the_answer_may_be_tuned_by_the_prediction_alone() -> None
     assert made.pieces.holds_answer
     for iteration in range(3):
         assert list(made.errors(torch.arange(4), iteration)) == ["prediction"]
+    unweighted = tuner(replace(PLAIN, answer_by_prediction=True, prediction=0.0), index=2)
+    assert list(unweighted.errors(torch.arange(4), 0)) == ["prediction"]
+    assert float(unweighted.total({"prediction": torch.tensor(3.0)})) == 3.0
     every_time = tuner(replace(PLAIN, answer_by_prediction=True), index=2).errors(torch.arange(4), 0)
     assert torch.allclose(made.errors(torch.arange(4), 0)["prediction"], every_time["prediction"])
     assert len(made.run().losses) == 10
@@ -224,6 +228,30 @@ def test_a_published_rate_is_absolute_and_a_share_is_not() -> None:
 
     assert moved(PLAIN) == pytest.approx([4e-5] * len(moved(PLAIN)))
     assert len(set(moved(replace(PLAIN, step_share=True, step_lr=1e-3)))) > 1
+
+
+def test_every_image_is_drawn_once_before_any_is_drawn_again() -> None:
+    made = tuner(replace(PLAIN, batch=5))
+    drawn = torch.cat([made._draw() for _ in range(12)])
+    for epoch in drawn.reshape(-1, IMAGES):
+        assert epoch.sort().values.tolist() == list(range(IMAGES))
+    assert not torch.equal(drawn[:IMAGES], drawn[IMAGES : 2 * IMAGES])
+    assert torch.equal(torch.cat([tuner(replace(PLAIN, batch=5))._draw() for _ in range(1)]), drawn[:5])
+
+
+def test_the_tail_is_averaged() -> None:
+    """By hand: steps 0 to 4 leave 1, 2, 4, 8, 16; the last three have mean 28 / 3."""
+    parameter = torch.zeros(2, requires_grad=True)
+    average = TailAverage([parameter], 2)
+    for step in range(5):
+        parameter.data.fill_(2.0**step)
+        average.see(step)
+    average.settle()
+    assert torch.allclose(parameter, torch.full((2,), 28 / 3))
+    untouched = TailAverage([parameter], 5)
+    untouched.see(4)
+    untouched.settle()
+    assert torch.allclose(parameter, torch.full((2,), 28 / 3))
 
 
 def test_divergence_stops_the_loop() -> None:
