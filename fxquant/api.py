@@ -106,7 +106,7 @@ def quantize(
         captured = capture_program(model, images.slice(0, 2).inputs, dynamic_image=settings.dynamic_image)
         notes: tuple[str, ...] = ()
         if limits is not None and flow.changes_channels(settings):
-            new = flow.new_channels(captured, limits, settings, scoring, reporter)
+            new = flow.new_channels(captured, limits, settings, scoring, folder, reporter)
             limits, notes = new.budget, new.notes
             captured = capture_program(new.module, images.slice(0, 2).inputs, dynamic_image=settings.dynamic_image)
         return _search(captured, limits, settings, scoring, held_out, reporter, shards, (folder, place), notes)

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import fxquant
 from fxquant.backends.onnx import executable, kernel_report
-from fxquant.core.errors import OptionError
+from fxquant.core.errors import FileFormatError, OptionError
 from fxquant.core.ir import Sites
+from fxquant.core.run import model_outputs
 from fxquant.result import Result
 from tests.small import images as small_images
 from tests.small import small
@@ -94,3 +96,27 @@ def test_limits_that_do_not_follow_from_channels_are_refused(recipe: str) -> Non
 def test_ratios_out_of_range_are_refused(value: tuple[float, ...]) -> None:
     with pytest.raises(OptionError, match="expand"):
         fxquant.quantize(small(), small_images(8), "average_bits=4", options={"expand": value}, progress=False)
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> Result:
+        return fxquant.quantize(
+            small(), small_images(16), "average_bits=5", recipe="prune", workdir=tmp_path, progress=False
+        )
+
+    first, counted = run(), list[int]()
+    cells = sorted((tmp_path / "scores" / "channels").glob("variant-*.npz"))
+    assert len(cells) > 5
+    cells[0].unlink()
+
+    def count(module: GraphModule, inputs: tuple[Tensor, ...]) -> Tensor:
+        counted.append(1)
+        return model_outputs(module, inputs)
+
+    monkeypatch.setattr("fxquant.flow.other_channels.model_outputs", count)
+    again = run()
+    # The float answers, and the one variant that was missing.
+    assert len(counted) == 2
+    assert again.allocation.to_json() == first.allocation.to_json()
+    with pytest.raises(FileFormatError, match="another data"):
+        fxquant.quantize(small(), small_images(12), "average_bits=5", recipe="prune", workdir=tmp_path, progress=False)

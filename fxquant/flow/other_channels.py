@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch.fx import GraphModule
@@ -13,6 +14,7 @@ from fxquant.core.facts import BitAllocation, Budget, Settings, Target
 from fxquant.core.host import SILENT, Reporter
 from fxquant.core.ir import Choice, Program, Site, Sites, fork, put_tensor, tensor_at
 from fxquant.core.run import CalibrationSet, judging_images, loss_of, model_outputs
+from fxquant.core.storage import ScoreStore, tensor_digest, text_digest
 from fxquant.flow.pipeline import find_sites, run
 from fxquant.flow.score import loss_in_use
 from fxquant.flow.stages import RESHAPE
@@ -31,6 +33,8 @@ from fxquant.passes.reshaping import (
 
 COUNTED = ("average_bits", "size_mb", "size_ratio", "bops", "bops_ratio")
 """Limits whose cost follows from the numbers of channels."""
+PLACE = "channels"
+"""Folder of finished measurements, beside those of other scores."""
 SCORED = 64
 """Images that variants are measured on at most: there are many."""
 
@@ -73,7 +77,12 @@ def check_channels(settings: Settings, budget: Budget | None) -> None:
 
 
 def new_channels(
-    captured: Program, budget: Budget, settings: Settings, images: CalibrationSet, reporter: Reporter = SILENT
+    captured: Program,
+    budget: Budget,
+    settings: Settings,
+    images: CalibrationSet,
+    folder: Path | None = None,
+    reporter: Reporter = SILENT,
 ) -> NewChannels:
     """Return the network whose layers have the channels of least summed loss within the budget.
 
@@ -85,10 +94,12 @@ def new_channels(
         budget: limits on costs of `COUNTED`.
         settings: of the search.
         images: calibration images.
+        folder: keeps finished measurements, from which a killed run resumes; None keeps none.
         reporter: shows progress.
 
     Raises:
         InfeasibleBudgetError: no formats and ratios keep the limits.
+        FileFormatError: the folder holds measurements of something else; the message names what.
     """
     reporter.stage(RESHAPE)
     program = find_sites(captured, settings)
@@ -97,7 +108,7 @@ def new_channels(
     layers = layers_of(program, images, reporter)
     pairs = pairs_of(program, layers, images) if settings.prune else ()
     variants = _variants(layers, pairs, settings)
-    losses = _losses(program, variants, images, reporter)
+    losses = _losses(program, variants, images, folder, reporter)
     asked = settings.solver, settings.time_limit, settings.seed
     chosen = chosen_shapes(program, variants, losses, pairs, budget.limits, *asked)
     notes = _notes(chosen)
@@ -129,24 +140,37 @@ def _widest_inputs(site: Site) -> list[Choice]:
     return list(best.values())
 
 
-def _losses(program: Program, variants: Sequence[Variant], images: CalibrationSet, reporter: Reporter) -> list[float]:
+def _losses(
+    program: Program,
+    variants: Sequence[Variant],
+    images: CalibrationSet,
+    folder: Path | None,
+    reporter: Reporter,
+) -> list[float]:
     """Return the loss of the float network with each variant's weight in it; 0 for those that keep their weight."""
     loss = loss_in_use(program, images)
     scored = images if len(images) <= SCORED else images.take([k * len(images) // SCORED for k in range(SCORED)])
     scored = judging_images(scored, loss, program[Settings].seed)
     module, paths = fork(program.module), {site.name: site.weight for site in program[Sites].sites}
-    found = []
+    known = {
+        "model": tensor_digest(dict(program.module.named_parameters())) + text_digest(str(module.graph)),
+        "data": tensor_digest({f"input {i}": tensor for i, tensor in enumerate(scored.inputs)}),
+        "settings": text_digest(f"{[(v.site, v.choice.label, v.split, v.dropped) for v in variants]} {loss}"),
+    }
+    place = None if folder is None else folder / PLACE
+    store, found = ScoreStore(place, known if place is not None else {}), list[float]()
     with torch.no_grad():
         reference = model_outputs(module, scored.inputs)
-        for variant in reporter.track(list(variants), "measure formats and ratios", len(variants)):
-            if variant.effective is None:
-                found.append(0.0)
-                continue
-            path = paths[variant.site]
-            put_tensor(module, path, variant.effective)
-            outputs = model_outputs(module, scored.inputs)
-            put_tensor(module, path, tensor_at(program.module, path))
-            found.append(float(loss_of(loss)(reference, outputs, scored.labels).mean()))
+        for number, variant in enumerate(reporter.track(list(variants), "measure formats and shares", len(variants))):
+            cell = store.get(f"variant-{number}")
+            if cell is None and variant.effective is not None:
+                path = paths[variant.site]
+                put_tensor(module, path, variant.effective)
+                outputs = model_outputs(module, scored.inputs)
+                put_tensor(module, path, tensor_at(program.module, path))
+                lost = float(loss_of(loss)(reference, outputs, scored.labels).mean())
+                cell = store.put(f"variant-{number}", {"loss": lost})
+            found.append(0.0 if cell is None else float(cell["loss"]))
     return found
 
 
