@@ -158,10 +158,11 @@ def test_variants_have_their_ratios_and_real_factors(layers: dict[str, Layer]) -
     assert errors[1] < errors[0]
 
 
-def test_the_program_is_the_best_of_all_plans(program: Program) -> None:
+@pytest.mark.parametrize("seed", range(6))
+def test_the_program_is_the_best_of_all_plans(program: Program, seed: int) -> None:
     names = [site.name for site in program[Sites].sites]
     pair = Pair("first", "second", tuple(range(8)))
-    variants, draws = [], torch.Generator().manual_seed(1)
+    variants, draws = [], torch.Generator().manual_seed(seed)
     for name in names:
         for choice in (W3, W4):
             variants.append(Variant(name, choice, inputs=8))
