@@ -160,9 +160,23 @@ def imagenet_calibration(count: int = 128, size: int = _NATIVE_SIZE, seed: int =
     Raises:
         FileFormatError: the data are missing.
     """
-    images, _ = _decoded("imagenet_images/ilsvrc_train_calib1000.zip", _CALIBRATION_IMAGES)
-    order = np.random.default_rng(seed).permutation(len(images))[:count]
-    return resized(images[torch.from_numpy(order)], size)
+    images, _ = _calibration_drawn(count, seed)
+    return resized(images, size)
+
+
+def imagenet_calibration_labels(count: int = 128, seed: int = 0) -> Tensor:
+    """Return the labels of these images, int64 `(count,)`, for methods that need them.
+
+    Raises:
+        FileFormatError: the data are missing.
+    """
+    return _calibration_drawn(count, seed)[1].long()
+
+
+def _calibration_drawn(count: int, seed: int) -> Labelled:
+    images, labels = _decoded("imagenet_images/ilsvrc_train_calib1000.zip", _CALIBRATION_IMAGES)
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images))[:count])
+    return images[order], labels[order]
 
 
 def _undo_deltas(deltas: NDArray[np.generic]) -> Tensor:

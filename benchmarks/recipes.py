@@ -9,10 +9,11 @@ can go on; rows of other recipes stay in the JSON. `python -m benchmarks.recipes
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,10 +26,10 @@ from benchmarks.report_table import RESULTS, write
 from benchmarks.zoo import NETWORKS
 from fxquant.backends.onnx import executable
 from fxquant.core.errors import FileFormatError
-from fxquant.core.facts import Budget, Settings
+from fxquant.core.facts import EFFORTS, Budget, Settings
 from fxquant.core.run import LOSSES
-from fxquant.core.storage import read_json, write_json
-from fxquant.recipes import RECIPES
+from fxquant.core.storage import read_arrays, read_json, write_arrays, write_json
+from fxquant.recipes import RECIPES, settings_of
 from fxquant.result import Result
 
 FOLDER = Path("build/recipes")
@@ -39,7 +40,7 @@ BUDGETS = (3.0, 4.0)
 ITERATIONS = 100
 """Steps for each unit of all roundings that are learned; fewer than the papers', alike for all."""
 COMMON = {"pin_ends": False, "curve": 0, "seed": 0}
-OWN, GPTQ = "own", "gptq"
+OWN, NEAREST, GPTQ = "own", "nearest", "gptq"
 OTHERS: dict[str, dict[str, object]] = {
     "default": {"bits": BITS},
     "default, its own widths": {},
@@ -54,6 +55,9 @@ LEFT_OUT = ("hawq-v2", "daq", "limpq", "rmsmp", "expand", "prune", "dynamic", "k
 Runtime does not run; RMSMP has other formats, of 4 bits and more; `benchmarks.new_channels` has `expand` and `prune`,
 `benchmarks.routed` has `dynamic`, and `benchmarks.recipes_language` the others."""
 
+OURS = ("default", OWN)
+"""What all others are compared with, and its rounding."""
+
 CONTESTANTS = (*OTHERS, *(name for name in RECIPES if name not in LEFT_OUT))
 
 Row = dict[str, str | float | None]
@@ -67,23 +71,36 @@ class Case:
         calibration: how many calibration images every recipe gets.
         evaluation: how many images are evaluated on.
         labels: count -> labels of the calibration images.
+        fewer: contestant -> how many calibration images it gets where it cannot take all in reasonable time.
     """
 
     calibration: int
     evaluation: int
     labels: Callable[[int], Tensor]
+    fewer: Mapping[str, int] = field(default_factory=dict)
 
 
-CASES = {"resnet20": Case(128, 1017, data.cifar10_calibration_labels)}
+CASES = {
+    "resnet20": Case(128, 1017, data.cifar10_calibration_labels),
+    "mobilenet_v2": Case(32, 200, data.imagenet_calibration_labels, {"clado": 4, "clado-kl": 4}),
+    "deit_tiny": Case(32, 200, data.imagenet_calibration_labels, {"clado": 4, "clado-kl": 4}),
+}
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Measures results of one network on images that nothing was tuned on."""
+    """Measures results of one network on images that nothing was tuned on.
+
+    Args:
+        images, labels: to evaluate on.
+        reference: answers of the float network.
+        known: digest of a file -> its answers, so that plans which several recipes find are run once.
+    """
 
     images: Tensor
     labels: Tensor
     reference: Tensor
+    known: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def of(name: str) -> Judge:
@@ -100,12 +117,21 @@ class Judge:
         return 100 * float((answers.argmax(dim=1) == self.labels).double().mean())
 
     def measured(self, result: Result, path: Path) -> Row:
-        """Return bytes, accuracy and KL of a result's ONNX file."""
-        size = result.to_onnx(path).bytes
-        run = executable(path.read_bytes(), torch.get_num_threads())
-        answers = torch.cat([run((part,)) for part in torch.split(self.images, 64)])
-        kl = float(LOSSES["kl"](self.reference, answers, None).mean())
-        return {"bytes": size, "accuracy %": self.accuracy(answers), "KL": kl}
+        """Return bytes, accuracy and KL of a result's ONNX file, and write the KL of each image beside it."""
+        size, file = result.to_onnx(path).bytes, path.read_bytes()
+        digest = hashlib.sha256(file).hexdigest()
+        if digest not in self.known:
+            run = executable(file, torch.get_num_threads())
+            self.known[digest] = torch.cat([run((part,)) for part in torch.split(self.images, 64)])
+        answers = self.known[digest]
+        kl = LOSSES["kl"](self.reference, answers, None).double()
+        write_arrays(path.with_suffix(".npz"), {"kl": kl.numpy()})
+        return {"bytes": size, "accuracy %": self.accuracy(answers), "KL": float(kl.mean()), "KL s.e.": error_of(kl)}
+
+
+def error_of(values: Tensor) -> float:
+    """Return the standard error of the mean of values `(N,)`."""
+    return float(values.std() / len(values) ** 0.5)
 
 
 Work = tuple[str, tuple[str, ...]]
@@ -113,16 +139,64 @@ Work = tuple[str, tuple[str, ...]]
 
 
 def work(names: Iterable[str]) -> list[Work]:
-    """Return what is to be measured, roundings that are learned, and take most of the time, last."""
+    """Return what is to be measured, measured pairs and learned roundings, which take most of the time, last."""
     quick, slow = list[Work](), list[Work]()
+    names = sorted(names, key=lambda name: name in RECIPES and "pairs" in RECIPES[name].estimator)
     for name in names:
         learns = name in RECIPES and bool(RECIPES[name].learned)
         fixed = name in RECIPES and "rounding" in RECIPES[name].essence
         other = () if fixed or OTHERS.get(name, {}).get("rounding") == GPTQ else (GPTQ,)
         if learns:
             slow.append((name, (OWN,)))
-        quick += [(name, other if learns else (OWN, *other))] if other or not learns else []
+        if other or not learns:
+            quick.append((name, (NEAREST, *other) if learns else (OWN, *other)))
     return quick + slow
+
+
+class Bench:
+    """One network with its calibration, which recipes of the same observer, widths and scoring rounding share."""
+
+    def __init__(self, network: str, folder: Path) -> None:
+        self.network, self.folder, self.case = network, folder, CASES[network]
+        self.known: dict[tuple[object, ...], tuple[Result, float]] = {}
+
+    def calibrated(self, settings: Settings) -> tuple[Result, float]:
+        """Return a result calibrated but not scored, and what that took in processor seconds."""
+        shared = {name: getattr(settings, name) for name in ("bits", "observer", "scoring_rounding")}
+        key = tuple(shared.values())
+        if key not in self.known:
+            began, count = time.process_time(), self.case.calibration
+            images = [(NETWORKS[self.network].calibration(count), self.case.labels(count))]
+            # The one estimator that runs nothing.
+            options = {**COMMON, "estimators": ("weight_mse",), **shared}
+            result = fxquant.quantize(NETWORKS[self.network].factory(), images, None, progress=False, options=options)
+            self.known[key] = (result, time.process_time() - began)
+        return self.known[key]
+
+    def scored(self, name: str) -> tuple[Result, float]:
+        """Return the result of a contestant without a plan, and its processor seconds, calibration included."""
+        own = {"bits": BITS, "recipe": name} if name in RECIPES else OTHERS[name]
+        learned = {"rounding_options": {"iterations": ITERATIONS}}
+        settings = settings_of({**COMMON, **learned, **own})
+        result, spent = self.calibrated(settings)
+        preset, before = EFFORTS[settings.effort], result.program[Settings]
+        settings = settings.settled(bits=before.bits, estimators=preset.estimators, rounding=preset.rounding)
+        began = time.process_time()
+        program, images = result.program.with_facts(settings), result.scoring
+        assert images is not None
+        assert images.labels is not None
+        images = images.slice(0, self.case.fewer.get(name, len(images)))
+        batches = [(images.inputs[0], images.labels)]
+        program = fxquant.measure_sensitivity(program, batches, self.folder / "scores" / name, progress=False)
+        return replace(result, program=program), spent + time.process_time() - began
+
+    def plainly_rounded(self, solved: Result) -> Result:
+        """Return a result's plan with all weights at nearest, whatever they were scored with."""
+        if solved.program[Settings].scoring_rounding == NEAREST:
+            return solved
+        settings = replace(solved.program[Settings], scoring_rounding="nearest")
+        result, _ = self.calibrated(settings)
+        return replace(result, program=result.program.with_facts(solved.allocation))
 
 
 def solutions(scored: Result, rounding: str) -> Iterator[tuple[float, str, Result, float]]:
@@ -141,23 +215,22 @@ def solutions(scored: Result, rounding: str) -> Iterator[tuple[float, str, Resul
         yield bits, program[Settings].rounding or "", solved, time.process_time() - began
 
 
-def rows_of(network: str, item: Work, judge: Judge, folder: Path) -> Iterator[Row]:
+def rows_of(bench: Bench, item: Work, judge: Judge) -> Iterator[Row]:
     """Yield the rows of one contestant: scored once, then solved and rounded for each budget."""
     name, roundings = item
-    case, settings = CASES[network], {"bits": BITS, "recipe": name} if name in RECIPES else OTHERS[name]
-    calibration = [(NETWORKS[network].calibration(case.calibration), case.labels(case.calibration))]
-    learned = {"rounding_options": {"iterations": ITERATIONS}}
-    began = time.process_time()
-    options = {**COMMON, **learned, **settings}
-    model, place = NETWORKS[network].factory(), folder / "scores" / name
-    scored = fxquant.quantize(model, calibration, None, workdir=place, progress=False, options=options)
-    spent = time.process_time() - began
+    scored, spent = bench.scored(name)
     for rounding in roundings:
         for bits, chain, solved, seconds in solutions(scored, rounding):
-            row: Row = {"network": network, "recipe": name, "budget, bits": bits, "rounding": chain, "which": rounding}
-            row |= judge.measured(solved, folder / f"{name}-{rounding}-{bits}.onnx")
+            solved = bench.plainly_rounded(solved) if chain == NEAREST else solved
+            row: Row = {"network": bench.network, "recipe": name, "budget, bits": bits, "rounding": chain}
+            row |= {"which": rounding, **judge.measured(solved, bench.folder / f"{name}-{rounding}-{bits}.onnx")}
             row |= {"average bits": solved.allocation.used["average_bits"], "processor s": round(spent + seconds, 1)}
-            yield row | {"passes": scored.sensitivity.evaluations, "rejected": rejected(solved)}
+            row |= {"passes": scored.sensitivity.evaluations, "rejected": rejected(solved)}
+            yield row
+            if rounding == OWN and chain != NEAREST and len(roundings) > 1:
+                path = bench.folder / f"{name}-{NEAREST}-{bits}.onnx"
+                plain = {"rounding": NEAREST, "which": NEAREST, "rejected": ""}
+                yield row | plain | judge.measured(bench.plainly_rounded(solved), path)
 
 
 def rejected(result: Result) -> str:
@@ -168,18 +241,29 @@ def rejected(result: Result) -> str:
 
 def measure(network: str, names: Iterable[str]) -> None:
     """Write the JSON of one network again after each contestant; rows of those not named stay as they are."""
-    case, folder, judge = CASES[network], FOLDER / network, Judge.of(network)
+    case, folder = CASES[network], FOLDER / network
     folder.mkdir(parents=True, exist_ok=True)
+    judge, bench = Judge.of(network), Bench(network, folder)
     first: Row = {"network": network, "recipe": "float", "accuracy %": judge.accuracy(judge.reference)}
     meta: dict[str, object] = {"calibration images": case.calibration, "evaluation images": case.evaluation}
     meta |= {"widths": BITS, "iterations": ITERATIONS, "seed": 0, "threads": torch.get_num_threads()}
+    meta |= {"fewer images": dict(case.fewer)}
     for item in work(names):
         name, roundings = item
         path = folder / f"{name} {' '.join(roundings)}.json"
         if not path.is_file():
-            write_json(path, "recipe rows", 1, {"rows": list(rows_of(network, item, judge, folder))})
-        rows = read_json(path, "recipe rows", 1)["rows"]
+            write_json(path, "recipe rows", 1, {"rows": list(rows_of(bench, item, judge))})
+        rows = [row | against_default(row, folder) for row in read_json(path, "recipe rows", 1)["rows"]]
         write(f"recipes_{network}", [first, *merged(network, rows)], meta)
+
+
+def against_default(row: Row, folder: Path) -> Row:
+    """Return how far a row's KL is above our default's at the same budget, with the paired standard error."""
+    names = [f"{recipe}-{which}-{row['budget, bits']}.npz" for recipe, which in ((row["recipe"], row["which"]), OURS)]
+    if not all((folder / name).is_file() for name in names):
+        return {}
+    one, ours = (torch.from_numpy(read_arrays(folder / name)["kl"]) for name in names)
+    return {"KL above default": float((one - ours).mean()), "its s.e.": error_of(one - ours)}
 
 
 def merged(network: str, rows: list[Row]) -> list[Row]:

@@ -13,6 +13,13 @@ from fxquant.recipes import COLUMNS, RECIPES, listing
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
 
+ROUNDINGS = ("own", "nearest", "gptq")
+CLEAR = 2.0
+"""Standard errors that a difference must have to be called one."""
+SCORED = 0.75
+"""Share of the calibration images that layers are scored on; the others are held out."""
+ERROR = "KL s.e."
+
 Row = Mapping[str, Any]
 
 
@@ -37,28 +44,80 @@ def figure_table(network: str) -> str:
     first, *rows = document["rows"]
     found = {(row["recipe"], row["budget, bits"], row["which"]): row for row in rows}
     budgets = sorted({row["budget, bits"] for row in rows})
-    cells = [(bits, which) for bits in budgets for which in ("own", "gptq")]
-    columns = ["recipe", "own rounding", *(f"{bits:g} bits{', GPTQ' * (which == 'gptq')}" for bits, which in cells)]
+    asked_for = [which for which in ROUNDINGS if any(row["which"] == which for row in rows)]
+    cells = [(bits, which) for bits in budgets for which in asked_for]
+    columns = ["recipe", "own rounding", *(f"{bits:g} bits, {which}" for bits, which in cells)]
     lines = []
     for name in dict.fromkeys(row["recipe"] for row in rows):
         # A rounding that takes long may not have been measured yet.
         one = next(row for row in rows if row["recipe"] == name)
-        own = "+".join(RECIPES[name].rounding) if name in RECIPES else one["rounding"]
+        own = "+".join(RECIPES[name].rounding) if name in RECIPES else _own_rounding(rows, name)
         figures = [_figure(found.get((name, *cell))) for cell in cells]
-        shown = f"`{name}`" if name in RECIPES else name
-        lines.append([shown, own, *figures, f"{one['bytes'] / 1000:.1f}", f"{one['processor s']:.0f}"])
-    made = table([*columns, f"kB at {budgets[0]:g}", "processor s"], lines)
-    return f"Float: {_figure(first)}.\n\n{made}"
+        lines.append([_shown(name), own, *figures, f"{one['bytes'] / 1000:.1f}", f"{one['processor s']:.0f}"])
+        lines[-1].append(f"{one['passes'] / _images(document, name):.3g}")
+    made = table([*columns, f"kB at {budgets[0]:g}", "processor s", "passes"], lines)
+    return "\n\n".join([f"{_conditions(document)} Float: {_figure(first)}.", made, *_compared(rows, budgets)])
+
+
+def _own_rounding(rows: Sequence[Row], name: str) -> str:
+    chains = [row["rounding"] for row in rows if row["recipe"] == name and row["which"] == "own"]
+    return str(chains[0]) if chains else ""
+
+
+def _images(document: Mapping[str, Any], name: str) -> int:
+    """Return how many images a contestant was scored on; 1 where the document does not say."""
+    meta = document["meta"]
+    held_in = SCORED * meta.get("calibration images", 1 / SCORED)
+    return int(meta.get("fewer images", {}).get(name, held_in))
+
+
+def _conditions(document: Mapping[str, Any]) -> str:
+    """Return what the figures of one network were measured with, and how far chance moves an accuracy."""
+    meta, first = document["meta"], document["rows"][0]
+    if "evaluation images" not in meta:
+        return f"Perplexity on {meta['words']} words." if "words" in meta else ""
+    count, share = meta["evaluation images"], first["accuracy %"] / 100
+    error = 100 * (share * (1 - share) / count) ** 0.5
+    text = f"{meta['calibration images']} calibration images, {count} evaluation images (one standard error of an "
+    fewer = ", ".join(f"`{name}` {images}" for name, images in meta.get("fewer images", {}).items())
+    return f"{text}accuracy: {error:.1f})." + f" Scored on fewer images: {fewer}." * bool(fewer)
+
+
+def _compared(rows: Sequence[Row], budgets: Sequence[float]) -> list[str]:
+    """Return for each budget who has clearly less KL than our default, and who is within the noise of it."""
+    lines = []
+    for bits in budgets:
+        near: dict[str, list[str]] = {"less": [], "like": []}
+        for row in rows:
+            if row["budget, bits"] != bits or not row.get("its s.e."):
+                continue
+            distance = row["KL above default"] / row["its s.e."]
+            if distance <= CLEAR:
+                name = f"{_shown(row['recipe'])} ({row['which']}, {row['KL above default']:+.3f})"
+                near["less" if distance < -CLEAR else "like"].append(name)
+        if any("KL above default" in row for row in rows):
+            texts = {key: ", ".join(names) or "none" for key, names in near.items()}
+            lines.append(
+                f"At {bits:g} bits, KL against our default's, paired image by image: clearly less (by more than "
+                f"{CLEAR:g} standard errors): {texts['less']}; within the noise: {texts['like']}; all others more."
+            )
+    return lines
+
+
+def _shown(name: str) -> str:
+    return f"`{name}`" if name in RECIPES else name
 
 
 def _figure(row: Row | None) -> str:
-    """Return accuracy in per cent with the KL behind it, or perplexity; in brackets what was rejected."""
+    """Return accuracy in per cent with the KL behind it, or perplexity; in square brackets what was rejected."""
     if row is None:
         return ""
     if "perplexity" in row:
         text = f"{row['perplexity']:.1f}"
     else:
-        text = f"{row['accuracy %']:.1f}" + (f" ({row['KL']:.3f})" if "KL" in row else "")
+        text = f"{row['accuracy %']:.1f}"
+        if "KL" in row:
+            text += f" ({row['KL']:.3f}{f' ± {row[ERROR]:.3f}' if row.get(ERROR) else ''})"
     return f"[{text}]" if row.get("rejected") else text
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import fxquant
 from fxquant.core.errors import CalibrationError, OptionError
@@ -67,6 +68,37 @@ def test_mappings_are_laid_over_each_other_and_belong_to_their_rounding() -> Non
     assert settings_of({"rounding": "gptq"}, recipe="calibtip").rounding_options == {}
     pinned = settings_of({"pins": {"stem": "W8A8"}, "recipe": "clado"})
     assert list(pinned.pins) == ["stem"]
+
+
+class Apart(nn.Module):
+    """Two layers whose answers lie side by side, those of the second ten times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.small, self.large = nn.Linear(16, 12), nn.Linear(16, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.small(x), 10 * self.large(x)], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("own", "narrow"),
+    [
+        ({}, "small"),
+        ({"loss": lambda float_output, output, _: (output - float_output)[:, :12].norm(dim=1)}, "large"),
+        ({"loss": lambda float_output, output, _: (output - float_output)[:, 12:].norm(dim=1)}, "small"),
+    ],
+)
+def test_amp_narrows_first_what_a_user_s_metric_does_not_miss(own: dict[str, Any], narrow: str) -> None:
+    options = {"curve": 0, **({"estimators": ("diagonal",), **own} if own else {})}
+    inputs = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+    result = fxquant.quantize(
+        Apart().eval(), inputs, "average_bits=7", recipe="amp", target="reference", progress=False, options=options
+    )
+    wide = ({"small", "large"} - {narrow}).pop()
+    widths = {name: choice.weight_bits for name, choice in result.allocation.choices.items()}
+    assert widths == {narrow: 4, wide: 8}
 
 
 def test_a_recipe_of_one_s_own_works_by_its_name(own: Recipe) -> None:
