@@ -79,7 +79,8 @@ def _conditions(document: Mapping[str, Any]) -> str:
     count, share = meta["evaluation images"], first["accuracy %"] / 100
     error = 100 * (share * (1 - share) / count) ** 0.5
     text = f"{meta['calibration images']} calibration images, {count} evaluation images (one standard error of an "
-    fewer = ", ".join(f"`{name}` {images}" for name, images in meta.get("fewer images", {}).items())
+    given, present = meta.get("fewer images", {}), {row["recipe"] for row in document["rows"]}
+    fewer = ", ".join(f"`{name}` {images}" for name, images in given.items() if name in present)
     return f"{text}accuracy: {error:.1f})." + f" Scored on fewer images: {fewer}." * bool(fewer)
 
 
