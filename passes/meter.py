@@ -93,6 +93,23 @@ class Meter:
         assert found is not None
         return found
 
+    def rough(self, plan: BitAllocation, known: BitAllocation) -> tuple[float, int]:
+        """Return a plan's mean loss as the first images show it, and how many were run: for pictures, not to decide.
+
+        The loss on the first images times the ratio of a known plan's loss on all of them to that on the first.
+
+        Args:
+            plan: to measure.
+            known: a plan that is measured on all images.
+        """
+        if _key(plan.choices) in self._known or len(self._parts) == 1:
+            return float(self.losses(plan).mean()), len(self.images)
+        losses = self.losses(known)
+        first = float(losses[self._parts[0]].mean())
+        ratio = float(losses.mean()) / first if first > 0.0 else 1.0
+        found = image_losses(simulate(self._program, plan).module, self._images[0], self._references[0], self.loss)
+        return float(found.mean()) * ratio, len(self._images[0])
+
     def race(self, plan: BitAllocation, rival: Tensor | None, surcharge: float = 0.0) -> Tensor | None:
         """Return the loss of each image, or None once the first of them show that the plan is worse than a rival.
 

@@ -23,6 +23,7 @@ class ScaleWeights(Pass):
     Args:
         per_channel: one scale for each output channel; False gives all channels of a weight the same one.
         known: grids that need not be found, and the weights rounded on them.
+        formats: those to find grids for; None for all in use.
         even_only: leave other levels to `RoundWeights`, which finds them under its own rounding, but for weights that
             are only stored.
     """
@@ -30,12 +31,13 @@ class ScaleWeights(Pass):
     per_channel: bool = True
     known: WeightGrids = field(default=WeightGrids({}), repr=False)
     even_only: bool = False
+    formats: tuple[WeightFormat, ...] | None = None
     reads = (Sites,)
     writes = (WeightGrids,)
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program with its weight grids."""
-        sites, used = program[Sites].sites, used_formats(program)
+        sites, used = program[Sites].sites, self.formats or used_formats(program)
         grids: dict[str, dict[WeightFormat, Grid]] = {}
         for site, axis in zip(sites, channel_axes(program).values(), strict=True):
             known = self.known.grids.get(site.name, {})

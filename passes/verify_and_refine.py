@@ -71,11 +71,17 @@ class VerifyAndRefine(Pass):
         """Return the program with the measured plan."""
         plans = program[Finalists].plans
         losses: dict[str, float] = {}
+        totals: dict[str, float] = {}
+        best, least = next(iter(plans)), math.inf
         for name, plan in self.reporter.track(plans.items(), "verify plans", len(plans)):
-            losses[name] = float(self.meter.losses(plan).mean())
-        # A plan that overflows has loss NaN, which compares as neither better nor worse.
-        totals = {name: losses[name] + plan.border_cost for name, plan in plans.items()}
-        best = min(totals, key=lambda name: math.inf if math.isnan(totals[name]) else totals[name])
+            # A plan that is clearly worse than the best so far is run on the first images alone.
+            leader = None if least == math.inf else self.meter.losses(plans[best])
+            self.meter.race(plan, leader, plan.border_cost - plans[best].border_cost)
+            losses[name] = self.meter.mean(plan)
+            totals[name] = losses[name] + plan.border_cost
+            # A plan that overflows has loss NaN, which compares as neither better nor worse.
+            if totals[name] < least:
+                best, least = name, totals[name]
         plan = self._measured(plans[best], losses[best], losses)
         return program.with_facts(self._refined(program, plan) if self.moves else plan), 0
 

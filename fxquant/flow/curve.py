@@ -53,14 +53,15 @@ def measure_curve(
         return BudgetCurve({})
     meter = meter or Meter(program, held_out, loss_in_use(program, held_out))
     plans = _solved(program, budget, settings.curve)
+    known = program[BitAllocation] if BitAllocation in program else next(iter(plans.values()))
     plans |= {
         name: BitAllocation(choices, estimator=name, status="uniform")
         for name, choices in uniform_plans(program[Sites].sites).items()
     }
-    measured = {
-        name: replace(plan, measured_loss=float(meter.losses(plan).mean()), loss=meter.loss.name, images=len(held_out))
-        for name, plan in reporter.track(plans.items(), "measure other budgets", len(plans))
-    }
+    measured: dict[str, BitAllocation] = {}
+    for name, plan in reporter.track(plans.items(), "measure other budgets", len(plans)):
+        loss, images = meter.rough(plan, known)
+        measured[name] = replace(plan, measured_loss=loss, loss=meter.loss.name, images=images)
     return BudgetCurve(measured)
 
 

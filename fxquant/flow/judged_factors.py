@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from math import log
 
+from torch import Tensor
+
 from fxquant.core.facts import BitAllocation, ChannelScales, Settings, Target
-from fxquant.core.ir import Program, Sites
+from fxquant.core.ir import Program, Sites, WeightFormat
 from fxquant.core.run import CalibrationSet, model_outputs
 from fxquant.flow.score import judging, loss_in_use
 from fxquant.passes import (
@@ -49,7 +51,11 @@ def equalize(program: Program, images: CalibrationSet) -> Program:
     few = images.slice(0, JUDGED)
     tried = {0.0: scaled(program, ChannelScales())} | {share: scaled(program, scales.power(share)) for share in SHARES}
     plans = _plans(program)
-    losses = {share: _logarithm(each, few, plans) for share, each in tried.items()}
+    # The observers of `program` must not see these images; factors leave the answers as they are.
+    bare = _bare(program)
+    judged = judging(bare, few)
+    reference = model_outputs(bare.module, judged.inputs)
+    losses = {share: _logarithm(each, few, plans, (judged, reference)) for share, each in tried.items()}
     found = min(losses, key=losses.__getitem__)
     best = tried[found if losses[found] < losses[0.0] - GAIN else 0.0]
     return Program(best.module, best.facts, proposed.log)
@@ -68,18 +74,33 @@ def _is_even(plan: BitAllocation) -> bool:
     return all(choice.kind == EVEN and not choice.is_float for choice in plan.choices.values())
 
 
-def _logarithm(program: Program, images: CalibrationSet, plans: list[BitAllocation]) -> float:
-    """Return the sum of the logarithms of the plans' losses, so that each counts by its ratio."""
-    bare = Program(without_observers(program.module), program.facts, program.log)
+def _bare(program: Program) -> Program:
+    return Program(without_observers(program.module), program.facts, program.log)
+
+
+def _formats(plans: list[BitAllocation]) -> tuple[WeightFormat, ...]:
+    return tuple(sorted({choice.weight for plan in plans for choice in plan.choices.values() if not choice.is_float}))
+
+
+def _logarithm(
+    program: Program, images: CalibrationSet, plans: list[BitAllocation], compared: tuple[CalibrationSet, Tensor]
+) -> float:
+    """Return the sum of the logarithms of the plans' losses, so that each counts by its ratio.
+
+    Args:
+        program: with factors.
+        images: to calibrate with.
+        plans: to measure.
+        compared: images to measure on, and the float network's answers to them.
+    """
+    bare = _bare(program)
     passes = (
         InsertObservers(program[Settings].observer),
         Calibrate(images),
         CollectRanges(),
-        ScaleWeights(program[Target].per_channel, even_only=all(_is_even(plan) for plan in plans)),
+        ScaleWeights(program[Target].per_channel, formats=_formats(plans)),
     )
     for step in passes:
         bare = step(bare)
-    # Not of `program`: its observers must not see these images.
-    loss, judged = loss_in_use(bare, images), judging(bare, images)
-    reference = model_outputs(bare.module, judged.inputs)
+    loss, (judged, reference) = loss_in_use(bare, images), compared
     return sum(log(max(LEAST, measured_loss(simulate(bare, plan).module, judged, reference, loss))) for plan in plans)

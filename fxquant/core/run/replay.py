@@ -180,10 +180,18 @@ def model_outputs(module: GraphModule, inputs: tuple[Tensor, ...], batch: int | 
     Raises:
         CaptureError: the graph returns nothing of that kind.
     """
-    count, module = int(inputs[0].shape[0]), answer_graph(module)
+    count, runner = int(inputs[0].shape[0]), Runner(answer_graph(module))
     if batch is None:
         image = sum(t[:1].nbytes for t in inputs)
         batch = max(1, min(MOST_TOGETHER, CACHED_BYTES // max(1, image)))
+    last, fixed = runner.nodes[-1], dict[Node, Any]()
+    parts = []
     with torch.no_grad():
-        parts = [first_tensor(module(*(t[start : start + batch] for t in inputs))) for start in range(0, count, batch)]
+        # Weights are rounded once, not once for each batch.
+        runner.run([node for node in runner.steps if node not in runner.varying], fixed)
+        order = [node for node in runner.steps if node in runner.varying or node is last]
+        for start in range(0, count, batch):
+            values = runner.given([t[start : start + batch] for t in inputs])
+            runner.run(order, values, fixed, keep=lambda node: node is last)
+            parts.append(first_tensor(values[last]))
     return torch.cat(parts)
