@@ -10,6 +10,7 @@ import numpy as np
 
 from fxquant.core.facts import (
     EFFORTS,
+    FEWEST_JUDGED,
     BitAllocation,
     ChannelScales,
     Ranges,
@@ -65,7 +66,11 @@ def judged_on(
     held_out = compared_images(held_out, program[Settings])
     images = held_out if scoring is None else scoring.joined(held_out)
     judged = judging(program, images)
-    return images if judged is images else judged.joined(held_out)
+    judged = images if judged is images else judged.joined(held_out)
+    # Large networks are judged on fewer of them, so that a plan of theirs is measured in seconds.
+    image = sum(site.macs for site in program[Sites].sites)
+    affordable = min(EFFORTS[program[Settings].effort].work / max(1, image), len(judged))
+    return _some(judged, max(FEWEST_JUDGED, int(affordable)))
 
 
 def measure_sensitivity(

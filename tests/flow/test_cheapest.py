@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +11,11 @@ from torch import nn
 import fxquant
 from fxquant import flow
 from fxquant.core.errors import CalibrationError, InfeasibleBudgetError, InputError
-from fxquant.core.facts import BitAllocation, Budget, CostTables, Settings, usage
+from fxquant.core.facts import EFFORTS, BitAllocation, Budget, CostTables, Settings, usage
 from fxquant.core.host import Reporter
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet, model_outputs, quality
-from fxquant.flow import cheapest, choose
+from fxquant.flow import cheapest, choose, judged_on, score
 from fxquant.passes import simulate
 from fxquant.report import summary
 from tests.scoring import inputs, scored
@@ -131,6 +132,26 @@ def test_answers_are_judged_on_more_images_than_plans_are_compared_on() -> None:
         assert len(set(numbers.flatten().tolist())) == len(numbers)
         compared = flow.split_images(every.slice(0, 96), None, settings)[1]
         assert torch.equal(parts[1].inputs[0][: len(compared)], compared.inputs[0])
+
+
+def test_large_networks_are_judged_on_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = scored("plain")
+    image = sum(site.macs for site in program[Sites].sites)
+    parts = [CalibrationSet(inputs("plain", count)) for count in (48, 16)]
+
+    def count(work: float, fewest: int, effort: str = "default") -> int:
+        known = {"default": replace(EFFORTS["default"], work=work), "best": EFFORTS["best"]}
+        monkeypatch.setattr(score, "EFFORTS", known)
+        monkeypatch.setattr(score, "FEWEST_JUDGED", fewest)
+        found = judged_on(program.with_facts(replace(program[Settings], effort=effort)), *parts)
+        assert found is not None
+        return len(found)
+
+    whole = 48 + 16 + 16
+    assert count(math.inf, 10) == count(whole * image, 10) == count(0, 500) == whole
+    assert count(30 * image, 10) == 30
+    assert count(5 * image, 10) == 10
+    assert count(0, 10, effort="best") == whole
 
 
 def test_images_learned_by_heart_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,6 +114,30 @@ def test_a_wrong_start_is_mended_swap_by_swap(monkeypatch: pytest.MonkeyPatch) -
     assert all(fits(choices, {"average_bits": limit}, program[CostTables]) for choices in measured.asked)
 
 
+def test_a_rough_loss_is_that_of_the_first_images_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 32 images 8 are run, whose losses are half of the others' for every plan: 1.75 times as much on all."""
+    program = scored("plain")
+    plans = {bits: BitAllocation(dict.fromkeys(NAMES, Choice(bits, 8))) for bits in (2, 4, 8)}
+    measured = Measured(lambda _: torch.empty(0))
+    run: list[int] = []
+
+    def losses(_: object, images: CalibrationSet, *_rest: object) -> Tensor:
+        run.append(len(images))
+        share = 1.0 if len(images) == 8 else 2.0
+        return torch.full((len(images),), share * measured.plan.choices["fc"].weight_bits, dtype=torch.float64)
+
+    monkeypatch.setattr(meter, "image_losses", losses)
+    monkeypatch.setattr(meter, "simulate", measured.simulate)
+    few, many = (Meter(program, CalibrationSet(inputs("plain", count)), "kl") for count in (32, 12))
+    assert few.rough(plans[2], plans[8]) == (pytest.approx(2 * 1.75), 8)
+    assert run == [8, 24, 8], "the known plan on all images, the other one on the first"
+    assert few.rough(plans[8], plans[8]) == (pytest.approx(8 * 1.75), 32)
+    run.clear()
+    assert many.rough(plans[4], plans[8]) == (pytest.approx(8.0), 12), "too few images to leave any out"
+    assert run == [12]
+    assert not few.knows(plans[2].choices), "a rough loss decides nothing"
+
+
 def test_activations_that_are_tied_move_together(monkeypatch: pytest.MonkeyPatch) -> None:
     program = scored("plain", (8,), (4, 8))
     start = dict.fromkeys(NAMES, Choice(8, 4))

@@ -14,6 +14,7 @@ from fxquant.passes.rounding.closed_form.input_gram import (
     channel_axis,
     geometry_of,
     patches,
+    rows_apart,
 )
 from fxquant.passes.rounding.closed_form.layerwise import (
     moments_of,

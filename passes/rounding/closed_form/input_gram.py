@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ from fxquant.passes.formats import Patches
 
 PIECE_ELEMENTS = 1 << 22
 """Patch elements laid out in memory at a time, 16 MB of float32."""
+POSITIONS_PER_WEIGHT = 4
+"""Positions of each image that are counted for each weight of a filter: neighbours say next to nothing new, and front
+layers have thousands of them for nine weights."""
+FEWEST_ROWS = 8
+"""Rows of positions of each image that are counted where there are as many."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,28 @@ def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
     return tuple(sizes * axes if len(sizes) == 1 else sizes)
 
 
-def patches(x: Tensor, geometry: Geometry, limit: int = PIECE_ELEMENTS) -> Iterator[Tensor]:
+def rows_apart(x: Tensor, geometry: Geometry) -> int:
+    """Return how many rows of positions, along the first spatial axis, are counted as one: see `POSITIONS_PER_WEIGHT`.
+
+    Args:
+        x: input of the op.
+        geometry: of the op.
+    """
+    if not geometry.kernel:
+        return 1
+    axes = len(geometry.kernel)
+    slides = zip(x.shape[-axes:], geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True)
+    sizes = [(size + sum(pads) - gap * (taps - 1) - 1) // step + 1 for size, taps, step, pads, gap in slides]
+    weights = x.shape[-axes - 1] // geometry.groups * prod(geometry.kernel)
+    return max(1, min(sizes[0] // FEWEST_ROWS, prod(sizes) // (POSITIONS_PER_WEIGHT * weights)))
+
+
+def some_rows(values: Tensor, axis: int, apart: int) -> Tensor:
+    """Return one row of positions of so many, from the middle of the first ones on."""
+    return values[(slice(None),) * axis + (slice(apart // 2, None, apart),)]
+
+
+def patches(x: Tensor, geometry: Geometry, limit: int = PIECE_ELEMENTS, apart: int = 1) -> Iterator[Tensor]:
     """Yield the patches under the filters, piece by piece, each of shape (groups, positions, K), K = filter elements.
 
     Args:
@@ -103,6 +130,7 @@ def patches(x: Tensor, geometry: Geometry, limit: int = PIECE_ELEMENTS) -> Itera
             layer.
         geometry: of the op.
         limit: elements of a piece; one row of positions of one image is the least.
+        apart: rows of positions of which one is yielded.
     """
     if not geometry.kernel:
         rows = x.reshape(-1, x.shape[-1])
@@ -115,7 +143,7 @@ def patches(x: Tensor, geometry: Geometry, limit: int = PIECE_ELEMENTS) -> Itera
     for axis, (size, step, gap) in enumerate(zip(geometry.kernel, geometry.stride, geometry.dilation, strict=True)):
         x = x.unfold(2 + axis, gap * (size - 1) + 1, step)[..., ::gap]
     # (images, positions..., channels, taps...): still a view of the padded input.
-    x = x.movedim(1, 1 + axes)
+    x = some_rows(x.movedim(1, 1 + axes), 1, apart)
     row = max(1, x[0, 0].numel())
     images = max(1, limit // max(1, row * x.shape[1]))
     height = x.shape[1] if images > 1 else max(1, limit // row)
@@ -168,8 +196,9 @@ class GramAccumulator:
         """
         if (reference is not None) != self._crossed or (reference is not None and reference.shape != x.shape):
             raise PipelineError("cross moments need the float input beside the quantized one, of the same shape")
-        others = None if reference is None else patches(reference, geometry)
-        for piece in patches(x, geometry):
+        apart = rows_apart(x, geometry)
+        others = None if reference is None else patches(reference, geometry, apart=apart)
+        for piece in patches(x, geometry, apart=apart):
             if self._keeps(piece):
                 continue
             transposed = piece.transpose(1, 2)

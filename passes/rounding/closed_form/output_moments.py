@@ -16,7 +16,14 @@ from torch.fx import Node
 from fxquant.core.errors import PipelineError
 from fxquant.core.ir import Program, constant, rule_of, shape_of
 from fxquant.passes.formats import squared_error
-from fxquant.passes.rounding.closed_form.input_gram import channel_axis, geometry_of, patches, wide_product
+from fxquant.passes.rounding.closed_form.input_gram import (
+    channel_axis,
+    geometry_of,
+    patches,
+    rows_apart,
+    some_rows,
+    wide_product,
+)
 
 
 @dataclass(frozen=True)
@@ -72,10 +79,11 @@ def output_moments(node: Node, inputs: Sequence[Tensor], outputs: Sequence[Tenso
     """
     geometry, sums, count = geometry_of(node), list[Tensor](), 0
     for x, y in zip(inputs, outputs, strict=True):
-        axis = channel_axis(y.dim(), node)
+        axis, apart = channel_axis(y.dim(), node), rows_apart(x, geometry)
+        y = some_rows(y, axis + 1, apart) if apart > 1 else y
         rows = y.movedim(axis, -1).reshape(-1, geometry.groups, y.shape[axis] // geometry.groups).transpose(0, 1)
         start = 0
-        for piece in patches(x, geometry):
+        for piece in patches(x, geometry, apart=apart):
             part = rows[:, start : start + piece.shape[1]]
             start += piece.shape[1]
             transposed, plain = piece.transpose(1, 2), (part.double().square(), piece, part)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import weakref
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -246,3 +247,34 @@ def test_a_long_chain_needs_no_recursion() -> None:
         last, _ = replay.replay(base, {node.name: torch.neg})
     assert answer.tolist() == [3000.0]
     assert last.tolist() == [-2999.0]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_weights_are_rounded_once_for_all_batches(batch: int) -> None:
+    calls: list[str] = []
+
+    class Halved(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append("rounded")
+            return x / 2
+
+    program = folded("residual")
+    module, inputs = deepcopy(program.module), MODELS["residual"].inputs(8)
+    expected = model_outputs(module, inputs, batch)
+    module.add_submodule("halved", Halved())
+    conv = next(node for node in module.graph.nodes if node.target is torch.ops.aten.conv2d.default)
+    weight = conv.args[1]
+    with module.graph.inserting_after(weight):
+        halved = module.graph.call_module("halved", (weight,))
+    conv.update_arg(1, halved)
+    with module.graph.inserting_after(conv):
+        doubled = module.graph.call_function(torch.mul, (conv, 2.0))
+    conv.replace_all_uses_with(doubled, delete_user_cb=lambda user: user is not doubled)
+    bias = conv.args[2]
+    assert bias is None or isinstance(bias, Node)
+    if isinstance(bias, Node):
+        with module.graph.inserting_after(bias):
+            conv.update_arg(2, module.graph.call_module("halved", (bias,)))
+    module.recompile()
+    assert torch.allclose(model_outputs(module, inputs, batch), expected, rtol=1e-5, atol=1e-6)
+    assert len(calls) == (1 if bias is None else 2)

@@ -15,7 +15,9 @@ from fxquant.passes.rounding.closed_form import (
     GramAccumulator,
     channel_axis,
     geometry_of,
+    output_moments,
     patches,
+    rows_apart,
 )
 from tests.passes.rounding.tasks import op_node
 
@@ -73,6 +75,27 @@ def test_gram_is_the_sum_over_explicit_patches(
     assert torch.allclose(counted(node, x[:2], x[2:]), wanted, rtol=1e-12, atol=1e-12)
     # Piece by piece, down to one row of positions at a time.
     assert torch.equal(torch.cat(list(patches(x, geometry_of(node), 1)), dim=1), rows)
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "taps", "stride", "apart"),
+    [(32, 1, 3, 1, 4), (32, 4, 3, 1, 4), (32, 4, 3, 2, 1), (64, 12, 3, 1, 8), (64, 12, 3, 2, 2), (7, 1, 1, 1, 1)],
+)
+def test_of_many_positions_rows_apart_are_counted(size: int, channels: int, taps: int, stride: int, apart: int) -> None:
+    """Of 32 x 32 positions and 36 weights, one row in 7 would do, and 8 rows are the least: one in 4."""
+    x = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight = torch.ones(3, channels, taps, taps, dtype=torch.float64)
+    node = op_node(aten.conv2d.default, x, weight, None, [stride] * 2, [taps // 2] * 2)
+    assert rows_apart(x, geometry_of(node)) == apart
+    every = explicit(node, x, weight)[0].reshape(2, -(-size // stride), -(-size // stride), -1)
+    seen = every[:, apart // 2 :: apart].flatten(0, 2)
+    assert torch.allclose(counted(node, x)[0], seen.T @ seen, rtol=1e-12, atol=1e-12)
+    y = torch.randn(2, 3, *every.shape[1:3], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rows = y[:, :, apart // 2 :: apart].movedim(1, -1).flatten(0, 2)
+    found = output_moments(node, [x], [y])
+    centred = seen - seen.mean(dim=0), rows - rows.mean(dim=0)
+    assert torch.allclose(found.gram[0], centred[0].T @ centred[0], rtol=1e-9, atol=1e-9)
+    assert torch.allclose(found.cross[0], centred[0].T @ centred[1], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 5), (2, 3, 4, 5)])
