@@ -11,7 +11,7 @@ from torch import nn
 import fxquant
 from fxquant import flow
 from fxquant.core.errors import CalibrationError, InfeasibleBudgetError, InputError
-from fxquant.core.facts import EFFORTS, BitAllocation, Budget, CostTables, Settings, usage
+from fxquant.core.facts import EFFORTS, BitAllocation, Budget, CostTables, EffortName, Settings, usage
 from fxquant.core.host import Reporter
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet, model_outputs, quality
@@ -139,7 +139,7 @@ def test_large_networks_are_judged_on_fewer_images(monkeypatch: pytest.MonkeyPat
     image = sum(site.macs for site in program[Sites].sites)
     parts = [CalibrationSet(inputs("plain", count)) for count in (48, 16)]
 
-    def count(work: float, fewest: int, effort: str = "default") -> int:
+    def count(work: float, fewest: int, effort: EffortName = "default") -> int:
         known = {"default": replace(EFFORTS["default"], work=work), "best": EFFORTS["best"]}
         monkeypatch.setattr(score, "EFFORTS", known)
         monkeypatch.setattr(score, "FEWEST_JUDGED", fewest)
