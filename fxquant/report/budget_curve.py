@@ -64,6 +64,7 @@ def frontier(program: Program) -> dict[str, Any]:
         "axis": axis,
         "unit": UNITS.get(chosen.loss, program[SensitivityMatrix].unit),
         "estimator": program[SensitivityMatrix].estimator,
-        "images": next((plan.images for plan in curve.values()), chosen.images),
+        "images": max((plan.images for plan in curve.values()), default=chosen.images),
+        "fewest_images": min((plan.images for plan in curve.values()), default=chosen.images),
         "points": sorted(found, key=lambda point: float(point["used"])),
     }
