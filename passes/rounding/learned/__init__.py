@@ -12,11 +12,11 @@ from fxquant.passes.rounding.learned.outcome import DecidedBias, DecidedWeight, 
 from fxquant.passes.rounding.learned.profiles import PROFILES
 from fxquant.passes.rounding.learned.quantizers import (
     LearnedActivation,
-    LearnedBias,
     SoftRounding,
     StraightThrough,
     random_mask,
 )
+from fxquant.passes.rounding.learned.schedule import affordable
 from fxquant.passes.rounding.learned.sources import RUN, Source, kept_bytes, kept_type
 from fxquant.passes.rounding.learned.tune import (
     BETA,

@@ -22,6 +22,7 @@ from fxquant.passes.rounding.learned.correction import corrected_inputs, has_sta
 from fxquant.passes.rounding.learned.cut import Cut, answer_of, feature_of
 from fxquant.passes.rounding.learned.options import Reconstruction
 from fxquant.passes.rounding.learned.outcome import Outcome
+from fxquant.passes.rounding.learned.schedule import PROBED, affordable
 from fxquant.passes.rounding.learned.sources import RUN, Source, kept_bytes, kept_type
 from fxquant.passes.rounding.learned.tune import Material, Pieces, Tuner
 from fxquant.passes.rounding.learned.unit_quantizers import Chosen, UnitQuantizers
@@ -114,19 +115,16 @@ class Reconstructor:
     def run(self) -> Program:
         """Tune unit after unit."""
         images, held_out = self.task.images, self.task.held_out
+        chosen = self._chosen()
         quantized, floats = Source(self._named(images), self.keep), Source(self._named(images), self.keep)
-        held = None
-        if held_out is not None and self.options.guard:
-            one, other = (Source(self._named(held_out), self.keep) for _ in range(2))
-            answers = self._float_answers(held_out)[self.answer]
-            held = UnitVerdict(one, other, held_out, loss_of(self.task.loss), self.answer, answers)
+        held = None if held_out is None or not self.options.guard else self._verdict(held_out)
         decided, records = Outcome(), list[UnitRecord]()
         for index, unit in enumerate(self.units):
             cut = self.cut(index)
             key = f"{self.method}-{index:03d}"
             cell = self.task.store.get(key)
             if cell is None:
-                outcome, record = self._tuned(cut, decided, quantized, floats, held)
+                outcome, record = self._tuned(cut, decided, quantized, floats, held, index in chosen)
                 # What follows reads the stored arrays, computed or found, so that both give the same result.
                 cell = self.task.store.put(key, {**outcome.arrays(), **_to_arrays(record)})
             records.append(_from_arrays(unit, self.method, cell))
@@ -140,6 +138,53 @@ class Reconstructor:
                 held.advance(cut, final, needed)
         return self._done(decided, tuple(records))
 
+    def _chosen(self) -> frozenset[int]:
+        """Return the positions of the units that are tuned; where `seconds` are too few for all, with a note."""
+        seconds, store, key = self.options.seconds, self.task.store, f"{self.method}-schedule"
+        if not seconds:
+            return frozenset(range(len(self.units)))
+        # Kept, for times differ from run to run, and a resumed run must tune the same units.
+        cell = store.get(key)
+        cell = store.put(key, self._priced()) if cell is None else cell
+        chosen = affordable(cell["losses"].tolist(), cell["costs"].tolist(), seconds)
+        if left := [unit.name for index, unit in enumerate(self.units) if index not in chosen]:
+            needed = float(cell["costs"].sum())
+            self.notes.append(
+                f"seconds={seconds:g} went to the {len(chosen)} units that lose most; {', '.join(left)} stayed as they "
+                f"were, all would take {needed:.0f} s"
+            )
+        return chosen
+
+    def _priced(self) -> Arrays:
+        """Return the loss of the network quantized up to each unit without tuning, and the seconds to tune each."""
+        images, options = self.task.images, replace(self.options, iterations=PROBED)
+        quantized, floats = Source(self._named(images), self.keep), Source(self._named(images), self.keep)
+        verdict, decided = self._verdict(self.task.held_out or images), Outcome()
+        losses, costs = list[float](), list[float]()
+        for index, unit in enumerate(self.units):
+            cut, seconds = self.cut(index), 0.0
+            if self.quantizers.has_open(unit, decided, options):
+                tuner = self.tuner(cut, decided, quantized, floats, options)
+                started = time.perf_counter()
+                _ = tuner.run()
+                seconds = (time.perf_counter() - started) / PROBED
+            decided = decided.joined(self.quantizers.as_calibrated(unit, decided))
+            final = cut.quantized(self.quantizers.in_place({}, decided))
+            loss = verdict.judged(cut, final).loss
+            # What the answer does not depend on adds nothing.
+            losses.append(loss if loss is not None else losses[-1] if losses else 0.0)
+            costs.append(seconds * self.options.iterations)
+            needed = {name for later in self.units[index + 1 :] for name in later.inputs}
+            quantized.advance(final, needed)
+            floats.advance(cut.floats, needed)
+            verdict.advance(cut, final, needed)
+        return {"losses": np.array(losses), "costs": np.array(costs)}
+
+    def _verdict(self, images: CalibrationSet) -> UnitVerdict:
+        one, other = (Source(self._named(images), self.keep) for _ in range(2))
+        answers = self._float_answers(images)[self.answer]
+        return UnitVerdict(one, other, images, loss_of(self.task.loss), self.answer, answers)
+
     def cut(self, index: int) -> Cut:
         """Return the graph cut around the unit at this position."""
         wanted = tuple(name for name in (self.answer, self.feature) if name is not None)
@@ -149,7 +194,9 @@ class Reconstructor:
         """Return the seed of a unit; independent of earlier units, so that a resumed run gives the same result."""
         return int(text_digest(f"{self.task.seed} {self.method} {index}"), 16) % 2**62
 
-    def tuner(self, cut: Cut, decided: Outcome, quantized: Source, floats: Source) -> Tuner:
+    def tuner(
+        self, cut: Cut, decided: Outcome, quantized: Source, floats: Source, asked: Reconstruction | None = None
+    ) -> Tuner:
         """Return the loop that tunes a unit.
 
         Args:
@@ -157,9 +204,11 @@ class Reconstructor:
             decided: of earlier units.
             quantized: values that cross the cut before the unit, of the quantized network.
             floats: values that cross it in the float network.
+            asked: settings in place of the engine's.
         """
         # Where the answer does not depend on the unit, only its own outputs can be compared.
-        options = self.options if cut.computes(self.answer) else replace(self.options, prediction=0.0, feature=0.0)
+        options = asked or self.options
+        options = options if cut.computes(self.answer) else replace(options, prediction=0.0, feature=0.0)
         generator = torch.Generator(self.device).manual_seed(self.seed(cut.index))
         starts: dict[str, Grid] = {}
         if options.activation_start == "quantized":
@@ -184,12 +233,20 @@ class Reconstructor:
         return cut.quantized(self.quantizers.in_place({}, decided.joined(calibrated)))
 
     def _tuned(
-        self, cut: Cut, decided: Outcome, quantized: Source, floats: Source, held: UnitVerdict | None
+        self,
+        cut: Cut,
+        decided: Outcome,
+        quantized: Source,
+        floats: Source,
+        held: UnitVerdict | None,
+        chosen: bool,
     ) -> tuple[Outcome, UnitRecord]:
-        """Tune one unit and return its outcome, that of calibration where tuning is rejected."""
+        """Tune one unit if it is chosen, and return its outcome, that of calibration where tuning is rejected."""
         started = time.perf_counter()
         before = after = Judged() if held is None else held.judged(cut, self.nearest(cut, decided))
-        outcome, reason = self._learned(cut, decided, quantized, floats)
+        outcome, reason = Outcome(), f"not tuned: seconds={self.options.seconds:g} went to units that lose more"
+        if chosen:
+            outcome, reason = self._learned(cut, decided, quantized, floats)
         if not reason and held is not None:
             after = held.judged(cut, cut.quantized(self.quantizers.in_place({}, decided.joined(outcome))))
             reason = after.rejection(before, self.task.loss)

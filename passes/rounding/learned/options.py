@@ -26,7 +26,6 @@ class Reconstruction(Options):
         rounding_lr: Adam's rate for the rounding logits.
         weight_lr: Adam's rate for straight-through weights, as a share of each channel's step.
         step_lr: Adam's rate for activation steps, falling to 0 as a cosine; 0 keeps them as calibrated.
-        bias_lr: Adam's rate for biases, as a share of `|w_c|` times the input's step, falling likewise; 0 keeps them.
         level_lr: Adam's rate for weight scales and for levels that are not evenly spaced, relative to the scale and to
             the space between levels, while directions are learned; falling likewise, 0 keeps them.
         tail: share of the last iterations over which everything learned is averaged; 0 takes the last values.
@@ -47,7 +46,10 @@ class Reconstruction(Options):
         correction: Adam steps of distribution correction of the float inputs; 0 is off. Without batch normalisation
             it is left out, with a note.
         correction_weight: weight of the distance between corrected and original inputs, `1 / lambda_c`.
-        guard: keep a unit's result only if the held-out loss of the network up to it falls.
+        guard: leave a unit as it was where the held-out loss of the network up to it rises by half, and its outputs on
+            held-out images go farther from the float network's.
+        seconds: time for the steps of all units together; those that lose most are tuned as far as it goes, and the
+            others stay as they were. 0 tunes all.
         memory_mb: megabytes for cached values; beyond it they are kept in bfloat16, then computed again.
 
     Raises:
@@ -64,7 +66,6 @@ class Reconstruction(Options):
     weight_lr: float = field(default=1e-2, metadata=rules(least=0))
     step_lr: float = field(default=5e-4, metadata=rules(least=0))
     step_share: bool = True
-    bias_lr: float = field(default=0.0, metadata=rules(least=0))
     level_lr: float = field(default=0.0, metadata=rules(least=0))
     tail: float = field(default=0.0, metadata=rules(least=0, most=1))
     activation_start: Literal["calibrated", "quantized"] = "calibrated"
@@ -81,6 +82,7 @@ class Reconstruction(Options):
     correction: int = field(default=0, metadata=rules(least=0))
     correction_weight: float = field(default=50.0, metadata=rules(least=0))
     guard: bool = True
+    seconds: float = field(default=0.0, metadata=rules(least=0))
     memory_mb: int = field(default=2048, metadata=rules(least=1))
 
     def __post_init__(self) -> None:

@@ -62,6 +62,7 @@ PROFILES = {
                 prediction=10.0,
                 normalise=False,
                 correction=500,
+                activation_start="quantized",
                 guard=False,
             )
         },

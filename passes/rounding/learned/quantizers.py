@@ -20,7 +20,7 @@ STRETCH = 1.2
 """The sigmoid is stretched to (-0.1, 1.1) and clipped, so that 0 and 1 are reached (AdaRound, arXiv 2004.10568)."""
 
 
-TRUST = 0.5
+TRUST = 0.9
 """How far the starting h moves from the float weight's to the level that an earlier algorithm chose."""
 NUDGE = 1e-3
 """Share of a scale that a value is moved off its level, so that it has a neighbour on the intended side."""
@@ -205,28 +205,6 @@ class StraightThrough(nn.Module):
         """Return the weight on its grid."""
         with torch.no_grad():
             return self.forward(self.base)
-
-
-class LearnedBias(nn.Module):
-    """A bias that is learned in units of the op's output error, so that one rate fits every channel.
-
-    Args:
-        bias: float32, shape (channels,).
-        unit: of the shape of bias, above 0.
-    """
-
-    bias: Tensor
-    unit: Tensor
-
-    def __init__(self, bias: Tensor, unit: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("bias", bias.detach().float().clone())
-        self.register_buffer("unit", unit.detach().float().clone())
-        self.shift = nn.Parameter(torch.zeros_like(self.bias))
-
-    def forward(self) -> Tensor:
-        """Return the bias, shape (channels,)."""
-        return self.bias + self.shift * self.unit
 
 
 class LearnedActivation(nn.Module):

@@ -13,7 +13,6 @@ from fxquant.core.run import Span
 from fxquant.passes.rounding.learned.options import Reconstruction
 from fxquant.passes.rounding.learned.quantizers import (
     LearnedActivation,
-    LearnedBias,
     SoftRounding,
     StraightThrough,
     random_mask,
@@ -281,8 +280,6 @@ class Tuner:
                 rates = [(module.shift, options.weight_lr), (module.factor, options.step_lr)]
                 rates += [] if module.moves is None else [(module.moves, options.weight_lr)]
                 groups += [{"params": [p], "lr": rate, "falls": True} for p, rate in rates]
-            elif isinstance(module, LearnedBias) and options.bias_lr:
-                groups.append({"params": [module.shift], "lr": options.bias_lr, "falls": True})
             elif isinstance(module, LearnedActivation) and options.step_lr:
                 rate = options.step_lr if options.step_share else options.step_lr / float(module.start)
                 groups.append({"params": [module.factor], "lr": rate, "falls": True})

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from fxquant.core.facts import FakeQuantNodes
-from fxquant.core.ir import SMALLEST_SCALE, FakeQuantize, Grid, Site, constant, resolve, rule_of, tensor_at
+from fxquant.core.ir import FakeQuantize, Grid, Site, resolve, tensor_at
 from fxquant.core.run import cut_span
 from fxquant.passes.rounding.learned.activation_starts import activation_starts
 from fxquant.passes.rounding.learned.options import Reconstruction
 from fxquant.passes.rounding.learned.outcome import DecidedBias, DecidedWeight, Outcome
-from fxquant.passes.rounding.learned.quantizers import LearnedActivation, LearnedBias, SoftRounding, StraightThrough
+from fxquant.passes.rounding.learned.quantizers import LearnedActivation, SoftRounding, StraightThrough
 from fxquant.passes.rounding.learned.units import Unit
 
 
@@ -50,7 +50,7 @@ class UnitQuantizers:
         self._start_of = {**self._weight_of, **self.chosen.weights}
         self._paths = {node.name: str(node.target) for node in module.graph.nodes if node.op == "call_module"}
         self._group_of = {name: group for group, names in nodes.activations.items() for name in names}
-        self._ops = {site.name: [node for node in _ops(module, site) if self._bias(node) is not None] for site in sites}
+        self._ops = {site.name: site.nodes for site in sites}
 
     def learned(
         self,
@@ -60,10 +60,10 @@ class UnitQuantizers:
         generator: torch.Generator,
         starts: Mapping[str, Grid] | None = None,
     ) -> dict[str, nn.Module]:
-        """Return site, group or op name -> module that learns, for what no earlier unit decided.
+        """Return site or group name -> module that learns, for weights and steps that no earlier unit decided.
 
-        The first of several units that share a scale or weight learns it. Weights start at those of an earlier
-        algorithm, rounding directions towards them; biases start at its biases.
+        The first of several units that share a scale or weight learns it. Straight-through weights start at those of an
+        earlier algorithm, rounding directions near them.
 
         Args:
             unit: the unit.
@@ -82,10 +82,6 @@ class UnitQuantizers:
                 made[site] = SoftRounding(self._weight_of[site], quantizer, known, learn=options.level_lr > 0)
             else:
                 made[site] = StraightThrough(self._start_of[site], quantizer)
-            for op in self._ops[site] if options.bias_lr else ():
-                bias = self._bias(op)
-                assert bias is not None
-                made[_bias_key(op.name)] = LearnedBias(bias, self._error_unit(site, op))
         for group in self._groups(unit):
             if group not in decided.steps:
                 calibrated = self._quantizer(self.nodes.activations[group][0])
@@ -108,9 +104,6 @@ class UnitQuantizers:
                     outcome.scales[name] = module.steps().detach()
                     if (levels := module.whole_levels()) is not None:
                         outcome.levels[name] = levels
-        for op in (op for site in unit.sites for op in self._ops[site]):
-            if isinstance(bias := learned.get(_bias_key(op.name)), LearnedBias):
-                outcome.biases[op.name] = bias().detach()
         for group in self._groups(unit):
             if isinstance(activation := learned.get(_step_key(group)), LearnedActivation):
                 outcome.steps[group] = activation.steps().detach()
@@ -132,7 +125,6 @@ class UnitQuantizers:
                 places |= dict.fromkeys(names, learned.get(site) or DecidedWeight(decided.weights[site]))
         biases = {**decided.biases, **self._chosen_biases(site for site in self._ops if site in learned)}
         places |= {op: DecidedBias(bias) for op, bias in biases.items()}
-        places |= {op.name: m for ops in self._ops.values() for op in ops if (m := learned.get(_bias_key(op.name)))}
         for group, names in self.nodes.activations.items():
             if _step_key(group) in learned:
                 places |= dict.fromkeys(names, learned[_step_key(group)])
@@ -181,25 +173,8 @@ class UnitQuantizers:
         return self._quantizer(self.nodes.activations[group][0]).grid
 
     def _chosen_biases(self, sites: Iterable[str]) -> dict[str, Tensor]:
-        names = [op.name for site in sites for op in self._ops[site]]
+        names = [op for site in sites for op in self._ops[site]]
         return {name: self.chosen.biases[name] for name in names if name in self.chosen.biases}
-
-    def _bias(self, op: Node) -> Tensor | None:
-        """Return where the bias of an op starts, None where it has none."""
-        rule = rule_of(op)
-        if rule is None or rule.bias is None:
-            return None
-        own = constant(self.module, op.args[rule.bias]) if len(op.args) > rule.bias else None
-        return self.chosen.biases.get(op.name, own)
-
-    def _error_unit(self, site: str, op: Node) -> Tensor:
-        """Return the error of each output channel when each input is off by a step: `|w_c| step`."""
-        axis = self._quantizer(self.nodes.weights[site][0]).spec.channel_axis or 0
-        norms = self._weight_of[site].float().movedim(axis, 0).flatten(1).norm(dim=1)
-        source = op.all_input_nodes[0].name
-        step = self._quantizer(source).scale if source in self._group_of else torch.ones(())
-        unit: Tensor = (norms * step).clamp(min=SMALLEST_SCALE)
-        return unit
 
     def _nearest(self, site: str) -> Tensor:
         with torch.no_grad():
@@ -212,15 +187,6 @@ class UnitQuantizers:
         return found
 
 
-def _ops(module: GraphModule, site: Site) -> list[Node]:
-    return [resolve(module.graph, name) for name in site.nodes]
-
-
 def _step_key(group: str) -> str:
     """Return the key of a group among learned modules; sites are keyed by their own names."""
     return f"values of {group}"
-
-
-def _bias_key(op: str) -> str:
-    """Return the key of an op's bias among learned modules."""
-    return f"bias of {op}"

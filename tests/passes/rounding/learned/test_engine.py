@@ -15,12 +15,14 @@ from torch import Tensor
 
 from fxquant.backends import backend
 from fxquant.core.errors import CalibrationError
-from fxquant.core.facts import Rounding, Statistics
+from fxquant.core.facts import BitAllocation, Rounding, Statistics
 from fxquant.core.host import Reporter
+from fxquant.core.ir import Choice, FakeQuantize, Sites
 from fxquant.core.run import LOSSES, Span, model_outputs
 from fxquant.core.storage import ScoreStore
-from fxquant.passes.rounding import RoundingTask
+from fxquant.passes.rounding import ROUNDERS, RoundingTask
 from fxquant.passes.rounding.learned import HARM, PROFILES, corrected_inputs, engine, reconstruct, unit_verdict
+from tests import scoring
 from tests.models import MODELS
 from tests.passes.rounding.tasks import images, task_of
 
@@ -118,7 +120,7 @@ def test_the_guard_keeps_what_helps_held_out_images_alone() -> None:
 
 
 def test_where_nothing_is_learned_everything_stays_nearest() -> None:
-    given = task("plain", 2, 4, iterations=3, rounding_lr=0.0, step_lr=0.0, bias_lr=0.0, level_lr=0.0)
+    given = task("plain", 2, 4, iterations=3, rounding_lr=0.0, step_lr=0.0, level_lr=0.0)
     found = rounded(given)
     simulated, nearest = given.simulated(found).module, given.simulated().module
     assert torch.equal(*(model_outputs(m, given.images.inputs) for m in (simulated, nearest)))
@@ -156,7 +158,7 @@ def test_held_out_losses_are_those_of_the_network_quantized_up_to_the_unit() -> 
 
 def test_units_that_do_harm_stay_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unit_verdict, "HARM", 0.0)
-    given = task("plain", 2, 4, iterations=3, rounding_lr=0.0, step_lr=0.0, bias_lr=0.0, level_lr=0.0)
+    given = task("plain", 2, 4, iterations=3, rounding_lr=0.0, step_lr=0.0, level_lr=0.0)
     found = rounded(given)
     assert not any(unit.kept for unit in found.units)
     assert all("held-out kl" in unit.reason for unit in found.units)
@@ -280,6 +282,40 @@ def test_learned_grids_of_a_first_stage_survive_a_second_that_is_rolled_back(mon
 def test_features_matter_to_the_network_stage() -> None:
     courses = [rounded(task("plain", 2, 4, guard=False, feature=feature), "network") for feature in (0.0, 5.0)]
     assert not same(*courses)
+
+
+@cache
+def on_codebooks(method: str, level_lr: float) -> tuple[RoundingTask, Rounding]:
+    """Return the task of rounding to codebooks of 2 bits, with levels found already, and what a profile makes of it."""
+    program = scoring.calibrated("residual", ("2c", 8))
+    plan = BitAllocation({site.name: Choice(2, 8, "codebook") for site in program[Sites].sites})
+    given = RoundingTask(program.with_facts(plan), images("residual"), None, "kl")
+    given = replace(given, program=ROUNDERS["qronos_rescaled"](given))
+    changes = {**SHORT, "iterations": 30, "level_lr": level_lr, "weight_lr": level_lr}
+    return given, rounded(replace(given, overrides=changes), method)
+
+
+@pytest.mark.parametrize("method", ["adaround", "brecq", "fast"])
+def test_codebooks_have_their_assignments_learned_and_levels_as_int8(method: str) -> None:
+    given, found = on_codebooks(method, 0.01)
+    simulated = given.simulated(found).module
+    # Where even spacing errs less the levels are evenly spaced.
+    uneven = [site for site in given.sites if given.rounding.grids[site.name].levels is not None]
+    assert uneven
+    for site in uneven:
+        grid, weight = found.grids[site.name], found.weights[site.name]
+        assert grid.levels is not None
+        assert grid.levels.dtype == torch.int8
+        assert all(len(set(row.tolist())) <= 4 for row in weight.flatten(1))
+        assert torch.allclose(grid.round_trip(weight), weight, atol=1e-6)
+        quantizer = simulated.get_submodule(f"quantize_{site.name}_weight")
+        assert isinstance(quantizer, FakeQuantize)
+        assert torch.equal(quantizer.levels if quantizer.levels is not None else torch.empty(0), grid.levels)
+    fixed = on_codebooks(method, 0.0)[1]
+    levels, moved = ([one.grids[s.name].levels for s in uneven] for one in (given.rounding, found))
+    assert any(not torch.equal(a, b) for a, b in zip(levels, moved, strict=True) if a is not None and b is not None)
+    unmoved = [fixed.grids[s.name].levels for s in uneven]
+    assert all(torch.equal(a, b) for a, b in zip(levels, unmoved, strict=True) if a is not None and b is not None)
 
 
 @pytest.mark.parametrize("target", ["reference", "fx_int8"])

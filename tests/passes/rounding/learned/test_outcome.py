@@ -14,7 +14,6 @@ from fxquant.passes.rounding.learned import (
     DecidedBias,
     DecidedWeight,
     LearnedActivation,
-    LearnedBias,
     Outcome,
     Reconstruction,
     SoftRounding,
@@ -144,9 +143,8 @@ def test_an_earlier_algorithms_biases_go_with_its_weights() -> None:
     op = simulated("residual")[Sites].sites[0].nodes[0]
     moved = found("residual", Chosen(biases={op: bias}))[0]
     assert torch.equal(moved.as_calibrated(units[0], Outcome()).biases[op], bias)
-    for rate, kind in ((0.0, DecidedBias), (0.1, LearnedBias)):
-        learned = moved.learned(units[0], Outcome(), Reconstruction(bias_lr=rate), torch.Generator())
-        place = moved.in_place(learned, Outcome())[op]
-        assert isinstance(place, kind)
-        assert torch.equal(place(), bias)
-        assert torch.equal(moved.decided(units[0], learned).biases[op], bias)
+    learned = moved.learned(units[0], Outcome(), OPTIONS, torch.Generator())
+    place = moved.in_place(learned, Outcome())[op]
+    assert isinstance(place, DecidedBias)
+    assert torch.equal(place(), bias)
+    assert torch.equal(moved.decided(units[0], learned).biases[op], bias)

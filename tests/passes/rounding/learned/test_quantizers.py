@@ -9,7 +9,6 @@ from torch import Tensor
 from fxquant.core.ir import SMALLEST_SCALE, FakeQuantize, Grid, QuantSpec, weight_spec
 from fxquant.passes.rounding.learned import (
     LearnedActivation,
-    LearnedBias,
     SoftRounding,
     StraightThrough,
     random_mask,
@@ -271,13 +270,3 @@ class TestLevels:
         learned = FakeQuantize(Grid(module.spec, module.steps().detach(), module.zero_point, levels))
         assert torch.allclose(learned(module.hard()), module.hard(), atol=1e-6)
         assert not torch.equal(module.steps(), quantizer.scale)
-
-
-class TestLearnedBias:
-    def test_it_starts_where_it_is_and_moves_in_its_units(self) -> None:
-        module = LearnedBias(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 4.0]))
-        assert torch.equal(module(), torch.tensor([1.0, -2.0]))
-        module.shift.data = torch.tensor([2.0, -1.0])
-        assert torch.equal(module(), torch.tensor([2.0, -6.0]))
-        (gradient,) = torch.autograd.grad(module().sum(), module.shift)
-        assert torch.equal(gradient, torch.tensor([0.5, 4.0]))
