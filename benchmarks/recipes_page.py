@@ -1,4 +1,4 @@
-"""Write the tables of `docs/recipes.md`: the rows of `fxquant.recipes`, and the figures of `benchmarks.recipes`."""
+"""Write the tables of `docs/recipes.md`: the rows of `fxquant.recipes`, and the figures of the recipes' benchmarks."""
 
 from __future__ import annotations
 
@@ -109,6 +109,26 @@ def _shown(name: str) -> str:
     return f"`{name}`" if name in RECIPES else name
 
 
+def training_table() -> str:
+    """Return the measured figures of recipes that train, before and after training."""
+    first, *rows = read_json(RESULTS / "training_recipes.json", "benchmark", 1)["rows"]
+    columns = ("contestant", "bits", "before", "after", "kB", "processor s", "widths of the layers")
+    lines = []
+    for row in rows:
+        bits = f"{row['average bits']:.2f}"
+        if "AP %" in row:
+            before, after = (
+                f"AP {row[f'AP %{when}']:.1f}, AP50 {row[f'AP50 %{when}']:.1f}" for when in (" before", "")
+            )
+            named = f"{row['contestant']}, {row['runs in']} (float AP {row['AP % float']:.1f})"
+            lines.append([named, bits, before, after, "", f"{row['processor s']:.0f}", ""])
+            continue
+        before = f"{row['accuracy % before']:.1f} ({row['KL before']:.3f})"
+        size, seconds = f"{row['bytes'] / 1000:.1f}", f"{row['processor s']:.0f}"
+        lines.append([row["contestant"], bits, before, _figure(row), size, seconds, row["widths"]])
+    return f"Float: {_figure(first)}.\n\n{table(columns, lines)}"
+
+
 def _figure(row: Row | None) -> str:
     """Return accuracy in per cent with the KL behind it, or perplexity; in square brackets what was rejected."""
     if row is None:
@@ -125,7 +145,8 @@ def _figure(row: Row | None) -> str:
 def made() -> dict[str, str]:
     """Return name -> the text of the page between the marks of that name."""
     results = sorted(path.stem.removeprefix("recipes_") for path in RESULTS.glob("recipes_*.json"))
-    return {"recipes": recipe_table()} | {f"figures of {name}": figure_table(name) for name in results}
+    fixed = {"recipes": recipe_table(), "figures of training": training_table()}
+    return fixed | {f"figures of {name}": figure_table(name) for name in results}
 
 
 def filled(text: str) -> str:

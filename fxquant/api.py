@@ -21,7 +21,7 @@ from fxquant.core.host import ALONE, Reporter, Shards
 from fxquant.core.ir import Program
 from fxquant.core.run import CalibrationSet, LossFunction, collect, images_for
 from fxquant.core.storage import work_folder
-from fxquant.flow import algorithms, choose, finisher, judged_on, round_with_feedback
+from fxquant.flow import algorithms, choose, finished, judged_on, round_with_feedback, taken_images
 from fxquant.passes import simulate, widest_plan
 from fxquant.recipes import settings_of
 from fxquant.result import Result
@@ -82,16 +82,16 @@ def quantize(
     named = {"bits": bits, "activation_bits": activation_bits, "target": target, "effort": effort}
     others = {"keep_float": keep_float, "dynamic_image": dynamic_image, "rounding": rounding, "recipe": recipe}
     settings = settings_of(options, **named, **others)
-    preset = EFFORTS[settings.effort]
-    settings = settings if settings.rounding is not None else replace(settings, rounding=preset.rounding)
+    if settings.rounding is None:
+        settings = replace(settings, rounding=EFFORTS[settings.effort].rounding)
     flow.check_names(settings)
     flow.check_channels(settings, limits)
     _ = algorithms(settings.rounding or "", settings.rounding_options)
     shards = Shards.from_environment() if settings.distributed else ALONE
     reporter = Reporter(progress and shards.is_first)
     # Checked before hours of work whose results are to be kept there.
-    folder, place = (work_folder(workdir, name) for name in ("scores", "rounding"))
-    most = preset.images + flow.wanted_images(limits, settings)
+    folders = tuple(work_folder(workdir, name) for name in ("scores", "rounding", "training"))
+    most = flow.most_images(limits, settings)
     images = collect(calibration, input_names(model), most)
     if len(images) == most:
         reporter.say(f"{most} calibration images are used, all that effort={settings.effort!r} and the budget take")
@@ -101,15 +101,16 @@ def quantize(
     scoring, held_out = flow.split_images(images, limits, settings)
     flow.check_answers(limits, held_out, settings)
     flow.check_routes(settings, limits, held_out)
+    flow.check_training(scoring, settings)
     with reporter.stages(flow.stages(settings, limits)):
         reporter.stage(flow.CAPTURE)
         captured = capture_program(model, images.slice(0, 2).inputs, dynamic_image=settings.dynamic_image)
         notes: tuple[str, ...] = ()
         if limits is not None and flow.changes_channels(settings):
-            new = flow.new_channels(captured, limits, settings, scoring, folder, reporter)
+            new = flow.new_channels(captured, limits, settings, taken_images(scoring, settings), folders[0], reporter)
             limits, notes = new.budget, new.notes
             captured = capture_program(new.module, images.slice(0, 2).inputs, dynamic_image=settings.dynamic_image)
-        return _search(captured, limits, settings, scoring, held_out, reporter, shards, (folder, place), notes)
+        return _search(captured, limits, settings, scoring, held_out, reporter, shards, folders, notes)
 
 
 def _search(
@@ -120,20 +121,21 @@ def _search(
     held_out: CalibrationSet,
     reporter: Reporter,
     shards: Shards,
-    folders: tuple[Path | None, Path | None],
+    folders: tuple[Path | None, ...],
     notes: tuple[str, ...] = (),
 ) -> Result:
-    """Return the result of the stages after capture; `folders` keep finished scores and finished roundings."""
-    folder, place = folders
+    """Return the result of the stages after capture; `folders` keep scores, roundings and states of training."""
+    folder, place, states = folders
+    taken = taken_images(scoring, settings)
     for note in (*flow.answer_note(captured), *flow.learned_note(captured, held_out)):
         reporter.say(note)
     reporter.stage(flow.CALIBRATE)
-    program = flow.calibrate(flow.prepare(captured, settings), scoring, reporter)
+    program = flow.calibrate(flow.prepare(captured, settings), taken, reporter)
     if limits is not None:
         program = flow.measure_file(program, reporter) if limits.needs_file else program
         flow.check_budget(program, limits)
     reporter.stage(flow.SCORE)
-    program = flow.measure_sensitivity(program, scoring, folder, reporter, shards)
+    program = flow.measure_sensitivity(program, taken, folder, reporter, shards)
     if limits is None:
         judging = judged_on(program, scoring, held_out)
         assert judging is not None
@@ -141,8 +143,8 @@ def _search(
         reporter.stage(flow.CURVE)
         curve = [flow.measure_curve(program, None, judging, reporter)] if shards.is_first else []
         return Result(plain.with_facts(*curve), held_out, scoring)
-    finish = finisher(settings, scoring, held_out, reporter, place)
-    chosen = flow.noted(choose(program, limits, held_out, reporter, scoring, folder, finish), notes)
+    finish = finished(settings, scoring, held_out, reporter, place, states)
+    chosen = flow.noted(choose(program, limits, held_out, reporter, taken, folder, finish), notes)
     return Result(
         flow.with_routes(program, chosen, limits, scoring.joined(held_out), finish, reporter), held_out, scoring
     )
@@ -341,7 +343,7 @@ def resolve(
     if held_out is not None or calibration is not None:
         # Losses on other images do not compare with those of the curve, which is measured again.
         program = program.without(BudgetCurve)
-    limits, finish = Budget.of(budget), finisher(settings, known.scoring, known.held_out, reporter)
+    limits, finish = Budget.of(budget), finished(settings, known.scoring, known.held_out, reporter)
     flow.check_limits(settings, limits)
     judging = judged_on(program, None if held_out is not None else known.scoring, known.held_out)
     solved = choose(program, limits, known.held_out, reporter, finish=finish, judging=judging)

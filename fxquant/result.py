@@ -48,8 +48,8 @@ from fxquant.core.storage import (
     text_digest,
     write_json,
 )
-from fxquant.passes import measured_loss, scaled, simulate
-from fxquant.qat import METHOD, TrainedValues, gather, trainable, with_values
+from fxquant.passes import measured_loss, scaled
+from fxquant.qat import METHOD, TrainedValues, gather, simulated_plan, trainable
 from fxquant.report import content, one_line, page, summary, write_page
 from fxquant.routed import Routed, routed_of
 
@@ -108,10 +108,7 @@ class Result:
     @cached_property
     def simulated_program(self) -> Program:
         """The simulated graph with its facts."""
-        simulated = simulate(self.program, self.allocation)
-        trained = self.program.facts.get(TrainedValues)
-        holds = trained is not None and trained.choices == self.allocation.choices
-        return with_values(simulated, trained.values) if trained is not None and holds else simulated
+        return simulated_plan(self.program)
 
     @property
     def simulated(self) -> GraphModule:

@@ -37,10 +37,15 @@ class FoldBatchnorm(Pass):
         module = program.module
         folded: dict[str, Statistics] = {}
         for node in list(module.graph.nodes):
-            if node.target is aten._native_batch_norm_legit_no_training.default:
+            if is_norm(node):
                 folded |= _fold(module, node)
         erase_dead(module)
         return program.with_facts(NormStatistics(folded)), len(folded)
+
+
+def is_norm(node: Node) -> bool:
+    """Whether a node is a batch normalisation with stored statistics; its operands are scale, shift, mean, variance."""
+    return node.target is aten._native_batch_norm_legit_no_training.default
 
 
 def _fold(module: GraphModule, norm: Node) -> dict[str, Statistics]:

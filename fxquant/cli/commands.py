@@ -26,10 +26,10 @@ from fxquant.cli.inputs import ImageOptions, load_calibration, load_loss, load_m
 from fxquant.cli.inspect_onnx import as_json, as_text, inspect
 from fxquant.cli.interrupts import stopped_in_order
 from fxquant.core.errors import FxquantError, OptionError
-from fxquant.core.facts import EFFORTS, Budget, Settings, Target
+from fxquant.core.facts import Budget, Settings, Target
 from fxquant.core.host import Shards, memory_named, printable
 from fxquant.core.storage import check_writable
-from fxquant.flow import wanted_images
+from fxquant.flow import most_images
 from fxquant.outputs import (
     ROUNDING,
     SCORES,
@@ -131,7 +131,7 @@ def _scored(args: argparse.Namespace, budget: Budget | None) -> None:
         given_settings = {**asked, "distributed": True, "loss": load_loss(asked.get("loss"))}
         settings = settings_of(given_settings)
         check_packages(settings.target)
-        most = EFFORTS[settings.effort].images + wanted_images(budget, settings)
+        most = most_images(budget, settings)
         images = load_calibration(args.calibration, _image_options(args), most)
         result = api.quantize(
             load_model(args.model),

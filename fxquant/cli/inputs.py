@@ -93,13 +93,13 @@ def load_loss(spec: str | None) -> LossFunction | str | None:
     return cast(LossFunction, found)
 
 
-def load_calibration(spec: str, options: ImageOptions, limit: int, option: str = "--calibration") -> object:
+def load_calibration(spec: str, options: ImageOptions, limit: int | None, option: str = "--calibration") -> object:
     """Return an iterable of batches.
 
     Args:
         spec: `.npz`, `.npy`, a folder of images, or `pkg.module:loader`.
         options: how images of a folder are read.
-        limit: images wanted; a larger folder is sampled evenly in sorted order.
+        limit: images wanted, None for all; a larger folder is sampled evenly in sorted order.
         option: what the spec was given with, for messages.
 
     Raises:
@@ -212,14 +212,14 @@ def _from_npz(path: Path) -> object:
     return [arrays[inputs[0]] if label is None else (arrays[inputs[0]], label)]
 
 
-def _from_folder(folder: Path, options: ImageOptions, limit: int, option: str) -> Iterator[Tensor]:
+def _from_folder(folder: Path, options: ImageOptions, limit: int | None, option: str) -> Iterator[Tensor]:
     if options.size is None:
         raise OptionError(f"{option} {folder} is a folder of images; say --image-size, for example 224")
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not found:
         raise CalibrationError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     # Folders are often sorted by class: every n-th file, not the first ones.
-    count = min(limit, len(found))
+    count = len(found) if limit is None else min(limit, len(found))
     picked = [found[k * len(found) // count] for k in range(count)]
     return _batches(picked, options, options.size)
 

@@ -30,8 +30,9 @@ from fxquant.flow.judged_images import check_answers, learned_note
 from fxquant.flow.latency import measure_latency
 from fxquant.flow.score import judged_on, loss_in_use
 from fxquant.flow.stages import CHOOSE, CURVE, LATENCY
-from fxquant.passes import Meter, simulate
+from fxquant.passes import Meter
 from fxquant.passes.rounding import accepted
+from fxquant.qat import simulated_plan
 
 STEPS = 8
 """Steps of the bisection at most."""
@@ -61,7 +62,7 @@ class Judge:
     def verdict(self, program: Program) -> Program:
         """Return the program with the measured quality, its bounds and its limits on the plan."""
         plan, limits, settings = program[BitAllocation], self.budget.quality, program[Settings]
-        outputs = model_outputs(simulate(program, plan).module, self.images.inputs)
+        outputs = model_outputs(simulated_plan(program).module, self.images.inputs)
         asked = (self.images.labels, self.loss, settings.confidence, settings.seed)
         found = quality(limits, self.reference, outputs, *asked)
         judged = replace(

@@ -17,6 +17,7 @@ from fxquant.core.run import (
     model_outputs,
     needed,
 )
+from fxquant.qat import check_count, training_options
 
 LEARNED = (
     "the float model is more than 99 % sure of its answer to {share:.0%} of the held-out images, as it is of images it "
@@ -30,19 +31,44 @@ def wanted_images(budget: Budget | None, settings: Settings) -> int:
     return SPARE * max((count for count in counts if count is not None), default=0)
 
 
+def most_images(budget: Budget | None, settings: Settings) -> int | None:
+    """Return how many calibration images are used at most, None for all: a network is trained on every image."""
+    return None if settings.training is not None else EFFORTS[settings.effort].images + wanted_images(budget, settings)
+
+
+def taken_images(scoring: CalibrationSet, settings: Settings) -> CalibrationSet:
+    """Return the images that everything but training uses: no more than the effort takes."""
+    return scoring if settings.training is None else scoring.slice(0, EFFORTS[settings.effort].images)
+
+
+def check_training(images: CalibrationSet, settings: Settings) -> None:
+    """Fail before the long work if there are too few images to train on.
+
+    Raises:
+        CalibrationError: so it is.
+    """
+    options = training_options(settings.training, settings.training_options)
+    if settings.training is not None and options is not None:
+        check_count(images, settings.training, options)
+
+
 def split_images(
     images: CalibrationSet, budget: Budget | None, settings: Settings
 ) -> tuple[CalibrationSet, CalibrationSet]:
     """Return (scoring, held-out) parts.
 
     The settings' share of what the effort takes is held out, and more where answers are limited: images beyond the
-    effort's, and up to half of all. Plans are compared on the first of them, so that this takes no longer.
+    effort's, and up to half of all. Plans are compared on the first of them, so that this takes no longer. Where the
+    network is trained, images beyond those are scoring's, which uses the first of them alone.
     """
     taken = EFFORTS[settings.effort].images
     scoring, held_out = images.slice(0, taken).split(settings.held_out, settings.seed)
     wanted = wanted_images(budget, settings)
     if len(images) > taken and wanted > len(held_out):
-        held_out = held_out.joined(images.slice(taken, taken + wanted - len(held_out)))
+        more = images.slice(taken, taken + wanted - len(held_out))
+        held_out, taken = held_out.joined(more), taken + len(more)
+    if settings.training is not None and len(images) > taken:
+        scoring = scoring.joined(images.slice(taken, len(images)))
     missing = min(wanted, len(images) // 2) - len(held_out)
     if missing > 0:
         kept = len(scoring) - missing

@@ -24,12 +24,14 @@ from fxquant.passes import (
     Pass,
     RewriteTransposed,
     ScaleWeights,
+    SeparateNorms,
     site_passes,
 )
 from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.rounding import ROUNDERS
 from fxquant.passes.rounding.closed_form import RoundWeights
 from fxquant.passes.sensitivity import ESTIMATORS
+from fxquant.qat import TRAINERS, training_options
 from fxquant.recipes import RECIPES
 
 KEPT = "kept in float as asked"
@@ -78,6 +80,7 @@ KNOWN_NAMES: Mapping[str, Collection[str]] = {
     "estimators": ESTIMATORS,
     "solver": SOLVERS,
     "rounding": ROUNDERS,
+    "training": TRAINERS,
     "recipe": RECIPES,
 }
 """Setting -> the names it may hold; more may be registered at any time."""
@@ -87,7 +90,8 @@ def check_names(settings: Settings) -> None:
     """Fail on a misspelt name before any work is done.
 
     Raises:
-        OptionError: an unknown target, observer, loss, estimator, solver, way of rounding or recipe.
+        OptionError: an unknown target, observer, loss, estimator, solver, way of rounding, training or recipe, or an
+            option that its training does not have.
     """
     _ = backend(settings.target)
     given = {name: getattr(settings, name) for name in KNOWN_NAMES if name != "target"}
@@ -98,6 +102,7 @@ def check_names(settings: Settings) -> None:
         for name in (values,) if isinstance(values, str) else values or ():
             if name.strip() not in known:
                 raise unknown(known.kind if isinstance(known, Registry) else setting, name, known)
+    _ = training_options(settings.training, settings.training_options)
 
 
 def settled(settings: Settings) -> Settings:
@@ -125,6 +130,9 @@ def find_sites(program: Program, settings: Settings) -> Program:
     settings = settled(settings)
     target = backend(settings.target).target
     program = run(program, Canonicalize(), FoldConstants(), RewriteTransposed(), FoldBatchnorm())
+    # A saved result may name a training that is not registered where it is opened.
+    if settings.training is not None and settings.training in TRAINERS and TRAINERS[settings.training].separates:
+        program = run(program, SeparateNorms())
     program = program.with_facts(settings, target)
     program = run(program, *site_passes(target, settings, {}))
     names = [site.name for site in program[Sites].sites]

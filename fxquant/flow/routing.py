@@ -44,10 +44,15 @@ def check_limits(settings: Settings, budget: Budget | None) -> None:
     """Fail where plans are to be routed within limits that do not hold in the mean over patches.
 
     Raises:
-        OptionError: there are such limits.
+        OptionError: there are such limits, or the network is to be trained.
     """
     if not settings.routed:
         return
+    if settings.training is not None:
+        raise OptionError(
+            f"training {settings.training!r} gives each plan weights of its own, and routed plans share theirs; leave one of "
+            "the two out"
+        )
     asked = {} if budget is None else {**budget.limits, **budget.quality}
     others = [name for name in asked if name not in MEANS]
     if others:

@@ -25,7 +25,7 @@ from fxquant.core.host import ALONE, SILENT, Reporter, Shards
 from fxquant.core.ir import Program, Sites
 from fxquant.core.run import CalibrationSet, Loss, answer_loss, find_answers, judging_images
 from fxquant.core.storage import ScoreStore, StoredProgram, tensor_digest, text_digest
-from fxquant.flow.judged_images import compared_images
+from fxquant.flow.judged_images import compared_images, taken_images
 from fxquant.passes import MeasureSensitivity, simulate, widest_plan
 
 NOT_SCORED = "none"
@@ -64,7 +64,7 @@ def judged_on(
         return None
     # Where answers are limited, more images are held out than it takes to compare plans.
     held_out = compared_images(held_out, program[Settings])
-    images = held_out if scoring is None else scoring.joined(held_out)
+    images = held_out if scoring is None else taken_images(scoring, program[Settings]).joined(held_out)
     judged = judging(program, images)
     judged = images if judged is images else judged.joined(held_out)
     # Large networks are judged on fewer of them, so that a plan of theirs is measured in seconds.

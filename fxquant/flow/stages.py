@@ -13,6 +13,7 @@ CHOOSE = "choose a plan"
 ROUND = "round weights"
 ROUTE = "fit the router"
 RESHAPE = "choose channels"
+TRAIN = "train"
 CURVE = "measure other budgets"
 
 
@@ -34,6 +35,7 @@ def stages(settings: Settings, budget: Budget | None) -> list[str]:
         CHOOSE: chooses,
         # Within limits on answers every plan that is tried is rounded, so that this is no stage of its own.
         ROUND: budget is not None and not budget.quality and settings.rounding != "nearest",
+        TRAIN: budget is not None and not budget.quality and settings.training is not None,
         CURVE: curve > 0,
         ROUTE: chooses and settings.routed,
     }

@@ -26,6 +26,7 @@ from fxquant.core.ir import (
     rule_of,
     tensor_at,
 )
+from fxquant.passes import simulate
 
 METHOD = "trained"
 
@@ -124,6 +125,13 @@ def gather(simulated: Program, module: GraphModule) -> tuple[Rounding, TrainedVa
     known = simulated.facts.get(TrainedValues)
     earlier = known.values if known is not None and known.choices == choices else {}
     return rounding, TrainedValues(choices, {**earlier, **changed})
+
+
+def simulated_plan(program: Program) -> Program:
+    """Return the simulated graph of a program's plan, with what was trained for it outside of the quantized layers."""
+    simulated, trained = simulate(program, program[BitAllocation]), program.facts.get(TrainedValues)
+    holds = trained is not None and trained.choices == program[BitAllocation].choices
+    return with_values(simulated, trained.values) if trained is not None and holds else simulated
 
 
 def with_values(program: Program, values: Mapping[str, Tensor]) -> Program:

@@ -37,7 +37,7 @@ def _row(recipe: Recipe) -> dict[str, str]:
         "needs": ", ".join(recipe.needs) or "images",
         "ends": "8 bits" if settings.pin_ends else "as all layers",
         "observer": settings.observer,
-        "training": ", ".join(recipe.learned) or "none",
+        "training": ", ".join((*recipe.learned, *([recipe.training] if recipe.training else []))) or "none",
         "about": recipe.about,
         "source": recipe.source,
     }

@@ -28,6 +28,8 @@ UNIFORM: Mapping[str, Any] = {
     "rounding": "nearest",
 }
 """A method that rounds: one width for all layers, the widest within the limits or whichever loses least."""
+TRAINED: Mapping[str, Any] = {**LINEAR, "estimators": ("weight_mse",), "curve": 0}
+"""A method that chooses widths in training: the scores are for the plan that it has to beat."""
 ENDS: Mapping[str, Any] = {"pin_ends": True}
 """First and last layer at 8 bits."""
 
@@ -291,6 +293,30 @@ ROWS = (
         "arXiv 2201.06376",
         {**UNIFORM, "rounding": "brecq", "rounding_options": {"unit": "layers:2"}},
         essence=("rounding",),
+        needs=("training",),
+    ),
+    Recipe(
+        "bsq",
+        "bit planes trained under a group penalty, dropped until the budget holds; trained on at the widths found",
+        "arXiv 2102.10462, section 3",
+        {**TRAINED, "bits": (2, 3, 4, 5, 6, 7, 8), "training": "bsq"},
+        essence=("training",),
+        needs=("training",),
+    ),
+    Recipe(
+        "dropbits",
+        "cluster-promoting probabilities, bits dropped at random by learned gates; trained on at the widths found",
+        "arXiv 2109.02100",
+        {**TRAINED, "bits": (2, 3, 4), "training": "dropbits"},
+        essence=("training",),
+        needs=("training",),
+    ),
+    Recipe(
+        "aqd",
+        "a whole detector at one width, steps learned, batch norms by level; first and last weights at 8 bits",
+        "arXiv 2007.06919",
+        {**UNIFORM, **ENDS, "bits": (2, 3, 4), "activation_bits": (4,), "training": "aqd"},
+        essence=("training",),
         needs=("training",),
     ),
 )

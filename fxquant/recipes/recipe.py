@@ -11,6 +11,7 @@ from fxquant.core.facts import Settings, options_of
 from fxquant.core.registry import Registry
 from fxquant.core.run import JOIN
 from fxquant.passes.rounding.learned import PROFILES
+from fxquant.qat import TRAINERS
 
 Need = Literal["labels", "gradients", "training"]
 """What a method takes beside calibration images: labels of them, gradients of the network, gradient steps on them."""
@@ -58,12 +59,21 @@ class Recipe:
 
     @property
     def allocator(self) -> str:
-        """What chooses the plan: "uniform", or the name of a solver."""
+        """What chooses the plan: "uniform", "training", or the name of a solver."""
+        if self.training and TRAINERS[self.training].chooses:
+            return "training"
         return "uniform" if self.settings.choose == "uniform" else self.settings.solver
+
+    @property
+    def training(self) -> str:
+        """Name of what trains the network at the end; "" for nothing."""
+        return self.settings.training or ""
 
     @property
     def estimator(self) -> str:
         """What scores the choices; "" where no score decides."""
+        if self.training and TRAINERS[self.training].chooses:
+            return self.training
         chosen = self.settings.estimators or ()
         return "" if self.allocator == "uniform" else "+".join(chosen)
 
@@ -81,7 +91,7 @@ def settings_of(given: Settings | Mapping[str, Any] | None = None, **named: Any)
     """Return the settings of a call: the parts of its recipe, and in their place whatever the user gives.
 
     Mappings (`pins`, `rounding_options`) are laid over each other by key. A recipe's `rounding_options` belong to its
-    rounding: another rounding leaves them out.
+    rounding, its `training_options` to its training: another one leaves them out.
 
     Args:
         given: settings as an object, of which those count that are not the default, or name -> value.
@@ -102,8 +112,9 @@ def settings_of(given: Settings | Mapping[str, Any] | None = None, **named: Any)
         return asked
     recipe = RECIPES[asked.recipe]
     parts = dict(recipe.options)
-    if "rounding" in own and own["rounding"] != recipe.options.get("rounding"):
-        parts.pop("rounding_options", None)
+    for part in ("rounding", "training"):
+        if part in own and own[part] != recipe.options.get(part):
+            _ = parts.pop(f"{part}_options", None)
     _refuse_contradictions(recipe, asked, own)
     for name, value in own.items():
         ours = parts.get(name)

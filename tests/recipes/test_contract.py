@@ -22,6 +22,7 @@ from fxquant.flow import equalize
 from fxquant.passes.allocation import SOLVERS
 from fxquant.passes.rounding import ROUNDERS
 from fxquant.passes.sensitivity import ESTIMATORS
+from fxquant.qat import TRAINERS
 from fxquant.recipes import RECIPES, Recipe, listing
 from fxquant.result import Result
 from tests.small import images, small
@@ -31,6 +32,8 @@ LABELS = torch.arange(24) % 3
 BUDGET = fxquant.Budget(average_bits=6.5)
 FEW = {"iterations": 3, "batch": 4}
 """Steps of learned roundings, too few to be good and enough to be used."""
+SHORT = {"steps": 6, "batch": 4}
+"""The same of training."""
 
 
 def run(recipe: Recipe, labels: bool = True, turned: bool = False) -> Result:
@@ -42,7 +45,8 @@ def run(recipe: Recipe, labels: bool = True, turned: bool = False) -> Result:
         turned: give them in the opposite order.
     """
     calibration = [(IMAGES, LABELS.flip(0) if turned else LABELS)] if labels else [IMAGES]
-    more = {"curve": 0, **({"rounding_options": FEW} if recipe.learned else {})}
+    more: dict[str, Any] = {"curve": 0, **({"rounding_options": FEW} if recipe.learned else {})}
+    more |= {"training_options": SHORT} if recipe.training else {}
     return fxquant.quantize(
         small(), calibration, BUDGET, recipe=recipe.name, target="reference", progress=False, options=more
     )
@@ -68,6 +72,7 @@ class Used:
             (SOLVERS, lambda each, note: note(each)),
             (ROUNDERS, lambda each, note: note(each)),
             (OBSERVERS, lambda each, note: note(each)),
+            (TRAINERS, lambda each, note: replace(each, train=note(each.train))),
         ):
             self._watch(monkeypatch, registry, replaced)
         self._count_gradients(monkeypatch)
@@ -120,10 +125,11 @@ def test_it_uses_the_parts_that_its_row_names_and_gives_the_same_answer_again(
     assert used.names["estimator"] == set(recipe.settings.estimators)
     assert used.names["allocation solver"] == {recipe.settings.solver}
     assert used.names["rounding"] == set(recipe.rounding) - {"nearest"}
+    assert used.names["training"] == {recipe.training} - {""}
     assert used.names["observer"] == {recipe.settings.observer}
     assert bool(used.names["gradients"]) == bool({"gradients", "training"} & set(recipe.needs))
-    assert bool(recipe.learned) == ("training" in recipe.needs)
-    kept = {name: getattr(settings, name) for name in recipe.options if name != "rounding_options"}
+    assert bool(recipe.learned or recipe.training) == ("training" in recipe.needs)
+    kept = {name: getattr(settings, name) for name in recipe.options if not name.endswith("ing_options")}
     assert kept == {name: getattr(recipe.settings, name) for name in kept}
     assert dict(settings.rounding_options).items() >= dict(recipe.settings.rounding_options).items()
     assert again.allocation.to_json() == first.allocation.to_json()
@@ -147,9 +153,12 @@ def test_it_keeps_the_budget_and_its_widths(recipe: Recipe) -> None:
         assert inner in asked
     else:
         # No uniform plan takes part, and no swaps: the solver's plan is the only finalist.
-        assert list(plan.finalists) == [settings.estimators[0]] == [plan.estimator]
+        assert list(plan.finalists) == [settings.estimators[0]]
+        # What training chose is kept only if it loses less.
+        assert plan.estimator in (*plan.finalists, recipe.estimator)
     if settings.pin_ends:
-        assert {plan.choices[name].label for name in ("stem", "head")} == {"W8A8"}
+        ends = {plan.choices[name].label for name in ("stem", "head")}
+        assert ends == {f"W8A{max(settings.activation_bits)}"}
 
 
 @pytest.mark.parametrize("name", [name for name, each in RECIPES.items() if "labels" in each.needs])

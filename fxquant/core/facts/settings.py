@@ -110,6 +110,9 @@ class Settings(Options):
             that stay reconstructed; chosen likewise.
         routed: make, besides the plan, a network that runs one of two plans for each image: `Result.routed`. The
             limits hold in the mean over images.
+        training: how the plan's network is trained at the end, without labels unless the loss needs them: a name in
+            `fxquant.qat.TRAINERS`; by default it is not. The training is kept only where it lowers the held-out loss.
+        training_options: option of that training -> value, for example steps=300.
         recipe: published method by its name in `fxquant.recipes`; its values apply wherever no other is given.
         seed: same seed, same answer.
         threads: threads of the target's runtime; by default it chooses.
@@ -148,6 +151,8 @@ class Settings(Options):
     expand: tuple[float, ...] = field(default=(), metadata=rules(above=0, most=1))
     prune: tuple[float, ...] = field(default=(), metadata=rules(above=0, below=1))
     routed: bool = False
+    training: str | None = None
+    training_options: Mapping[str, object] = field(default_factory=dict, metadata=rules(flag="training_option"))
     recipe: str | None = None
     seed: int = 0
     threads: int | None = field(default=None, metadata=rules(least=1))
