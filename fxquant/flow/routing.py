@@ -50,8 +50,8 @@ def check_limits(settings: Settings, budget: Budget | None) -> None:
         return
     if settings.training is not None:
         raise OptionError(
-            f"training {settings.training!r} gives each plan weights of its own, and routed plans share theirs; leave one of "
-            "the two out"
+            f"training {settings.training!r} gives each plan weights of its own, and routed plans share theirs; leave "
+            "one of the two out"
         )
     asked = {} if budget is None else {**budget.limits, **budget.quality}
     others = [name for name in asked if name not in MEANS]

@@ -193,6 +193,11 @@ def test_labels_are_used_where_the_loss_needs_them() -> None:
         ({"training_options": {"penalty": 1}}, OptionError, "unknown training option 'penalty'"),
         ({"training_options": {"steps": 0}}, OptionError, "steps=0 must be a whole number of at least 1"),
         ({"training": "destill"}, OptionError, "unknown training 'destill' .did you mean 'distill'"),
+        (
+            {"routed": True},
+            OptionError,
+            "gives each plan weights of its own, and routed plans share",
+        ),
         ({"training": None}, OptionError, r"training_options \['batch', 'steps'\] belong to a training; name one"),
     ],
 )
