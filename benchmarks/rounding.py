@@ -98,7 +98,13 @@ CLOSED = (
 EQUALIZED = (*CLOSED, "equalize+gptq_rescaled+bias_correction", "equalize+qronos_rescaled")
 
 DRAWN = ("adaround", "brecq", "qdrop", "pdquant", "fast", "lowbit", "vit")
-"""Chains that draw random numbers."""
+"""Algorithms that draw random numbers."""
+
+
+def draws(chain: str) -> bool:
+    """Whether a chain draws random numbers."""
+    return any(name in DRAWN for name in chain.split("+"))
+
 
 SHORT: Mapping[str, object] = {"iterations": 200, "correction": 0, "prediction_every": 4}
 """A hundredth of the published iterations, the prediction at every fourth; corrected inputs are measured apart."""
@@ -107,6 +113,13 @@ CORRECTED: Mapping[str, object] = {**SHORT, "correction": 100}
 
 CASES: dict[str, Case] = {
     "ladder": Case("resnet20", ("W4A4", "W3A3", "W2A4", "W2A2"), LADDER, (0, 1, 2), options=SHORT),
+    "steps_then_qronos": Case(
+        "resnet20",
+        ("W4A4", "W3A3", "W2A4", "W2A2"),
+        ("qronos_rescaled", "qdrop+qronos_rescaled"),
+        options={"iterations": 100},
+        lowered=False,
+    ),
     "mixed": Case("resnet20", ("3 bits", "2.5 bits", "W3A8 all"), ("nearest", "gptq", "pdquant"), options=SHORT),
     "mixed_by_gptq": Case(
         "resnet20",
@@ -249,7 +262,7 @@ def measure(name: str, plan: str, chain: str, seed: int, path: Path) -> None:
     started, worked = time.perf_counter(), time.process_time()
     rounded = program
     if chain != "nearest":
-        options = case.options if chain in DRAWN else {}
+        options = case.options if draws(chain) else {}
         rounded = round_plan(program, chain, tuning, held_out, overrides=options, corrections=corrections)
     seconds, processor = time.perf_counter() - started, time.process_time() - worked
     simulated = simulate(rounded, program[BitAllocation]).module
@@ -308,7 +321,7 @@ def main() -> None:
             for plan in (only,) if only else case.plans:
                 for chain in case.chains:
                     path = FOLDER / f"{name}-{plan}-{chain}-{number}.json".replace(" ", "_")
-                    if not path.exists() and (number == case.seeds[0] or chain in DRAWN):
+                    if not path.exists() and (number == case.seeds[0] or draws(chain)):
                         measure(name, plan, chain, number, path)
     settings = {
         name: {"options": dict(case.options), "calibration": case.calibration, "evaluation": case.evaluation}

@@ -24,7 +24,6 @@ from fxquant.passes.rounding.learned.tune import (
     Draw,
     Material,
     Pieces,
-    TailAverage,
     Tuner,
     channel_sums,
 )

@@ -28,7 +28,6 @@ class Reconstruction(Options):
         step_lr: Adam's rate for activation steps, falling to 0 as a cosine; 0 keeps them as calibrated.
         level_lr: Adam's rate for weight scales and for levels that are not evenly spaced, relative to the scale and to
             the space between levels, while directions are learned; falling likewise, 0 keeps them.
-        tail: share of the last iterations over which everything learned is averaged; 0 takes the last values.
         activation_start: where activation steps start: as "calibrated" on the float network, or found again for each
             unit behind the "quantized" one.
         step_share: whether that rate is relative to each step, or absolute as published.
@@ -67,7 +66,6 @@ class Reconstruction(Options):
     step_lr: float = field(default=5e-4, metadata=rules(least=0))
     step_share: bool = True
     level_lr: float = field(default=0.0, metadata=rules(least=0))
-    tail: float = field(default=0.0, metadata=rules(least=0, most=1))
     activation_start: Literal["calibrated", "quantized"] = "calibrated"
     inputs: Literal["quantized", "float", "mixed"] = "mixed"
     drop: float = field(default=0.5, metadata=rules(least=0, most=1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -104,36 +104,6 @@ def channel_sums(error: Tensor) -> Tensor:
     return error.square().sum() * (channels / error.numel())
 
 
-class TailAverage:
-    """The mean of parameters over the last steps of a loop (Polyak averaging).
-
-    Args:
-        parameters: what is learned.
-        start: number of the first step that counts; none counts from the end of the loop on.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], start: int) -> None:
-        self._parameters, self._start, self._steps = tuple(parameters), start, 0
-        self._means: list[Tensor] = []
-
-    def see(self, iteration: int) -> None:
-        """Count the parameters after a step."""
-        if iteration < self._start:
-            return
-        self._steps += 1
-        with torch.no_grad():
-            if not self._means:
-                self._means = [parameter.detach().clone() for parameter in self._parameters]
-            for mean, parameter in zip(self._means, self._parameters, strict=True):
-                mean.lerp_(parameter.detach(), 1 / self._steps)
-
-    def settle(self) -> None:
-        """Put the means in place of the parameters."""
-        with torch.no_grad():
-            for mean, parameter in zip(self._means, self._parameters, strict=False):
-                parameter.copy_(mean)
-
-
 class Tuner:
     """Runs the loop.
 
@@ -170,8 +140,6 @@ class Tuner:
         options = self.options
         optimizer, schedule = self._optimizers()
         losses: list[float] = []
-        learned = [p for group in optimizer.param_groups for p in group["params"]]
-        average = TailAverage(learned, math.ceil(options.iterations * (1 - options.tail)))
         for module in self.pieces.learned.values():
             module.train()
         for iteration in track(range(options.iterations)):
@@ -183,14 +151,12 @@ class Tuner:
             torch.autograd.backward(loss if penalty is None else loss + penalty)
             optimizer.step()
             schedule.step()
-            average.see(iteration)
             losses.append(float(loss.detach()))
             # Only normalised errors have a scale to compare with: 1 at nearest rounding.
             if not math.isfinite(losses[-1]) or (
                 options.normalise and losses[-1] > DIVERGED * sum(self._rates.values())
             ):
                 return Trace(losses[0], losses[-1], True, tuple(losses))
-        average.settle()
         for module in self.pieces.learned.values():
             module.eval()
         ends = max(1, len(losses) // 20)

@@ -23,7 +23,6 @@ from fxquant.passes.rounding.learned import (
     Pieces,
     Reconstruction,
     SoftRounding,
-    TailAverage,
     Tuner,
     UnitQuantizers,
     channel_sums,
@@ -237,21 +236,6 @@ def test_every_image_is_drawn_once_before_any_is_drawn_again() -> None:
         assert epoch.sort().values.tolist() == list(range(IMAGES))
     assert not torch.equal(drawn[:IMAGES], drawn[IMAGES : 2 * IMAGES])
     assert torch.equal(torch.cat([tuner(replace(PLAIN, batch=5))._draw() for _ in range(1)]), drawn[:5])
-
-
-def test_the_tail_is_averaged() -> None:
-    """By hand: steps 0 to 4 leave 1, 2, 4, 8, 16; the last three have mean 28 / 3."""
-    parameter = torch.zeros(2, requires_grad=True)
-    average = TailAverage([parameter], 2)
-    for step in range(5):
-        parameter.data.fill_(2.0**step)
-        average.see(step)
-    average.settle()
-    assert torch.allclose(parameter, torch.full((2,), 28 / 3))
-    untouched = TailAverage([parameter], 5)
-    untouched.see(4)
-    untouched.settle()
-    assert torch.allclose(parameter, torch.full((2,), 28 / 3))
 
 
 def test_divergence_stops_the_loop() -> None:
