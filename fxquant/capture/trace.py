@@ -92,7 +92,8 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, d
     require_module(model)
     check_storage(model)
     try:
-        own = copy.deepcopy(model).eval()
+        with quiet():
+            own = copy.deepcopy(model).eval()
     except Exception as error:
         raise CaptureError(_copy_advice(model, error)) from error
     _ = own.register_forward_hook(lambda *given: plain_answer(given[-1]))
