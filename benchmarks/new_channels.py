@@ -47,6 +47,7 @@ class Contestant:
         recipe: of `fxquant.recipes`; "zeroq" scores and solves as the other two do.
         bits: candidate widths.
         budget: the limit.
+        rounding: of the chosen plan.
     """
 
     part: str
@@ -54,6 +55,7 @@ class Contestant:
     recipe: str
     bits: tuple[int, ...]
     budget: str
+    rounding: str = "gptq"
 
 
 def _expanded(width: int, more: float) -> list[Contestant]:
@@ -74,6 +76,10 @@ CONTESTANTS = (
     Contestant("prune", "mixed, 3/5 of the bit operations", "zeroq", MIXED, f"bops_ratio={0.6 / 16}"),
     Contestant("prune", "mixed, 3 bits", "zeroq", MIXED, "average_bits=3"),
     Contestant("prune", "mixed and pruned, 3 bits", "prune", MIXED, "average_bits=3"),
+    Contestant("expand", "2 bits, scales searched", "zeroq", (2,), "average_bits=2", "gptq_rescaled"),
+    Contestant(
+        "expand", "2 bits, 25 % more, split, scales searched", "expand", (2,), "average_bits=2.5", "gptq_rescaled"
+    ),
 )
 
 
@@ -109,7 +115,13 @@ def file_of(contestant: Contestant) -> Path:
 def measured(contestant: Contestant, judge: Judge) -> Row:
     """Return the row of a contestant, but for its time."""
     network, began = NETWORKS["resnet20"], time.process_time()
-    options = {"bits": contestant.bits, "scoring_rounding": "gptq", "rounding": "gptq", "curve": 0, "seed": 0}
+    options = {
+        "bits": contestant.bits,
+        "scoring_rounding": "gptq",
+        "rounding": contestant.rounding,
+        "curve": 0,
+        "seed": 0,
+    }
     calibration = [(network.calibration(IMAGES), data.cifar10_calibration_labels(IMAGES))]
     recipe, model = contestant.recipe, network.factory()
     run = partial(fxquant.quantize, model, calibration, recipe=recipe, options=options, progress=False)
@@ -129,6 +141,8 @@ def measured(contestant: Contestant, judge: Judge) -> Row:
     notes = [note for note in result.allocation.notes if "channel" in note]
     row: Row = {"part": contestant.part, "network": contestant.name, **judge.figures(path), "bytes": size}
     row |= {"weight bits kB": bits / 8000, "million MACs": macs / 1e6, "processor s": round(spent, 1)}
+    kept = result.report_data()["rounding"]["notes"]
+    row |= {"rejected": "; ".join(note for note in kept if "rejected" in note) or None}
     return row | {"channels": notes[0].partition(". Planned")[0] if notes else None}
 
 

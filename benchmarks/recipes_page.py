@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from fxquant.core.storage import read_json
 from fxquant.recipes import COLUMNS, RECIPES, listing
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
+WIDTH = 120
+"""Characters of a line of prose."""
 
 ROUNDINGS = ("own", "nearest", "gptq")
 CLEAR = 2.0
@@ -98,10 +101,11 @@ def _compared(rows: Sequence[Row], budgets: Sequence[float]) -> list[str]:
                 near["less" if distance < -CLEAR else "like"].append(name)
         if any("KL above default" in row for row in rows):
             texts = {key: ", ".join(names) or "none" for key, names in near.items()}
-            lines.append(
+            said = (
                 f"At {bits:g} bits, KL against our default's, paired image by image: clearly less (by more than "
                 f"{CLEAR:g} standard errors): {texts['less']}; within the noise: {texts['like']}; all others more."
             )
+            lines.append(textwrap.fill(said, WIDTH, break_long_words=False, break_on_hyphens=False))
     return lines
 
 
