@@ -53,12 +53,13 @@ OTHERS: dict[str, dict[str, object]] = {
 LEFT_OUT = ("hawq-v2", "daq", "limpq", "rmsmp", "expand", "prune", "dynamic", "kl-lm", "hessian-lm")
 """With widths and ends like all others, HAWQ-v2 is HAWQ-v3; DAQ and LIMPQ have activations below 8 bits, which ONNX
 Runtime does not run; RMSMP has other formats, of 4 bits and more; `benchmarks.new_channels` has `expand` and `prune`,
-`benchmarks.routed` has `dynamic`, and `benchmarks.recipes_language` the others."""
+`benchmarks.routed` has `dynamic`, and `benchmarks.recipes_language` the others. `benchmarks.recipes_training` has those
+that train."""
 
 OURS = ("default", OWN)
 """What all others are compared with, and its rounding."""
 
-CONTESTANTS = (*OTHERS, *(name for name in RECIPES if name not in LEFT_OUT))
+CONTESTANTS = (*OTHERS, *(name for name, each in RECIPES.items() if name not in LEFT_OUT and not each.training))
 
 Row = dict[str, str | float | None]
 
