@@ -98,6 +98,15 @@ class Loss(ABC):
         del temperature
         return _relative(reference, answer)
 
+    def certainty(self, answers: Tensor) -> float | None:
+        """Return the mean probability of the likeliest class, 0..1; None where classes do not exclude each other.
+
+        Args:
+            answers: of the float model.
+        """
+        del answers
+        return None
+
     def products(self, reference: Tensor, answer: Tensor, shifts: Sequence[Tensor], labels: Tensor | None) -> Tensor:
         """Return `s_i' H s_j` per image, H the Hessian at the answer: what two shifts add to each other.
 
@@ -129,6 +138,10 @@ class SoftmaxLoss(Loss):
         p, q = (torch.log_softmax(x.double(), dim=1) for x in (reference, output))
         each = (p.exp() * (p - q)).sum(dim=1)
         return each.flatten(1).mean(dim=1) if p.dim() > 2 else each
+
+    def certainty(self, answers: Tensor) -> float | None:
+        """Return the mean probability of the likeliest class, 0..1, over images and positions."""
+        return float(answers.detach().float().softmax(dim=1).amax(dim=1).mean())
 
     def embed(self, reference: Tensor, shift: Tensor) -> Tensor:
         """Return `e = sqrt(p) (shift - p . shift)`: `e . e'` equals `shift' (diag p - p p') shift'`."""

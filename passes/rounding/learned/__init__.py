@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fxquant.passes.rounding.learned.activation_starts import activation_starts
 from fxquant.passes.rounding.learned.asymmetric import POWER, asymmetric_grid, with_asymmetric_grids
+from fxquant.passes.rounding.learned.certainty import where_it_pays
 from fxquant.passes.rounding.learned.correction import EPSILON, corrected_inputs, has_statistics, mismatch
 from fxquant.passes.rounding.learned.cut import Cut, answer_of, feature_of
 from fxquant.passes.rounding.learned.engine import Reconstructor, reconstruct

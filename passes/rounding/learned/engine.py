@@ -18,6 +18,7 @@ from fxquant.core.run import CalibrationSet, Span, answer_graph, cut_span, loss_
 from fxquant.core.storage import Arrays, tensor_digest, text_digest
 from fxquant.passes.rounding.acceptance import record_of
 from fxquant.passes.rounding.learned.activation_starts import START_IMAGES
+from fxquant.passes.rounding.learned.certainty import where_it_pays
 from fxquant.passes.rounding.learned.correction import corrected_inputs, has_statistics
 from fxquant.passes.rounding.learned.cut import Cut, answer_of, feature_of
 from fxquant.passes.rounding.learned.options import Reconstruction
@@ -75,6 +76,10 @@ class Reconstructor:
         self.feature = feature_of(self.module, task.sites) if options.feature else None
         self.device = task.images.inputs[0].device
         self.notes: list[str] = []
+        loss = loss_of(task.loss)
+        options, note = where_it_pays(options, task.overrides, loss, self._answers[self.answer])
+        self.options = options
+        self.notes += [note] if note else []
         copies = 2 + (options.correction > 0)
         needed = kept_bytes(self.module, self.units, len(task.images), copies)
         self.keep = kept_type(needed, options.memory_mb * 10**6)

@@ -37,6 +37,8 @@ class Reconstruction(Options):
         warmup: share of the iterations without that term.
         prediction: weight of the prediction difference; 0 is off.
         prediction_every: period in steps of the prediction term, whose weight is multiplied by it.
+        prediction_where: "always", or only where the network is "unsure" of the images it is tuned on: where it knows
+            them by heart, prediction and correction are left out, with a note. A weight that is given is kept.
         temperature: T.
         feature: weight of the penultimate features' error; 0 is off.
         normalise: divide each error by its value at nearest rounding, so that weights are comparable across units.
@@ -73,6 +75,7 @@ class Reconstruction(Options):
     warmup: float = field(default=0.2, metadata=rules(least=0, most=1))
     prediction: float = field(default=0.0, metadata=rules(least=0))
     prediction_every: int = field(default=1, metadata=rules(least=1))
+    prediction_where: Literal["always", "unsure"] = "always"
     temperature: float = field(default=4.0, metadata=rules(above=0))
     feature: float = field(default=0.0, metadata=rules(least=0))
     normalise: bool = True

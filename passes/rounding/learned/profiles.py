@@ -30,7 +30,7 @@ class Profile:
 STRAIGHT = Reconstruction(learned="straight_through", drop=0.0, prediction=1.0, prediction_every=4)
 """Values and scales straight through the rounding, the prediction at every fourth step."""
 
-PDQUANT = Reconstruction(prediction=0.1, correction=100, answer_by_prediction=True)
+PDQUANT = Reconstruction(prediction=0.1, prediction_where="unsure", correction=100, answer_by_prediction=True)
 """Symmetric weights that deploy, errors normalised, the classifier tuned by the prediction alone.
 
 A tenth is what the prediction makes of the authors' loss in early blocks. With equal shares it learns the calibration

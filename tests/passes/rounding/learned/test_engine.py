@@ -28,7 +28,13 @@ from tests.passes.rounding.tasks import images, task_of
 
 T = TypeVar("T")
 
-SHORT: dict[str, object] = {"iterations": 12, "batch": 4, "rounding_lr": 0.05, "step_lr": 2e-3}
+SHORT: dict[str, object] = {
+    "iterations": 12,
+    "batch": 4,
+    "rounding_lr": 0.05,
+    "step_lr": 2e-3,
+    "prediction_where": "always",
+}
 STAGES = {name: options for profile in PROFILES.values() for name, options in profile.stages.items()}
 """Name of a run of the engine -> its settings, corrections cut short."""
 STAGES["pdquant"] = replace(STAGES["pdquant"], correction=4)
