@@ -16,6 +16,8 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "recipes.md"
 WIDTH = 120
 """Characters of a line of prose."""
 
+WIDTH = 120
+"""Of lines that are no tables."""
 ROUNDINGS = ("own", "nearest", "gptq")
 CLEAR = 2.0
 """Standard errors that a difference must have to be called one."""
@@ -59,7 +61,12 @@ def figure_table(network: str) -> str:
         lines.append([_shown(name), own, *figures, f"{one['bytes'] / 1000:.1f}", f"{one['processor s']:.0f}"])
         lines[-1].append(f"{one['passes'] / _images(document, name):.3g}")
     made = table([*columns, f"kB at {budgets[0]:g}", "processor s", "passes"], lines)
-    return "\n\n".join([f"{_conditions(document)} Float: {_figure(first)}.", made, *_compared(rows, budgets)])
+    before = f"{_conditions(document)} Float: {_figure(first)}."
+    return "\n\n".join([_wrapped(before), made, *map(_wrapped, _compared(rows, budgets))])
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _own_rounding(rows: Sequence[Row], name: str) -> str:
