@@ -46,7 +46,7 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
     "dropbits": {"recipe": "dropbits"},
 }
 """Contestant -> settings. "plain": widths of the fast preset, weights rounded by GPTQ before training."""
-DETECTOR_STEPS, DETECTOR_BATCH, UNLABELLED, EVALUATED = 100, 4, 60, 60
+DETECTOR_STEPS, DETECTOR_BATCH, UNLABELLED, EVALUATED = 40, 4, 12, 25
 """Steps, images of a step, images trained on beside the 20 of COCO, and images evaluated on."""
 DETECTORS: dict[str, dict[str, Any]] = {
     "W4A8": {"activation_bits": (8,), "target": "onnxruntime"},
@@ -92,7 +92,7 @@ def result_answers(result: Result, path: Path) -> Callable[[tuple[Tensor, ...]],
 
 
 def detector_row(kind: str) -> Row:
-    """Return the AP of the detector before and after training, next to the float one's."""
+    """Return the AP of the detector before training, in simulation, and after it, next to the float one's."""
     task = TASKS[DETECTOR]
     # Nothing but pictures is needed; COCO's twenty come first, on which ranges are found.
     others = data.imagenet_calibration(UNLABELLED, 352).flip(1) / 255.0
@@ -105,7 +105,7 @@ def detector_row(kind: str) -> Row:
     result = fxquant.quantize(task.model(), images, "average_bits=8", workdir=FOLDER / f"aqd {kind}", options=given)
     row: Row = {"contestant": f"aqd {DETECTOR} {kind}", "processor s": round(time.process_time() - began, 1)}
     row |= task.evaluate(result_answers(result, FOLDER / "after.onnx"), EVALUATED)
-    before = task.evaluate(result_answers(untrained(result), FOLDER / "before.onnx"), EVALUATED)
+    before = task.evaluate(torch_answers(untrained(result).simulated), EVALUATED)
     row |= {f"{key} before": value for key, value in before.items()}
     whole = task.evaluate(torch_answers(task.model()), EVALUATED)
     row |= {f"{key} float": value for key, value in whole.items()}
@@ -113,25 +113,25 @@ def detector_row(kind: str) -> Row:
     return row | {"runs in": "ONNX Runtime" if given["target"] == "onnxruntime" else "simulation"}
 
 
-def kept(name: str, make: Callable[[], Row]) -> Row:
-    """Return a finished row from its file, or make it."""
+def kept(name: str, make: Callable[[], Row] | None) -> Iterator[Row]:
+    """Yield a finished row from its file, or make it; nothing where it is neither there nor to be made."""
     path = FOLDER / f"{name}.json"
-    if not path.is_file():
+    if not path.is_file() and make is not None:
         write_json(path, "training row", 1, {"row": make()})
-    found: Row = read_json(path, "training row", 1)["row"]
-    return found
+    if path.is_file():
+        yield read_json(path, "training row", 1)["row"]
 
 
 def rows(names: Sequence[str]) -> Iterator[Row]:
-    """Yield the row of each contestant named, the first budget of all before the next."""
+    """Yield the row of each contestant that is named, and of others that are finished."""
     judge = Judge.of(NETWORK)
     yield {"contestant": "float", "accuracy %": judge.accuracy(judge.reference)}
     for bits in BUDGETS:
-        for name in (name for name in names if name in CONTESTANTS):
-            yield kept(f"{name} {bits}", partial(classifier_row, name, bits, judge))
-        if DETECTOR in names and bits == BUDGETS[0]:
-            for kind in DETECTORS:
-                yield kept(f"{DETECTOR} {kind}", partial(detector_row, kind))
+        for name in CONTESTANTS:
+            make = partial(classifier_row, name, bits, judge) if name in names else None
+            yield from kept(f"{name} {bits}", make)
+    for kind in DETECTORS:
+        yield from kept(f"{DETECTOR} {kind}", partial(detector_row, kind) if DETECTOR in names else None)
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ class BitPlaneTraining(Training):
         share: share of the steps that train bit planes, the others train at the widths found.
         plane_lr: Adam's rate for weights, in planes, and all else in those steps; lower, for they start at the float
             network, where the loss has no slope but noise.
-        penalty: by how much the lowest plane of a layer of mean size shrinks at each step, alpha.
+        penalty: alpha: by how much the lowest plane of a layer of mean size shrinks between two re-quantizations.
         requantizations: times that planes become whole bits again and are dropped, evenly spread.
 
     Raises:
@@ -47,7 +47,7 @@ class BitPlaneTraining(Training):
 
     share: float = field(default=0.5, metadata=rules(above=0, below=1))
     plane_lr: float = field(default=1e-4, metadata=rules(least=0))
-    penalty: float = field(default=0.01, metadata=rules(least=0))
+    penalty: float = field(default=0.1, metadata=rules(least=0))
     requantizations: int = field(default=6, metadata=rules(least=1))
 
 
@@ -61,6 +61,7 @@ class _Shrinking:
         start = BitAllocation(self.ladders.widest)
         self.replaced = ReplacedQuantizers(simulate(task.program, start), self.sites, self._planes)
         self.steps = max(1, round(options.steps * options.share))
+        self.every = max(1, self.steps // options.requantizations)
         self.excess = self.ladders.excess(start.choices)
         self._aim(self._slopes(-1), (1.0 - 1.0 / options.requantizations) * self.excess)
 
@@ -85,8 +86,9 @@ class _Shrinking:
 
         Shares are against the mean, so that one alpha does for networks of few and of many layers.
         """
-        bits = {site: form.planes[0, 0].numel() * form.width for site, form in self.forms.items()}
-        return self.options.penalty * bits[name] * len(bits) / sum(bits.values())
+        bits = {site: form.planes[0].numel() * form.width for site, form in self.forms.items()}
+        share = bits[name] * len(bits) / sum(bits.values())
+        return self.options.penalty * share / self.every
 
     def after(self, step: int, optimizer: Adam) -> None:
         """Shrink the planes; at a re-quantization, make them whole and drop what must go."""
@@ -94,9 +96,8 @@ class _Shrinking:
         for name, form in self.forms.items():
             form.shrink(amounts[name])
         turns = self.options.requantizations
-        every = max(1, self.steps // turns)
-        turn, last = (step + 1) // every, step + 1 == self.steps
-        if not last and ((step + 1) % every or turn >= turns):
+        turn, last = (step + 1) // self.every, step + 1 == self.steps
+        if not last and ((step + 1) % self.every or turn >= turns):
             return
         slopes = self._slopes(step)
         for form in self.forms.values():
@@ -115,7 +116,7 @@ class _Shrinking:
         to the sum of their squares; where nothing is known of the curvature, of the loss itself.
         """
         graph, teacher = answer_graph(self.replaced.module), answer_graph(self.task.program.module)
-        found = {name: torch.zeros(form.planes.shape[2:]) for name, form in self.forms.items()}
+        found = {name: torch.zeros(form.planes.shape[1:]) for name, form in self.forms.items()}
         for turn in range(SAMPLES):
             batch = drawn(self.task, f"curvature {turn}", step)
             answer = first_tensor(graph(*batch.inputs))
@@ -130,7 +131,7 @@ class _Shrinking:
                 (along,) = torch.autograd.grad(value, answer, retain_graph=True)
             slopes = torch.autograd.grad(answer, [form.planes for form in self.forms.values()], along.to(answer.dtype))
             for (name, form), slope in zip(self.forms.items(), slopes, strict=True):
-                found[name] += (slope[0, 0] / form.along(form.step.detach())).square()
+                found[name] += (slope[0] / form.along(form.step.detach())).square()
         return found
 
     def _drop(self, slopes: Mapping[str, Tensor], slack: float) -> None:
