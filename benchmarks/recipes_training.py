@@ -49,8 +49,8 @@ CONTESTANTS: dict[str, dict[str, Any]] = {
 DETECTOR_STEPS, DETECTOR_BATCH, UNLABELLED, EVALUATED = 40, 4, 12, 25
 """Steps, images of a step, images trained on beside the 20 of COCO, and images evaluated on."""
 DETECTORS: dict[str, dict[str, Any]] = {
-    "W4A8": {"activation_bits": (8,), "target": "onnxruntime"},
-    "W4A4": {"activation_bits": (4,), "target": "reference"},
+    "W4A8": {"bits": (4,), "activation_bits": (8,), "target": "onnxruntime"},
+    "W4A4": {"bits": (4,), "activation_bits": (4,), "target": "reference"},
 }
 
 
