@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -58,8 +59,9 @@ def figure_table(network: str) -> str:
         one = next(row for row in rows if row["recipe"] == name)
         own = "+".join(RECIPES[name].rounding) if name in RECIPES else _own_rounding(rows, name)
         figures = [_figure(found.get((name, *cell))) for cell in cells]
-        lines.append([_shown(name), own, *figures, f"{one['bytes'] / 1000:.1f}", f"{one['processor s']:.0f}"])
-        lines[-1].append(f"{one['passes'] / _images(document, name):.3g}")
+        passes = one.get("passes", math.nan) / _images(document, name)
+        spent = [f"{one['bytes'] / 1000:.1f}", f"{one.get('processor s', math.nan):.0f}", f"{passes:.3g}"]
+        lines.append([_shown(name), own, *figures, *(text.replace("nan", "") for text in spent)])
     made = table([*columns, f"kB at {budgets[0]:g}", "processor s", "passes"], lines)
     before = f"{_conditions(document)} Float: {_figure(first)}."
     return "\n\n".join([_wrapped(before), made, *map(_wrapped, _compared(rows, budgets))])
