@@ -20,8 +20,11 @@ STRETCH = 1.2
 """The sigmoid is stretched to (-0.1, 1.1) and clipped, so that 0 and 1 are reached (AdaRound, arXiv 2004.10568)."""
 
 
-TRUST = 0.9
-"""How far the starting h moves from the float weight's to the level that an earlier algorithm chose."""
+TRUST = 0.5
+"""How far the starting h moves from the float weight's to the level that an earlier algorithm chose.
+
+ResNet-8 at W2A2, `qdrop` of 200 steps behind Qronos: held-out KL 1.4 with a half, 2.2 with .9.
+"""
 NUDGE = 1e-3
 """Share of a scale that a value is moved off its level, so that it has a neighbour on the intended side."""
 
