@@ -27,7 +27,12 @@ from fxquant.core.run import CalibrationSet, Loss, answer_loss, find_answers, ju
 from fxquant.core.storage import ScoreStore, StoredProgram, tensor_digest, text_digest
 from fxquant.flow.judged_images import compared_images, taken_images
 from fxquant.passes import MeasureSensitivity, simulate, widest_plan
+from fxquant.passes.sensitivity import ESTIMATORS
 
+SCORED_PLANS = 24
+"""Scoring may take the work of measuring so many plans."""
+FEWEST_SCORED = 32
+"""Images that layers are scored on where there are as many."""
 NOT_SCORED = "none"
 """Stands for an estimator where there is nothing to choose."""
 
@@ -135,7 +140,7 @@ def score(
         WorkerError: another process that shares the work was lost, or was given something else.
     """
     loss, seed, device = loss_in_use(program, images), program[Settings].seed, images.inputs[0].device
-    images = judging_images(_some(images, EFFORTS[program[Settings].effort].scored), loss, seed)
+    images = judging_images(_some(images, _scored_images(program, estimators)), loss, seed)
     with shards.group(device):
         known = score_identity(program, images, loss) if folder is not None or shards.world_size > 1 else {}
         # Compared before any process writes: a folder that all of them found empty is still empty here.
@@ -144,6 +149,17 @@ def score(
         # Without rounded biases, nothing but the substitutions differs from the float network.
         simulated = simulate(program, widest_plan(program), round_biases=False)
         return MeasureSensitivity(images, estimators, loss, store, reporter, seed, shards, context)(simulated)
+
+
+def _scored_images(program: Program, estimators: tuple[str, ...]) -> int:
+    """Return how many images to score on at most: of large networks fewer, where every candidate is run on each."""
+    effort, sites = EFFORTS[program[Settings].effort], program[Sites]
+    if not any(ESTIMATORS[name].measured for name in estimators):
+        return effort.scored
+    # A candidate runs what lies behind it, half of the network on average.
+    image = sum(site.macs for site in sites.sites) * len(sites.candidates) / 2
+    affordable = min(SCORED_PLANS * effort.work / max(1.0, image), effort.scored)
+    return min(effort.scored, max(FEWEST_SCORED, int(affordable)))
 
 
 def _some(images: CalibrationSet, most: int) -> CalibrationSet:

@@ -16,7 +16,7 @@ from fxquant.core.host import Reporter
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet, model_outputs, quality
 from fxquant.flow import cheapest, choose, judged_on, score
-from fxquant.passes import simulate
+from fxquant.passes import MeasureSensitivity, simulate
 from fxquant.report import summary
 from tests.scoring import inputs, scored
 from tests.small import images, small
@@ -152,6 +152,34 @@ def test_large_networks_are_judged_on_fewer_images(monkeypatch: pytest.MonkeyPat
     assert count(30 * image, 10) == 30
     assert count(5 * image, 10) == 10
     assert count(0, 10, effort="best") == whole
+
+
+@pytest.mark.parametrize(
+    ("estimators", "work", "fewest", "most", "seen"),
+    [
+        (("gram",), 1e18, 4, 96, 40),
+        (("gram",), 1e18, 4, 20, 20),
+        (("gram", "fisher_out"), 1.0, 4, 96, 4),
+        (("gram",), 1.0, 50, 96, 40),
+        (("fisher_out",), 1.0, 4, 96, 40),
+    ],
+)
+def test_large_networks_are_scored_on_fewer_images_where_candidates_are_run(
+    monkeypatch: pytest.MonkeyPatch, estimators: tuple[str, ...], work: float, fewest: int, most: int, seen: int
+) -> None:
+    program, counts = scored("plain"), list[int]()
+    effort = replace(EFFORTS["default"], work=work, scored=most)
+
+    class Counted(MeasureSensitivity):
+        def run(self, program: Program) -> tuple[Program, int]:
+            counts.append(len(self.images))
+            return super().run(program)
+
+    monkeypatch.setattr(score, "EFFORTS", {"default": effort})
+    monkeypatch.setattr(score, "FEWEST_SCORED", fewest)
+    monkeypatch.setattr(score, "MeasureSensitivity", Counted)
+    score.score(program, CalibrationSet(inputs("plain", 40)), estimators, None)
+    assert counts == [seen]
 
 
 def test_images_learned_by_heart_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:

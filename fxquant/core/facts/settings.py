@@ -26,7 +26,7 @@ class Effort:
     Args:
         estimators: sensitivity estimators, the preferred one first, which the search starts from.
         images: calibration images used at most.
-        scored: images that layers are scored on at most.
+        scored: images that layers are scored on at most; fewer for large networks, as `work` says.
         work: multiply-accumulates of measuring one plan, at most; all images measure plans of small networks, and at
             least `FEWEST_JUDGED` those of any.
         refine_moves: plans measured at most to improve the best finalist.
