@@ -27,6 +27,8 @@ from fxquant.passes import (
 
 SHARES = (1.0, 0.5)
 """Powers of the factors that are tried, beside none of them."""
+MODELLED = 96
+"""Calibration images at most that the model of rounding noise is measured on."""
 JUDGED = 48
 """Calibration images that the powers are judged on."""
 GAIN = 0.1
@@ -44,7 +46,7 @@ def equalize(program: Program, images: CalibrationSet) -> Program:
         program: from `prepare`, its observers empty.
         images: calibration images.
     """
-    proposed = EqualizeChannels(images)(program)
+    proposed = EqualizeChannels(images.slice(0, MODELLED))(program)
     scales = proposed[ChannelScales]
     if not scales.paths:
         return proposed
