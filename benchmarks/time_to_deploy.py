@@ -98,7 +98,8 @@ def deployed(name: str, effort: str) -> Row:
     row |= {stage: round(clock.taken[stage][0], 2) if stage in clock.taken else 0.0 for stage in STAGES}
     processor, wall, peaks = (list(part) for part in zip(*clock.taken.values(), strict=True))
     row |= {"processor s": round(sum(processor), 1), "s": round(sum(wall), 1), "peak MB": round(max(peaks))}
-    return row | {"peak in": max(clock.taken, key=lambda stage: clock.taken[stage][2])}
+    row |= {"peak in": max(clock.taken, key=lambda stage: clock.taken[stage][2])}
+    return row | {f"{stage} MB": round(clock.taken[stage][2]) for stage in STAGES if stage in clock.taken}
 
 
 def measured(name: str, effort: str) -> Row:
@@ -127,7 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in read_json(RESULTS / "time_to_deploy.json", "benchmark", 1)["rows"]:
             _ = rows.setdefault((row["network"], row["effort"]), row)
     order = sorted(rows, key=lambda key: (list(CASES).index(key[0]), list(EFFORTS).index(key[1])))
-    write("time_to_deploy", [rows[key] for key in order], {"threads": 1, "budget": BUDGET, "stages": "processor s"})
+    meta = {"threads": 1, "budget": BUDGET, "stages": "processor s, and MB: peak of the process"}
+    write("time_to_deploy", [rows[key] for key in order], meta)
 
 
 if __name__ == "__main__":
