@@ -99,17 +99,20 @@ def quantize(
         raise CalibrationError("calibration holds one image; give at least two, so that one can be held out")
     flow.check_labels(images, settings)
     scoring, held_out = flow.split_images(images, limits, settings)
+    # The two parts are copies, which may be as large as everything else together.
+    traced = images.take([0, 1]).inputs
+    del images
     flow.check_answers(limits, held_out, settings)
     flow.check_routes(settings, limits, held_out)
     flow.check_training(scoring, settings)
     with reporter.stages(flow.stages(settings, limits)):
         reporter.stage(flow.CAPTURE)
-        captured = capture_program(model, images.slice(0, 2).inputs, dynamic_image=settings.dynamic_image)
+        captured = capture_program(model, traced, dynamic_image=settings.dynamic_image)
         notes: tuple[str, ...] = ()
         if limits is not None and flow.changes_channels(settings):
             new = flow.new_channels(captured, limits, settings, taken_images(scoring, settings), folders[0], reporter)
             limits, notes = new.budget, new.notes
-            captured = capture_program(new.module, images.slice(0, 2).inputs, dynamic_image=settings.dynamic_image)
+            captured = capture_program(new.module, traced, dynamic_image=settings.dynamic_image)
         return _search(captured, limits, settings, scoring, held_out, reporter, shards, folders, notes)
 
 

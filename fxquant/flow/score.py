@@ -23,7 +23,7 @@ from fxquant.core.facts import (
 )
 from fxquant.core.host import ALONE, SILENT, Reporter, Shards
 from fxquant.core.ir import Program, Sites
-from fxquant.core.run import CalibrationSet, Loss, answer_loss, find_answers, judging_images
+from fxquant.core.run import CalibrationSet, Loss, answer_loss, can_mix, find_answers, judging_images
 from fxquant.core.storage import ScoreStore, StoredProgram, tensor_digest, text_digest
 from fxquant.flow.judged_images import compared_images, taken_images
 from fxquant.passes import MeasureSensitivity, simulate, widest_plan
@@ -70,12 +70,15 @@ def judged_on(
     # Where answers are limited, more images are held out than it takes to compare plans.
     held_out = compared_images(held_out, program[Settings])
     images = held_out if scoring is None else taken_images(scoring, program[Settings]).joined(held_out)
-    judged = judging(program, images)
-    judged = images if judged is images else judged.joined(held_out)
+    loss, seed = loss_in_use(program, images), program[Settings].seed
+    once, twice = len(images), len(held_out) if can_mix(images, loss) else 0
     # Large networks are judged on fewer of them, so that a plan of theirs is measured in seconds.
     image = sum(site.macs for site in program[Sites].sites)
-    affordable = min(EFFORTS[program[Settings].effort].work / max(1, image), len(judged))
-    return _some(judged, max(FEWEST_JUDGED, int(affordable)))
+    affordable = min(EFFORTS[program[Settings].effort].work / max(1, image), once + twice)
+    taken = spread(once + twice, max(FEWEST_JUDGED, int(affordable)))
+    judged = judging_images(images, loss, seed, moving=False, only=[k for k in taken if k < once])
+    again = [k - once for k in taken if k >= once]
+    return judged.joined(held_out.take(again)) if again else judged
 
 
 def measure_sensitivity(
@@ -140,7 +143,8 @@ def score(
         WorkerError: another process that shares the work was lost, or was given something else.
     """
     loss, seed, device = loss_in_use(program, images), program[Settings].seed, images.inputs[0].device
-    images = judging_images(_some(images, _scored_images(program, estimators)), loss, seed)
+    images = images.take(spread(len(images), _scored_images(program, estimators)))
+    images = judging_images(images, loss, seed)
     with shards.group(device):
         known = score_identity(program, images, loss) if folder is not None or shards.world_size > 1 else {}
         # Compared before any process writes: a folder that all of them found empty is still empty here.
@@ -162,11 +166,9 @@ def _scored_images(program: Program, estimators: tuple[str, ...]) -> int:
     return min(effort.scored, max(FEWEST_SCORED, int(affordable)))
 
 
-def _some(images: CalibrationSet, most: int) -> CalibrationSet:
-    """Return at most so many of the images, evenly spread: loaders may yield class by class."""
-    if len(images) <= most:
-        return images
-    return images.take([k * len(images) // most for k in range(most)])
+def spread(count: int, most: int) -> list[int]:
+    """Return at most so many positions of images, evenly spread: loaders may yield class by class."""
+    return list(range(count)) if count <= most else [k * count // most for k in range(most)]
 
 
 def score_identity(program: Program, images: CalibrationSet, loss: Loss) -> dict[str, str]:

@@ -13,6 +13,8 @@ from typing import TextIO, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fxquant.core.host.memory import give_back
+
 T = TypeVar("T")
 
 LINE_EVERY = 30.0
@@ -56,7 +58,11 @@ class Reporter:
             self._stages, self._title = (), ""
 
     def stage(self, name: str) -> None:
-        """Say that a stage begins, as `3 of 7: score layers`; nothing if it is none of the numbered ones."""
+        """Say that a stage begins, as `3 of 7: score layers`; nothing if it is none of the numbered ones.
+
+        What the one before it freed is given back to the system.
+        """
+        give_back()
         if name in self._stages:
             self._title, self._began = (
                 f"{self._stages.index(name) + 1} of {len(self._stages)}: {name}",

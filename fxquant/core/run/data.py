@@ -28,6 +28,9 @@ WRAP = (
 
 log = logging.getLogger(__name__)
 
+CHECKED = 32
+"""Images whose values are checked at once."""
+
 
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:
@@ -54,11 +57,14 @@ class CalibrationSet:
         if len(lengths) != 1 or (self.labels is not None and int(self.labels.shape[0]) not in lengths):
             raise CalibrationError(f"calibration inputs and labels differ in length: {sorted(lengths)}")
         for position, tensor in enumerate(self.inputs):
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                bad = int((~torch.isfinite(tensor)).reshape(len(tensor), -1).any(dim=1).nonzero()[0])
-                raise CalibrationError(
-                    f"calibration input {position} holds NaN or infinity, first in image {bad}; remove or repair it"
-                )
+            # A few images at a time: the check copies what it looks at.
+            for start in range(0, len(tensor) if tensor.is_floating_point() else 0, CHECKED):
+                finite = torch.isfinite(tensor[start : start + CHECKED])
+                if not finite.all():
+                    bad = start + int((~finite).reshape(len(finite), -1).any(dim=1).nonzero()[0])
+                    raise CalibrationError(
+                        f"calibration input {position} holds NaN or infinity, first in image {bad}; remove or repair it"
+                    )
 
     def __len__(self) -> int:
         return int(self.inputs[0].shape[0])

@@ -7,6 +7,8 @@ is as unsure as it is on images it has not seen. `benchmarks.verdict` compares w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +23,9 @@ LEAST_SHARE = 0.25
 """Of either image in a mixture: with less, one of the two would be answered as if it were alone."""
 
 
-def judging_images(images: CalibrationSet, loss: str | Loss, seed: int, moving: bool = True) -> CalibrationSet:
+def judging_images(
+    images: CalibrationSet, loss: str | Loss, seed: int, moving: bool = True, only: Sequence[int] | None = None
+) -> CalibrationSet:
     """Return as many images for scoring and judging plans: each moved, then mixed with another one.
 
     Scores gain by moving, verdicts on plans do not (`benchmarks.verdict`).
@@ -34,11 +38,17 @@ def judging_images(images: CalibrationSet, loss: str | Loss, seed: int, moving: 
         loss: the loss, or its name.
         seed: of the shifts and pairs.
         moving: whether images are moved before they are mixed.
+        only: positions of those to return; None for all.
     """
+    if not can_mix(images, loss):
+        return images if only is None or len(only) == len(images) else images.take(only)
+    return CalibrationSet(tuple(mixed(moved(t, seed) if moving else t, seed, only) for t in images.inputs))
+
+
+def can_mix(images: CalibrationSet, loss: str | Loss) -> bool:
+    """Whether images are mixed in pairs where plans are judged by a loss; see `judging_images`."""
     floating = all(tensor.is_floating_point() for tensor in images.inputs)
-    if not loss_of(loss).judged_unsure or not floating or len(images) < 2:
-        return images
-    return CalibrationSet(tuple(mixed(moved(t, seed) if moving else t, seed) for t in images.inputs))
+    return loss_of(loss).judged_unsure and floating and len(images) > 1
 
 
 def moved(images: Tensor, seed: int) -> Tensor:
@@ -59,12 +69,13 @@ def moved(images: Tensor, seed: int) -> Tensor:
     return torch.stack(crops)
 
 
-def mixed(images: Tensor, seed: int) -> Tensor:
+def mixed(images: Tensor, seed: int, only: Sequence[int] | None = None) -> Tensor:
     """Return `s x + (1 - s) x'` for each image x, its partner x' and a share s between .25 and .75 (arXiv 1710.09412).
 
     Args:
         images: floating point, shape (images, ...), at least two.
         seed: of partners and shares, which are the same for every tensor of as many images.
+        only: positions of the mixtures to make, which are as they would be among all; None for all.
     """
     generator = torch.Generator().manual_seed(seed)
     ring = torch.randperm(len(images), generator=generator)
@@ -72,5 +83,8 @@ def mixed(images: Tensor, seed: int) -> Tensor:
     # Neighbours on a random ring: nobody is mixed with itself.
     partner[ring] = ring.roll(1)
     drawn = torch.rand(len(images), generator=generator) * (1 - 2 * LEAST_SHARE) + LEAST_SHARE
-    share = drawn.reshape(-1, *[1] * (images.dim() - 1)).to(images)
-    return share * images + (1 - share) * images[partner.to(images.device)]
+    own = torch.arange(len(images)) if only is None else torch.as_tensor(list(only), dtype=torch.long)
+    share = drawn[own].reshape(-1, *[1] * (images.dim() - 1)).to(images)
+    # In place: hundreds of images are as large as a network.
+    found = images[own.to(images.device)].mul_(share)
+    return found.add_(images[partner[own].to(images.device)].mul_(1 - share))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxquant.core.run import CalibrationSet, judging_images, mixed, moved
+from fxquant.core.run import CalibrationSet, can_mix, judging_images, mixed, moved
 
 IMAGES = torch.randn(9, 3, 16, 24, generator=torch.Generator().manual_seed(0))
 
@@ -73,3 +73,15 @@ def test_labels_of_mixed_images_are_dropped() -> None:
     judged = judging_images(CalibrationSet((IMAGES,), torch.arange(9)), "kl", 0)
     assert judged.labels is None
     torch.testing.assert_close(judged.inputs[0], mixed(moved(IMAGES, 0), 0))
+
+
+@pytest.mark.parametrize("only", [[0], [8, 3, 5], list(range(9))])
+def test_some_of_the_mixtures_are_those_of_all(only: list[int]) -> None:
+    everything = CalibrationSet((IMAGES,), torch.arange(9))
+    every, some = (judging_images(everything, "kl", 0, only=each) for each in (None, only))
+    assert torch.equal(some.inputs[0], every.inputs[0][only])
+    assert can_mix(everything, "kl")
+    assert not can_mix(everything, "mse")
+    as_they_are = judging_images(everything, "mse", 0, only=only)
+    assert torch.equal(as_they_are.inputs[0], IMAGES[only])
+    assert torch.equal(IMAGES, torch.randn(9, 3, 16, 24, generator=torch.Generator().manual_seed(0))), "in place"
