@@ -148,9 +148,8 @@ def _search(
         return Result(plain.with_facts(*curve), held_out, scoring)
     finish = finished(settings, scoring, held_out, reporter, place, states)
     chosen = flow.noted(choose(program, limits, held_out, reporter, taken, folder, finish), notes)
-    return Result(
-        flow.with_routes(program, chosen, limits, scoring.joined(held_out), finish, reporter), held_out, scoring
-    )
+    routed = flow.with_routes(program, chosen, limits, (scoring, held_out), finish, reporter)
+    return Result(routed, held_out, scoring)
 
 
 def capture(model: nn.Module | ExportedProgram, calibration: object, dynamic_image: bool = False) -> Program:
@@ -350,9 +349,8 @@ def resolve(
     flow.check_limits(settings, limits)
     judging = judged_on(program, None if held_out is not None else known.scoring, known.held_out)
     solved = choose(program, limits, known.held_out, reporter, finish=finish, judging=judging)
-    kept = [images for images in (known.scoring, known.held_out) if images is not None]
-    patches = None if not kept else kept[0].joined(kept[1]) if len(kept) > 1 else kept[0]
-    return replace(known, program=flow.with_routes(program, solved, limits, patches, finish, reporter))
+    parts = known.scoring, known.held_out
+    return replace(known, program=flow.with_routes(program, solved, limits, parts, finish, reporter))
 
 
 def pareto(

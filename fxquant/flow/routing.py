@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -192,7 +193,7 @@ def with_routes(
     program: Program,
     chosen: Program,
     budget: Budget,
-    images: CalibrationSet | None,
+    parts: Sequence[CalibrationSet | None],
     finish: Callable[[Program], Program],
     reporter: Reporter = SILENT,
 ) -> Program:
@@ -202,7 +203,7 @@ def with_routes(
         program: with sensitivity, before a plan was chosen.
         chosen: the same with the plan.
         budget, finish, reporter: as for `route`.
-        images: unlabelled patches; None where none were kept.
+        parts: unlabelled patches, in parts; None in the place of those that were not kept.
 
     Raises:
         InfeasibleBudgetError: no plan keeps the limits.
@@ -210,6 +211,7 @@ def with_routes(
     """
     if not program[Settings].routed:
         return chosen
-    if images is None:
+    kept = [part for part in parts if part is not None]
+    if not kept:
         raise CalibrationError("a router is fitted to images, and this result was saved without; give calibration")
-    return chosen.with_facts(route(program, budget, images, finish, reporter))
+    return chosen.with_facts(route(program, budget, reduce(CalibrationSet.joined, kept), finish, reporter))
