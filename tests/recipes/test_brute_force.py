@@ -17,8 +17,8 @@ from fxquant.recipes import RECIPES
 EXACT = [
     name
     for name, each in RECIPES.items()
-    # Weights and activations chosen jointly make 25 choices of a layer.
-    if each.allocator in ("linear", "iqp") and len(each.settings.activation_bits) == 1
+    # Weights and activations chosen jointly make 25 choices of a layer; routes are for images.
+    if each.allocator in ("linear", "iqp") and len(each.settings.activation_bits) == 1 and not each.settings.routed
 ]
 LAYERS = 8
 

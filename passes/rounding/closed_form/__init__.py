@@ -22,6 +22,6 @@ from fxquant.passes.rounding.closed_form.layerwise import (
 )
 from fxquant.passes.rounding.closed_form.output_moments import OutputMoments, output_moments
 from fxquant.passes.rounding.closed_form.prefix import FEWEST, Prefix, go_to
-from fxquant.passes.rounding.closed_form.qronos import aimed, refitted
+from fxquant.passes.rounding.closed_form.qronos import DAMPINGS, aimed, refitted
 from fxquant.passes.rounding.closed_form.spfq import spfq_rows, stochastic
 from fxquant.passes.rounding.closed_form.verdict import first_site, judged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,15 @@ from fxquant.passes.rounding.closed_form.verdict import judged
 from fxquant.passes.rounding.registry import ROUNDERS, RoundingTask
 
 DAMPING = 0.01
-"""Pull toward the float weight, as a share of the mean diagonal of H."""
+"""Pull toward the float weight, as a share of the mean diagonal of H, as published."""
+
+DAMPINGS = (0.01, 0.05, 0.25, 1.25)
+"""Those that are tried on one half of the images for outputs on the other: few images need more. With 24 images all
+layers of MobileNetV2 at 4 bits lose .155 (KL) instead of .370 with the published one."""
+
+ERRORS = 0.05
+"""What H is damped by where it weighs errors of rounding, whatever the pull: with a strong one all columns would count
+alike (ResNet-20 at 3 bits: KL .046 instead of .031)."""
 
 ALREADY_DAMPED = 1e-9
 """What GPTQ adds to moments that are damped already."""
@@ -42,7 +51,7 @@ def qronos(task: RoundingTask) -> Program:
     algorithm 1 and theorem 4.1, with a bias as one more input that is not rounded.
     """
     started = time.perf_counter()
-    rounding = round_layerwise(task, _rows, "qronos", aim=partial(aimed, from_float=True))
+    rounding = round_layerwise(task, _rows, "qronos", aim=partial(aimed, damping=DAMPING, from_float=True))
     return judged(task, rounding, "qronos", time.perf_counter() - started)
 
 
@@ -72,25 +81,27 @@ def refitted(problem: RowProblem, own: RowGrid, weight: WeightFormat) -> tuple[R
 
 
 def aimed(
-    rows: Tensor, moments: OutputMoments, damping: float = DAMPING, from_float: bool = False
+    rows: Tensor, moments: OutputMoments, damping: float | None = None, from_float: bool = False
 ) -> tuple[Tensor, Moments]:
     """Return the rows to round instead of the float weight, and the moments that weigh errors at them.
 
     `T = argmin sum |y - T x - b|^2 + l |T - W|^2 = (C' + l W)(H + l I)^-1` with `l = damping mean(H_jj)`: any rows Q
     then cost `tr((T - Q)(H + l I)(T - Q)')` more than T. Once a column is rounded, the best values of all later ones
-    are those of GPTQ, started at T; if inputs have no error, T = W.
+    are those of GPTQ, started at T; if inputs have no error, T = W. Where l is chosen here, `ERRORS` takes its place in
+    weighing what rounding adds.
 
     Args:
         rows: the float weight W, float64 of shape (groups, rows, K).
         moments: of the op.
-        damping: share of the mean diagonal, above 0.
+        damping: share of the mean diagonal, above 0; None takes what fits best on either half of the images for the
+            other one.
         from_float: choose the first column that is rounded as the paper does: its best value while all others stay at
             the float weight, instead of its best value overall.
 
     Raises:
         FailureError: H cannot be factored, however damped: it is not finite.
     """
-    added = _added(moments.gram, damping)
+    added = _added(moments.gram, _fitting(rows, moments) if damping is None else damping)
     for _ in range(ATTEMPTS):
         gram = moments.gram + torch.diag_embed(added)
         root, failed = torch.linalg.cholesky_ex(gram)
@@ -102,11 +113,33 @@ def aimed(
             "the second moments of the inputs cannot be factored: activations of the network are not finite; "
             "check the model on the calibration images"
         )
-    wanted = moments.cross + added.unsqueeze(2) * rows.transpose(1, 2)
-    target = torch.cholesky_solve(wanted, root).transpose(1, 2)
+    target = _pulled(rows, moments.cross, added, root)
     if from_float:
         target = target + _first_step(target - rows, gram, root)
+    if damping is None:
+        gram = moments.gram + torch.diag_embed(_added(moments.gram, ERRORS))
     return target, Moments(gram, gram)
+
+
+def _fitting(rows: Tensor, moments: OutputMoments) -> float:
+    """Return the damping whose rows, found on either half of the images, lose least on the other; the least without."""
+    if not moments.halves:
+        return DAMPINGS[0]
+    losses = dict.fromkeys(DAMPINGS, 0.0)
+    for half, other in (moments.halves, moments.halves[::-1]):
+        # To choose, float32 is enough, and takes half of the time.
+        gram, cross, plain = half.gram.float(), half.cross.float(), rows.float()
+        for damping in DAMPINGS:
+            added = _added(gram, damping)
+            root, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(added))
+            lost = float(other.error(_pulled(plain, cross, added, root).double()).sum())
+            losses[damping] += lost if math.isfinite(lost) and not failed.any() else math.inf
+    return min(losses, key=losses.__getitem__)
+
+
+def _pulled(rows: Tensor, cross: Tensor, added: Tensor, root: Tensor) -> Tensor:
+    """Return `(C' + l W)(H + l I)^-1`, root being the Cholesky factor of `H + l I`."""
+    return torch.cholesky_solve(cross + added.unsqueeze(2) * rows.transpose(1, 2), root).transpose(1, 2)
 
 
 def _added(gram: Tensor, damping: float) -> Tensor:

@@ -16,6 +16,7 @@ from fxquant.core.run import GraphReplay
 from fxquant.passes.formats import RowProblem, rows_of, squared_error
 from fxquant.passes.rounding import ROUNDERS
 from fxquant.passes.rounding.closed_form import (
+    DAMPINGS,
     Moments,
     OutputMoments,
     aimed,
@@ -165,6 +166,47 @@ def test_it_follows_the_outputs_better_than_gptq_and_gptq_better_than_nearest() 
     assert errors[1] < 0.8 * errors[0]
 
 
+@pytest.mark.parametrize("sizes", [(7,), (3, 4), (1, 6), (4, 1, 1, 1)])
+def test_halves_are_moments_of_half_of_the_images(sizes: tuple[int, ...]) -> None:
+    """Each batch is cut in the middle; batches of one image go to either half in turn."""
+    x, y = seeded(7, 5), seeded(7, 3, seed=1)
+    node = op_node(torch.ops.aten.linear.default, x, seeded(3, 5), None)
+    found = output_moments(node, torch.split(x, sizes), torch.split(y, sizes))
+    first, last, start = list[int](), list[int](), 0
+    for number, size in enumerate(sizes):
+        middle = start + (size // 2 or (number % 2 == 0))
+        first += range(start, middle)
+        last += range(middle, start + size)
+        start += size
+    for rows, half in zip((first, last), found.halves, strict=True):
+        assert torch.allclose(half.gram, output_moments(node, [x[rows]], [y[rows]]).gram)
+        assert torch.allclose(half.inputs[0], x[rows].mean(dim=0))
+    assert torch.allclose(found.gram, centred(x[None]).transpose(1, 2) @ centred(x[None]))
+    assert torch.allclose(found.power, centred(y[None]).square().sum(dim=1))
+
+
+@pytest.mark.parametrize(("images", "few"), [(24, True), (4000, False)])
+def test_the_pull_towards_the_weight_is_what_the_other_half_asks_for(images: int, few: bool) -> None:
+    """Few images show little of how inputs err: values between the weight and those that fit these images lose less."""
+    weight, turn = seeded(1, 4, 16, seed=2), torch.eye(16, dtype=torch.float64) + 0.1 * seeded(16, 16, seed=4)
+
+    def errs(floats: Tensor) -> Tensor:
+        return floats @ turn + 0.5 * seeded(*floats.shape, seed=len(floats))
+
+    floats, new = seeded(images, 16, seed=3), seeded(5000, 16, seed=6)
+    ours, theirs = errs(floats), errs(new)
+    node = op_node(torch.ops.aten.linear.default, ours, weight[0], None)
+    moments = output_moments(node, [ours], [floats @ weight[0].T])
+    pulls = {damping: aimed(weight, moments, damping)[0] for damping in DAMPINGS}
+    chosen = aimed(weight, moments)[0]
+    (damping,) = [each for each, target in pulls.items() if torch.allclose(chosen, target)]
+    assert (damping > DAMPINGS[0]) == few
+    answers = (new @ weight[0].T)[None]
+    lost = {each: float(squares(target, theirs[None], answers).sum()) for each, target in pulls.items()}
+    assert lost[damping] <= 1.05 * min(lost.values())
+    assert (lost[damping] < 0.95 * lost[DAMPINGS[0]]) == few
+
+
 def test_levels_found_for_the_rows_to_round_are_better_than_the_plans() -> None:
     weight, _, _, moments = problem(32, 16, 7)
     target, weighed = aimed(weight, moments)
@@ -173,7 +215,7 @@ def test_levels_found_for_the_rows_to_round_are_better_than_the_plans() -> None:
         own = RowGrid.of(Grid.of_weight(weight[0], 2), 1, 16)
         grid, integers = refitted(problem_, own, WeightFormat(2, kind))
         error = squared_error(target - grid.value(integers), weighed.gram)
-        assert float(error.sum()) < 0.8 * float(problem_.error(own).sum())
+        assert float(error.sum()) < 0.9 * float(problem_.error(own).sum())
 
 
 def test_moments_that_are_not_finite_are_refused() -> None:
@@ -197,7 +239,7 @@ def test_moments_are_of_the_network_rounded_and_corrected_in_front_of_the_layer(
 
     def aim(rows: Tensor, moments: OutputMoments) -> tuple[Tensor, Moments]:
         seen.append(moments)
-        return aimed(rows, moments)
+        return aimed(rows, moments, 0.01)
 
     found = round_layerwise(task, gptq_rows, "test", aim=aim)
     replays = GraphReplay(task.simulated(found).module), GraphReplay(task.program.module)
