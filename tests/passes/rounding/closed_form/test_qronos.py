@@ -171,7 +171,7 @@ def test_halves_are_moments_of_half_of_the_images(sizes: tuple[int, ...]) -> Non
     """Each batch is cut in the middle; batches of one image go to either half in turn."""
     x, y = seeded(7, 5), seeded(7, 3, seed=1)
     node = op_node(torch.ops.aten.linear.default, x, seeded(3, 5), None)
-    found = output_moments(node, x.split([*sizes]), y.split([*sizes]))
+    found = output_moments(node, torch.split(x, list(sizes)), torch.split(y, list(sizes)))
     first, last, start = list[int](), list[int](), 0
     for number, size in enumerate(sizes):
         middle = start + (size // 2 or (number % 2 == 0))
