@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from fxquant.core.facts import BitAllocation, Target, rules
-from fxquant.core.ir import Choice, FakeQuantize, Grid, Program
+from fxquant.core.facts import BitAllocation, rules
+from fxquant.core.ir import Choice, FakeQuantize, Program
 from fxquant.core.run import answer_graph, first_tensor
-from fxquant.passes import channel_axes, simulate
+from fxquant.passes import simulate
 from fxquant.qat.bit_planes import BitPlanes
 from fxquant.qat.distill import tuned
 from fxquant.qat.narrowing import Ladders, Rank
@@ -169,12 +169,7 @@ def bsq(task: TrainingTask) -> Program:
     groups = replaced.groups(options.plane_lr, options.step_lr)
     train(task, replaced.module, Phase("planes", shrinking.steps, groups, after=shrinking.after))
     choices = shrinking.choices()
-    per_channel, axes = task.program[Target].per_channel, channel_axes(task.program)
-
-    def grid(site: str, weight: Tensor) -> Grid:
-        return Grid.of_weight(weight, int(choices[site].weight_bits), axes[site], per_channel)
-
-    found = replaced.gathered(choices, grid)
+    found = replaced.gathered(choices)
     return tuned(task.with_widths(choices, "bsq", *found), options.steps - shrinking.steps)
 
 

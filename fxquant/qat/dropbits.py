@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from fxquant.core.facts import BitAllocation, Target, rules
-from fxquant.core.ir import Choice, FakeQuantize, Grid, Program
-from fxquant.passes import channel_axes, simulate
+from fxquant.core.facts import BitAllocation, rules
+from fxquant.core.ir import Choice, FakeQuantize, Program
+from fxquant.passes import simulate
 from fxquant.qat.cluster_promoting import NARROWEST, ClusterPromoting
 from fxquant.qat.distill import tuned
 from fxquant.qat.narrowing import Ladders
@@ -139,12 +139,7 @@ def dropbits(task: TrainingTask) -> Program:
     groups = replaced.groups(options.weight_lr, options.step_lr)
     train(task, replaced.module, Phase("widths", dropping.steps, groups, dropping.penalty, dropping.after))
     choices = dropping.choices()
-    per_channel, axes = task.program[Target].per_channel, channel_axes(task.program)
-
-    def grid(site: str, weight: Tensor) -> Grid:
-        return Grid.of_weight(weight, int(choices[site].weight_bits), axes[site], per_channel)
-
-    found = replaced.gathered(choices, grid)
+    found = replaced.gathered(choices)
     return tuned(task.with_widths(choices, "dropbits", *found), options.steps - dropping.steps)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,22 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxquant.core.facts import FakeQuantNodes, Rounding
+from fxquant.core.facts import FakeQuantNodes, Rounding, Target
 from fxquant.core.ir import Choice, FakeQuantize, Grid, Program, Sites, put_tensor, resolve, tensor_at
+from fxquant.passes import channel_axes
 from fxquant.qat.loop import parameter_groups
 from fxquant.qat.training_graph import TrainedValues, gather, trainable
 
 
-class WeightForm(nn.Module):
+class WeightForm(nn.Module, ABC):
     """A weight in another form; called as its quantizer is, it returns the quantized weight whatever it is given."""
 
+    @abstractmethod
     def groups(self) -> list[dict[str, Any]]:
         """Return its parameter groups for an optimizer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weight(self) -> Tensor:
         """Return the weight at the end, before rounding, without gradient."""
-        raise NotImplementedError
 
 
 class ReplacedQuantizers:
@@ -63,22 +65,20 @@ class ReplacedQuantizers:
         own = [group for form in self.forms.values() for group in form.groups()]
         return [group for group in (*kept, *own) if group["params"]]
 
-    def gathered(
-        self, choices: dict[str, Choice], grid: Callable[[str, Tensor], Grid]
-    ) -> tuple[Rounding, TrainedValues]:
+    def gathered(self, choices: dict[str, Choice]) -> tuple[Rounding, TrainedValues]:
         """Return what was trained, as the values at which the training of a plan begins.
 
         Args:
-            choices: the plan.
-            grid: (site, its weight) -> grid of the weight at the plan's width.
+            choices: the plan; weights get the grids of least squared error at its widths.
         """
         module: GraphModule = self.module
+        per_channel, axes = self._simulated[Target].per_channel, channel_axes(self._simulated)
         grids: dict[str, Grid] = {}
         with torch.no_grad():
             for name, form in self.forms.items():
                 weight = form.weight()
                 put_tensor(module, self._simulated[Sites].by_name(name).weight, weight)
-                grids[name] = grid(name, weight)
+                grids[name] = Grid.of_weight(weight, int(choices[name].weight_bits), axes[name], per_channel)
         for path, quantizer in self._own.items():
             module.set_submodule(path, quantizer)
         rounding, values = gather(self._simulated, module)
