@@ -139,6 +139,25 @@ def test_a_rough_loss_is_that_of_the_first_images_in_proportion(monkeypatch: pyt
     assert not few.knows(plans[2].choices), "a rough loss decides nothing"
 
 
+def test_a_finalist_that_is_clearly_worse_is_run_on_the_first_images_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = scored("plain")
+    plans = {f"W{bits}": BitAllocation(dict.fromkeys(NAMES, Choice(bits, 8))) for bits in (4, 2, 8)}
+    measured, run = Measured(lambda _: torch.empty(0)), list[tuple[float, int]]()
+
+    def losses(_: object, images: CalibrationSet, *_rest: object) -> Tensor:
+        bits = measured.plan.choices["fc"].weight_bits
+        run.append((bits, len(images)))
+        return torch.full((len(images),), 1.0 / bits, dtype=torch.float64)
+
+    monkeypatch.setattr(meter, "image_losses", losses)
+    monkeypatch.setattr(meter, "simulate", measured.simulate)
+    judge = Meter(program, CalibrationSet(inputs("plain", 32)), "kl")
+    plan = VerifyAndRefine(judge)(program.with_facts(Finalists(plans), plans["W4"]))[BitAllocation]
+    assert run == [(4, 8), (4, 24), (2, 8), (8, 8), (8, 24)]
+    assert plan.choices == plans["W8"].choices
+    assert plan.finalists == {"W4": 0.25, "W2": 0.5, "W8": 0.125}
+
+
 def test_activations_that_are_tied_move_together(monkeypatch: pytest.MonkeyPatch) -> None:
     program = scored("plain", (8,), (4, 8))
     start = dict.fromkeys(NAMES, Choice(8, 4))
