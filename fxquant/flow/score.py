@@ -32,8 +32,8 @@ from fxquant.passes.sensitivity import ESTIMATORS
 SCORED_PLANS = 24
 """Scoring may take the work of measuring so many plans."""
 FEWEST_SCORED = 72
-"""Images that layers are scored on where there are as many: with 32, MobileNetV2's plan for a file of .14 had KL .070 on
-test images, with 72 .056."""
+"""Images that layers are scored on where there are as many: with 32, MobileNetV2's plan for a file of .14 had KL .070
+on test images, with 72 .056."""
 NOT_SCORED = "none"
 """Stands for an estimator where there is nothing to choose."""
 
