@@ -1,28 +1,32 @@
-"""What accuracy do equal bytes on disk buy: the default, uniform plans, and the defaults of an older checkout?
+"""What accuracy do equal bytes on disk buy: the default, uniform plans, older defaults, and other projects?
 
-`python -m benchmarks.equal_bytes [network ...]`: files of .05 to .25 of the float ONNX file, accuracy and KL on images
-that nothing was tuned on, by ONNX Runtime, and processor seconds for all files of a contestant. Three contestants are
-the default with other candidate formats. `FXQUANT_BEFORE` names an older checkout to compare with. Each contestant runs
-in a process of its own (`benchmarks.equal_bytes_contestants`); finished ones are kept in `build/equal_bytes`, so that a
-run can go on.
+`python -m benchmarks.equal_bytes [network ...] [--only part,...]`: files of .05 to .25 of the float ONNX file, accuracy
+and KL on images that nothing was tuned on, by ONNX Runtime, and processor seconds for all files of a contestant. Three
+contestants are the default with other candidate formats. `FXQUANT_BEFORE` names an older checkout to compare with.
+`FXQUANT_PEERS_PYTHON` names the Python of an environment with torch, model-compression-toolkit, nvidia-modelopt and
+brevitas: peers are simulated, `benchmarks.peer_quantizers` says how their bytes are counted. Each contestant runs in a
+process of its own (`benchmarks.equal_bytes_contestants`, `benchmarks.equal_bytes_peers`); finished ones are kept in
+`build/equal_bytes`, so that a run can go on.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Container
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.arguments import asked
 from benchmarks.equal_bytes_contestants import CONTESTANTS
-from benchmarks.report_table import write
+from benchmarks.peer_quantizers import PEERS
+from benchmarks.report_table import table, write
 from benchmarks.zoo import NETWORKS
 from fxquant.api import capture
 from fxquant.backends.onnx import executable, export_onnx
@@ -40,6 +44,7 @@ SEEDS = {"resnet20": {"default": (0, 1, 2), "uniform": (0, 1, 2)}}
 """Network, contestant -> seeds of the order of calibration images and of all draws, where there is more than (0,)."""
 OTHER_CANDIDATES = {"2 4 8": ("resnet20", "mobilenet_v1"), "seven formats": ("resnet20",)}
 """Contestant -> networks it is run on, where they are not all."""
+BEFORE, PEERS_PYTHON = "FXQUANT_BEFORE", "FXQUANT_PEERS_PYTHON"
 
 Row = dict[str, str | float | None]
 
@@ -60,54 +65,100 @@ def prepared(name: str) -> tuple[Path, Tensor, Tensor, Tensor, int]:
     return folder, images, labels, model_outputs(program.module, (images,), 16), size
 
 
-def wrote(network: str, name: str, folder: Path, seed: int) -> bool:
-    """Run a contestant on a network unless it is done; return whether there are files."""
-    if not (folder / f"{name}-{seed}" / "seconds").is_file():
-        older = os.environ.get("FXQUANT_BEFORE")
-        if name == "before" and older is None:
-            return False
-        here = Path(__file__).resolve()
-        path = str(here.parents[1]) if name != "before" else str(older)
-        command = [sys.executable, str(here.parent / "equal_bytes_contestants.py"), name, str(folder), str(seed)]
-        more = [str(torch.get_num_threads()), *map(str, RATIOS.get(network, FEWER_RATIOS))]
-        subprocess.run([*command, *more], env={**os.environ, "PYTHONPATH": path}, check=True, cwd=Path.cwd())
-    return True
+def command(network: str, name: str, folder: Path, seed: int) -> list[str]:
+    """Return the command line of a contestant's process."""
+    program, threads = Path(__file__).with_name("equal_bytes_contestants.py"), str(torch.get_num_threads())
+    ratios = map(str, RATIOS.get(network, FEWER_RATIOS))
+    if name in PEERS:
+        start = [os.environ[PEERS_PYTHON], "-W", "ignore", "-m", "benchmarks.equal_bytes_peers", name, network]
+        return [*start, str(folder), str(seed), threads, str(EVALUATION.get(network, 500)), *ratios]
+    return [sys.executable, str(program), name, str(folder), str(seed), threads, *ratios]
 
 
-def measure(name: str) -> list[Row]:
-    """Return the rows of one network: for each file the mean over seeds."""
-    folder, images, labels, reference, size = prepared(name)
+def wrote(network: str, name: str, folder: Path, seed: int) -> str:
+    """Run a contestant on a network unless it is done; return what is left out and why, mostly nothing."""
+    place = folder / f"{name}-{seed}"
+    if not (place / "seconds").is_file():
+        needed = BEFORE if name == "before" else PEERS_PYTHON if name in PEERS else "PATH"
+        if needed not in os.environ:
+            return f"{needed} is not set"
+        path = os.environ[BEFORE] if name == "before" else str(Path(__file__).resolve().parents[1])
+        place.mkdir(parents=True, exist_ok=True)
+        with (place / "log").open("w") as log:
+            ended = subprocess.run(
+                command(network, name, folder, seed),
+                env={**os.environ, "PYTHONPATH": path},
+                stdout=log,
+                stderr=log,
+                check=False,
+            )
+        if ended.returncode:
+            last = ["it ended without a word", *(place / "log").read_text().strip().splitlines()][-1][:200]
+            if name in PEERS:
+                return last
+            raise RuntimeError(f"{name} failed on {network}: {last}; see {place / 'log'}")
+    return (place / "left_out").read_text() if (place / "left_out").is_file() else ""
+
+
+def answered(path: Path, images: Tensor) -> tuple[float, Tensor]:
+    """Return the bytes of a file and its answers: by ONNX Runtime, or as a peer's process left them."""
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            return float(arrays["bytes"]), torch.from_numpy(arrays["answers"])
+    run = executable(path.read_bytes())
+    return path.stat().st_size, torch.cat([run((images[k : k + 8],)) for k in range(0, len(images), 8)])
+
+
+def measure(name: str, contestants: Container[str]) -> tuple[list[Row], list[str]]:
+    """Return the rows of one network, for each file the mean over seeds, and what is left out."""
+    folder, images, labels, reference, float_bytes = prepared(name)
     right = 100 * float((reference.argmax(dim=1) == labels).double().mean())
-    rows: list[Row] = [{"network": name, "contestant": "float", "file": "", "bytes": size, "accuracy %": right}]
-    for contestant in (each for each in CONTESTANTS if name in OTHER_CANDIDATES.get(each, CASES)):
+    rows: list[Row] = [{"network": name, "contestant": "float", "file": "", "bytes": float_bytes, "accuracy %": right}]
+    left_out = []
+    for contestant in [each for each in (*CONTESTANTS, *PEERS) if name in OTHER_CANDIDATES.get(each, CASES)]:
+        if contestant not in contestants:
+            continue
         found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
         seconds = []
         for seed in SEEDS.get(name, {}).get(contestant, (0,)):
-            if not wrote(name, contestant, folder, seed):
+            reason = wrote(name, contestant, folder, seed)
+            left_out += [f"{contestant}: {reason}"] if reason else []
+            place = folder / f"{contestant}-{seed}"
+            if not (place / "seconds").is_file():
                 continue
-            seconds.append(float((folder / f"{contestant}-{seed}" / "seconds").read_text()))
-            for path in sorted((folder / f"{contestant}-{seed}").glob("*.onnx")):
-                run = executable(path.read_bytes())
-                answer = torch.cat([run((images[k : k + 8],)) for k in range(0, len(images), 8)])
+            seconds.append(float((place / "seconds").read_text()))
+            for path in sorted([*place.glob("*.onnx"), *place.glob("*.npz")]):
+                size, answer = answered(path, images)
                 correct = 100 * float((answer.argmax(dim=1) == labels).double().mean())
                 kl = float(LOSSES["kl"](reference, answer, None).mean())
-                found[path.stem].append((path.stat().st_size, correct, kl))
+                found[path.stem].append((size, correct, kl))
         for what, seen in found.items():
             mean = [statistics.fmean(values) for values in zip(*seen, strict=True)]
             spread = max(values[1] for values in seen) - min(values[1] for values in seen)
             row: Row = {"network": name, "contestant": contestant, "file": what, "bytes": mean[0]}
-            row |= {"ratio": mean[0] / size, "accuracy %": mean[1], "KL": mean[2]}
+            row |= {"ratio": mean[0] / float_bytes, "accuracy %": mean[1], "KL": mean[2]}
             row |= {"accuracy, most - least": spread, "seeds": float(len(seen))}
             rows.append(row | {"processor s, all files": round(statistics.fmean(seconds), 1)})
-    return rows
+    return rows, left_out
 
 
 def main() -> None:
     """Measure, print the table, write the JSON of each network."""
-    for name in asked(__doc__, "network", CASES):
-        meta: dict[str, object] = {"calibration images": CASES[name]}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="network", help=f"default: {' '.join(CASES)}")
+    parser.add_argument(
+        "--only", default="", help='contestants, comma-separated, "peers" for all peers; writes no JSON'
+    )
+    given = parser.parse_args()
+    only = given.only.replace("peers", ",".join(PEERS)).split(",") if given.only else [*CONTESTANTS, *PEERS]
+    for name in given.names or CASES:
+        rows, left_out = measure(name, only)
+        meta: dict[str, object] = {"calibration images": CASES[name], "left out": left_out}
         meta |= {"evaluation images": EVALUATION.get(name, 500), "seeds": SEEDS.get(name, (0,))}
-        write(f"equal_bytes_{name}", measure(name), meta | {"threads": torch.get_num_threads()})
+        if given.only:
+            print(table(rows), *left_out, sep="\n")
+        else:
+            write(f"equal_bytes_{name}", rows, meta | {"threads": torch.get_num_threads()})
 
 
 if __name__ == "__main__":

@@ -36,6 +36,6 @@ def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 def test_the_readme_names_every_script() -> None:
     text = (FOLDER / "README.md").read_text()
-    # `contestants` is the child process of `peers`, and `equal_bytes` has one, too.
-    children = ["contestants", "equal_bytes_contestants"]
+    # `contestants` is the child process of `peers`, and `equal_bytes` has two.
+    children = ["contestants", "equal_bytes_contestants", "equal_bytes_peers"]
     assert [name for name in SCRIPTS if f"benchmarks.{name}`" not in text] == children
