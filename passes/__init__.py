@@ -20,6 +20,7 @@ from fxquant.passes.measure_latency import CHOSEN_RATIOS, MeasureLatency, chosen
 from fxquant.passes.measure_sensitivity import MeasureSensitivity
 from fxquant.passes.meter import Meter, is_better, measured_loss
 from fxquant.passes.rewrite_transposed import RewriteTransposed
+from fxquant.passes.rewrite_volumes import RewriteVolumes
 from fxquant.passes.scale_weights import EVEN, ScaleWeights, channel_axes
 from fxquant.passes.separate_norms import SeparateNorms
 from fxquant.passes.simulation import simulate, site_passes, widest_plan

@@ -136,6 +136,19 @@ class AlongTime(nn.Module):
         return answer
 
 
+class AsVolume(nn.Module):
+    """A 3-d layer on halves of the channels as two slices."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, channels, *pixels = x.shape
+        answer: Tensor = self.layer(x.reshape(count, channels // 2, 2, *pixels)).flatten(1, 2)
+        return answer
+
+
 def _padded(x: Tensor) -> Tensor:
     height, width = x.shape[-2:]
     return F.avg_pool2d(F.pad(x, (0, -width % 4, 0, -height % 4)), 3, 1, 1)[:, :, :height, :width]
@@ -153,6 +166,8 @@ IMAGE: dict[str, Callable[[], nn.Module]] = {
     "transposed groups": lambda: nn.ConvTranspose2d(W, W, 4, 2, 1, groups=2, bias=False),
     "transposed uneven": lambda: nn.ConvTranspose2d(W, W, (3, 2), (1, 2), (1, 0)),
     "transposed dilated": lambda: nn.ConvTranspose2d(W, W, 3, 1, 2, dilation=2),
+    "volume": lambda: AsVolume(nn.Conv3d(W // 2, W // 2, 3, padding=1)),
+    "volume depthwise": lambda: AsVolume(nn.Conv3d(W // 2, W // 2, (3, 1, 1), padding=(1, 0, 0), groups=W // 2)),
     "transposed twice": lambda: Twice(nn.ConvTranspose2d(W, W, 3, padding=1)),
     "gain": lambda: Computed("gain", W, W, 3, 3),
     "standardized": lambda: Computed("standardized", W, W, 3, 3),

@@ -53,7 +53,8 @@ def recurrent(kind: Callable[..., nn.RNNBase], state: bool = False, **settings: 
 
 
 def volumes() -> nn.Module:
-    layers = {"down": nn.Conv3d(2, 6, 3, padding=1), "up": nn.ConvTranspose3d(6, 4, 2, 2), "head": nn.Linear(4, 5)}
+    down, up = nn.Conv3d(2, 6, 3, padding=1, groups=2), nn.ConvTranspose3d(6, 4, 2, 2, groups=2)
+    layers = {"down": down, "up": up, "head": nn.Linear(4, 5)}
     return Composed(lambda net, x: net.head(net.up(torch.relu(net.down(x))).mean(dim=(2, 3, 4))), **layers)
 
 

@@ -22,7 +22,8 @@ PADS = (aten.pad.default, aten.constant_pad_nd.default)
 CONVS = (aten.conv1d.default, aten.conv2d.default)
 SPATIAL = ({2, 3}, {-2, -1})
 BARRED = (
-    *(*CONVS, aten.conv1d.padding, aten.conv2d.padding, aten.linear.default, aten.conv3d.default),
+    *(*CONVS, aten.conv1d.padding, aten.conv2d.padding, aten.linear.default),
+    *(aten.conv3d.default, aten.conv3d.padding),
     *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
 )
 

@@ -23,6 +23,7 @@ from fxquant.passes import (
     InsertObservers,
     Pass,
     RewriteTransposed,
+    RewriteVolumes,
     ScaleWeights,
     SeparateNorms,
     site_passes,
@@ -129,7 +130,7 @@ def find_sites(program: Program, settings: Settings) -> Program:
     """
     settings = settled(settings)
     target = backend(settings.target).target
-    program = run(program, Canonicalize(), FoldConstants(), RewriteTransposed(), FoldBatchnorm())
+    program = run(program, Canonicalize(), FoldConstants(), RewriteTransposed(), RewriteVolumes(), FoldBatchnorm())
     # A saved result may name a training that is not registered where it is opened.
     if settings.training is not None and settings.training in TRAINERS and TRAINERS[settings.training].separates:
         program = run(program, SeparateNorms())

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -155,7 +156,8 @@ def trace(node: Node) -> Node:
     kwargs: Any = map_arg(node.kwargs, lambda source: source.meta["val"])
     assert callable(node.target)
     modes = [mode for source in node.all_input_nodes if (mode := getattr(source.meta["val"], "fake_mode", None))]
-    with modes[0] if modes else nullcontext():
+    # Without the dispatcher some ops ask for a free size as a number, which fixes it in the whole graph.
+    with modes[0] if modes else nullcontext(), enable_python_dispatcher() if modes else nullcontext():
         node.meta["val"] = node.target(*args, **kwargs)
     return node
 

@@ -227,8 +227,14 @@ REFUSED: dict[object, str] = {
         (aten.conv_transpose1d.default, aten.conv_transpose2d.input),
         "with both stride and dilation, or a computed weight, a transposed convolution has no integer form",
     ),
-    aten.conv3d.default: "3-d convolution has no integer kernel here",
-    aten.conv_transpose3d.input: "no runtime here has an integer transposed convolution",
+    **dict.fromkeys(
+        (aten.conv3d.default, aten.conv3d.padding),
+        "groups of fewer than 8 channels, free sizes or a computed weight: no integer form of 3-d convolution is fast",
+    ),
+    aten.conv_transpose3d.input: (
+        "groups of fewer than 8 channels, free sizes, a computed weight, or both stride and dilation: no integer form "
+        "of 3-d transposed convolution is fast"
+    ),
     **dict.fromkeys(RECURRENT, "a recurrent layer runs in float: every step waits for the one before it"),
     **dict.fromkeys(
         (aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default),
@@ -246,6 +252,7 @@ REFUSED: dict[object, str] = {
 STORED: dict[object, str] = {
     aten.embedding.default: "embedding",
     aten.conv3d.default: "conv3d",
+    aten.conv3d.padding: "conv3d",
     **dict.fromkeys(
         (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input), "conv_transpose"
     ),
