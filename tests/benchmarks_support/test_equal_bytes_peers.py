@@ -43,6 +43,14 @@ def test_bytes_are_those_of_the_float_file_with_packed_weights_and_float_scales(
     assert JOB.file_bytes(JOB.layers(3)) == 100 + 3 * WEIGHTS // 8 + scales
 
 
+def test_of_batch_norm_only_a_bias_is_counted() -> None:
+    def normed() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8))
+
+    job = Job(normed, IMAGES, (0.3,), 4 * (24 + 4 * 8) + 100)
+    assert job.file_bytes(job.layers(8)) == 24 + 4 * 8 + 100 + 4 * 8 + 5
+
+
 def test_room_for_weights_is_what_makes_the_file_as_large_as_asked() -> None:
     room = JOB.weight_room(0.4)
     assert JOB.file_bytes(JOB.layers(0)) + room == pytest.approx(0.4 * JOB.float_bytes)
