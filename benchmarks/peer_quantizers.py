@@ -29,8 +29,8 @@ MIDDLE = 0.12
 """Share of the float file to begin with, and go away from, since the time of a peer is limited."""
 LARGE = 1_000_000
 """Weights from which on roundings get fewer images, and training fewer epochs."""
-ROUNDING_IMAGES = {"gptq": 64, "qronos": 32}
-"""Rounding of Brevitas -> images it gets on a large network, which it runs again for each layer."""
+ROUNDING_IMAGES = 32
+"""Images that Brevitas rounds a large network with, since it runs the network again for each layer."""
 MARGIN = 0.02
 """How far outside of the asked shares of the float file a network of one width may lie."""
 
@@ -134,7 +134,7 @@ def brevitas(job: Job, rounding: str) -> Quantized:
     from brevitas.graph.quantize import layerwise_quantize, preprocess_for_quantize
     from brevitas_examples.imagenet_classification.ptq import ptq_common as ptq
 
-    images = job.images[: ROUNDING_IMAGES[rounding]] if job.weights > LARGE else job.images
+    images = job.images[:ROUNDING_IMAGES] if job.weights > LARGE else job.images
     calibration, batches = ([(batch, None) for batch in _batches(each)] for each in (job.images, images))
     for bits in _uniform_widths(job):
         _, layer_map, _, _ = ptq.create_quant_maps(
