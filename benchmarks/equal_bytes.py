@@ -40,9 +40,10 @@ EVALUATION = {"resnet20": 1017}
 RATIOS = {"mobilenet_v1": (0.11, 0.14, 0.15, 0.2), "resnet20": (0.05, 0.065, 0.085, 0.11, 0.14, 0.17, 0.2, 0.25)}
 """Network -> bytes of the files over those of the float file, where they are not the three below."""
 FEWER_RATIOS = (0.085, 0.11, 0.14)
-SEEDS = {"resnet20": {"default": (0, 1, 2), "uniform": (0, 1, 2)}}
+SEEDS = {name: {"default": (0, 1, 2), "uniform": (0, 1, 2)} for name in ("resnet20", "mobilenet_v1")}
 """Network, contestant -> seeds of the order of calibration images and of all draws, where there is more than (0,)."""
-OTHER_CANDIDATES = {"2 4 8": ("resnet20", "mobilenet_v1"), "seven formats": ("resnet20",)}
+SMALL = ("resnet20", "mobilenet_v1")
+OTHER_CANDIDATES = {"2c 3c 4 8": SMALL, "2 4 8": SMALL, "before": SMALL, "seven formats": ("resnet20",)}
 """Contestant -> networks it is run on, where they are not all."""
 BEFORE, PEERS_PYTHON = "FXQUANT_BEFORE", "FXQUANT_PEERS_PYTHON"
 

@@ -29,14 +29,18 @@ Write = Callable[[Any, Tensor, int, tuple[float, ...], Path], None]
 
 
 def mixed(program: Any, images: Tensor, seed: int, ratios: tuple[float, ...], folder: Path, **options: object) -> None:
-    """Quantize once, then take the best plan for each share of the float file."""
+    """Quantize once, then take the best plan for each share of the float file; anew where that takes more formats."""
     result = fxquant.quantize(program, images, None, progress=False, options={"seed": seed, **options})
     for ratio in ratios:
         try:
             solved = fxquant.resolve(result, fxquant.Budget(file_ratio=ratio), progress=False)
-        except InfeasibleBudgetError as error:
-            print(f"{ratio}: {error}", file=sys.stderr)
-            continue
+        except InfeasibleBudgetError:
+            try:
+                budget = fxquant.Budget(file_ratio=ratio)
+                solved = fxquant.quantize(program, images, budget, progress=False, options={"seed": seed, **options})
+            except InfeasibleBudgetError as error:
+                print(f"{ratio}: {error}", file=sys.stderr)
+                continue
         solved.to_onnx(folder / f"{ratio}.onnx")
 
 

@@ -53,8 +53,9 @@ def quantize(
             out from scoring: limits on answers and roundings are checked on them.
         budget: limits on costs, on answers or both: a `Budget`, `{"average_bits": 4}` or "average_bits=4". None only
             scores and leaves every layer at its widest integer precision, for `resolve` to choose from later.
-        bits: candidate weight formats, by default 2, 4 and 8: bits of evenly spaced levels, "2c" for a codebook, "3p"
-            for powers of two, "2.5r" for output channels of several widths; 32 lets a layer stay in float.
+        bits: candidate weight formats: bits of evenly spaced levels, "2c" for a codebook, "3p" for powers of two,
+            "2.5r" for output channels of several widths; 32 lets a layer stay in float. By default "2c", "3c", 4, 6 and
+            8, and narrower codebooks where no plan of those keeps the budget.
         activation_bits: candidate activation bits, by default 8.
         target: what will run the model, by default "onnxruntime": a name, the path of a target file, or a `Target`.
         effort: "fast", "default" or "best".
@@ -132,11 +133,7 @@ def _search(
     taken = taken_images(scoring, settings)
     for note in (*flow.answer_note(captured), *flow.learned_note(captured, held_out)):
         reporter.say(note)
-    reporter.stage(flow.CALIBRATE)
-    program = flow.calibrate(flow.prepare(captured, settings), taken, reporter)
-    if limits is not None:
-        program = flow.measure_file(program, reporter) if limits.needs_file else program
-        flow.check_budget(program, limits)
+    program, joined = flow.calibrate_within(captured, settings, taken, limits, reporter)
     reporter.stage(flow.SCORE)
     program = flow.measure_sensitivity(program, taken, folder, reporter, shards)
     if limits is None:
@@ -147,7 +144,7 @@ def _search(
         curve = [flow.measure_curve(program, None, judging, reporter)] if shards.is_first else []
         return Result(plain.with_facts(*curve), held_out, scoring)
     finish = finished(settings, scoring, held_out, reporter, place, states)
-    chosen = flow.noted(choose(program, limits, held_out, reporter, taken, folder, finish), notes)
+    chosen = flow.noted(choose(program, limits, held_out, reporter, taken, folder, finish), (*notes, *joined))
     routed = flow.with_routes(program, chosen, limits, (scoring, held_out), finish, reporter)
     return Result(routed, held_out, scoring)
 

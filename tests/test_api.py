@@ -230,7 +230,7 @@ def test_a_budget_is_taken_in_every_form_at_every_door(budget: Any) -> None:
 
 
 def test_a_budget_out_of_reach() -> None:
-    for budget in (Budget(average_bits=1.5), Budget(average_bits=8, size_ratio=0.01)):
+    for budget in (Budget(average_bits=0.5), Budget(average_bits=8, size_ratio=0.01)):
         with pytest.raises(InfeasibleBudgetError, match="reachable"):
             quantize(budget=budget, effort="fast")
     with pytest.raises(InfeasibleBudgetError, match="latency_ms=1e-09"):

@@ -22,5 +22,6 @@ from fxquant.flow.pipeline import KNOWN_NAMES, Pipeline, calibrate, check_names,
 from fxquant.flow.round_weights import algorithms, realised, round_plan, round_with_feedback, rounded_best
 from fxquant.flow.routing import check_limits, check_routes, most_hard, split, with_routes
 from fxquant.flow.score import answer_note, judged_on, loss_in_use, measure_sensitivity, score_identity
-from fxquant.flow.stages import CALIBRATE, CAPTURE, CURVE, SCORE, stages
+from fxquant.flow.stages import CAPTURE, CURVE, SCORE, stages
 from fxquant.flow.train_plan import finished, trained
+from fxquant.flow.within_reach import calibrate_within

@@ -202,7 +202,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        (["--budget", "average_bits=1"], 3, "reachable: 2."),
+        (["--budget", "average_bits=1"], 3, "reachable: 1."),
         (["--budget", "bits=1"], 2, "unknown budget 'bits'"),
         (["--budget", "size_mb=-1"], 2, "above 0"),
         ([*BUDGET, "--bits", "2,x"], 2, "write bits and a kind"),

@@ -14,6 +14,8 @@ DEFAULT_FORMATS: tuple[tuple[int | str, ...], ...] = (("2c", 2), ("3c",), (4,), 
 
 `benchmarks.equal_bytes` compares other sets.
 """
+NARROWER_FORMATS = ("1c", "1.6c", "2.4c")
+"""Those that join them where no plan of the default ones keeps the budget."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,11 @@ class Target:
         """The candidate weight formats where none are asked for, as in `Settings.bits`."""
         executed = ([text for text in row if self.executes(WeightFormat.parse(text))] for row in DEFAULT_FORMATS)
         return tuple(row[0] for row in executed if row) or self.weight_bits
+
+    @property
+    def narrower_bits(self) -> tuple[str, ...]:
+        """The formats that join the default ones where those cannot keep a budget."""
+        return tuple(text for text in NARROWER_FORMATS if self.executes(WeightFormat.parse(text)))
 
     def executes(self, weight: WeightFormat) -> bool:
         """Whether weights of a format can be stored and run in integers."""

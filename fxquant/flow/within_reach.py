@@ -1,0 +1,59 @@
+"""Calibrate with candidates that can keep the budget: where the default ones cannot, narrower ones join them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fxquant.backends import backend
+from fxquant.core.errors import InfeasibleBudgetError
+from fxquant.core.facts import Budget, Settings
+from fxquant.core.host import Reporter
+from fxquant.core.ir import Program
+from fxquant.core.run import CalibrationSet
+from fxquant.flow import pipeline
+from fxquant.flow.allocate import check_budget
+from fxquant.flow.file_size import measure_file
+from fxquant.flow.stages import CALIBRATE
+
+JOINED = "no plan of the default formats keeps {budget}, so {formats} are candidates too"
+
+
+def calibrate_within(
+    captured: Program, settings: Settings, images: CalibrationSet, budget: Budget | None, reporter: Reporter
+) -> tuple[Program, tuple[str, ...]]:
+    """Return the calibrated program, whose candidates reach the budget's limits on costs, and notes on that.
+
+    Formats that the user or a recipe named are the only ones.
+
+    Args:
+        captured: the graph.
+        settings: of the run.
+        images: calibration images.
+        budget: the limits; None has none.
+        reporter: shows progress.
+
+    Raises:
+        InfeasibleBudgetError: a limit is out of reach of every format that the target executes.
+    """
+    try:
+        return _calibrated(captured, settings, images, budget, reporter), ()
+    except InfeasibleBudgetError:
+        target = backend(settings.target).target
+        narrower = target.narrower_bits
+        if settings.bits is not None or not narrower:
+            raise
+    note = JOINED.format(budget=budget, formats=f"{', '.join(narrower[:-1])} and {narrower[-1]}")
+    reporter.say(note)
+    wider = replace(settings, bits=(*narrower, *target.default_bits))
+    return _calibrated(captured, wider, images, budget, reporter), (note,)
+
+
+def _calibrated(
+    captured: Program, settings: Settings, images: CalibrationSet, budget: Budget | None, reporter: Reporter
+) -> Program:
+    reporter.stage(CALIBRATE)
+    program = pipeline.calibrate(pipeline.prepare(captured, settings), images, reporter)
+    if budget is not None:
+        program = measure_file(program, reporter) if budget.needs_file else program
+        check_budget(program, budget)
+    return program
