@@ -47,13 +47,15 @@ def files(place: Path) -> list[str]:
 
 
 def failure(arguments: list[str], code: int, capsys: Captured) -> str:
-    """Run a command that must fail and return its one line on stderr, behind those of stages and of what was tried."""
+    """Run a command that must fail and return its last line on stderr, behind those of stages and attempts."""
     assert main(arguments) == code
     printed = capsys.readouterr()
     assert printed.out == ""
     *stages, last = printed.err.splitlines()
     assert last.startswith("fxquant: error: ")
-    assert all(re.search(r"^\d+ of \d+: |: \d+ of \d+ in |cells, |candidates, |are candidates too$", line) for line in stages), stages
+    assert all(
+        re.search(r"^\d+ of \d+: |: \d+ of \d+ in |cells, |candidates, |are candidates too$", line) for line in stages
+    ), stages
     return last
 
 
