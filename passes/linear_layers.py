@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ def as_linear(module: GraphModule, node: Node) -> int:
         return _as_bias(node)
     if node.target is aten.einsum.default:
         return _contraction(module, node)
+    if node.target is aten.baddbmm.default:
+        return _apart(module, node)
+    if node.target is aten.bilinear.default:
+        return _first_factor(node)
     found = _operands(node)
     if found is None:
         return 0
@@ -34,9 +39,9 @@ def as_linear(module: GraphModule, node: Node) -> int:
     if weight is None or is_constant(x) or len(shape_of(x)) < 2 or sizes(node)[:-1] != sizes(x)[:-1]:
         return 0
     constant, turned = weight
+    constant = _matrix(node, constant)
     if not turned:
-        with module.graph.inserting_before(node):
-            constant = trace(module.graph.call_function(aten.t.default, (constant,)))
+        constant = _before(node, aten.t.default, constant)
     node.target, node.args, node.kwargs = aten.linear.default, (x, constant, *bias), {}
     _leave_rows(node)
     return 1
@@ -62,6 +67,7 @@ def _contraction(module: GraphModule, node: Node) -> int:
     if ends[1] != of_x.replace(summed[0], made[0]) or of_x.index(summed[0]) < of_x.rfind("."):
         return 0
     constant, turned = weight
+    constant = _matrix(node, constant)
     axis = of_x.index(summed[0]) - len(of_x)
     with module.graph.inserting_before(node):
         if turned == (of_matrix == f"{made[0]}{summed[0]}"):
@@ -74,6 +80,63 @@ def _contraction(module: GraphModule, node: Node) -> int:
     linear.meta |= {key: value for key, value in node.meta.items() if key != "val"}
     node.target, node.args = aten.transpose.int, (linear, axis, -1)
     return 1
+
+
+def _apart(module: GraphModule, node: Node) -> int:
+    """Rewrite `beta b + alpha x y` as a product, which may be a linear layer, and a sum."""
+    given = arguments(node)
+    product = _before(node, aten.matmul.default, given["batch1"], given["batch2"])
+    as_linear(module, product)
+    if given["alpha"] != 1:
+        product = _before(node, aten.mul.Tensor, product, given["alpha"])
+    # With beta = 0 even what is not finite in b is ignored.
+    if given["beta"] == 0:
+        node.replace_all_uses_with(product)
+        node.graph.erase_node(node)
+        return 1
+    added = given["self"] if given["beta"] == 1 else _before(node, aten.mul.Tensor, given["self"], given["beta"])
+    node.target, node.args, node.kwargs = aten.add.Tensor, (product, added), {}
+    _as_bias(node)
+    return 1
+
+
+def _first_factor(node: Node) -> int:
+    """Rewrite a bilinear layer `y_o = x' W_o z + b_o` as a linear layer of x, whose rows are then multiplied by z.
+
+    The linear layer, with a row for every o and element of z, reads the wider input and does nearly all of the work.
+    """
+    given = arguments(node)
+    inputs, weight = [given["input1"], given["input2"]], given["weight"]
+    # Sizes in the middle have to be known to name the new shape.
+    middle = list(node.meta["val"].shape[1:-1])
+    if not is_constant(weight) or any(map(is_constant, inputs)) or not all(isinstance(size, int) for size in middle):
+        return 0
+    if len(shape_of(node)) < 2:
+        return 0
+    outputs, one, other = shape_of(weight)
+    if one >= other:
+        inputs.reverse()
+        weight = _before(node, aten.permute.default, weight, [0, 2, 1])
+    narrow, wide = inputs
+    rows = shape_of(weight)[1]
+    matrix = _before(node, aten.reshape.default, weight, [outputs * rows, shape_of(weight)[2]])
+    linear = _before(node, aten.linear.default, wide, matrix)
+    each = _before(node, aten.reshape.default, linear, [-1, *middle, outputs, rows])
+    column = _before(node, aten.unsqueeze.default, narrow, -1)
+    product = _before(node, aten.matmul.default, each, column)
+    last: tuple[Callable[..., Any], tuple[Any, ...]] = (aten.squeeze.dim, (product, -1))
+    if given["bias"] is not None:
+        last = aten.add.Tensor, (_before(node, *last[:1], *last[1]), given["bias"])
+    node.target, node.args, node.kwargs = *last, {}
+    return 1
+
+
+def _before(node: Node, target: Callable[..., Any], *operands: Any) -> Node:
+    """Insert an op in front of a node, with its origin, and return it, traced."""
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(target, operands)
+    made.meta = {key: value for key, value in node.meta.items() if key != "val"}
+    return trace(made)
 
 
 def _operands(node: Node) -> tuple[Node, Node, tuple[Node, ...]] | None:
@@ -106,7 +169,14 @@ def _parameter(matrix: Node) -> tuple[Node, bool] | None:
         elif matrix.target not in REPEATS or shape_of(source)[-2:] != shape_of(matrix)[-2:]:
             return None
         matrix = source
-    return (matrix, turned) if len(shape_of(matrix)) == 2 else None
+    shape = shape_of(matrix)
+    return (matrix, turned) if len(shape) >= 2 and set(shape[:-2]) <= {1} else None
+
+
+def _matrix(node: Node, constant: Node) -> Node:
+    """Return a parameter of one matrix as that matrix."""
+    shape = list(shape_of(constant))
+    return constant if len(shape) == 2 else _before(node, aten.reshape.default, constant, shape[-2:])
 
 
 def _turns(node: Node) -> bool:

@@ -60,9 +60,8 @@ def volumes() -> nn.Module:
 
 def products() -> nn.Module:
     return Composed(
-        lambda net, x: net.pair(y := net.stem(x), torch.relu(y)) + torch.einsum("bi,oi->bo", y, net.matrix),
+        lambda net, x: torch.einsum("bi,oi->ob", torch.relu(net.stem(x)), net.matrix).t(),
         stem=nn.Linear(6, 4),
-        pair=nn.Bilinear(4, 4, 3),
         matrix=nn.Parameter(torch.randn(3, 4)),
     )
 
@@ -78,7 +77,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, set[str]]] = {
     "gru": (partial(recurrent, nn.GRU, state=True, bias=False), TOKENS, {"table", "layer.weight_ih_l0"}),
     "rnn": (partial(recurrent, nn.RNN, nonlinearity="relu", bidirectional=True), TOKENS, {"table"}),
     "volumes": (volumes, VOLUMES, {"down", "up"}),
-    "products": (products, VECTORS, {"pair"}),
+    "products": (products, VECTORS, {"matrix"}),
 }
 """Name -> model, its inputs, and sites that are stored."""
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, GraphModule
 
@@ -12,7 +13,7 @@ from fxquant import flow
 from fxquant.capture import capture
 from fxquant.core.facts import Settings
 from fxquant.core.ir import Program, Sites, resolve, show
-from fxquant.passes import Canonicalize
+from fxquant.passes import Canonicalize, FoldConstants
 from tests.models import MODELS, Composed
 from tests.programs import captured, check_pass
 
@@ -141,6 +142,51 @@ def test_products_with_a_parameter_are_linear_layers() -> None:
     )
     assert [site.name for site in found[Sites].sites] == ["proj"]
     assert tuple(found.module.get_parameter("proj").shape) == (3, 4)
+
+
+@pytest.mark.parametrize("beta", [0, 1, 0.5])
+@pytest.mark.parametrize("alpha", [1, 0.25])
+def test_baddbmm_is_a_product_and_a_sum(alpha: float, beta: float) -> None:
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        matrices = net.matrix.expand(x.shape[0], -1, -1)
+        one = torch.baddbmm(net.bias, x, matrices, alpha=alpha, beta=beta)
+        return torch.baddbmm(x.mean(dim=(1, 2), keepdim=True), one, x.transpose(1, 2), alpha=alpha, beta=beta)
+
+    matrix, bias = nn.Parameter(torch.randn(1, 5, 5)), nn.Parameter(torch.randn(5))
+    model = Composed(forward, matrix=matrix, bias=bias)
+    x = torch.randn(3, 4, 5)
+    done = check_pass(FoldConstants(), check_pass(Canonicalize(), capture(model, (x,))))
+    targets = [node.target for node in done.module.graph.nodes]
+    assert aten.baddbmm.default not in targets
+    assert [targets.count(target) for target in (aten.linear.default, aten.matmul.default)] == [1, 1]
+    (linear,) = (node for node in done.module.graph.nodes if node.target is aten.linear.default)
+    assert (len(linear.args) == 3) == (alpha == beta == 1)
+    # With beta = 0 what is added is not read, not even where it is infinite.
+    assert (aten.add.Tensor in targets) == (beta != 0)
+    assert tuple(done.module.get_parameter("matrix").shape) == (5, 5)
+    assert torch.allclose(done.module(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 2, 4)])
+@pytest.mark.parametrize(("one", "other"), [(6, 2), (2, 6), (4, 4)])
+def test_bilinear_layers_are_linear_layers_of_the_wider_input(shape: tuple[int, ...], one: int, other: int) -> None:
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = net.pair(x[..., :one], x[..., -other:]) + net.bare(x[..., -one:], x[..., :other])
+        return answer
+
+    model = Composed(forward, pair=nn.Bilinear(one, other, 5), bare=nn.Bilinear(one, other, 5, bias=False))
+    x = torch.randn(*shape, 7)
+    done = check_pass(FoldConstants(), check_pass(Canonicalize(), capture(model, (x,))))
+    assert aten.bilinear.default not in [node.target for node in done.module.graph.nodes]
+    assert tuple(done.module.get_parameter("pair.weight").shape) == (5 * min(one, other), max(one, other))
+    for rows in (x, x[:1]):
+        assert torch.allclose(done.module(rows), model(rows), atol=1e-5)
+
+
+def test_bilinear_layers_of_computed_weights_stay() -> None:
+    model = Composed(lambda _, x: F.bilinear(x, x, x.mean(0).expand(2, 4, 4)))
+    x = torch.randn(3, 4)
+    assert "bilinear.default" in show(check_pass(Canonicalize(), capture(model, (x,))).module)
 
 
 EINSUMS = {

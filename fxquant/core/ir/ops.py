@@ -240,10 +240,9 @@ REFUSED: dict[object, str] = {
         (aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default),
         "the weights are computed by the graph; with parameters it would run as two linear layers and gates",
     ),
-    aten.bilinear.default: "no runtime here has an integer bilinear layer",
+    aten.bilinear.default: "its weight is computed by the graph; with a parameter it would run as a linear layer",
     aten.einsum.default: "a product written as einsum runs in float; write torch.nn.functional.linear or torch.matmul",
     aten.addmm.default: "the weight is an operand, not a parameter of linear; write torch.nn.functional.linear",
-    aten.baddbmm.default: "batched matrix product with bias has no integer kernel here",
     aten.scaled_dot_product_attention.default: "fused attention runs in float",
 }
 """Ops that hold weights or do most of the work, and why they are left in float."""
@@ -262,7 +261,6 @@ STORED: dict[object, str] = {
     aten.rnn_relu.input: "rnn",
     aten.bilinear.default: "bilinear",
     aten.einsum.default: "einsum",
-    aten.baddbmm.default: "baddbmm",
 }
 """Ops that compute in float with weights that are stored in a format of their own, and the kind of such a site."""
 
