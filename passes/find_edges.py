@@ -21,6 +21,7 @@ from torch.fx import Graph, Node
 
 from fxquant.core.facts import Target
 from fxquant.core.ir import (
+    BETWEEN,
     OPS,
     REFUSED,
     Edge,
@@ -140,7 +141,7 @@ class _EdgeSearch:
     def _float_reason(self, node: Node, rule: OpRule | None) -> str | None:
         """Return why an op without weights runs in float whatever its neighbours do, None if it need not."""
         if rule is None:
-            return "the op table has no row for it" if _makes_tensors(node) else None
+            return BETWEEN.get(node.target, "the op table has no row for it") if _makes_tensors(node) else None
         if rule.kind in self.target.refuse_joins:
             return self.target.refuse_joins[rule.kind]
         foreign = _foreign_type(node)

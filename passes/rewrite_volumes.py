@@ -31,8 +31,8 @@ LAYERS = (aten.conv3d.default, aten.conv3d.padding)
 
 @dataclass(frozen=True)
 class RewriteVolumes(Pass):
-    """Rewrite every 3-d convolution whose weight is a parameter as a 2-d one where that pays, and 3-d pools as 2-d ones
-    where they have such a form.
+    """Rewrite every 3-d convolution whose weight is a parameter as a 2-d one where that pays, and 3-d pools and
+    nearest interpolations as 2-d ones where they have such a form.
 
     The batch norm and the clip behind a convolution move in front of what brings its slices together, so that they are
     folded and absorbed as behind any convolution.
@@ -205,10 +205,30 @@ def _whole_mean(form: NewForm) -> bool:
     return True
 
 
+def _nearest(form: NewForm) -> bool:
+    given = arguments(form.node)
+    before, after = shape_of(given["input"])[2:], shape_of(form.node)[2:]
+    size, scales = given["output_size"], given["scale_factors"]
+    repeats = after[0] // before[0]
+    # A factor of 2.1 may also give twice the slices, but not each of them twice.
+    if after[0] != repeats * before[0] or (scales is not None and scales[0] != repeats):
+        return False
+    across = (None if size is None else list(after[1:]), None if scales is None else scales[1:])
+    images = form.op(aten.upsample_nearest2d.vec, apart(form.op, given["input"]), *across)
+    channels = shape_of(images)[1]
+    if repeats > 1:
+        each = form.op(aten.reshape.default, images, [-1, 1, channels * prod(after[1:])])
+        each = form.op(aten.cat.default, [each] * repeats, 1)
+        images = form.op(aten.reshape.default, each, [-1, channels, *after[1:]])
+    form.replace(form.node, together(form.op, images, after[0]))
+    return True
+
+
 POOLS: dict[object, Callable[[NewForm], bool]] = {
     aten.max_pool3d.default: _max_pool,
     aten.avg_pool3d.default: _average_pool,
     aten.adaptive_avg_pool3d.default: _whole_mean,
     aten.mean.dim: _whole_mean,
+    aten.upsample_nearest3d.vec: _nearest,
 }
-"""3-d pool -> what replaces it by 2-d ones and returns whether it could."""
+"""3-d pool or interpolation -> what replaces it by 2-d ones and returns whether it could."""

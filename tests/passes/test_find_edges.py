@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fxquant.capture import capture
@@ -198,3 +199,24 @@ def test_what_only_a_sum_reads_goes_unrounded_where_the_kernel_adds() -> None:
     assert len(readers) == len(set(readers))
     # A linear layer is not among the kinds, so the transformer keeps its edges.
     assert edges_of("attention", target).edges == edges_of("attention").edges
+
+
+def test_what_runs_in_float_between_two_layers_has_a_reason() -> None:
+    def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+        y = net.second(F.leaky_relu(net.group(net.first(x)), 0.1))
+        answer: torch.Tensor = net.third(F.interpolate(net.instance(y), scale_factor=2, mode="bilinear"))
+        return F.interpolate(answer, scale_factor=2) + torch.erf(net.slope(answer)).mean()
+
+    layers = {name: nn.Conv2d(4, 4, 3, padding=1) for name in ("first", "second", "third")}
+    norms = {"group": nn.GroupNorm(2, 4), "instance": nn.InstanceNorm2d(4), "slope": nn.PReLU(4)}
+    program = Canonicalize()(capture(Composed(forward, **layers, **norms).eval(), (torch.randn(2, 4, 6, 6),)))
+    edges = FindEdges(TARGET)(program)[QuantizedEdges]
+    told = {name: why for name, why in edges.float_reasons.items() if "add" not in name and "mean" not in name}
+    assert told["erf"] == "the op table has no row for it"
+    assert "deviation" in told["group_norm"]
+    assert "deviation" in told["instance_norm"]
+    assert "single values" in told["leaky_relu"]
+    assert "single values" in told["prelu"]
+    assert "cuts off" in told["upsample_bilinear2d"]
+    # Nearest neighbours keep the grid.
+    assert not [name for name in told if "nearest" in name]

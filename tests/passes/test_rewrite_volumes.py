@@ -63,6 +63,7 @@ POOLS: list[nn.Module] = [
     nn.AvgPool3d((1, 2, 3)), nn.AvgPool3d((1, 3, 3), (1, 2, 1), (0, 1, 1), count_include_pad=False, ceil_mode=True),
     nn.AdaptiveAvgPool3d(1), Composed(lambda _, x: x.mean(dim=(2, 3, 4))),
     Composed(lambda _, x: x.mean((-1, 2, 3), True)),
+    nn.Upsample(scale_factor=2), nn.Upsample(scale_factor=(1, 1.5, 3)), nn.Upsample((15, 7, 9)),
 ]  # fmt: skip
 
 
@@ -99,10 +100,11 @@ def test_every_pool_equals_the_3d_pool() -> None:
         assert torch.allclose(made, wanted, atol=1e-6), pool
 
 
-def test_pools_that_would_round_twice_stay() -> None:
+def test_pools_that_have_no_form_on_slices_stay() -> None:
     pools = [nn.AvgPool3d(2), nn.AdaptiveAvgPool3d(2), Composed(lambda _, x: x.mean(dim=(1, 2)))]
-    module = rewritten(branches(pools), X)
-    assert [name for name in ("avg_pool3d", "adaptive_avg_pool3d", "mean") if name not in show(module)] == []
+    module = rewritten(branches([*pools, nn.Upsample(scale_factor=(2.15, 1, 1))]), X)
+    names = ("avg_pool3d", "adaptive_avg_pool3d", "mean", "upsample_nearest3d")
+    assert [name for name in names if name not in show(module)] == []
 
 
 @pytest.mark.parametrize("groups", [1, 2])

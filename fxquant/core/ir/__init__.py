@@ -28,6 +28,7 @@ from fxquant.core.ir.graphs import (
 from fxquant.core.ir.grid import SMALLEST_SCALE, Grid
 from fxquant.core.ir.levels import HIGHEST_LEVEL, LOWEST_LEVEL, borders_of, nearest_level
 from fxquant.core.ir.ops import (
+    BETWEEN,
     OPS,
     RECURRENT,
     REFUSED,

@@ -248,6 +248,20 @@ REFUSED: dict[object, str] = {
 """Ops that hold weights or do most of the work, and why they are left in float."""
 
 
+_NORM = "it divides by the deviation of its own input, for which no runtime here has an integer kernel"
+_SINGLE = "a function of single values: on integers where the runtime has a table or kernel, else between conversions"
+
+BETWEEN: dict[object, str] = {
+    aten.group_norm.default: _NORM,
+    aten.instance_norm.default: _NORM,
+    aten.upsample_bilinear2d.vec: (
+        "bilinear interpolation of integers cuts off, not rounds, and takes 2 to 13 times as long in ONNX Runtime"
+    ),
+    aten.leaky_relu.default: _SINGLE,
+    aten.prelu.default: _SINGLE,
+}
+"""Ops without weights and without a row that run in float between two integer layers, and why."""
+
 STORED: dict[object, str] = {
     aten.embedding.default: "embedding",
     aten.conv3d.default: "conv3d",
