@@ -20,6 +20,8 @@ from fxquant.passes.insert_observers import without_observers
 
 IMAGES = 64
 """Calibration images that are looked at; more change the factors little."""
+PREDICTED = 0.02
+"""Least logarithm by which the model's noise must fall: on MobileNetV2 it falls by .005, on ResNet-20 by .065."""
 STEPS_OF_TWO = 16
 """Factors are powers of the 16th root of 2."""
 
@@ -27,6 +29,8 @@ STEPS_OF_TWO = 16
 @dataclass(frozen=True)
 class EqualizeChannels(Pass):
     """Write `ChannelScales`, and give the parameters their factors: the network computes what it did, up to round-off.
+
+    Where the model says that factors change next to nothing, none are taken, and none need to be judged.
 
     A value has one step for all of its channels, so that a channel of small range is rounded coarsely (arXiv
     1906.04721, section 4.1, for pairs of layers; arXiv 2211.10438 for normalization and the layer behind it). Here
@@ -49,8 +53,12 @@ class EqualizeChannels(Pass):
         if factors.count < 2:
             return program.with_facts(ChannelScales()), 0
         noise = measured_noise(program, module, factors, self.images.slice(0, IMAGES), batch)
+        found = fewest_noise(noise)
+        before, after = (noise.total(each).log() for each in (torch.zeros(factors.count), found.log().float()))
+        if float(before - after) < PREDICTED:
+            return program.with_facts(ChannelScales()), 0
         # Rounded, so that round-off in the search changes nothing in what comes out.
-        steps = torch.round(fewest_noise(noise).log2() * STEPS_OF_TWO)
+        steps = torch.round(found.log2() * STEPS_OF_TWO)
         scales = _scales(module, factors, torch.exp2(steps / STEPS_OF_TWO))
         return scaled(program, scales), 0
 

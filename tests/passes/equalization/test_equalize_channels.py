@@ -90,6 +90,13 @@ def test_without_a_free_factor_nothing_changes() -> None:
     assert done.module.state_dict().keys() == program.module.state_dict().keys()
 
 
+def test_factors_that_change_next_to_nothing_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, x = _prepared("residual"), CalibrationSet((images(8),))
+    assert EqualizeChannels(x)(program)[ChannelScales].paths
+    monkeypatch.setattr("fxquant.passes.equalization.equalize_channels.PREDICTED", 5.0)
+    assert not EqualizeChannels(x)(program)[ChannelScales].paths
+
+
 def test_a_channel_that_is_much_smaller_is_scaled_up() -> None:
     model = network("relu")
     scale_channel(model, 2, 0.01)
