@@ -3,7 +3,7 @@
 `python -m benchmarks.annealing`: ResNet-20 at 3.5 bits on average, weights of the bank. The engine's plan, and the best
 of 600 steps of annealing that start at the best uniform plan and measure every proposal as the engine does (all
 calibration images, mixed in pairs). Both plans are compared by that loss, and by the KL on images that neither saw. The
-share of the budget that each spends is told, since a plan that leaves bits over could be better.
+share of the budget that each spends is shown, since a plan that leaves bits over could be better.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def annealed(program: Program, meter: Meter, limits: dict[str, float], seed: int
     return best
 
 
-def told(program: Program, meter: Meter, answers: tuple[Tensor, Tensor], choices: dict[str, Choice]) -> Row:
+def figures(program: Program, meter: Meter, answers: tuple[Tensor, Tensor], choices: dict[str, Choice]) -> Row:
     """Return what a plan loses and spends.
 
     Args:
@@ -106,12 +106,12 @@ def main() -> None:
         meter = Meter(program, judged, flow.loss_in_use(program, judged))
         answers = images, model_outputs(program.module, (images,))
         engine: Row = {"seed": float(seed), "plan": "engine"}
-        rows.append(engine | told(program, meter, answers, plan.choices) | {"processor s": round(seconds, 1)})
+        rows.append(engine | figures(program, meter, answers, plan.choices) | {"processor s": round(seconds, 1)})
         started = time.process_time()
         best = annealed(program, meter, dict(plan.limits), seed)
         seconds = time.process_time() - started
         other: Row = {"seed": float(seed), "plan": f"{STEPS} steps of annealing"}
-        rows.append(other | told(program, meter, answers, best) | {"processor s": round(seconds, 1)})
+        rows.append(other | figures(program, meter, answers, best) | {"processor s": round(seconds, 1)})
     write("annealing", rows, {"network": NETWORK, "average bits": BITS, "images": IMAGES, "test images": TESTS})
 
 

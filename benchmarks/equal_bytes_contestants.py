@@ -29,7 +29,7 @@ Write = Callable[[Any, Tensor, int, tuple[float, ...], Path], None]
 
 
 def mixed(program: Any, images: Tensor, seed: int, ratios: tuple[float, ...], folder: Path, **options: object) -> None:
-    """Quantize once, then take the best plan for each share of the float file; anew where that takes more formats."""
+    """Quantize once, then take the best plan for each share of the float file; quantize again for other formats."""
     result = fxquant.quantize(program, images, None, progress=False, options={"seed": seed, **options})
     for ratio in ratios:
         try:
