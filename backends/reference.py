@@ -24,7 +24,8 @@ def _rows(refuse_products: str = "") -> dict[str, KernelRow]:
             "float arithmetic on grid values", refuse_products if rule.macs is not None and rule.weight is None else ""
         )
         for rule in OPS.values()
-        if rule.scale is ScaleRule.OWN
+        # A function of single values would only be rounded once more: that of some runtimes is for their own tables.
+        if rule.scale is ScaleRule.OWN and not rule.pointwise
     }
 
 

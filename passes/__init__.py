@@ -19,6 +19,7 @@ from fxquant.passes.insert_observers import CollectRanges, InsertObservers, with
 from fxquant.passes.measure_latency import CHOSEN_RATIOS, MeasureLatency, chosen_plans, mixed_plans
 from fxquant.passes.measure_sensitivity import MeasureSensitivity
 from fxquant.passes.meter import Meter, is_better, measured_loss
+from fxquant.passes.rewrite_activations import RewriteActivations
 from fxquant.passes.rewrite_transposed import RewriteTransposed
 from fxquant.passes.rewrite_volumes import RewriteVolumes
 from fxquant.passes.scale_weights import EVEN, ScaleWeights, channel_axes

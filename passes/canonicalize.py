@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,6 +59,10 @@ SPELLINGS: dict[object, Callable[..., Any]] = {
 """Op -> the one op that is used for its meaning."""
 
 
+PARTS = (aten.split.Tensor, aten.split_with_sizes.default)
+"""Ops that take a value apart along an axis, given as the third argument."""
+
+
 @dataclass(frozen=True)
 class Canonicalize(Pass):
     """Erase identities and dead nodes, move keyword arguments into position, spell "same" padding as numbers, products
@@ -85,11 +90,38 @@ def _canonical(module: GraphModule, node: Node) -> int:
         node.replace_all_uses_with(source)
         module.graph.erase_node(node)
         return rewrites + 1
+    if _as_slices(node):
+        return rewrites + 1
     spelling = SPELLINGS.get(node.target)
     if spelling is not None:
         node.target = spelling
         rewrites += 1
     return rewrites + _explicit_padding(node) + _one_slope(module, node) + as_linear(module, node)
+
+
+def _as_slices(node: Node) -> bool:
+    """Write what takes a value apart as slices, which keep the grid; return whether it was such an op.
+
+    A split of images, or of a size that is free, stays.
+    """
+    if node.target not in PARTS or not all(user.target is operator.getitem for user in node.users):
+        return False
+    source, dim = node.args[0], node.args[2] if len(node.args) > 2 else 0
+    if not isinstance(source, Node) or not isinstance(dim, int):
+        return False
+    lengths = [part.shape[dim] for part in node.meta["val"]]
+    if dim % source.meta["val"].dim() == 0 or not all(isinstance(length, int) for length in lengths):
+        return False
+    for user in list(node.users):
+        which = int(str(user.args[1])) % len(lengths)
+        start = sum(lengths[:which])
+        with node.graph.inserting_before(user):
+            part = node.graph.call_function(aten.slice.Tensor, (source, dim, start, start + lengths[which]))
+        part.meta = dict(user.meta)
+        user.replace_all_uses_with(part)
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
+    return True
 
 
 def _without_empty(node: Node) -> int:

@@ -24,6 +24,7 @@ from fxquant.core.ir import (
     BETWEEN,
     OPS,
     REFUSED,
+    SINGLE,
     Edge,
     OpRule,
     Program,
@@ -157,7 +158,7 @@ class _EdgeSearch:
         if rule.scale is not ScaleRule.OWN:
             return None
         if rule.kind not in self.target.joins:
-            return f"target {self.target.name!r} has no integer kernel for {rule.kind}"
+            return SINGLE if rule.pointwise else f"target {self.target.name!r} has no integer kernel for {rule.kind}"
         inputs = activation_inputs(node)
         return "one operand is a constant" if not inputs or any(is_constant(source) for source in inputs) else None
 

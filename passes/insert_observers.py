@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from fxquant.core.facts import Ranges
-from fxquant.core.ir import Program, QuantizedEdges, finish, fork, insert_after, resolve
+from fxquant.core.ir import Program, QuantizedEdges, finish, fork, insert_after, nodes_by_name, resolve, rule_of
 from fxquant.core.run import OBSERVERS, Observer
 from fxquant.passes.base import Pass
 
@@ -44,12 +44,14 @@ class CollectRanges(Pass):
 
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the graph without observers, and the ranges."""
-        histograms, clips = {}, set()
+        histograms, clips, nodes = {}, set(), nodes_by_name(program.module.graph)
         for observer in _taken_out(program.module):
             histograms[observer.producer] = observer.histogram()
             clips.add(observer.clip)
         # One observer made them all; a graph without any has nothing to clip.
-        return program.with_facts(Ranges(histograms, next(iter(clips), "full"))), len(histograms)
+        rules = {name: rule_of(nodes[name]) for name in histograms}
+        factors = frozenset(name for name, rule in rules.items() if rule is not None and rule.factor)
+        return program.with_facts(Ranges(histograms, next(iter(clips), "full"), factors)), len(histograms)
 
 
 def without_observers(module: GraphModule) -> GraphModule:

@@ -43,6 +43,7 @@ ATEN = {
     *("passes/canonicalize.py", "passes/core_aten.py", "passes/linear_layers.py"),
     "passes/reshaping/new_shape.py",
     *("passes/fold_batchnorm.py", "passes/rewrite_transposed.py", "passes/recurrent_cells.py"),
+    "passes/rewrite_activations.py",
     *("passes/rewrite_volumes.py", "passes/volume_moves.py", "passes/new_form.py"),
 }
 """Files that may name ATen overloads, in addition to the lowering tables of the backends."""

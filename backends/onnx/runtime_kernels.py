@@ -14,6 +14,8 @@ RUNTIME_KERNELS: dict[str, KernelRow] = {
     "linear": KernelRow("QGemm", layer=weighted),
     "add": KernelRow("QLinearAdd", join=pairwise(add)),
     "mul": KernelRow("QLinearMul", join=pairwise(mul)),
+    "sigmoid": KernelRow("QLinearSigmoid"),
+    "hard_sigmoid": KernelRow("HardSigmoid between conversions"),
     "avg_pool": KernelRow("QLinearAveragePool", join=window_mean(average)),
     "global_pool": KernelRow("QLinearGlobalAveragePool", join=image_mean(mean)),
     "matmul": KernelRow(refuse="a product of two activations is uint8 x uint8 here: 110 GOP/s, no faster than float32"),

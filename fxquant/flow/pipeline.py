@@ -22,6 +22,7 @@ from fxquant.passes import (
     FoldConstants,
     InsertObservers,
     Pass,
+    RewriteActivations,
     RewriteTransposed,
     RewriteVolumes,
     ScaleWeights,
@@ -134,7 +135,7 @@ def find_sites(program: Program, settings: Settings) -> Program:
     # A saved result may name a training that is not registered where it is opened.
     if settings.training is not None and settings.training in TRAINERS and TRAINERS[settings.training].separates:
         program = run(program, SeparateNorms())
-    program = program.with_facts(settings, target)
+    program = run(program.with_facts(settings, target), RewriteActivations(target))
     program = run(program, *site_passes(target, settings, {}))
     names = [site.name for site in program[Sites].sites]
     types = site_types(program.module.graph, program[Sites].sites)

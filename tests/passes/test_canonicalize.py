@@ -105,6 +105,31 @@ def test_what_only_looks_like_an_identity_stays(op: Callable[..., Any], args: tu
     assert len(list(done.module.graph.nodes)) == 3
 
 
+@pytest.mark.parametrize("sizes", [2, [1, 3], [3, 1]])
+def test_parts_of_a_value_are_slices(sizes: int | list[int]) -> None:
+    class Parts(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first, *_, last = torch.split(x, sizes, -2)
+            return first.sum() * last
+
+    x = torch.randn(3, 2, 4, 5)
+    before = capture(Parts(), (x,))
+    done = check_pass(Canonicalize(), before)
+    assert "split" not in show(done.module)
+    assert torch.equal(done.module(x), before.module(x))
+
+
+def test_a_split_of_images_stays() -> None:
+    class Halves(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            one, other = torch.split(x, 2)
+            return one + other
+
+    x = torch.randn(4, 3)
+    program = Program(torch.export.export(Halves(), (x,)).module(), {}, ())
+    assert "split" in show(check_pass(Canonicalize(), program).module)
+
+
 def test_padding_by_name_becomes_numbers_where_both_sides_pad_alike() -> None:
     graph = Canonicalize()(captured("padded")).module.graph
     same, even, last = (resolve(graph, f"conv2d_{i}") for i in (1, 2, 3))

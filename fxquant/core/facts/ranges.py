@@ -132,6 +132,8 @@ class Ranges:
         histograms: producer node name -> distribution of its values.
         clip: "mse" searches the clip of least squared error per grid, "full" uses minimum and maximum as they are,
             "gaussian" takes what suits a Gaussian of the same mean and deviation.
+        factors: producers whose values only scale others, as a sigmoid's do: their ends count most, and no clip of
+            least squared error of their own suits them; minimum and maximum are used as they are.
 
     Raises:
         CalibrationError: another clip.
@@ -139,6 +141,7 @@ class Ranges:
 
     histograms: dict[str, Histogram]
     clip: str = "mse"
+    factors: frozenset[str] = frozenset()
     _memo: dict[tuple[tuple[str, ...], int], Grid] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -161,7 +164,7 @@ class Ranges:
         if missing:
             raise CalibrationError(f"values {missing} were never observed; calibrate after prepare, on the same graph")
         histogram = merged(self.histograms[name] for name in names)
-        low, high = CLIPS[self.clip](histogram, spec)
+        low, high = CLIPS["full" if self.factors.issuperset(names) else self.clip](histogram, spec)
         return Grid.covering(torch.tensor(low), torch.tensor(high), spec)
 
     def save(self, path: Path) -> None:
@@ -172,7 +175,8 @@ class Ranges:
         """
         names = list(self.histograms)
         rows = [self.histograms[name] for name in names]
-        header = {"kind": "ranges", "version": FORMAT_VERSION, "names": names, "clip": self.clip}
+        header: dict[str, Any] = {"kind": "ranges", "version": FORMAT_VERSION, "names": names, "clip": self.clip}
+        header["factors"] = sorted(self.factors)
         write_arrays(
             path,
             {
@@ -198,6 +202,6 @@ class Ranges:
                 str(name): Histogram(float(e[0]), float(e[1]), counts, float(e[2]), float(e[3]))
                 for name, e, counts in zip(header["names"], arrays["ends"], arrays["counts"], strict=True)
             }
-            return Ranges(histograms, str(header["clip"]))
+            return Ranges(histograms, str(header["clip"]), frozenset(header.get("factors", ())))
         except (KeyError, ValueError, TypeError, IndexError, CalibrationError) as error:
             raise FileFormatError(f"{path} is not an intact ranges file ({error}); calibrate again") from error

@@ -32,6 +32,7 @@ from fxquant.core.ir.ops import (
     OPS,
     RECURRENT,
     REFUSED,
+    SINGLE,
     STORED,
     OpRule,
     ScaleRule,

@@ -52,7 +52,8 @@ class OpRule:
         is_view: whether the output is the input's memory seen in another shape, so that nothing is allocated.
         clips: lower and upper bound of a clipping activation: a number, or the name of the argument that gives it.
         adds: whether the op is the plain sum of its two operands, which the kernel that makes one of them may compute.
-        pointwise: whether it is an activation function computed in float, element by element.
+        pointwise: whether it is an activation function, element by element.
+        factor: whether its values only scale others, so that the ends of their range matter most.
         homogeneous: whether `f(s x) = s f(x)` for every s > 0; true of every row that keeps the grid.
         unscalable: what an op that is not homogeneous does to a scaled input, as the end of a sentence.
     """
@@ -69,6 +70,7 @@ class OpRule:
     clips: tuple[float | str, float | str] | None = None
     adds: bool = False
     pointwise: bool = False
+    factor: bool = False
     homogeneous: bool = False
     unscalable: str = "is not the same up to a factor when its input is scaled"
 
@@ -153,6 +155,7 @@ _CLIP = OpRule(
 )
 _POINTWISE = OpRule("pointwise", ScaleRule.FLOAT, pointwise=True)
 _SOFTMAX = OpRule("softmax", ScaleRule.FLOAT)
+_SIGMOID = OpRule("sigmoid", ScaleRule.OWN, pointwise=True, factor=True)
 
 OPS: dict[object, OpRule] = {
     aten.conv1d.default: _CONV,
@@ -209,8 +212,8 @@ OPS: dict[object, OpRule] = {
     aten.hardswish.default: _POINTWISE,
     aten.silu.default: _POINTWISE,
     aten.gelu.default: _POINTWISE,
-    aten.sigmoid.default: _POINTWISE,
-    aten.hardsigmoid.default: _POINTWISE,
+    aten.sigmoid.default: _SIGMOID,
+    aten.hardsigmoid.default: replace(_SIGMOID, kind="hard_sigmoid"),
     aten.softmax.int: _SOFTMAX,
     aten._softmax.default: _SOFTMAX,
     aten.layer_norm.default: OpRule("layer_norm", ScaleRule.FLOAT, unscalable="takes the scale out again"),
@@ -249,7 +252,7 @@ REFUSED: dict[object, str] = {
 
 
 _NORM = "it divides by the deviation of its own input, for which no runtime here has an integer kernel"
-_SINGLE = "a function of single values: on integers where the runtime has a table or kernel, else between conversions"
+SINGLE = "a function of single values: on integers where the runtime has a table or kernel, else between conversions"
 
 BETWEEN: dict[object, str] = {
     aten.group_norm.default: _NORM,
@@ -257,8 +260,8 @@ BETWEEN: dict[object, str] = {
     aten.upsample_bilinear2d.vec: (
         "bilinear interpolation of integers cuts off, not rounds, and takes 2 to 13 times as long in ONNX Runtime"
     ),
-    aten.leaky_relu.default: _SINGLE,
-    aten.prelu.default: _SINGLE,
+    aten.leaky_relu.default: SINGLE,
+    aten.prelu.default: SINGLE,
 }
 """Ops without weights and without a row that run in float between two integer layers, and why."""
 

@@ -160,4 +160,4 @@ def observed(program: Program, producers: set[str], images: CalibrationSet) -> R
             for producer, observer in observers.items():
                 observer(environment[replay.by_name[producer]])
     fresh = {producer: observer.histogram() for producer, observer in observers.items()}
-    return Ranges({**known.histograms, **fresh}, known.clip)
+    return Ranges({**known.histograms, **fresh}, known.clip, known.factors)

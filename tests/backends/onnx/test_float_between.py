@@ -25,7 +25,7 @@ BETWEEN: list[tuple[nn.Module, set[str]]] = [
     (nn.PReLU(), {"QLinearLeakyRelu"}),
     (nn.PReLU(8), {"Max", "Mul", *CONVERTED}),
     (nn.Sigmoid(), {"QLinearSigmoid"}),
-    (nn.SiLU(), {"Sigmoid", "Mul", *CONVERTED}),
+    (nn.SiLU(), {"QLinearSigmoid", "QLinearMul"}),
     (nn.Hardswish(), {"HardSigmoid", "Mul", *CONVERTED}),
 ]
 """What is between two convolutions, and the operators that ONNX Runtime runs there."""

@@ -28,9 +28,17 @@ OTHER_MEANINGS = {
     **{
         (f"fxquant/core/run/{name}.py", word): "the name of an ATen packet, whatever its overload"
         for name, words in {
-            "answer_scores": ("channel_shuffle", "pixel_shuffle", "reshape", "slice", "softmax", "transpose"),
+            "answer_scores": (
+                "channel_shuffle",
+                "pixel_shuffle",
+                "reshape",
+                "sigmoid",
+                "slice",
+                "softmax",
+                "transpose",
+            ),
             "joined_outputs": ("cat",),
-            "recurrent_states": ("add", "linear", "mul", "relu"),
+            "recurrent_states": ("add", "linear", "mul", "relu", "sigmoid"),
         }.items()
         for word in words
     },
