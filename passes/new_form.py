@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,24 @@ def pays_as_planes(inputs: int, groups: int) -> bool:
     with groups of 16 channels, 1.1 of 8, 0.74 of 4, 0.39 of 2 and 0.17 of 1.
     """
     return groups == 1 or inputs // groups >= 8
+
+
+class Layer(Protocol):
+    """A layer that knows how to take another form."""
+
+    node: Node
+    form: tuple[object, ...]
+
+    def rewrite(self, made: Made, leaving: set[Node]) -> None:
+        """Replace the layer; `made` and `leaving` are those of `NewForm`."""
+
+
+def rewrite_all(layers: Iterable[Layer]) -> int:
+    """Rewrite layers, those that share a parameter sharing its new form, and return how many there were."""
+    found, made = list(layers), Made()
+    for layer in found:
+        layer.rewrite(made, {other.node for other in found if other.form == layer.form})
+    return len(found)
 
 
 class NewForm:

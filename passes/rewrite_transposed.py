@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from fxquant.core.ir import Program, arguments, erase_dead, is_constant, shape_of, trace
 from fxquant.passes.base import Pass
-from fxquant.passes.new_form import SWAP, Made, NewForm, integers, pays_as_planes
+from fxquant.passes.new_form import SWAP, Made, NewForm, integers, pays_as_planes, rewrite_all
 
 aten = torch.ops.aten
 
@@ -94,12 +94,10 @@ class RewriteTransposed(Pass):
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program without transposed convolutions."""
         module = program.module
-        layers = [_Layer(module, node) for node in module.graph.nodes if node.target in PLAIN and _has_form(node)]
-        made: Made = {}
-        for layer in layers:
-            layer.rewrite(made, {other.node for other in layers if other.form == layer.form})
+        layers = (_Layer(module, node) for node in module.graph.nodes if node.target in PLAIN and _has_form(node))
+        changed = rewrite_all(layers)
         erase_dead(module)
-        return program, len(layers)
+        return program, changed
 
 
 def _has_form(node: Node) -> bool:
@@ -133,7 +131,7 @@ class _Layer:
         self.axes = [_Axis(*numbers) for numbers in zip(kernel, *sides, strict=True)]
         self.strides = [axis.stride for axis in self.axes]
         self.groups, self.phases = int(given["groups"]), prod(self.strides)
-        self.form = ("phases", *self.strides, self.groups)
+        self.form: tuple[object, ...] = ("phases", *self.strides, self.groups)
 
     def rewrite(self, made: Made, leaving: set[Node]) -> None:
         """Replace the convolution and what moves in front of the shuffle.

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from fxquant.core.ir import Program, arguments, erase_dead, is_constant, shape_of, trace
 from fxquant.passes.base import Pass
-from fxquant.passes.new_form import SWAP, Made, NewForm, integers, pays_as_planes
+from fxquant.passes.new_form import SWAP, Made, NewForm, integers, pays_as_planes, rewrite_all
 from fxquant.passes.volume_moves import apart, join_moves, together
 
 aten = torch.ops.aten
@@ -41,12 +41,11 @@ class RewriteVolumes(Pass):
     def run(self, program: Program) -> tuple[Program, int]:
         """Return the program without 3-d layers."""
         module = program.module
-        layers = [_Layer(module, node) for node in module.graph.nodes if node.target in LAYERS and _has_form(node)]
-        made: Made = {}
-        for layer in layers:
-            layer.rewrite(made, {other.node for other in layers if other.form == layer.form})
+        changed = rewrite_all(
+            _Layer(module, node) for node in module.graph.nodes if node.target in LAYERS and _has_form(node)
+        )
         pools = [node for node in module.graph.nodes if node.target in POOLS and _is_volume(node)]
-        changed = len(layers) + sum(POOLS[node.target](NewForm(module, node, ("planes",), {}, set())) for node in pools)
+        changed += sum(POOLS[node.target](NewForm(module, node, ("planes",), {}, set())) for node in pools)
         if changed:
             join_moves(module)
         erase_dead(module)
@@ -95,7 +94,7 @@ class _Layer:
         pixels = [(k, s, *p) for k, s, p in zip(self.kernel, self.stride, self.pads, strict=True)][1:]
         #: whether only slices are read together, never neighbouring pixels
         self.along_depth = set(pixels) == {(1, 1, 0, 0)}
-        self.form = ("planes", self.along_depth, self.groups)
+        self.form: tuple[object, ...] = ("planes", self.along_depth, self.groups)
 
     def rewrite(self, made: Made, leaving: set[Node]) -> None:
         """Replace the convolution and what moves in front of what brings its slices together.
@@ -205,6 +204,23 @@ def _whole_mean(form: NewForm) -> bool:
     return True
 
 
+def _adaptive_mean(form: NewForm) -> bool:
+    given = arguments(form.node)
+    before, after = shape_of(given["self"])[2:], shape_of(form.node)[1:]
+    if set(after[1:]) == {1}:
+        return _whole_mean(form)
+    channels, depth, *pixels = after
+    # Windows are boxes: the mean of a box is the mean of its slices' means.
+    images = form.op(aten.adaptive_avg_pool2d.default, apart(form.op, given["self"]), pixels)
+    if depth != before[0]:
+        column = form.op(aten.reshape.default, images, [-1, before[0], channels * prod(pixels)])
+        ends = [(k * before[0] // depth, -(-(k + 1) * before[0] // depth)) for k in range(depth)]
+        parts = [form.op(aten.mean.dim, form.op(aten.slice.Tensor, column, 1, *end), [1], True) for end in ends]
+        images = form.op(aten.reshape.default, form.op(aten.cat.default, parts, 1), [-1, channels, *pixels])
+    form.replace(form.node, together(form.op, images, depth))
+    return True
+
+
 def _nearest(form: NewForm) -> bool:
     given = arguments(form.node)
     before, after = shape_of(given["input"])[2:], shape_of(form.node)[2:]
@@ -227,7 +243,7 @@ def _nearest(form: NewForm) -> bool:
 POOLS: dict[object, Callable[[NewForm], bool]] = {
     aten.max_pool3d.default: _max_pool,
     aten.avg_pool3d.default: _average_pool,
-    aten.adaptive_avg_pool3d.default: _whole_mean,
+    aten.adaptive_avg_pool3d.default: _adaptive_mean,
     aten.mean.dim: _whole_mean,
     aten.upsample_nearest3d.vec: _nearest,
 }

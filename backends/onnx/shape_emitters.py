@@ -67,13 +67,21 @@ def _pool(lowering: Lowering, node: Node) -> str | None:
     return lowering.write(node, "Mul", [pooled, factor])
 
 
-@emits(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default)
+ADAPTIVE = {
+    aten.adaptive_avg_pool1d.default: 1,
+    aten.adaptive_avg_pool2d.default: 2,
+    aten.adaptive_avg_pool3d.default: 3,
+}
+"""Adaptive mean -> the axes that it goes along."""
+
+
+@emits(*ADAPTIVE)
 def _adaptive_pool(lowering: Lowering, node: Node) -> str | None:
-    axes = 1 if "1d" in str(node.target) else 2
+    axes = ADAPTIVE[node.target]
     if _all_of(node, axes) and len(dims(node.args[0])) == 4:
         return lowering.write(node, "GlobalAveragePool", [lowering.value(node.args[0])])
     # Of images of one size, the exporter knows the windows.
-    free = -1 in static_shape(node.args[0])[-axes:]
+    free = axes == 3 or -1 in static_shape(node.args[0])[-axes:]
     return _windows(lowering, node, "ReduceMean", axes) if free else None
 
 
@@ -99,7 +107,7 @@ def _windows(lowering: Lowering, node: Node, reduce: str, axes: int) -> str | No
     assert isinstance(wanted, list | tuple)
     size, rank = dims(source), len(dims(source))
     x = lowering.value(source)
-    for axis, count in zip(range(rank - axes, rank), [*wanted, *wanted][:axes], strict=True):
+    for axis, count in zip(range(rank - axes, rank), [*wanted, *wanted, *wanted][:axes], strict=True):
         if not isinstance(count, int):
             # Asked for as many windows as there are pixels, the axis stays as it is.
             if count.meta["val"] != size[axis]:

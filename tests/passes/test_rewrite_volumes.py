@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram, export
 import fxquant
 from fxquant.backends.int8 import kernel_report
 from fxquant.capture import capture
-from fxquant.core.ir import Sites, show
+from fxquant.core.ir import QuantizedEdges, Sites, show
 from fxquant.passes import Canonicalize, FoldBatchnorm, Pass, RewriteTransposed, RewriteVolumes
 from tests.models import Composed
 from tests.programs import check_pass
@@ -61,7 +61,8 @@ POOLS: list[nn.Module] = [
         ((1, 1, 2), (2, 1, 1), 0, 1, False), (2, 1, 1, 2, False), ((2, 3, 2), (2, 2, 3), (1, 1, 0), 1, True),
     )),
     nn.AvgPool3d((1, 2, 3)), nn.AvgPool3d((1, 3, 3), (1, 2, 1), (0, 1, 1), count_include_pad=False, ceil_mode=True),
-    nn.AdaptiveAvgPool3d(1), Composed(lambda _, x: x.mean(dim=(2, 3, 4))),
+    nn.AdaptiveAvgPool3d(1), nn.AdaptiveAvgPool3d(2), nn.AdaptiveAvgPool3d((3, 1, 4)), nn.AdaptiveAvgPool3d((5, 2, 6)),
+    Composed(lambda _, x: x.mean(dim=(2, 3, 4))),
     Composed(lambda _, x: x.mean((-1, 2, 3), True)),
     nn.Upsample(scale_factor=2), nn.Upsample(scale_factor=(1, 1.5, 3)), nn.Upsample((15, 7, 9)),
 ]  # fmt: skip
@@ -101,9 +102,9 @@ def test_every_pool_equals_the_3d_pool() -> None:
 
 
 def test_pools_that_have_no_form_on_slices_stay() -> None:
-    pools = [nn.AvgPool3d(2), nn.AdaptiveAvgPool3d(2), Composed(lambda _, x: x.mean(dim=(1, 2)))]
+    pools = [nn.AvgPool3d(2), Composed(lambda _, x: x.mean(dim=(1, 2)))]
     module = rewritten(branches([*pools, nn.Upsample(scale_factor=(2.15, 1, 1))]), X)
-    names = ("avg_pool3d", "adaptive_avg_pool3d", "mean", "upsample_nearest3d")
+    names = ("avg_pool3d", "mean", "upsample_nearest3d")
     assert [name for name in names if name not in show(module)] == []
 
 
@@ -178,6 +179,37 @@ def test_what_has_no_fast_form_stays() -> None:
     assert torch.equal(free(X[:, :, :4]), model(X[:, :, :4]))
     assert "conv3d" in show(free)
     assert "max_pool3d" in show(free)
+
+
+REASONS: list[tuple[nn.Module, str]] = [
+    (nn.AvgPool3d(2), "rounded twice"),
+    (nn.Upsample(scale_factor=2, mode="trilinear"), "cuts off"),
+    (nn.Upsample(scale_factor=1.5), "no whole number"),
+    (nn.AdaptiveAvgPool3d(2), "only adaptive pooling to one pixel"),
+    (nn.Conv3d(8, 8, 3, padding=1, groups=8), "fewer than 8 channels"),
+    (nn.ConvTranspose3d(8, 8, 2, 2, groups=8), "fewer than 8 channels"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("free", [False, True])
+@pytest.mark.parametrize(("layer", "why"), REASONS, ids=lambda given: type(given).__name__)
+def test_what_stays_in_float_says_why(layer: nn.Module, why: str, free: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6, 8, 8)
+    model: Any = nn.Sequential(nn.Conv3d(3, 8, 1), nn.ReLU(), layer, nn.Conv3d(8, 4, 1)).eval()
+    given = export(model, (x,), dynamic_shapes=(dict.fromkeys((0, 2, 3, 4), Dim.AUTO),)) if free else model
+    made = fxquant.quantize(given, x, {"average_bits": 8}, bits=(8,), effort="fast", progress=False)
+    reasons = {**made.program[QuantizedEdges].float_reasons, **made.program[Sites].refusals}
+    assert (why if not free else "free sizes") in " ".join(reasons.values())
+    made.to_onnx(tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    other = torch.randn(2, 3, *(6, 10, 12) if free else (6, 8, 8))
+    with torch.no_grad():
+        wanted = made.simulated(other)
+    (answer,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+    off = (torch.from_numpy(answer) - wanted).abs()
+    assert float(off.mean()) < 0.01 * float(wanted.abs().max())
 
 
 def test_sums_and_clips_between_layers_are_computed_on_slices() -> None:

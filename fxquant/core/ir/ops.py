@@ -260,6 +260,11 @@ BETWEEN: dict[object, str] = {
     aten.upsample_bilinear2d.vec: (
         "bilinear interpolation of integers cuts off, not rounds, and takes 2 to 13 times as long in ONNX Runtime"
     ),
+    aten.avg_pool3d.default: "an average of several slices would be rounded twice, within slices and over them",
+    aten.adaptive_avg_pool3d.default: "of free sizes, no number of slices to average over is known",
+    aten.upsample_trilinear3d.vec: "interpolation between pixels of integers cuts off where it has to round",
+    aten.upsample_nearest3d.vec: "its factor along depth is no whole number, or the sizes are free",
+    aten.max_pool3d.default: "of free sizes, slices cannot be taken apart",
     aten.leaky_relu.default: SINGLE,
     aten.prelu.default: SINGLE,
 }
