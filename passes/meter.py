@@ -20,9 +20,20 @@ FEWEST_FIRST = 8
 """Images that are enough to drop a plan."""
 
 
-def image_losses(module: GraphModule, images: CalibrationSet, reference: Tensor, loss: str | Loss) -> Tensor:
-    """Return the loss of a simulated graph against the float answers, float64 of shape (images,)."""
-    return loss_of(loss)(reference, model_outputs(module, images.inputs), images.labels)
+def image_losses(
+    module: GraphModule, images: CalibrationSet, reference: Tensor, loss: str | Loss, only: Tensor | None = None
+) -> Tensor:
+    """Return the loss of a simulated graph against the float answers, float64 of shape (images,).
+
+    Args:
+        module: the simulated graph.
+        images: to run.
+        reference: float answers of those that are run.
+        loss: the loss, or its name.
+        only: positions of those to run; None for all.
+    """
+    labels = images.labels if images.labels is None or only is None else images.labels[only]
+    return loss_of(loss)(reference, model_outputs(module, images.inputs, only=only), labels)
 
 
 def measured_loss(module: GraphModule, images: CalibrationSet, reference: Tensor, loss: str | Loss) -> float:
@@ -61,8 +72,7 @@ class Meter:
         first, rest = (every[matches] for matches in (every % FIRST_SHARE == 0, every % FIRST_SHARE != 0))
         #: positions of the images that are run together, in the order of running
         self._parts = [first, rest] if len(first) >= FEWEST_FIRST else [every]
-        self._images = [images.take(part.tolist()) for part in self._parts]
-        self._references = [model_outputs(program.module, part.inputs) for part in self._images]
+        self._references = [model_outputs(program.module, images.inputs, only=part) for part in self._parts]
         self._known: dict[frozenset[tuple[str, str]], Tensor] = {}
         #: the choices of every plan that was measured, or dropped after a share of the images -> its mean loss
         self._means: dict[frozenset[tuple[str, str]], tuple[Mapping[str, Choice], float]] = {}
@@ -107,8 +117,8 @@ class Meter:
         losses = self.losses(known)
         first = float(losses[self._parts[0]].mean())
         ratio = float(losses.mean()) / first if first > 0.0 else 1.0
-        found = image_losses(simulate(self._program, plan).module, self._images[0], self._references[0], self.loss)
-        return float(found.mean()) * ratio, len(self._images[0])
+        found = self._run(simulate(self._program, plan).module, 0)
+        return float(found.mean()) * ratio, len(self._parts[0])
 
     def race(self, plan: BitAllocation, rival: Tensor | None, surcharge: float = 0.0) -> Tensor | None:
         """Return the loss of each image, or None once the first of them show that the plan is worse than a rival.
@@ -122,15 +132,18 @@ class Meter:
         if key not in self._known:
             module = simulate(self._program, plan).module
             found: list[Tensor] = []
-            for images, reference in zip(self._images, self._references, strict=True):
+            for part in range(len(self._parts)):
                 if found and rival is not None and is_better(found[0], rival[self._parts[0]], -surcharge):
                     more = float((found[0] - rival[self._parts[0]]).mean())
                     self._means[key] = plan.choices, float(rival.mean()) + more
                     return None
-                found.append(image_losses(module, images, reference, self.loss))
+                found.append(self._run(module, part))
             self._known[key] = torch.cat(found)[torch.cat(self._parts).argsort()] if len(found) > 1 else found[0]
             self._means[key] = plan.choices, float(self._known[key].mean())
         return self._known[key]
+
+    def _run(self, module: GraphModule, part: int) -> Tensor:
+        return image_losses(module, self.images, self._references[part], self.loss, self._parts[part])
 
 
 def _key(choices: Mapping[str, Choice]) -> frozenset[tuple[str, str]]:

@@ -108,7 +108,16 @@ def round_plan(
         return program.with_facts(replace(left, notes=(*left.notes, note)))
     if held_out is None or judged is None:
         return rounded
-    return _better(program, rounded, chain, held_out, judged, loss, reporter)
+    return _better(program, rounded, chain, held_out, judged, loss, reporter, _found(program, rounded, names))
+
+
+def _found(program: Program, rounded: Program, names: tuple[str, ...]) -> tuple[float, float] | None:
+    """Return the held-out losses without and with a chain that one algorithm measured as a whole, else None."""
+    records = rounded[Rounding].units if Rounding in rounded else ()
+    new = records[len(Rounding.of(program, program[BitAllocation].choices).units) :]
+    if len(names) > 1 or len(new) != 1 or new[0].sites or not math.isfinite(new[0].before):
+        return None
+    return new[0].before, _realised_loss(new[0])
 
 
 def finisher(
@@ -244,15 +253,19 @@ def _better(
     judged: CalibrationSet,
     loss: Loss,
     reporter: Reporter,
+    found: tuple[float, float] | None,
 ) -> Program:
-    """Return the rounded program if it is accepted, else the program; with its losses as plans are judged."""
+    """Return the rounded program if it is accepted, else the program; with its losses as plans are judged.
+
+    `found` are the losses on the held-out images, where they are known.
+    """
     plan = program[BitAllocation]
 
     def losses_of(images: CalibrationSet, *candidates: Program) -> list[float]:
         reference = model_outputs(program.module, images.inputs)
         return [measured_loss(simulate(each, plan).module, images, reference, loss) for each in candidates]
 
-    before, after = losses_of(held_out, program, rounded)
+    before, after = losses_of(held_out, program, rounded) if found is None else found
     reason = rejection(before, after, loss)
     reporter.say(f"{chain}: held-out loss {before:.4g} -> {after:.4g}{', rejected' if reason else ''}")
     if not reason:

@@ -25,12 +25,12 @@ from fxquant.core.ir import (
     shape_of,
     traced_images,
 )
-from fxquant.core.run import CalibrationSet, answer_parts
+from fxquant.core.run import CalibrationSet, answer_parts, channels_last
 from fxquant.passes.equalization.channel_factors import ChannelFactors
 from fxquant.passes.equalization.rounding_noise import RoundingNoise, ValueNoise, WeightNoise
 from fxquant.passes.rounding.closed_form.input_gram import channel_axis, geometry_of
 
-RECORDED_BYTES = 5 * 10**8
+RECORDED_BYTES = 2 * 10**8
 """Bytes of values that a recorded run keeps, for as long as one image takes no more."""
 LEAST_RANGE = 0.01
 """Share of a value's range that each class has at least: a channel that is silent on the calibration images need not
@@ -38,7 +38,9 @@ be on others."""
 MOST_ROWS = 128
 """Output channels of a layer that are looked at; of more, a sample is, evenly spaced."""
 PROJECTIONS = 2
-"""Random projections of the answers of each batch."""
+"""Random projections of the answers of each batch, where batches are few."""
+FEW_BATCHES = 8
+"""With more, one projection of each is enough."""
 
 
 def recorded_batch(module: GraphModule) -> int:
@@ -72,11 +74,12 @@ def measured_noise(
     layers = [resolve(module.graph, name) for site in program[Sites].sites for name in site.nodes]
     found = {layer.name: _WeightStatistics.of(layer, module, factors) for layer in layers}
     weights = {name: statistics for name, statistics in found.items() if statistics is not None}
-    recorder = _Recorder(answer_parts(module), values, weights)
+    projections = PROJECTIONS if len(images) // batch <= FEW_BATCHES else 1
+    recorder = _Recorder(answer_parts(module), values, weights, projections)
     generator = torch.Generator().manual_seed(0)
     for part in images.batches(batch):
         if len(part) == batch:
-            recorder.add(part.inputs, generator)
+            recorder.add(tuple(channels_last(each) for each in part.inputs), generator)
     return RoundingNoise(
         factors.count,
         tuple(each.noise(2.0 ** bits[1] - 1) for each in values.values()),
@@ -192,14 +195,18 @@ class _WeightStatistics:
 
     def add(self, value: Tensor) -> None:
         """Count the input of a batch."""
-        rows = value.movedim(self.channels_at(value.dim()), 0).flatten(1)
-        self.power += rows.square().sum(dim=1).reshape(self.power.shape)
-        self.counted += rows.shape[1]
+        power = self._squares(value)
+        self.power += power.reshape(self.power.shape)
+        self.counted += value.numel() // power.numel()
 
     def add_gradient(self, gradient: Tensor) -> None:
         """Count the gradients of one projection in the output."""
-        rows = gradient.movedim(self.channels_at(gradient.dim()), 0).flatten(1)
-        self.sensitivity += rows.square().sum(dim=1).reshape(self.sensitivity.shape)
+        self.sensitivity += self._squares(gradient).reshape(self.sensitivity.shape)
+
+    def _squares(self, value: Tensor) -> Tensor:
+        """Return the sum of squares of each channel."""
+        others = [axis for axis in range(value.dim()) if axis != self.channels_at(value.dim())]
+        return value.square().sum(dim=others) if others else value.square()
 
     def noise(self, levels: float) -> WeightNoise:
         """Return the numbers of the model."""
@@ -217,13 +224,18 @@ class _Recorder(Interpreter):
         module: graph whose outputs are compared.
         values: name of a value -> its statistics.
         weights: name of a layer -> its statistics.
+        projections: random projections of the answers of each batch.
     """
 
     def __init__(
-        self, module: GraphModule, values: dict[str, _ValueStatistics], weights: dict[str, _WeightStatistics]
+        self,
+        module: GraphModule,
+        values: dict[str, _ValueStatistics],
+        weights: dict[str, _WeightStatistics],
+        projections: int,
     ) -> None:
         super().__init__(module, garbage_collect_values=True)
-        self._values, self._weights = values, weights
+        self._values, self._weights, self._projections = values, weights, projections
         self._watched: list[tuple[Callable[[Tensor], None], Tensor]] = []
 
     def run_node(self, n: Node) -> Any:
@@ -247,7 +259,7 @@ class _Recorder(Interpreter):
             answers = self.run(*inputs, enable_io_processing=False)
         given = answers if isinstance(answers, tuple | list) else (answers,)
         parts = [part for part in given if isinstance(part, Tensor) and part.requires_grad]
-        for left in reversed(range(PROJECTIONS)):
+        for left in reversed(range(self._projections)):
             projected = sum((_projected(part, generator) for part in parts), torch.zeros(()))
             if not parts:
                 return

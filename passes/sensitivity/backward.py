@@ -132,6 +132,9 @@ def per_image(node: Node, value: Tensor, images: int) -> Tensor:
     axis = images_axis(node)
     if axis is None:
         return torch.zeros(images, dtype=torch.float64)
+    if axis == 0 and len(value) == images:
+        # Summed in the type of the values, pairwise: in float64 that takes five times as long.
+        return value.sum(dim=[*range(1, value.dim())]).double().cpu() if value.dim() > 1 else value.double().cpu()
     # In an axis of images times windows or heads, images vary slowest.
     return value.movedim(axis, 0).reshape(images, -1).sum(dim=1, dtype=torch.float64).cpu()
 

@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 
 from fxquant.passes.sensitivity.backward import Gradients, Tape, per_image
 from fxquant.passes.sensitivity.cell_sweep import Cell
-from fxquant.passes.sensitivity.columns import Column
+from fxquant.passes.sensitivity.columns import Column, Replacement
 from fxquant.passes.sensitivity.mpqco import label_cotangents
 from fxquant.passes.sensitivity.registry import Estimate, estimator
 from fxquant.passes.sensitivity.scorer import Batch, Scorer
@@ -35,11 +35,17 @@ def fisher_out(scorer: Scorer) -> Estimate:
 def _cell(scorer: Scorer, batch: Batch) -> Cell:
     tape = Tape(scorer, batch)
     gradients = tape.gradients(label_cotangents(scorer, batch, tape.reference))
-    return {"squares": torch.stack([_squares(tape, gradients, column) for column in scorer.columns]).cpu().numpy()}
+    #: of the column at hand and the one before, which often round the same activations
+    known: dict[tuple[str, Replacement], Tensor] = {}
+    squares = []
+    for column in scorer.columns:
+        known = {each: known[each] for each in column.substitution.items() if each in known}
+        squares.append(_squares(tape, gradients, column, known))
+    return {"squares": torch.stack(squares).cpu().numpy()}
 
 
-def _squares(tape: Tape, gradients: Gradients, column: Column) -> Tensor:
-    """Return `sum g^2 d^2` of one column, float64 of shape (images,)."""
+def _squares(tape: Tape, gradients: Gradients, column: Column, known: dict[tuple[str, Replacement], Tensor]) -> Tensor:
+    """Return `sum g^2 d^2` of one column, float64 of shape (images,); `known` are rounded values."""
     by_name, environment = tape.scorer.replay.by_name, tape.environment
     layers = {op: None for ops in tape.ops.values() for op in ops}
     total = torch.zeros(tape.images, dtype=torch.float64)
@@ -47,11 +53,13 @@ def _squares(tape: Tape, gradients: Gradients, column: Column) -> Tensor:
     with torch.no_grad():
         for name, replacement in column.substitution.items():
             node = by_name[name]
-            value = replacement(environment[node])
+            if (name, replacement) not in known:
+                known[name, replacement] = replacement(environment[node])
+            value = known[name, replacement]
             if all(user in layers for user in node.users):
                 changed[node] = value
             elif name in gradients:
-                total += per_image(node, (gradients[name] * (value - environment[node])).square(), tape.images)
+                total += per_image(node, (gradients[name] * (value - environment[node])).square_(), tape.images)
         for op in layers:
             values = [node for node in tape.values(op) if node.name in gradients]
             if not values or not any(source in changed for source in op.all_input_nodes):
@@ -59,12 +67,13 @@ def _squares(tape: Tape, gradients: Gradients, column: Column) -> Tensor:
             answer = _rerun(tape, op, changed)
             for node in values:
                 shift = (answer if node is op else answer[node.args[1]]) - environment[node]
-                total += per_image(node, (gradients[node.name] * shift).square(), tape.images)
+                total += per_image(node, shift.mul_(gradients[node.name]).square_(), tape.images)
     return total
 
 
 def _rerun(tape: Tape, op: Node, changed: dict[Node, Tensor]) -> Any:
-    assert callable(op.target)
     lookup = {node: changed.get(node, tape.environment[node]) for node in op.all_input_nodes}
     tape.scorer.replay.spent += tape.scorer.costs[op.name]
-    return op.target(*map_arg(op.args, lookup.__getitem__), **map_arg(op.kwargs, lookup.__getitem__))
+    args: Any = map_arg(op.args, lookup.__getitem__)
+    kwargs: Any = map_arg(op.kwargs, lookup.__getitem__)
+    return tape.scorer.replay.compute(op, args, kwargs)

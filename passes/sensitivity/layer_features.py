@@ -52,7 +52,7 @@ def layer_features(
             found[site_of[node]].append(summary(split.double(), 1 - weight.dim()))
 
     with torch.no_grad():
-        replay.run(replay.steps, values, None, scorer.off, lambda _: False, summarize)
+        replay.run(replay.steps, values, None, scorer.off, lambda _: False, summarize, alone=site_of)
     return found
 
 

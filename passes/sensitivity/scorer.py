@@ -7,7 +7,7 @@ the context's own loss: the context has loss 0, and the four-term identity holds
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
@@ -61,8 +61,8 @@ class Base:
 class Preview(Protocol):
     """Finds out what work will take, instead of doing it."""
 
-    def of(self, name: str, work: Work, scorer: Scorer) -> None:
-        """Measure a cell of the work, whose keys are `name-0`, `name-1`, ..., and raise to end the estimator."""
+    def of(self, name: str, work: Work, sizes: Mapping[str, float], scorer: Scorer) -> None:
+        """Measure a cell of the work, and raise to end the estimator; `sizes` say how long each cell takes."""
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -81,6 +81,7 @@ class Scorer:
         context: the plan that everything else is quantized by; None leaves everything else in float.
         seed: seed of sampled labels and probes.
         shards: this process among those that share the work.
+        wide_every: one batch in so many is run with the wide columns too, where an estimator can do with that.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Scorer:
         context: BitAllocation | None = None,
         seed: int = 0,
         shards: Shards = ALONE,
+        wide_every: int = 1,
     ) -> None:
         self.program = program
         self.images = images
@@ -102,6 +104,7 @@ class Scorer:
         self.context = context
         self.seed = seed
         self.shards = shards
+        self.wide_every = wide_every
         self.costs = {node.name: _node_cost(node) for node in program.module.graph.nodes}
         self.network_cost = sum(self.costs.values())
         self.replay = GraphReplay(answer_graph(program.module), self.costs)
@@ -129,7 +132,10 @@ class Scorer:
         self.preview: Preview | None = None
         self._kept: tuple[int, Base] | None = None
         self._footprint = self.replay.footprint(images.slice(0, 1).inputs, self.in_context)
-        self._parts_kept = self._footprint.within(ENVIRONMENT_LIMIT, self.costs)
+        # Values that kernels need not make, between a convolution and the clip behind it, are not asked for.
+        asked = frozenset(self.replay.nodes).difference(self.replay.clips) if self.replay.clips else None
+        within = self._footprint.within(ENVIRONMENT_LIMIT, self.costs)
+        self._parts_kept, self._recomputes = asked if within is None else within, within is not None
         self.batch = max(1, min(LARGEST_BATCH, len(images), ENVIRONMENT_LIMIT // max(1, self._footprint.total)))
 
     def _assigned(self, *chosen: int) -> dict[str, Replacement]:
@@ -206,7 +212,7 @@ class Scorer:
         kept = self._parts_kept
         held = sum(size for node, size in self._footprint.values if kept is None or node in kept)
         size = 8 * len(self.columns) ** 2 * len(self.images)
-        return Memory(self.batch, self.batch * held, self.batch * self._footprint.working, size, kept is not None)
+        return Memory(self.batch, self.batch * held, self.batch * self._footprint.working, size, self._recomputes)
 
     def measure(self, title: str, work: Work) -> dict[str, Arrays]:
         """Return finished cells by key: those of the store as they are, the others measured and kept.
@@ -230,8 +236,20 @@ class Scorer:
         around = "" if self.context is None else f"-{text_digest(str(sorted(self._labels(self.context).items())))}"
         return f"batch{self.batch}-seed{self.seed}{around}-"
 
-    def by_batch(self, title: str, name: str, cell: Callable[[Scorer, Batch], Cell]) -> Gathered:
+    def by_batch(
+        self,
+        title: str,
+        name: str,
+        cell: Callable[[Scorer, Batch], Cell],
+        share: Callable[[Batch], float] = lambda _: 1.0,
+    ) -> Gathered:
         """Measure one cell for each batch, called `name-0`, `name-1`, ...; `evaluations` are added where it has none.
+
+        Args:
+            title: shown with the progress.
+            name: of the cells.
+            cell: measures one.
+            share: how long it takes for an image of a batch, next to the first batch.
 
         Raises:
             WorkerError: another process of a sharded run was lost.
@@ -243,7 +261,8 @@ class Scorer:
 
         work = {f"{name}-{batch.index}": partial(counted, batch) for batch in self.batches}
         if self.preview is not None:
-            self.preview.of(name, work, self)
+            sizes = {f"{name}-{batch.index}": share(batch) * len(batch.images) for batch in self.batches}
+            self.preview.of(name, work, sizes, self)
         return Gathered(list(self.measure(title, work).values()))
 
     @staticmethod

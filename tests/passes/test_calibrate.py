@@ -8,7 +8,7 @@ import torch
 from fxquant.core.errors import CalibrationError
 from fxquant.core.facts import Ranges
 from fxquant.core.ir import Program, show
-from fxquant.core.run import CalibrationSet, live_bytes
+from fxquant.core.run import CalibrationSet, Runner, live_bytes
 from fxquant.passes import Calibrate, CollectRanges, InsertObservers, calibrate
 from tests.models import MODELS
 from tests.programs import check_pass, tied
@@ -77,9 +77,9 @@ def test_large_values_go_in_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> 
 def test_too_little_memory_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     program = InsertObservers("minmax")(tied("residual"))
 
-    def short(*_: object) -> None:
+    def short(*_: object, **__: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(program.module, "forward", short)
+    monkeypatch.setattr(Runner, "run", short)
     with pytest.raises(RuntimeError, match="not enough memory"):
         Calibrate(CalibrationSet(MODELS["residual"].inputs(2))).run(program)

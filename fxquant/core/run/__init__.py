@@ -5,6 +5,7 @@ from __future__ import annotations
 from fxquant.core.run.answer_graph import answer_graph, answer_parts, find_answers
 from fxquant.core.run.answer_quality import NO_LABELS, SPARE, keeps, learned_share, needed, quality
 from fxquant.core.run.confidence_bounds import drop_bound, images_needed, mean_bound, share_bound
+from fxquant.core.run.convolutions import channels_last, clips_behind
 from fxquant.core.run.data import LARGEST, WRAP, CalibrationSet, collect
 from fxquant.core.run.default_losses import answer_loss
 from fxquant.core.run.discrete_answers import Jump, behind_orders, discrete_answers, leading_names, returned

@@ -12,7 +12,7 @@ from fxquant.core.errors import CalibrationError
 from fxquant.core.facts import BINS, Histogram
 from fxquant.core.registry import Registry
 
-DENSE_LIMIT = 1 << 20
+DENSE_LIMIT = 1 << 18
 """Most elements of one batch that are all counted; of more, a sample is."""
 
 LARGEST = 1e37
@@ -46,6 +46,9 @@ class Observer(nn.Module):
         if x.numel() == 0:
             return x
         flat = x.detach().float()
+        if flat.dim() == 4 and flat.is_contiguous(memory_format=torch.channels_last):
+            # In the order of its memory, to be read as one row.
+            flat = flat.permute(0, 2, 3, 1)
         low, high = (float(v) for v in torch.aminmax(flat))
         if not max(abs(low), abs(high)) <= LARGEST:
             raise CalibrationError(

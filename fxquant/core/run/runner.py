@@ -6,13 +6,16 @@ the re-estimation of batch norms runs with other statistics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+
+from fxquant.core.run.convolutions import channels_last, clips_behind, convolved, in_order, laid_out
 
 Substitution = Mapping[str, Callable[[Tensor], Tensor]]
 """Node name -> function of the node's first input that is run in place of the node."""
@@ -73,6 +76,10 @@ class Runner:
         self.varying = dependents(self.nodes, self.inputs)
         # Submodule look-up by path is slow enough to show in small networks.
         self._submodules = {n: module.get_submodule(str(n.target)) for n in self.nodes if n.op == "call_module"}
+        self._laid_out = {node for node in self.steps if laid_out(node)}
+        self._in_order = {node for node in self.steps if self._laid_out and in_order(node)}
+        #: convolution -> the clip behind it, which one kernel computes where nobody wants the value in between
+        self.clips = clips_behind(self.steps)
         #: cost of all nodes run so far, in the unit of `node_cost`
         self.spent = 0.0
 
@@ -88,8 +95,12 @@ class Runner:
         substitution: Substitution | None = None,
         keep: Callable[[Node], bool] | None = None,
         after: Callable[[Node], None] | None = None,
+        alone: Collection[Node] = (),
     ) -> None:
         """Run nodes and write their values into `values`.
+
+        Without gradients, a convolution whose value `keep` does not ask for is computed along with the clip behind it
+        (`clips_behind`), and has no value of its own.
 
         Args:
             order: the nodes, none before one that it reads.
@@ -98,7 +109,8 @@ class Runner:
             base: read where `values` has no entry, and never written.
             substitution: functions that are run in place of nodes.
             keep: whether a value is needed after its last reader; None keeps all.
-            after: called with each node while its value and those it read are still there.
+            after: called with each node that has a value, while that and those it read are still there.
+            alone: convolutions that have values of their own in any case.
         """
         fallback, functions = base or {}, substitution or {}
 
@@ -107,14 +119,45 @@ class Runner:
 
         # Where everything is kept, as in most replays of a sweep of pairs, the last readers need not be found.
         last = {} if keep is None else last_read(order)
+        together = {} if keep is None else self._together(order, functions, keep, alone)
+        made = dict[Node, Tensor]()
         for node in order:
-            values[node] = self.value_of(node, fetch, functions)
-            if after is not None:
+            clip = together.get(node)
+            value = None if clip is None else self._clipped(node, clip, fetch)
+            if clip is not None and value is not None:
+                made[clip] = value
+            else:
+                values[node] = made.pop(node) if node in made else self.value_of(node, fetch, functions)
+            if after is not None and node in values:
                 after(node)
             if keep is not None:
                 for read in last[node]:
                     if not keep(read):
                         values.pop(read, None)
+
+    def _together(
+        self, order: Sequence[Node], functions: Substitution, keep: Callable[[Node], bool], alone: Collection[Node]
+    ) -> dict[Node, Node]:
+        """Return the convolutions of the order that need no value of their own, with their clips."""
+        if not self.clips or torch.is_grad_enabled():
+            return {}
+        run = set(order)
+        return {
+            node: clip
+            for node in order
+            if (clip := self.clips.get(node)) is not None
+            and clip in run
+            and node.name not in functions
+            and clip.name not in functions
+            and node not in alone
+            and not keep(node)
+        }
+
+    def _clipped(self, node: Node, clip: Node, fetch: Callable[[Node], Any]) -> Tensor | None:
+        made = convolved(map_arg(node.args, fetch), clip)
+        if made is not None:
+            self.spent += self._cost.get(node.name, 0.0) + self._cost.get(clip.name, 0.0)
+        return made
 
     def value_of(self, node: Node, fetch: Callable[[Node], Any], substitution: Substitution | None = None) -> Any:
         """Return the value of one node.
@@ -138,6 +181,13 @@ class Runner:
 
     def compute(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return what a node makes of its arguments; subclasses change what a kind of node does."""
+        if node in self._laid_out:
+            made = None if torch.is_grad_enabled() else convolved(args)
+            if made is not None:
+                return made
+            args = (channels_last(args[0]), *args[1:])
+        if node in self._in_order and isinstance(args[0], Tensor):
+            args = (args[0].contiguous(), *args[1:])
         if node.op == "call_module":
             return self._submodules[node](*args, **kwargs)
         if node.op == "call_method":

@@ -21,7 +21,7 @@ from fxquant.core.run import CalibrationSet, GraphReplay, Runner
 from fxquant.passes.rounding.closed_form.input_gram import channel_axis
 
 BATCH = 32
-LIMIT = 256 * 10**6
+LIMIT = 160 * 10**6
 """Bytes that the values of one walk may take."""
 SHARE = 4
 """A batch takes at most one part in so many of the limit."""
@@ -174,7 +174,9 @@ class Prefix:
         def keep(node: Node) -> bool:
             return self._last_reader[node] >= stop
 
-        self._runner.run(nodes, values, constants, self._settled, keep, partial(self._changed, values))
+        changed = {node for node in nodes if node.name in self._shifts or node.name in self._changes}
+        after = partial(self._changed, values) if changed else None
+        self._runner.run(nodes, values, constants, self._settled, keep, after, alone=changed)
 
     def _run(self, stop: int) -> None:
         runner = self._runner

@@ -97,8 +97,9 @@ def test_the_size_of_batches_does_not_matter(estimator: Estimator) -> None:
     whole, split = scorer(program, images("plain")), scorer(program, images("plain"))
     whole.batch, split.batch = 6, 1
     one, other = (estimator(each) for each in (whole, split))
-    np.testing.assert_allclose(one.values, other.values, rtol=1e-3, atol=1e-8)
-    np.testing.assert_allclose(one.stderr, other.stderr, rtol=1e-3, atol=1e-8)
+    # Other round-off of a batch's sums may take a value to the next step of an activation.
+    np.testing.assert_allclose(one.values, other.values, rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(one.stderr, other.stderr, rtol=1e-3, atol=1e-7)
 
 
 def test_the_same_numbers_again_and_finished_scores_are_not_measured_again(
