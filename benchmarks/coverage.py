@@ -1,10 +1,11 @@
 """Which architectures can be captured, quantized and run? Uniform W8A8 of the data folder's networks and of timm's.
 
-`python -m benchmarks.coverage [NAME ...] [--limit SECONDS] [--memory GB] [--again | --kept]`: every name is `zoo:NAME`,
-`timm:NAME` or `torchvision:NAME`; without names those of `benchmarks/coverage_models.txt`. Each runs in a process of
-its own (`benchmarks.coverage_model`) with a limit on time and memory, and is kept when it is done: the same command
-continues where it was stopped, `--again` measures again. Without names the JSON and the table of `docs/zoo.md` are
-written; `--kept` writes them of what is there. timm must be installed in the Python that runs this.
+`python -m benchmarks.coverage [NAME ...] [--limit SECONDS] [--memory GB] [--again | --kept]`: every name is
+SOURCE:NAME, the sources those of `benchmarks.coverage_sources`; without names those of `coverage_models.txt` here.
+Each runs in a process of its own (`benchmarks.coverage_model`) with a limit on time and memory, and is kept when it is
+done: the same command continues where it was stopped, `--again` measures again. Without names the JSON and the tables
+of `docs/zoo.md` are written; `--kept` writes them of what is there. Models of packages that are not installed are
+skipped.
 """
 
 from __future__ import annotations
@@ -24,14 +25,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.coverage_model import (
-    CALIBRATION_IMAGES,
-    FREE_SIZE,
-    SEED,
-    TEST_IMAGES,
-    import_sources,
-    measure,
-)
+from benchmarks.coverage_model import measure
+from benchmarks.coverage_sources import CALIBRATION_IMAGES, FREE_SIZE, SEED, SOURCES, TEST_IMAGES, import_sources
 from benchmarks.report_table import write
 from fxquant.core.errors import FileFormatError
 from fxquant.core.storage import read_json, write_json
@@ -43,10 +38,21 @@ FOLDER = Path(tempfile.gettempdir()) / "fxquant-coverage"
 Row = dict[str, Any]
 
 
+def sections() -> dict[str, list[str]]:
+    """Return the names of the list by section, comments left out."""
+    found: dict[str, list[str]] = {}
+    for line in LIST.read_text(encoding="utf-8").splitlines():
+        title = line.strip().removeprefix("[").removesuffix("]") if line.startswith("[") else ""
+        if title:
+            found[title] = []
+        elif found:
+            found[next(reversed(found))] += line.partition("#")[0].split()
+    return found
+
+
 def listed() -> list[str]:
-    """Return the names of the list, comments left out."""
-    lines = (line.partition("#")[0].split() for line in LIST.read_text(encoding="utf-8").splitlines())
-    return [name for line in lines for name in line]
+    """Return the names of all sections."""
+    return [name for names in sections().values() for name in names]
 
 
 def kept(name: str) -> Row | None:
@@ -124,8 +130,16 @@ def _in_float(row: Row) -> str:
     """Return why work stayed in float, products of two activations, which do everywhere, by their number only."""
     products = row.get("products in float", 0)
     found = [f"{products} products"] if products else []
+    found += [f"skipped: {row['skipped']}"] if "skipped" in row else []
     found += [f"{count} x {why}" for why, count in row.get("in float", {}).items() if "product of two" not in why]
     return "; ".join([*found, *([row["failed"]] if "failed" in row else [])]) or "nothing"
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the packages that models come from, as far as they are installed."""
+    packages = {source.install for source in SOURCES.values()} - {""}
+    known = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
+    return {name: known[name] for name in sorted(packages & known.keys())}
 
 
 def table_lines(rows: Sequence[Row]) -> list[str]:
@@ -138,10 +152,14 @@ def table_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def into_page(rows: Sequence[Row]) -> None:
-    """Put the table behind the last heading of the page."""
+    """Put a table for each section behind the last heading of the page."""
     heading = "## Every model\n"
-    text = PAGE.read_text(encoding="utf-8").partition(heading)[0]
-    PAGE.write_text(text + heading + "\n" + "\n".join(table_lines(rows)) + "\n", encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8").partition(heading)[0] + heading
+    for title, names in sections().items():
+        members = [row for row in rows if row["model"] in names]
+        if members:
+            text += "\n".join(["", f"### {title}", "", *table_lines(members), ""])
+    PAGE.write_text(text, encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -159,8 +177,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row = None if chosen.again else kept(name)
         if row is None:
             row = measured(name, chosen.limit, chosen.memory)
-            write_json(_place(name), "coverage row", 1, {"row": row})
-        shown = row.get("failed") or f"{row['integer']} of {row['layers']} layers, {row['seconds']} s"
+            if "skipped" not in row:
+                write_json(_place(name), "coverage row", 1, {"row": row})
+        shown = (
+            row.get("failed") or row.get("skipped") or f"{row['integer']} of {row['layers']} layers, {row['seconds']} s"
+        )
         print(f"{name}: {shown}", flush=True)
     if chosen.names:
         return
@@ -174,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "pixels where the network takes any": FREE_SIZE,
         "seconds allowed": chosen.limit,
         "GB allowed": chosen.memory,
-        "timm": metadata.version("timm"),
+        **_versions(),
         "models": len(rows),
         "ran in both runtimes": len(passed),
         "layers": sum(row.get("layers", 0) for row in rows),
