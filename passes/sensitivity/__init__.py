@@ -9,6 +9,7 @@ from fxquant.passes.sensitivity import (
     fisher_out,
     fit,
     gram,
+    gram_shrunk,
     hawq,
     hybrid,
     limpq,

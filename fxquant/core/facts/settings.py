@@ -47,9 +47,16 @@ class Effort:
 
 EFFORTS: dict[EffortName, Effort] = {
     "fast": Effort(("fisher_out",), 96, 64, 5e10, 8, 0, "nearest", 0),
-    "default": Effort(("gram", "fisher_out"), 384, 96, 5e10, 48, 0, "qronos_rescaled", 6),
+    "default": Effort(("gram_shrunk", "gram", "diagonal", "fisher_out"), 384, 96, 5e10, 48, 0, "qronos_rescaled", 6),
     "best": Effort(
-        ("diagonal", "gram", "monotone", "pairs", "fisher", "fisher_out"), 1024, 256, inf, 256, 2, "qronos_rescaled", 13
+        ("gram_shrunk", "gram", "diagonal", "monotone", "pairs", "fisher", "fisher_out"),
+        1024,
+        256,
+        inf,
+        256,
+        2,
+        "qronos_rescaled",
+        13,
     ),
 }
 """Preset name -> what it measures."""

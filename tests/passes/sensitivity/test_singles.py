@@ -1,4 +1,4 @@
-"""Single substitutions, and the estimators made of them: `diagonal`, `gram`, `sqnr`."""
+"""Single substitutions, and the estimators made of them: `diagonal`, `gram`, `gram_shrunk`, `sqnr`."""
 
 from __future__ import annotations
 
@@ -58,6 +58,17 @@ def test_cross_terms_are_the_gauss_newton_products_of_logit_shifts() -> None:
             if one.site != other.site:
                 expected = torch.einsum("nc,ncd,nd->n", shifts[i], fisher, shifts[j]).mean()
                 assert found.values[i, j] + found.values[j, i] == pytest.approx(float(expected), rel=1e-3, abs=1e-7)
+
+
+def test_a_third_of_the_pair_terms_and_all_of_the_measured_losses() -> None:
+    each = scorer(simulated("plain"), IMAGES)
+    whole, found = gram(each), ESTIMATORS["gram_shrunk"](each)
+    owners = [candidate.site for candidate in found.candidates]
+    between = np.array([[one != other for other in owners] for one in owners])
+    share = np.where(between, 1 / 3, 1.0)
+    assert np.abs(whole.values[between]).max() > 0
+    np.testing.assert_allclose(found.values, whole.values * share, rtol=1e-12)
+    np.testing.assert_allclose(found.stderr, whole.stderr * share, rtol=1e-12)
 
 
 def test_positive_semidefinite_where_the_loss_is_quadratic() -> None:
