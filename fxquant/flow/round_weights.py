@@ -89,8 +89,9 @@ def round_plan(
     known = score_identity(program, images, loss) if folder is not None else {}
     if corrections is None:
         corrections = ScoreStore(None if folder is None else folder / "corrections", _fields(known, "model", "data"))
-    # Units depend on the plan, the seed and the settings: each combination has its own folder.
-    asked = text_digest(f"{plan.to_json()['choices']} {sorted((overrides or {}).items())} {settings.seed} {chain}")
+    # Units depend on the seed and the settings: each combination has its own folder. Plans share it: a unit is kept
+    # under a name that says what of the plan it depends on.
+    asked = text_digest(f"{sorted((overrides or {}).items())} {settings.seed} {chain}")
     rounded = program
     for position, name in enumerate(names):
         place = None if folder is None else folder / f"{asked}-{position}-{name}"

@@ -26,6 +26,7 @@ from fxquant.passes.rounding.learned.outcome import Outcome
 from fxquant.passes.rounding.learned.schedule import PROBED, affordable
 from fxquant.passes.rounding.learned.sources import RUN, Source, kept_bytes, kept_type
 from fxquant.passes.rounding.learned.tune import Material, Pieces, Tuner
+from fxquant.passes.rounding.learned.unit_keys import unit_keys
 from fxquant.passes.rounding.learned.unit_quantizers import Chosen, UnitQuantizers
 from fxquant.passes.rounding.learned.unit_verdict import Judged, UnitVerdict
 from fxquant.passes.rounding.learned.units import Unit, find_units
@@ -123,10 +124,10 @@ class Reconstructor:
         chosen = self._chosen()
         quantized, floats = Source(self._named(images), self.keep), Source(self._named(images), self.keep)
         held = None if held_out is None or not self.options.guard else self._verdict(held_out)
+        keys = self._keys([f"{self.options} {index in chosen}" for index in range(len(self.units))])
         decided, records = Outcome(), list[UnitRecord]()
         for index, unit in enumerate(self.units):
-            cut = self.cut(index)
-            key = f"{self.method}-{index:03d}"
+            cut, key = self.cut(index), keys[index]
             cell = self.task.store.get(key)
             if cell is None:
                 outcome, record = self._tuned(cut, decided, quantized, floats, held, index in chosen)
@@ -145,9 +146,11 @@ class Reconstructor:
 
     def _chosen(self) -> frozenset[int]:
         """Return the positions of the units that are tuned; where `seconds` are too few for all, with a note."""
-        seconds, store, key = self.options.seconds, self.task.store, f"{self.method}-schedule"
+        seconds, store = self.options.seconds, self.task.store
         if not seconds:
             return frozenset(range(len(self.units)))
+        # What units lose and cost depends on all of the plan, which the last key tells.
+        key = f"{self._keys([str(self.options)] * len(self.units))[-1]}-schedule"
         # Kept, for times differ from run to run, and a resumed run must tune the same units.
         cell = store.get(key)
         cell = store.put(key, self._priced()) if cell is None else cell
@@ -159,6 +162,11 @@ class Reconstructor:
                 f"were, all would take {needed:.0f} s"
             )
         return chosen
+
+    def _keys(self, settings: list[str]) -> list[str]:
+        chosen = self.quantizers.chosen
+        starts = (chosen.weights, chosen.biases)
+        return unit_keys(self.method, self.module, self.units, self.task.choices, starts, settings)
 
     def _priced(self) -> Arrays:
         """Return the loss of the network quantized up to each unit without tuning, and the seconds to tune each."""

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fxquant.backends import backend
 from fxquant.core.errors import CalibrationError
-from fxquant.core.facts import BitAllocation, Rounding, Statistics
+from fxquant.core.facts import BitAllocation, Rounding, Statistics, WeightGrids
 from fxquant.core.host import Reporter
-from fxquant.core.ir import Choice, FakeQuantize, Sites
+from fxquant.core.ir import Choice, FakeQuantize, Sites, tensor_at
 from fxquant.core.run import LOSSES, Span, model_outputs
 from fxquant.core.storage import ScoreStore
 from fxquant.passes.rounding import ROUNDERS, RoundingTask
@@ -203,6 +203,40 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     again = rounded(replace(resumed, store=ScoreStore(tmp_path, {}), reporter=Killed(2)))
     assert same(again, whole)
     assert [replace(unit, seconds=0.0) for unit in again.units] == [replace(u, seconds=0.0) for u in whole.units]
+
+
+def with_plan(given: RoundingTask, **bits: int) -> RoundingTask:
+    """Return the task with other weight bits of some sites, on the same store."""
+    choices = {**given.choices, **{site: Choice(b, 8) for site, b in bits.items()}}
+    return replace(given, program=given.program.with_facts(BitAllocation(choices)))
+
+
+def test_a_plan_takes_over_the_units_that_it_begins_with(tmp_path: Path) -> None:
+    first = replace(task("residual", 2, 4), store=ScoreStore(tmp_path, {}))
+    rounded(first)
+    known = {path.name for path in tmp_path.glob("*.npz")}
+    last = first.sites[-1].name
+    second = with_plan(first, **{last: 8})
+    assert first.choices[last] != second.choices[last]
+    found = rounded(replace(second, reporter=Killed(1)))
+    added = {path.name for path in tmp_path.glob("*.npz")} - known
+    assert 0 < len(added) < len(known)
+    assert same(found, rounded(replace(second, store=ScoreStore(None, {}))))
+    # From the first unit on, everything is another network.
+    rounded(with_plan(first, **{first.sites[0].name: 8}))
+    assert len(list(tmp_path.glob("*.npz"))) == 2 * len(known) + len(added)
+
+
+def test_units_of_another_start_are_not_taken_over(tmp_path: Path) -> None:
+    first = replace(task("residual", 2, 4), store=ScoreStore(tmp_path, {}))
+    rounded(first, "brecq")
+    known = len(list(tmp_path.glob("*.npz")))
+    site = first.sites[-1]
+    grid = first.program[WeightGrids].grids[site.name][first.choices[site.name].weight]
+    moved = grid.dequantize(torch.zeros_like(tensor_at(first.program.module, site.weight)))
+    started = replace(first.rounding, weights={site.name: moved})
+    rounded(replace(first, program=first.program.with_facts(started)), "brecq")
+    assert len(list(tmp_path.glob("*.npz"))) == known + 1
 
 
 @pytest.mark.parametrize("keep", [None, torch.bfloat16], ids=str)
