@@ -150,7 +150,8 @@ class Reconstructor:
         if not seconds:
             return frozenset(range(len(self.units)))
         # What units lose and cost depends on all of the plan, which the last key tells.
-        key = f"{self._keys([str(self.options)] * len(self.units))[-1]}-schedule"
+        last = self._keys([str(self.options)] * len(self.units))[-1]
+        key = f"{self.method}-schedule-{last.rpartition('-')[2]}"
         # Kept, for times differ from run to run, and a resumed run must tune the same units.
         cell = store.get(key)
         cell = store.put(key, self._priced()) if cell is None else cell
