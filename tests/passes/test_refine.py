@@ -121,10 +121,10 @@ def test_a_rough_loss_is_that_of_the_first_images_in_proportion(monkeypatch: pyt
     measured = Measured(lambda _: torch.empty(0))
     run: list[int] = []
 
-    def losses(_: object, images: CalibrationSet, *_rest: object) -> Tensor:
-        run.append(len(images))
-        share = 1.0 if len(images) == 8 else 2.0
-        return torch.full((len(images),), share * measured.plan.choices["fc"].weight_bits, dtype=torch.float64)
+    def losses(_module: object, _images: object, _reference: object, _loss: object, only: Tensor) -> Tensor:
+        run.append(len(only))
+        share = 1.0 if len(only) == 8 else 2.0
+        return torch.full((len(only),), share * measured.plan.choices["fc"].weight_bits, dtype=torch.float64)
 
     monkeypatch.setattr(meter, "image_losses", losses)
     monkeypatch.setattr(meter, "simulate", measured.simulate)
@@ -144,10 +144,10 @@ def test_a_finalist_that_is_clearly_worse_is_run_on_the_first_images_alone(monke
     plans = {f"W{bits}": BitAllocation(dict.fromkeys(NAMES, Choice(bits, 8))) for bits in (4, 2, 8)}
     measured, run = Measured(lambda _: torch.empty(0)), list[tuple[float, int]]()
 
-    def losses(_: object, images: CalibrationSet, *_rest: object) -> Tensor:
+    def losses(_module: object, _images: object, _reference: object, _loss: object, only: Tensor) -> Tensor:
         bits = measured.plan.choices["fc"].weight_bits
-        run.append((bits, len(images)))
-        return torch.full((len(images),), 1.0 / bits, dtype=torch.float64)
+        run.append((bits, len(only)))
+        return torch.full((len(only),), 1.0 / bits, dtype=torch.float64)
 
     monkeypatch.setattr(meter, "image_losses", losses)
     monkeypatch.setattr(meter, "simulate", measured.simulate)
