@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-from fxquant.backends.int8.modules import Dequantize, Quantize
+from fxquant.backends.int8.modules import Dequantize, IntegerMul, Quantize
 from fxquant.core.ir import erase_dead, rule_of
 
 
@@ -49,12 +49,30 @@ def look_up(lowered: GraphModule) -> None:
         region = _region(lowered, node) if isinstance(_called(lowered, node), Quantize) else []
         if not region:
             continue
-        start, *inner = region
-        lowered.set_submodule(str(node.target), Lookup(_function(lowered, start, [*inner, node])))
+        start = region[0]
+        lowered.set_submodule(str(node.target), Lookup(_function(lowered, start.all_input_nodes[0], [*region, node])))
         node.args = start.args
+        changed = True
+    for node in lowered.graph.nodes:
+        source = _multiplied_by_its_function(lowered, node)
+        if source is None:
+            continue
+        table = Lookup(_function(lowered, source, [n for n in node.all_input_nodes if n is not source] + [node]))
+        lowered.add_submodule(f"{node.target}_table", table)
+        node.target, node.args = f"{node.target}_table", (source,)
         changed = True
     if changed:
         erase_dead(lowered)
+
+
+def _multiplied_by_its_function(lowered: GraphModule, node: Node) -> Node | None:
+    """Return the integers that a node multiplies by a table's function of themselves, as in SiLU; None for others."""
+    if not isinstance(_called(lowered, node), IntegerMul):
+        return None
+    tables = [factor for factor in node.all_input_nodes if isinstance(_called(lowered, factor), Lookup)]
+    sources = {factor.args[0] if factor in tables else factor for factor in node.all_input_nodes}
+    source = sources.pop() if tables and len(sources) == 1 else None
+    return source if isinstance(source, Node) else None
 
 
 def _region(lowered: GraphModule, quantize: Node) -> list[Node]:
@@ -83,10 +101,11 @@ def _is_elementwise(node: Node) -> bool:
     return torch.Tag.pointwise in target.tags or (rule is not None and rule.pointwise)
 
 
-def _function(lowered: GraphModule, start: Node, nodes: list[Node]) -> GraphModule:
+def _function(lowered: GraphModule, source: Node, nodes: list[Node]) -> GraphModule:
+    """Return nodes in order as a function of the integers that the first of them reads."""
     graph = Graph()
-    copies = {start.all_input_nodes[0]: graph.placeholder("q")}
-    for node in (start, *nodes):
+    copies = {source: graph.placeholder("q")}
+    for node in nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[nodes[-1]])
     return GraphModule(lowered, graph)

@@ -69,6 +69,23 @@ def test_the_same_integers_by_a_table(name: str) -> None:
     assert table(q.contiguous(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_product_with_its_own_gate_is_one_table() -> None:
+    torch.manual_seed(0)
+    model = Net(F.silu).eval()
+    result = fxquant.quantize(model, IMAGES, "average_bits=8", bits=(8,), effort="fast", target="onnxruntime")
+    lowered = fxquant.lower(result, "fx_int8")
+    used = [lowered.get_submodule(str(node.target)) for node in lowered.graph.nodes if node.op == "call_module"]
+    assert not [module for module in used if type(module).__name__ == "IntegerMul"]
+    (table,) = (module for module in used if isinstance(module, Lookup))
+    # The same integers as the sigmoid's table and the product make.
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(table(every), table.function(every))
+    with torch.no_grad():
+        off = (lowered(IMAGES) - result.simulated(IMAGES)).abs().max() / result.simulated(IMAGES).abs().max()
+    assert float(off) < 0.03
+    assert all(pair.within for pair in fxquant.check(result, IMAGES).pairs)
+
+
 def test_what_is_read_in_float_too_stays_in_float() -> None:
     torch.manual_seed(0)
     lowered = fxquant.lower(result_of(Net(F.gelu, also=True).eval()), "fx_int8")
