@@ -26,7 +26,6 @@ class MeasureSensitivity(Pass):
         seed: seed of sampled labels and probes.
         shards: this process among those that share the work.
         context: the plan that everything else is quantized by; None leaves everything else in float.
-        wide_every: one batch in so many is run with the wide columns too, where an estimator can do with that.
 
     Raises:
         OptionError: an unknown estimator or loss.
@@ -41,7 +40,6 @@ class MeasureSensitivity(Pass):
     seed: int = 0
     shards: Shards = ALONE
     context: BitAllocation | None = None
-    wide_every: int = 1
     reads = (Sites, EdgeGroups, Ranges, WeightGrids, FakeQuantNodes)
     writes = (SensitivityMatrix, Surrogates)
 
@@ -51,7 +49,7 @@ class MeasureSensitivity(Pass):
         loss = loss_of(self.loss)
         store = self.store if self.store is not None else ScoreStore(None, {})
         scorer = Scorer(
-            program, self.images, loss, store, self.reporter, self.context, self.seed, self.shards, self.wide_every
+            program, self.images, loss, store, self.reporter, self.context, seed=self.seed, shards=self.shards
         )
         self.reporter.say(
             f"{len(scorer.candidates)} candidates, {len(scorer.columns)} perturbations to measure on "

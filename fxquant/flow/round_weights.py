@@ -118,7 +118,7 @@ def _found(program: Program, rounded: Program, names: tuple[str, ...]) -> tuple[
     new = records[len(Rounding.of(program, program[BitAllocation].choices).units) :]
     if len(names) > 1 or len(new) != 1 or new[0].sites or not math.isfinite(new[0].before):
         return None
-    return new[0].before, _realised_loss(new[0])
+    return new[0].before, new[0].after
 
 
 def finisher(

@@ -44,6 +44,5 @@ from fxquant.passes.sensitivity.scorer import Batch, Scorer
 from fxquant.passes.sensitivity.separability import tf_idf
 from fxquant.passes.sensitivity.shrunk import shrunk_pairs
 from fxquant.passes.sensitivity.singles import measure_singles
-from fxquant.passes.sensitivity.thinned import thinned, wide_columns
 from fxquant.passes.sensitivity.walk import formats, walk
 from fxquant.passes.sensitivity.weight_mse import mean_square, relative_error

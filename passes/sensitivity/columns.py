@@ -88,7 +88,8 @@ class Replacements:
             value = grids.rounded.get((site, weight), tensor_at(self._program.module, path).detach())
             with torch.no_grad():
                 rounded = FakeQuantize(grids.at(site, weight))(value)
-            self._weights[site, weight] = RoundedWeight(rounded)
+            # What was rounded before is not held twice.
+            self._weights[site, weight] = RoundedWeight(value if torch.equal(rounded, value) else rounded)
         return dict.fromkeys(self._nodes.weights[site], self._weights[site, weight])
 
     def inputs(self, site: str, bits: int) -> dict[str, Replacement]:

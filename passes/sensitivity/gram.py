@@ -11,26 +11,12 @@ import numpy as np
 from fxquant.passes.sensitivity.registry import Estimate, estimator
 from fxquant.passes.sensitivity.scorer import Scorer, standard_error
 from fxquant.passes.sensitivity.singles import measure_singles
-from fxquant.passes.sensitivity.thinned import thinned
 
 
 @estimator("gram", has_pairs=True, measured=True)
 def gram(scorer: Scorer) -> Estimate:
-    """Return `values[i, i] = E loss(i)`, `values[i, j] = E e_i . e_j / 2` between owners, m runs per image.
-
-    Where the scorer says so, wide columns are run on some of the batches (`thinned`).
-    """
-    if scorer.wide_every > 1:
-        losses, products, evaluations = thinned(scorer)
-        stderr = np.full(products.shape, np.nan)
-    else:
-        singles = measure_singles(scorer)
-        losses, products, stderr, evaluations = (
-            singles.losses,
-            singles.gram,
-            singles.gram_stderr / 2,
-            singles.evaluations,
-        )
-    values = np.where(scorer.between, (products + products.T) / 4, np.diag(np.nanmean(losses, axis=1)))
-    own = np.diag(np.array([standard_error(row[~np.isnan(row)]) for row in losses]))
-    return Estimate(values, np.where(scorer.between, stderr, own), evaluations)
+    """Return `values[i, i] = E loss(i)`, `values[i, j] = E e_i . e_j / 2` between owners, m runs per image."""
+    singles = measure_singles(scorer)
+    values = np.where(scorer.between, (singles.gram + singles.gram.T) / 4, np.diag(singles.losses.mean(axis=1)))
+    stderr = np.where(scorer.between, singles.gram_stderr / 2, np.diag(standard_error(singles.losses)))
+    return Estimate(values, stderr, singles.evaluations)

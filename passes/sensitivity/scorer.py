@@ -7,7 +7,7 @@ the context's own loss: the context has loss 0, and the four-term identity holds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
@@ -26,7 +26,7 @@ from fxquant.core.storage import Arrays, ScoreStore, text_digest
 from fxquant.passes.sensitivity.cell_sweep import Cell, Gathered, Memory, Work, sweep
 from fxquant.passes.sensitivity.columns import Column, Replacement, Replacements, columns_of
 
-ENVIRONMENT_LIMIT = 128 * 10**6
+ENVIRONMENT_LIMIT = 10**8
 """Bytes of intermediate values kept for one batch; a pair sweep keeps two such sets. If one image takes more, a part is
 kept and the rest recomputed."""
 
@@ -61,8 +61,8 @@ class Base:
 class Preview(Protocol):
     """Finds out what work will take, instead of doing it."""
 
-    def of(self, name: str, work: Work, sizes: Mapping[str, float], scorer: Scorer) -> None:
-        """Measure a cell of the work, and raise to end the estimator; `sizes` say how long each cell takes."""
+    def of(self, name: str, work: Work, scorer: Scorer) -> None:
+        """Measure a cell of the work, whose keys are `name-0`, `name-1`, ..., and raise to end the estimator."""
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -81,7 +81,6 @@ class Scorer:
         context: the plan that everything else is quantized by; None leaves everything else in float.
         seed: seed of sampled labels and probes.
         shards: this process among those that share the work.
-        wide_every: one batch in so many is run with the wide columns too, where an estimator can do with that.
     """
 
     def __init__(
@@ -94,7 +93,6 @@ class Scorer:
         context: BitAllocation | None = None,
         seed: int = 0,
         shards: Shards = ALONE,
-        wide_every: int = 1,
     ) -> None:
         self.program = program
         self.images = images
@@ -104,7 +102,6 @@ class Scorer:
         self.context = context
         self.seed = seed
         self.shards = shards
-        self.wide_every = wide_every
         self.costs = {node.name: _node_cost(node) for node in program.module.graph.nodes}
         self.network_cost = sum(self.costs.values())
         self.replay = GraphReplay(answer_graph(program.module), self.costs)
@@ -236,20 +233,8 @@ class Scorer:
         around = "" if self.context is None else f"-{text_digest(str(sorted(self._labels(self.context).items())))}"
         return f"batch{self.batch}-seed{self.seed}{around}-"
 
-    def by_batch(
-        self,
-        title: str,
-        name: str,
-        cell: Callable[[Scorer, Batch], Cell],
-        share: Callable[[Batch], float] = lambda _: 1.0,
-    ) -> Gathered:
+    def by_batch(self, title: str, name: str, cell: Callable[[Scorer, Batch], Cell]) -> Gathered:
         """Measure one cell for each batch, called `name-0`, `name-1`, ...; `evaluations` are added where it has none.
-
-        Args:
-            title: shown with the progress.
-            name: of the cells.
-            cell: measures one.
-            share: how long it takes for an image of a batch, next to the first batch.
 
         Raises:
             WorkerError: another process of a sharded run was lost.
@@ -261,8 +246,7 @@ class Scorer:
 
         work = {f"{name}-{batch.index}": partial(counted, batch) for batch in self.batches}
         if self.preview is not None:
-            sizes = {f"{name}-{batch.index}": share(batch) * len(batch.images) for batch in self.batches}
-            self.preview.of(name, work, sizes, self)
+            self.preview.of(name, work, self)
         return Gathered(list(self.measure(title, work).values()))
 
     @staticmethod

@@ -6,7 +6,6 @@ From one sweep over the n columns come the measured diagonal and, through inner 
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +39,7 @@ class Singles:
 
 def measure_singles(scorer: Scorer) -> Singles:
     """Run every column alone on every image, resuming from the scorer's store."""
-    found = scorer.by_batch("score single choices", "alone", single_cell)
+    found = scorer.by_batch("score single choices", "alone", _cell)
     losses = found.joined("losses")
     total = losses.shape[1]
     mean, square = found.total("gram_sum") / total, found.total("gram_square") / total
@@ -48,25 +47,22 @@ def measure_singles(scorer: Scorer) -> Singles:
     return Singles(losses, mean, stderr, found.joined("shift_power"), found.joined("answer_power"), found.evaluations)
 
 
-def single_cell(scorer: Scorer, batch: Batch, left_out: Collection[int] = ()) -> Cell:
-    """Return what one batch says: `losses`, NaN for columns that are left out, sums of the gram, and powers."""
+def _cell(scorer: Scorer, batch: Batch) -> Cell:
     base = scorer.base(batch)
-    ran = [column for column in range(len(scorer.columns)) if column not in left_out]
-    losses = np.full((len(scorer.columns), len(batch.images)), np.nan)
-    shifts, powers = [], []
-    for column in ran:
+    losses, shifts, powers = [], [], []
+    for column in range(len(scorer.columns)):
         answer, _ = scorer.run(base.environment, column)
-        losses[column] = scorer.losses(base, answer, batch.images).cpu().numpy()
+        losses.append(scorer.losses(base, answer, batch.images).cpu().numpy())
         shifts.append(answer - base.answer)
         powers.append(_power(answer - base.answer))
     per_image = scorer.loss.products(base.reference, base.answer, shifts, batch.images.labels)
-    found: dict[str, NDArray[np.float64]] = {"losses": losses, "answer_power": _power(base.answer)}
-    for name, summed in (("gram_sum", per_image.sum(dim=0)), ("gram_square", per_image.square().sum(dim=0))):
-        found[name] = np.zeros((len(losses), len(losses)))
-        found[name][np.ix_(ran, ran)] = summed.cpu().numpy()
-    found["shift_power"] = np.full(losses.shape, np.nan)
-    found["shift_power"][ran] = np.stack(powers)
-    return found
+    return {
+        "losses": np.stack(losses),
+        "gram_sum": per_image.sum(dim=0).cpu().numpy(),
+        "gram_square": per_image.square().sum(dim=0).cpu().numpy(),
+        "shift_power": np.stack(powers),
+        "answer_power": _power(base.answer),
+    }
 
 
 def _power(values: Tensor) -> NDArray[np.float64]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from fxquant.core.ir import Sites
 from fxquant.core.run import LOSSES, CalibrationSet, loss_of
 from fxquant.core.storage import ScoreStore
 from fxquant.passes import widest_plan
-from fxquant.passes.sensitivity import ESTIMATORS, Scorer, Work, measure_singles, thinned, wide_columns
+from fxquant.passes.sensitivity import ESTIMATORS, Scorer, measure_singles
 from tests.scoring import full_forward, full_forward_losses, inputs, scorer, simulated
 
 diagonal, gram, sqnr = (ESTIMATORS[name] for name in ("diagonal", "gram", "sqnr"))
@@ -107,61 +106,3 @@ def test_in_the_widest_context_deltas_of_an_additive_network_are_exact() -> None
         predicted = found.predict({candidate.site: candidate.choice for candidate in plan})
         assert predicted == pytest.approx(float(measured), rel=1e-4, abs=1e-6)
     assert found.constant != 0
-
-
-class TestThinned:
-    """Wide columns on some batches: what is run is the same, what is not is scaled by the owner's narrow column."""
-
-    @staticmethod
-    def scorers() -> tuple[Scorer, Scorer]:
-        whole, some = scorer(simulated("plain"), IMAGES), scorer(simulated("plain"), IMAGES)
-        whole.batch = some.batch = 2
-        some.wide_every = 3
-        return whole, some
-
-    def test_wide_columns_have_a_narrow_one_of_their_owner(self) -> None:
-        each = self.scorers()[0]
-        found = wide_columns(each.columns)
-        assert found
-        for wide, narrow in found.items():
-            one, other = each.columns[wide], each.columns[narrow]
-            assert one.owner == other.owner
-            assert (one.weight_bits or 0) >= 6 > (other.weight_bits or 0)
-
-    def test_narrow_columns_are_measured_as_ever(self) -> None:
-        whole, some = self.scorers()
-        narrow = [k for k in range(len(whole.columns)) if k not in wide_columns(whole.columns)]
-        one, other = gram(whole), gram(some)
-        rows = np.ix_(narrow, narrow)
-        np.testing.assert_allclose(one.values[rows], other.values[rows], rtol=1e-6, atol=1e-12)
-        assert other.evaluations < one.evaluations
-
-    def test_wide_columns_count_by_the_images_they_saw(self) -> None:
-        whole, some = self.scorers()
-        losses, products, _ = thinned(some)
-        every = measure_singles(whole)
-        for wide, narrow in wide_columns(some.columns).items():
-            # Of three batches of two images, the first.
-            assert np.isnan(losses[wide, 2:]).all()
-            ratio = every.losses[narrow].mean() / every.losses[narrow, :2].mean()
-            assert 1 / 4 < ratio < 4, "else the test shows nothing"
-            np.testing.assert_allclose(losses[wide, :2], ratio * every.losses[wide, :2], rtol=1e-6)
-        assert np.isfinite(products).all()
-        np.testing.assert_allclose(products, products.T, rtol=1e-9)
-
-    def test_time_is_foreseen_by_what_is_run(self) -> None:
-        _, some = self.scorers()
-        passes: dict[str, float] = {}
-
-        class Seen:
-            def of(self, name: str, work: Work, sizes: Mapping[str, float], each: Scorer) -> None:
-                del work, each
-                passes.update(sizes)
-                raise KeyError(name)
-
-        some.preview = Seen()
-        with pytest.raises(KeyError, match="alone-wide3"):
-            gram(some)
-        first, second = passes["alone-wide3-0"], passes["alone-wide3-1"]
-        assert first == 2
-        assert 0 < second < 2
