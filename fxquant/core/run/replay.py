@@ -81,8 +81,16 @@ class GraphReplay(Runner):
         with torch.enable_grad():
             return self.forward(inputs, substitution)
 
-    def footprint(self, inputs: tuple[Tensor, ...], substitution: Substitution | None = None) -> Footprint:
-        """Run the whole graph keeping nothing, and return the bytes of its values; adds nothing to `spent`."""
+    def footprint(
+        self, inputs: tuple[Tensor, ...], substitution: Substitution | None = None, apart: bool = False
+    ) -> Footprint:
+        """Run the whole graph keeping nothing, and return the bytes of its values; adds nothing to `spent`.
+
+        Args:
+            inputs: one tensor per placeholder.
+            substitution: functions that are run in place of nodes.
+            apart: convolutions have values of their own, as where a walk may stop behind any of them.
+        """
         values: list[tuple[Node, int]] = []
         live = self.given(inputs)
         seen: dict[Node, int] = {}
@@ -101,7 +109,8 @@ class GraphReplay(Runner):
                 seen[node] = address
 
         with torch.no_grad():
-            self.run(self.steps, live, None, substitution, self._keep(frozenset()), weigh)
+            alone = self.clips if apart else ()
+            self.run(self.steps, live, None, substitution, self._keep(frozenset()), weigh, alone)
         self.spent = before
         return Footprint(tuple(values), max(alive.values(), default=0), alive)
 

@@ -21,7 +21,7 @@ from fxquant.core.run import CalibrationSet, GraphReplay, Runner
 from fxquant.passes.rounding.closed_form.input_gram import channel_axis
 
 BATCH = 32
-LIMIT = 160 * 10**6
+LIMIT = 256 * 10**6
 """Bytes that the values of one walk may take."""
 SHARE = 4
 """A batch takes at most one part in so many of the limit."""
@@ -76,7 +76,7 @@ class Prefix:
         #: values that no image reaches, one for all batches
         self._constants: dict[Node, Any] = {}
         self._limit = limit
-        footprint = GraphReplay(module).footprint(images.slice(0, 1).inputs)
+        footprint = GraphReplay(module).footprint(images.slice(0, 1).inputs, apart=True)
         #: bytes of one image while each node runs
         self._alive = [footprint.alive.get(node, 0) for node in self._runner.nodes]
         fitting = max(1, min(BATCH, limit // SHARE // max(1, footprint.working)))

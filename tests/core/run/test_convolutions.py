@@ -113,3 +113,6 @@ def test_bytes_are_counted_as_values_are_held(module: GraphModule) -> None:
     named = {node.name for node, _ in replay.footprint((IMAGES,)).values}
     assert {"conv2d", "conv2d_1", "conv2d_2"}.isdisjoint(named)
     assert {next(iter(node.users)).name for node in replay.clips} <= named
+    apart = replay.footprint((IMAGES,), apart=True)
+    assert {"conv2d", "conv2d_1", "conv2d_2"} <= {node.name for node, _ in apart.values}
+    assert apart.total > replay.footprint((IMAGES,)).total
