@@ -151,7 +151,8 @@ def infeasible_message(budget: Budget, sites: Sites, tables: CostTables) -> str:
         low, high = reachable(tables[LIMIT_TABLES[name][0]], sites)
         unit = unit_of(name, tables)
         lines.append(f"{name}={limit:g} (reachable: {low / unit:.4g} to {high / unit:.4g})")
-    return "no plan keeps the budget " + ", ".join(lines) + "; raise the limit or allow narrower bits"
+    advice = "raise the limit or allow narrower bits; quantize() without bits takes narrower ones where a budget asks"
+    return "no plan keeps the budget " + ", ".join(lines) + f"; {advice}"
 
 
 def reachable(table: CostTable, sites: Sites) -> tuple[float, float]:
