@@ -67,7 +67,7 @@ def _pool(lowering: Lowering, node: Node) -> str | None:
     return lowering.write(node, "Mul", [pooled, factor])
 
 
-ADAPTIVE = {
+ADAPTIVE: dict[Any, int] = {
     aten.adaptive_avg_pool1d.default: 1,
     aten.adaptive_avg_pool2d.default: 2,
     aten.adaptive_avg_pool3d.default: 3,
