@@ -232,7 +232,7 @@ def test_the_example_has_the_shapes_of_the_model() -> None:
 def test_views_of_one_result_agree() -> None:
     result = quantized()
     assert result.simulated is result.simulated
-    assert result.sensitivity is result.program[Surrogates].matrices["gram"]
+    assert result.sensitivity is result.program[Surrogates].matrices["gram_shrunk"]
     measured = result.allocation.finalists
     # What swaps made of a finalist is no finalist.
     assert set(measured) - {"refined"} == set(result.finalists)

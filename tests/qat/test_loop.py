@@ -118,7 +118,8 @@ def test_other_losses_and_several_inputs() -> None:
     found = distill_step(module, teacher, batch, optimizer, "mse")
     a, b = (model_outputs(m, batch).double() for m in (teacher, result.simulated))
     expected = ((a - b).square().flatten(1).mean(1) / a.square().flatten(1).mean(1)).mean()
-    assert found == pytest.approx(float(expected), rel=1e-6)
+    # The step runs modules, `model_outputs` convolutions with channels last: sums in another order.
+    assert found == pytest.approx(float(expected), rel=1e-4)
     with pytest.raises(OptionError, match="loss"):
         distill_step(module, teacher, batch, optimizer, "hinge")
     with torch.no_grad():
