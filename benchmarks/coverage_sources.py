@@ -111,7 +111,7 @@ def _takes(model: nn.Module, size: int) -> bool:
 
 def _from_torchvision(name: str) -> tuple[nn.Module, Inputs]:
     builder = importlib.import_module("torchvision.models").get_model_builder(name)
-    # Networks for segmentation load weights of a classifier unless they are told not to.
+    # By default networks for segmentation load weights of a classifier, which this forbids.
     backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
     model = builder(weights=None, num_classes=100, **backbone)
     images = pictures(getattr(model, "image_size", FREE_SIZE))

@@ -78,7 +78,7 @@ class Runner:
         self._submodules = {n: module.get_submodule(str(n.target)) for n in self.nodes if n.op == "call_module"}
         self._laid_out = {node for node in self.steps if laid_out(node)}
         self._in_order = {node for node in self.steps if self._laid_out and in_order(node)}
-        #: convolution -> the clip behind it, which one kernel computes where nobody wants the value in between
+        #: convolution -> the clip behind it, which one kernel computes where nothing asks for the value in between
         self.clips = clips_behind(self.steps)
         #: cost of all nodes run so far, in the unit of `node_cost`
         self.spent = 0.0
@@ -100,7 +100,7 @@ class Runner:
         """Run nodes and write their values into `values`.
 
         Without gradients, a convolution whose value `keep` does not ask for is computed along with the clip behind it
-        (`clips_behind`), and has no value of its own.
+        (`clips_behind`), and no value is kept for it.
 
         Args:
             order: the nodes, none before one that it reads.
