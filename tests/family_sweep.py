@@ -1,7 +1,7 @@
 """What must hold of every design, and a sweep of many: `python -m tests.family_sweep --log FILE --count 2000`.
 
 A line of JSON a design goes to the log: its number, what became of it ("held", "refused" or "failed"), seconds, the
-design and the message. A sweep that was stopped goes on behind the last line.
+design and the message. A sweep that was stopped goes on behind the last line; `--first` is the first one's number.
 """
 
 from __future__ import annotations
@@ -137,12 +137,13 @@ def main() -> None:
     """Sweep and count."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--new-process-every", type=int, default=25)
     given = parser.parse_args()
     done = len(given.log.read_text().splitlines()) if given.log.exists() else 0
     torch.set_num_threads(1)
-    for number in range(done, given.count):
+    for number in range(given.first + done, given.first + given.count):
         design, begun = draw_design(Random(number)), time.perf_counter()
         thorough = number % 10 == 9
         try:

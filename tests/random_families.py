@@ -1,7 +1,8 @@
 """Random networks of the families that recipes of single calls do not form: design, model, and how they are drawn.
 
-Several inputs, answers of every layout and type, free sizes, transposed and recurrent layers, tied and computed
-weights. A design is plain data: its `repr` is Python that makes it again, which is what a failing case prints.
+Several inputs, answers of every layout and type, free sizes, transposed, 3-d and recurrent layers, gates, parts that
+are joined again, tied and computed weights. A design is plain data: its `repr` is Python that makes it again, which
+is what a failing case prints.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.random_blocks import WIDTH as W
+from tests.random_blocks import AlongTime, AsVolume, Cell, Computed, First, Parts, Products, Residual, Twice
 from tests.random_layers import Attention, Call, Squeeze
 
-WIDTH = 8
-"""Channels of every value between the layers."""
 CLASSES = 6
 WORDS = 11
 """Rows of an embedding."""
@@ -55,106 +56,11 @@ class Design:
     seed: int = 0
 
 
-class Twice(nn.Module):
-    """One layer that is called on its own result."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        answer: Tensor = self.layer(torch.relu(self.layer(x)))
-        return answer
-
-
-class Residual(nn.Module):
-    """A layer whose input is added to its result."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.layer(x))
-
-
-class Computed(nn.Module):
-    """A convolution or linear layer whose weight is worked out from parameters."""
-
-    def __init__(self, way: str, *shape: int) -> None:
-        super().__init__()
-        self.way, self.weight = way, nn.Parameter(torch.randn(*shape) / 5)
-        self.gain = nn.Parameter(torch.rand(shape[0], *[1] * (len(shape) - 1)) + 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = {
-            "gain": lambda: self.weight * self.gain,
-            "standardized": lambda: (self.weight - self.weight.mean(1, keepdim=True)) * self.gain,
-            "normalized": lambda: F.normalize(self.weight, dim=1) * self.gain,
-        }[self.way]()
-        return F.conv2d(x, weight, padding=1) if weight.dim() == 4 else F.linear(x, weight)
-
-
-class First(nn.Module):
-    """The sequence that a recurrent layer returns, without its state."""
-
-    def __init__(self, layer: nn.RNNBase) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        swap = not self.layer.batch_first
-        made: Tensor = self.layer(x.transpose(0, 1) if swap else x)[0]
-        return made.transpose(0, 1) if swap else made
-
-
-class Cell(nn.Module):
-    """A recurrent cell that is called at every step."""
-
-    def __init__(self, cell: nn.RNNCellBase) -> None:
-        super().__init__()
-        self.cell = cell
-
-    def forward(self, x: Tensor) -> Tensor:
-        state: Any = None
-        made = []
-        for step in range(x.shape[1]):
-            state = self.cell(x[:, step], state)
-            made.append(state[0] if isinstance(state, tuple) else state)
-        return torch.stack(made, 1)
-
-
-class AlongTime(nn.Module):
-    """A layer of (N, C, T) between values of (N, T, C)."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        answer: Tensor = self.layer(x.transpose(1, 2)).transpose(1, 2)
-        return answer
-
-
-class AsVolume(nn.Module):
-    """A 3-d layer on halves of the channels as two slices."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        count, channels, *pixels = x.shape
-        answer: Tensor = self.layer(x.reshape(count, channels // 2, 2, *pixels)).flatten(1, 2)
-        return answer
-
-
 def _padded(x: Tensor) -> Tensor:
     height, width = x.shape[-2:]
     return F.avg_pool2d(F.pad(x, (0, -width % 4, 0, -height % 4)), 3, 1, 1)[:, :, :height, :width]
 
 
-W = WIDTH
 IMAGE: dict[str, Callable[[], nn.Module]] = {
     "conv": lambda: nn.Conv2d(W, W, 3, padding=1),
     "depthwise": lambda: nn.Conv2d(W, W, 3, padding=1, groups=W, bias=False),
@@ -172,7 +78,20 @@ IMAGE: dict[str, Callable[[], nn.Module]] = {
     "gain": lambda: Computed("gain", W, W, 3, 3),
     "standardized": lambda: Computed("standardized", W, W, 3, 3),
     "normalized": lambda: Computed("normalized", W, W, 3, 3),
+    "volume max": lambda: AsVolume(nn.MaxPool3d((3, 3, 3), (1, 2, 2), 1, ceil_mode=True)),
+    "volume average": lambda: AsVolume(nn.AvgPool3d((1, 2, 2), (1, 1, 1))),
+    "volume adaptive": lambda: AsVolume(nn.AdaptiveAvgPool3d((2, 3, 4))),
+    "volume mean": lambda: AsVolume(Residual(nn.AdaptiveAvgPool3d(1))),
     "squeeze": lambda: Squeeze(W, "hard"),
+    "squeeze sigmoid": lambda: Squeeze(W, "sigmoid"),
+    "expanded": lambda: nn.Sequential(
+        nn.Conv2d(W, W, 3, padding=1, groups=W), nn.BatchNorm2d(W), nn.SiLU(), Squeeze(W, "sigmoid"), nn.Conv2d(W, W, 1)
+    ),
+    "silu": lambda: nn.SiLU(),
+    "conv silu": lambda: nn.Sequential(nn.Conv2d(W, W, 3, padding=1), nn.SiLU()),
+    "chunk": lambda: Parts("chunk", nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.SiLU())),
+    "split": lambda: Parts("split", nn.Conv2d(4, 4, 3, padding=1)),
+    "shuffle": lambda: Parts("shuffle", nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())),
     "group norm": lambda: nn.GroupNorm(2, W),
     "instance norm": lambda: nn.InstanceNorm2d(W, affine=True),
     "prelu": lambda: nn.PReLU(W),
@@ -199,6 +118,9 @@ SEQUENCE: dict[str, Callable[[], nn.Module]] = {
     "gru cell": lambda: Cell(nn.GRUCell(W, W)),
     "conv": lambda: AlongTime(nn.Conv1d(W, W, 3, padding=1)),
     "transposed": lambda: AlongTime(nn.ConvTranspose1d(W, W, 2, 2)),
+    "bilinear": lambda: Products("bilinear"),
+    "baddbmm": lambda: Products("baddbmm"),
+    "einsum": lambda: Products("einsum"),
     "attention": lambda: Attention(W, 2, "unbind"),
     "gain": lambda: Computed("gain", W, W),
     "normalized": lambda: Computed("normalized", W, W),

@@ -17,7 +17,9 @@ from tests.random_families import ANSWERS, LAYERS, LAYOUTS, Design, draw_design,
 
 FEW = (
     Design("image", (8, 8), 2, True, ("transposed",), ("values", "classes"), "nested", exported_first=True),
-    Design("sequence", (4,), 1, False, ("lstm",), ("values",), "tensor"),
+    Design("image", (8, 8), 1, False, ("chunk", "expanded"), ("values", "means"), "tuple", free=True),
+    Design("image", (6, 9), 1, False, ("volume max", "shuffle"), ("values",), "tensor"),
+    Design("sequence", (4,), 1, False, ("lstm", "bilinear"), ("values",), "tensor"),
     Design("tokens", (4,), 1, True, ("gain",), ("values", "flags"), "dict"),
 )
 
