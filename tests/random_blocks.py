@@ -119,7 +119,7 @@ class Parts(nn.Module):
             first, second = x.chunk(2, 1)
             joined = torch.cat([first, second, self.layer(second)], 1)
         elif self.way == "split":
-            rest, taken = x.split([WIDTH - 4, 4], dim=1)
+            rest, taken = torch.split_with_sizes(x, [WIDTH - 4, 4], 1)
             joined = torch.cat([self.layer(taken), rest], 1)
         else:
             rest, taken = x[:, : WIDTH // 2], x[:, WIDTH // 2 :]

@@ -20,6 +20,7 @@ aten = torch.ops.aten
 
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
 CONVS = (aten.conv1d.default, aten.conv2d.default)
+MOVES = (aten.slice.Tensor, aten.cat.default)
 SPATIAL = ({2, 3}, {-2, -1})
 BARRED = (
     *(*CONVS, aten.conv1d.padding, aten.conv2d.padding, aten.linear.default),
@@ -63,6 +64,9 @@ def fuse_integers(module: GraphModule, matrices: bool = True) -> GraphModule:
     for node in list(module.graph.nodes):
         if node.target is aten.mean.dim:
             _keep_pooled_axes(node)
+    for node in list(module.graph.nodes):
+        if node.target in MOVES:
+            _close_grid(node)
     for node in list(module.graph.nodes):
         if node.target in CONVS and isinstance(node.args[0], Node):
             _fold_pad(module, node)
@@ -218,6 +222,32 @@ def _same_grid(module: GraphModule, one: Node, other: Node) -> bool:
     return all(a is not None and b is not None and torch.equal(a, b) for a, b in values)
 
 
+def _close_grid(node: Node) -> None:
+    """Put a quantizer of the same grid behind what only moves values of one grid; it changes no number.
+
+    ONNX Runtime joins slices to a Split, looks for an integer Concat before it moves a Split to integers, and takes
+    none whose values are read in float as well.
+    """
+    sources = node.all_input_nodes
+    if any(source.target is not dequantize for source in sources):
+        return
+    first = sources[0]
+    if not all(_same_grid_nodes(source, first) for source in sources[1:]):
+        return
+    readers = [user for user in node.users if not (user.target is quantize and _same_grid_nodes(user, first))]
+    if not readers:
+        return
+    scale, zero_point = first.args[1:]
+    with node.graph.inserting_after(node):
+        integers = node.graph.call_function(quantize, (node, scale, zero_point, 0, 255))
+    with node.graph.inserting_after(integers):
+        result = node.graph.call_function(dequantize, (integers, scale, zero_point))
+    integers.meta = {**node.meta, "val": node.meta["val"].to(torch.uint8)}
+    result.meta = dict(node.meta)
+    for reader in readers:
+        reader.replace_input_with(node, result)
+
+
 def _pad_on_integers(pad: Node) -> None:
     """Move zero padding between quantize and dequantize: there it is a copy of bytes."""
     widths, source = _zero_pad(pad), pad.args[0]
@@ -239,9 +269,9 @@ def _pad_on_integers(pad: Node) -> None:
     graph.erase_node(pad)
 
 
-def _same_grid_nodes(quantizer: Node, dequantizer: Node) -> bool:
-    module = quantizer.graph.owning_module
-    return isinstance(module, GraphModule) and _same_grid(module, quantizer, dequantizer)
+def _same_grid_nodes(one: Node, other: Node) -> bool:
+    module = one.graph.owning_module
+    return isinstance(module, GraphModule) and _same_grid(module, one, other)
 
 
 def _bar(node: Node) -> None:
