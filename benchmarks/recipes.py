@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,8 +37,8 @@ BITS = (2, 3, 4, 8)
 """Candidate widths of every contestant but the last."""
 BUDGETS = (3.0, 4.0)
 """Average bits."""
-ITERATIONS = 100
-"""Steps for each unit of all roundings that are learned; fewer than the papers', alike for all."""
+LEARNING = {"iterations": 100}
+"""Options of all roundings that are learned: steps for each unit, fewer than the papers'."""
 COMMON = {"pin_ends": False, "curve": 0, "seed": 0}
 OWN, NEAREST, GPTQ = "own", "nearest", "gptq"
 OTHERS: dict[str, dict[str, object]] = {
@@ -48,13 +48,18 @@ OTHERS: dict[str, dict[str, object]] = {
     "mpqco, loss kl": {"bits": BITS, "recipe": "mpqco", "loss": "kl"},
     "zeroq, scored by GPTQ": {"bits": BITS, "recipe": "zeroq", "scoring_rounding": GPTQ, "rounding": GPTQ},
     "modelopt, scored by GPTQ": {"bits": BITS, "recipe": "modelopt", "scoring_rounding": GPTQ, "rounding": GPTQ},
+    "limpq, activations at 8 bits": {"bits": BITS, "recipe": "limpq", "activation_bits": (8,)},
+    "daq, activations at 8 bits": {"bits": BITS, "recipe": "daq", "activation_bits": (8,)},
+    "rmsmp, at 4.1 bits": {"recipe": "rmsmp"},
 }
 """Contestants that are no rows of `RECIPES` as they are -> their settings."""
+BUDGETS_OF = {"rmsmp, at 4.1 bits": (4.1,)}
+"""Contestant -> budgets, where they are not those of all: formats of RMSMP have 4 bits, and levels of each row."""
 LEFT_OUT = ("hawq-v2", "daq", "limpq", "rmsmp", "expand", "prune", "dynamic", "kl-lm", "hessian-lm")
 """With widths and ends like all others, HAWQ-v2 is HAWQ-v3; DAQ and LIMPQ have activations below 8 bits, which ONNX
-Runtime does not run; RMSMP has other formats, of 4 bits and more; `benchmarks.new_channels` has `expand` and `prune`,
-`benchmarks.routed` has `dynamic`, and `benchmarks.recipes_language` the others. `benchmarks.recipes_training` has those
-that train."""
+Runtime does not run, and RMSMP formats of more than 4 bits (see above); `benchmarks.new_channels` has `expand` and
+`prune`, `benchmarks.routed` has `dynamic`, and `benchmarks.recipes_language` the others.
+`benchmarks.recipes_training` has those that train."""
 
 OURS = ("default", OWN)
 """What all others are compared with, and its rounding."""
@@ -73,18 +78,22 @@ class Case:
         evaluation: how many images are evaluated on.
         labels: count -> labels of the calibration images.
         fewer: contestant -> how many calibration images it gets where it cannot take all in reasonable time.
+        learning: options of all roundings that are learned, alike for all contestants.
     """
 
     calibration: int
     evaluation: int
     labels: Callable[[int], Tensor]
     fewer: Mapping[str, int] = field(default_factory=dict)
+    learning: Mapping[str, int] = field(default_factory=lambda: LEARNING)
 
 
+SHORT = {"iterations": 60, "batch": 8}
+"""Options of learned roundings on networks for images of 224 x 224 pixels."""
 CASES = {
     "resnet20": Case(128, 1017, data.cifar10_calibration_labels),
-    "mobilenet_v2": Case(32, 200, data.imagenet_calibration_labels, {"clado": 4, "clado-kl": 4}),
-    "deit_tiny": Case(16, 100, data.imagenet_calibration_labels),
+    "mobilenet_v2": Case(64, 200, data.imagenet_calibration_labels, {"clado": 4, "clado-kl": 4}, SHORT),
+    "deit_tiny": Case(32, 100, data.imagenet_calibration_labels, {}, SHORT),
 }
 
 
@@ -135,12 +144,12 @@ def error_of(values: Tensor) -> float:
     return float(values.std() / len(values) ** 0.5)
 
 
-Work = tuple[str, tuple[str, ...]]
-"""A contestant and the roundings that it is measured with in one go."""
+Work = tuple[str, tuple[str, ...], tuple[float, ...]]
+"""A contestant, and the roundings and budgets that it is measured with in one go."""
 
 
 def work(names: Iterable[str]) -> list[Work]:
-    """Return what is to be measured, measured pairs and learned roundings, which take most of the time, last."""
+    """Return what is to be measured: measured pairs and learned roundings, which take most of the time, last."""
     quick, slow = list[Work](), list[Work]()
     names = sorted(names, key=lambda name: name in RECIPES and "pairs" in RECIPES[name].estimator)
     for name in names:
@@ -148,10 +157,11 @@ def work(names: Iterable[str]) -> list[Work]:
         fixed = name in RECIPES and "rounding" in RECIPES[name].essence
         other = () if fixed or OTHERS.get(name, {}).get("rounding") == GPTQ else (GPTQ,)
         if learns:
-            slow.append((name, (OWN,)))
+            slow += [(name, (OWN,), (bits,)) for bits in BUDGETS]
         if other or not learns:
-            quick.append((name, (NEAREST, *other) if learns else (OWN, *other)))
-    return quick + slow
+            quick.append((name, (NEAREST, *other) if learns else (OWN, *other), BUDGETS_OF.get(name, BUDGETS)))
+    # A run that is stopped has one budget of all learned roundings rather than two of some; that of the papers first.
+    return quick + sorted(slow, key=lambda item: item[2], reverse=True)
 
 
 class Bench:
@@ -177,7 +187,7 @@ class Bench:
     def scored(self, name: str) -> tuple[Result, float]:
         """Return the result of a contestant without a plan, and its processor seconds, calibration included."""
         own = {"bits": BITS, "recipe": name} if name in RECIPES else OTHERS[name]
-        learned = {"rounding_options": {"iterations": ITERATIONS}}
+        learned = {"rounding_options": dict(self.case.learning)}
         settings = settings_of({**COMMON, **learned, **own})
         result, spent = self.calibrated(settings)
         preset, before = EFFORTS[settings.effort], result.program[Settings]
@@ -200,17 +210,20 @@ class Bench:
         return replace(result, program=result.program.with_facts(solved.allocation))
 
 
-def solutions(scored: Result, rounding: str) -> Iterator[tuple[float, str, Result, float]]:
+def solutions(
+    scored: Result, rounding: str, budgets: Sequence[float] = BUDGETS
+) -> Iterator[tuple[float, str, Result, float]]:
     """Yield (average bits, rounding, result, processor seconds) of a scored result for each budget.
 
     Args:
         scored: of `quantize` without a budget.
         rounding: `OWN`, or the name of one that replaces it.
+        budgets: average bits.
     """
     program = scored.program
     if rounding != OWN:
         program = program.with_facts(replace(program[Settings], rounding=rounding, rounding_options={}))
-    for bits in BUDGETS:
+    for bits in budgets:
         began = time.process_time()
         solved = fxquant.resolve(replace(scored, program=program), Budget(average_bits=bits), progress=False)
         solved = widest_uniform(solved) if program[Settings].rounding == NEAREST else solved
@@ -230,12 +243,12 @@ def widest_uniform(solved: Result) -> Result:
 
 def rows_of(bench: Bench, item: Work, judge: Judge) -> Iterator[Row]:
     """Yield the rows of one contestant: scored once, then solved and rounded for each budget."""
-    name, roundings = item
+    name, roundings, budgets = item
     scored, spent = bench.scored(name)
     for rounding in roundings:
-        for bits, chain, solved, seconds in solutions(scored, rounding):
+        for bits, chain, solved, seconds in solutions(scored, rounding, budgets):
             solved = bench.plainly_rounded(solved) if chain == NEAREST else solved
-            row: Row = {"network": bench.network, "recipe": name, "budget, bits": bits, "rounding": chain}
+            row: Row = {"network": bench.network, "recipe": name, "budget, bits": float(round(bits)), "rounding": chain}
             row |= {"which": rounding, **judge.measured(solved, bench.folder / f"{name}-{rounding}-{bits}.onnx")}
             row |= {"average bits": solved.allocation.used["average_bits"], "processor s": round(spent + seconds, 1)}
             row |= {"passes": scored.sensitivity.evaluations, "rejected": rejected(solved)}
@@ -259,11 +272,11 @@ def measure(network: str, names: Iterable[str]) -> None:
     judge, bench = Judge.of(network), Bench(network, folder)
     first: Row = {"network": network, "recipe": "float", "accuracy %": judge.accuracy(judge.reference)}
     meta: dict[str, object] = {"calibration images": case.calibration, "evaluation images": case.evaluation}
-    meta |= {"widths": BITS, "iterations": ITERATIONS, "seed": 0, "threads": torch.get_num_threads()}
+    meta |= {"widths": BITS, "learning": dict(case.learning), "seed": 0, "threads": torch.get_num_threads()}
     meta |= {"fewer images": dict(case.fewer)}
     for item in work(names):
-        name, roundings = item
-        path = folder / f"{name} {' '.join(roundings)}.json"
+        name, roundings, budgets = item
+        path = folder / f"{' '.join([name, *roundings, *map(str, budgets)])}.json"
         if not path.is_file():
             write_json(path, "recipe rows", 1, {"rows": list(rows_of(bench, item, judge))})
         rows = [row | against_default(row, folder) for row in read_json(path, "recipe rows", 1)["rows"]]

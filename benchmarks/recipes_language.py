@@ -40,7 +40,9 @@ def rows_of(task: Task, name: str, folder: Path) -> Iterator[Row]:
             row: Row = {"network": task.name, "recipe": name, "budget, bits": bits, "rounding": chain}
             row |= {"which": rounding, "bytes": solved.to_onnx(path).bytes, **task.evaluate(file_answers(path), WORDS)}
             row |= {"average bits": solved.allocation.used["average_bits"], "processor s": round(spent + seconds, 1)}
-            yield row | {"passes": scored.sensitivity.evaluations, "rejected": rejected(solved)}
+            assert scored.scoring is not None
+            passes = scored.sensitivity.evaluations / len(scored.scoring)
+            yield row | {"passes": passes, "rejected": rejected(solved)}
 
 
 def measure(task: Task) -> list[Row]:
@@ -60,7 +62,7 @@ def main() -> None:
     """Measure, print the table, write the JSON of each task."""
     for name in asked(__doc__, "task", NAMES):
         meta = {"words": WORDS, "widths": BITS, "seed": 0, "threads": torch.get_num_threads()}
-        write(f"recipes_{name}", measure(TASKS[name]), meta)
+        _ = write(f"recipes_{name}", measure(TASKS[name]), meta)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Every layer of backbone, neck and heads is quantized, with learned steps, and trained towards all outputs of the float
 detector. Where levels share a head, its batch norms keep statistics of each level: quantized features of different
 levels have different moments, and one set of statistics fits none of them (section 3.3). They become separate when the
-graph is prepared (`Trainer.separates`), are computed again from the quantized network, and trained apart.
+graph is prepared (`Trainer.separates`), move by what quantization changes at their level, and are trained apart. (The
+paper takes those of each level as they are, for it trains the float detector like that, too.)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class DetectorTraining(Training):
     """How detectors are trained; all else as for every training.
 
     Args:
-        norm_images: images from which statistics of batch norms are computed again before training.
+        norm_images: images from which statistics of batch norms are found before training.
 
     Raises:
         OptionError: a value out of range.
@@ -41,7 +42,8 @@ def aqd(task: TrainingTask) -> Program:
     assert isinstance(options, DetectorTraining)
     simulated = task.simulated
     module = trainable(simulated)
-    norms = reestimate(module, task.images.slice(0, options.norm_images), options.batch)
+    shown = task.images.slice(0, options.norm_images)
+    norms = reestimate(module, shown, options.batch, reference=task.program.module)
     if norms:
         found, values = gather(simulated, module)
         task = replace(task, program=task.program.with_facts(found, values))

@@ -116,27 +116,38 @@ def _answering(model: Callable[..., Any]) -> Callable[..., Any]:
     return answer_graph(model) if isinstance(model, GraphModule) else model
 
 
-def reestimate(module: GraphModule, images: object, batch: int = 64) -> int:
+def reestimate(module: GraphModule, images: object, batch: int = 64, reference: GraphModule | None = None) -> int:
     """Compute the statistics of all batch norms left in a graph from images, and return the number of these norms.
 
     In one pass every norm normalizes by its batch, as in training; statistics become the mean over batches of the
     batch's mean and unbiased variance, weighted by images (cumulative average, as `torch.optim.swa_utils.update_bn`).
 
+    With a reference, whose norms read values of mean `m_f` and variance `v_f` and have the statistics `m` and `v`,
+    they become `v v_q / v_f` and `m_q - (m_f - m) sqrt(v_q / v_f)`: what a norm answers has the reference's moments.
+    Statistics that several levels of a network shared in training are those of no level, and a network that has to
+    follow such a one must not take its own.
+
     Args:
         module: from `Result.trainable`; it is changed.
         images: batches as `quantize` takes them.
         batch: images at a time.
+        reference: the float graph that the module is a quantized copy of; None has no part in it.
 
     Raises:
         CalibrationError: the images cannot be used, or a batch has one value per channel.
+        OptionError: a norm of the module is not in the reference.
     """
     norms = {node: _arguments(node) for node in module.graph.nodes if _is_norm(node)}
     if not norms:
         return 0
     data = collect(images, [str(node.target) for node in placeholders(module.graph)])
     runner = _BatchStatistics(module, norms)
+    followed = None if reference is None else _Moments(reference, {node.name for node in norms})
     with torch.no_grad():
         for part in data.batches(batch):
+            if followed is not None:
+                followed.run(followed.steps, followed.given(part.inputs), keep=lambda _: False)
+                runner.followed = followed.found
             runner.run(runner.steps, runner.given(part.inputs), keep=lambda _: False)
         for path, (total, weight) in runner.sums.items():
             put_tensor(module, path, (total / weight).float())
@@ -154,6 +165,38 @@ def _is_norm(node: Node) -> bool:
     return all(name in names and is_constant(node.args[names.index(name)]) for name in STATISTICS)
 
 
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the biased variance of each channel in float64."""
+    variance, mean = torch.var_mean(x.double(), dim=[axis for axis in range(x.dim()) if axis != 1], correction=0)
+    return mean, variance
+
+
+class _Moments(Runner):
+    """Runs a graph and notes the moments of what its norms read.
+
+    Args:
+        module: the graph.
+        names: of norms.
+
+    Raises:
+        OptionError: it has no norm of one of the names.
+    """
+
+    def __init__(self, module: GraphModule, names: set[str]) -> None:
+        super().__init__(module)
+        if missing := sorted(names - self.by_name.keys()):
+            raise OptionError(f"the reference has no batch norm {missing}; give the float graph of the same result")
+        self._names = names
+        #: norm -> mean and variance of the last run
+        self.found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def compute(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return what a node makes of its arguments."""
+        if node.name in self._names:
+            self.found[node.name] = _moments(args[0])
+        return super().compute(node, args, kwargs)
+
+
 class _BatchStatistics(Runner):
     """Runs a graph with its norms on the statistics of the batch, and sums these up."""
 
@@ -162,6 +205,8 @@ class _BatchStatistics(Runner):
         self._norms = norms
         #: path of a statistic -> sum over images, and images
         self.sums: dict[str, tuple[Tensor, int]] = {}
+        #: norm -> moments in the reference for this batch; empty without one
+        self.followed: Mapping[str, tuple[Tensor, Tensor]] = {}
 
     def compute(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return what a node makes of its arguments, statistics of norms replaced."""
@@ -169,17 +214,36 @@ class _BatchStatistics(Runner):
             return super().compute(node, args, kwargs)
         places, values = self._norms[node], list(args)
         x: Tensor = values[0]
-        over = [axis for axis in range(x.dim()) if axis != 1]
         count = x.numel() // x.shape[1]
         if count < 2:
             raise CalibrationError(f"{node.name}: a batch has one value per channel; give at least two images")
-        variance, mean = torch.var_mean(x.double(), dim=over, correction=0)
-        for name, value in zip(STATISTICS, (mean, variance * count / (count - 1)), strict=True):
+        mean, variance = _moments(x)
+        kept = mean, variance * count / (count - 1)
+        # The batch is normalized by its own variance; what is stored is the unbiased estimate.
+        used = mean, variance
+        if node.name in self.followed:
+            given = (values[places.index(name)].double() for name in STATISTICS)
+            used = kept = _shifted(mean, variance, *self.followed[node.name], *given)
+        for name, value, instead in zip(STATISTICS, kept, used, strict=True):
             place = places.index(name)
             source = node.args[place]
             assert isinstance(source, Node)
             total, weight = self.sums.get(str(source.target), (torch.zeros_like(value), 0))
             self.sums[str(source.target)] = total + value * len(x), weight + len(x)
-            # The batch is normalized by its own variance; what is stored is the unbiased estimate.
-            values[place] = (mean if name == STATISTICS[0] else variance).to(x.dtype)
+            values[place] = instead.to(x.dtype)
         return super().compute(node, values, kwargs)
+
+
+def _shifted(
+    mean: Tensor, variance: Tensor, float_mean: Tensor, float_variance: Tensor, old_mean: Tensor, old_variance: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return statistics with which a norm answers as it does in the reference; channels that are constant keep theirs.
+
+    Args:
+        mean, variance: of what the norm reads.
+        float_mean, float_variance: of what it reads in the reference.
+        old_mean, old_variance: its statistics there.
+    """
+    alive = (variance > 0) & (float_variance > 0)
+    ratio = torch.where(alive, variance / torch.where(alive, float_variance, torch.ones_like(variance)), 1.0)
+    return mean - (float_mean - old_mean) * ratio.sqrt(), old_variance * ratio

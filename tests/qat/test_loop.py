@@ -128,15 +128,19 @@ def test_other_losses_and_several_inputs() -> None:
         distill_step(module, teacher, batch, optimizer)
 
 
-def norm_input(module: GraphModule, images: Tensor) -> Tensor:
-    """Return what the batch norm of ConcatNet sees."""
+def norm_values(module: GraphModule, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the batch norm of ConcatNet sees, and what it makes of it."""
     recorder = torch.fx.Interpreter(module, garbage_collect_values=False)
     with torch.no_grad():
         recorder.run(images)
     (norm,) = (node for node in module.graph.nodes if "running_mean" in str(node.all_input_nodes[3:4]))
-    value = recorder.env[norm.args[0]]
-    assert isinstance(value, Tensor)
-    return value
+    seen, (made, *_) = recorder.env[norm.args[0]], recorder.env[norm]
+    assert isinstance(seen, Tensor)
+    return seen, made
+
+
+def norm_input(module: GraphModule, images: Tensor) -> Tensor:
+    return norm_values(module, images)[0]
 
 
 def test_statistics_are_those_of_the_images() -> None:
@@ -153,6 +157,34 @@ def test_statistics_are_those_of_the_images() -> None:
     # The result and its float model keep theirs.
     assert torch.equal(model_outputs(concat().simulated, (images,)), before[0])
     assert torch.equal(model_outputs(concat().program.module, (images,)), before[1])
+
+
+def test_statistics_that_follow_a_reference_give_the_norm_its_moments() -> None:
+    images = MODELS["concat"].inputs(24)[0]
+    result = concat()
+    # Weights that changed, as those of few bits do.
+    module, reference = result.trainable(), result.program.module
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith("weight") and parameter.dim() == 4:
+                parameter.mul_(torch.linspace(0.5, 1.2, len(parameter)).reshape(-1, 1, 1, 1))
+    wanted = norm_values(reference, images)[1].double()
+    before = norm_values(module, images)[1].double()
+    assert reestimate(module, images, reference=reference) == 1
+    after = norm_values(module, images)[1].double()
+    for moment in (torch.mean, torch.std):
+        here, there, then = (moment(value, dim=(0, 2, 3)) for value in (after, wanted, before))
+        torch.testing.assert_close(here, there, rtol=2e-3, atol=2e-3)
+        assert float((then - there).abs().max()) > 0.1
+    # The moments of the images alone would be others: the float network keeps what it learned.
+    alone = result.trainable()
+    assert reestimate(alone, images) == 1
+    assert (
+        float((norm_values(alone, images)[1].double().mean(dim=(0, 2, 3)) - wanted.mean(dim=(0, 2, 3))).abs().max())
+        > 0.1
+    )
+    with pytest.raises(OptionError, match=r"the reference has no batch norm .*; give the float graph"):
+        reestimate(module, images, reference=low_bit().program.module)
 
 
 def test_a_norm_behind_another_sees_normalized_batches() -> None:

@@ -291,6 +291,8 @@ def test_levels_of_a_detector_get_statistics_of_their_own(tmp_path: Path) -> Non
 def test_a_detector_without_norms_is_said_to_have_none() -> None:
     done = TRAINERS["aqd"].train(task("aqd"))
     assert any("no batch norm is left" in note for note in done[Rounding].notes)
+    # What is left of the method is plain fine-tuning of a network that is quantized whole.
+    assert torch.equal(answers(done), answers(TRAINERS["distill"].train(task("distill"))))
 
 
 def test_targets_with_one_step_for_a_weight_keep_it() -> None:
