@@ -2,8 +2,7 @@
 
 `python -m benchmarks.activation_ranges [case ...]`: all layers at one precision, weights rounded to nearest, ranges by
 four observers; measured on images that no step saw (in dB on Set5, at 4 bits on crops of CBSD68 and Urban100; test
-images in percent). For super-resolution the
-values that cost most, each quantized alone, are named.
+images in percent). For super-resolution the values that cost most, each quantized alone, are named.
 """
 
 from __future__ import annotations
@@ -142,8 +141,9 @@ def _row(name: str, ranges: str, program: Program, floating: float) -> Row:
 def main() -> None:
     """Measure the cases named on the command line, or all."""
     torch.set_num_threads(1)
-    rows = [row for name in asked(__doc__, "case", CASES) for row in measured(name)]
-    write("activation_ranges", rows, {"crop": CROP, "cases": ", ".join(CASES)})
+    names = asked(__doc__, "case", CASES)
+    rows = [row for name in names for row in measured(name)]
+    write("activation_ranges", rows, {"crop": CROP, "cases": ", ".join(names)})
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from benchmarks.arguments import asked
 from benchmarks.recipes_tables import (
     channels_table,
     figure_table,
+    ranges_table,
     routed_table,
     table,
     training_table,
@@ -38,6 +39,7 @@ def made() -> dict[str, str]:
     """Return name -> the text between the marks of that name."""
     fixed = {"recipes": recipe_table(), "figures of training": training_table()}
     fixed |= {"figures of new channels": channels_table(), "figures of routed_carn_m": routed_table("carn_m")}
+    fixed |= {"figures of activation ranges": ranges_table()}
     results = sorted(path.stem.removeprefix("recipes_") for path in RESULTS.glob("recipes_*.json"))
     return fixed | {f"figures of {name}": figure_table(name) for name in results}
 

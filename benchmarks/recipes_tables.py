@@ -165,6 +165,21 @@ def _decibels(row: Row) -> str:
     return f"{row['PSNR dB']:.2f} ({row['PSNR dB, Urban100']:.2f})"
 
 
+def ranges_table() -> str:
+    """Return what each observer of activations leaves of super-resolution with all layers at W4A4."""
+    rows = [row for row in _document("activation_ranges")["rows"] if "W4A4" in row["network"]]
+    observers = list(dict.fromkeys(row["ranges"] for row in rows))
+    found = {(row["network"], row["ranges"]): row for row in rows}
+    lines = []
+    for network in dict.fromkeys(row["network"] for row in rows):
+        kept = [found[network, observer] for observer in observers]
+        figures = [f"{row['float'] - row['lost']:.1f}" for row in kept]
+        alone = [f"{row['float'] - row['lost, activations']:.1f}" for row in kept]
+        lines.append([network, f"{kept[0]['float']:.1f}", *figures])
+        lines.append([f"{network}, activations alone", "", *alone])
+    return table(["PSNR in dB", "float", *(f"`{name}`" for name in observers)], lines)
+
+
 def _figure(row: Row | None) -> str:
     """Return accuracy in per cent with the KL behind it, or perplexity; in square brackets what was rejected."""
     if row is None:
