@@ -293,10 +293,15 @@ def against_default(row: Row, folder: Path) -> Row:
 
 
 def merged(network: str, rows: list[Row]) -> list[Row]:
-    """Return the rows of a network's JSON with these in the place of older ones, in the order of the recipes."""
+    """Return the rows of a network's JSON with these in the place of older ones, in the order of the recipes.
+
+    Rows of another number of images are left out: they are not to be compared with.
+    """
     found: list[Row] = []
     with suppress(FileFormatError):
-        found = read_json(RESULTS / f"recipes_{network}.json", "benchmark", 1)["rows"][1:]
+        document, case = read_json(RESULTS / f"recipes_{network}.json", "benchmark", 1), CASES[network]
+        counts = [document["meta"][f"{kind} images"] for kind in ("calibration", "evaluation")]
+        found = document["rows"][1:] if counts == [case.calibration, case.evaluation] else []
     unique = {(row["recipe"], row["which"], row["budget, bits"]): row for row in (*found, *rows)}
     return sorted(unique.values(), key=lambda row: (CONTESTANTS.index(str(row["recipe"])), row["which"] != OWN))
 

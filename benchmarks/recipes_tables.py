@@ -84,8 +84,13 @@ def _conditions(document: Mapping[str, Any]) -> str:
     fewer = ", ".join(f"`{name}` {images}" for name, images in given.items() if name in present)
     text += f"accuracy: {error:.1f})." + f" Scored on fewer images: {fewer}." * bool(fewer)
     learning = meta.get("learning", {})
+    learned = any(row["which"] == "own" and RECIPES[name].learned for name, row in _published(document["rows"]))
     steps, batch = learning.get("iterations"), learning.get("batch", 32)
-    return text + f" Learned roundings: {steps} steps of {batch} images for each unit." * bool(steps)
+    return text + f" Learned roundings: {steps} steps of {batch} images for each unit." * (learned and bool(steps))
+
+
+def _published(rows: Iterable[Row]) -> list[tuple[str, Row]]:
+    return [(row["recipe"], row) for row in rows if row["recipe"] in RECIPES]
 
 
 def _compared(rows: Sequence[Row], budgets: Sequence[float]) -> list[str]:
