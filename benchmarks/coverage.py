@@ -2,10 +2,10 @@
 
 `python -m benchmarks.coverage [NAME ...] [--limit SECONDS] [--memory GB] [--again | --kept]`: every name is
 SOURCE:NAME, the sources those of `benchmarks.coverage_sources`; without names those of `coverage_models.txt` here.
-Each runs in a process of its own (`benchmarks.coverage_model`) with a limit on time and memory, and is kept when it is
-done: the same command continues where it was stopped, `--again` measures again. Without names the JSON and the tables
-of `docs/zoo.md` are written; `--kept` writes them of what is there. Models of packages that are not installed are
-skipped.
+Each runs in a process of its own (`benchmarks.coverage_model`) with a limit on time and memory, and is kept when it
+is done: the same command continues where it was stopped, `--again` measures again. Without names the JSON and the
+tables of `docs/zoo.md` are written; `--kept` writes them of what is there, and of the JSON's rows for all others.
+Models of packages that are not installed are skipped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.coverage_model import measure
 from benchmarks.coverage_sources import CALIBRATION_IMAGES, FREE_SIZE, SEED, SOURCES, TEST_IMAGES, import_sources
-from benchmarks.report_table import write
+from benchmarks.report_table import RESULTS, write
 from fxquant.core.errors import FileFormatError
 from fxquant.core.storage import read_json, write_json
 
@@ -62,6 +62,14 @@ def kept(name: str) -> Row | None:
     except FileFormatError:
         return None
     return row
+
+
+def written() -> dict[str, Row]:
+    """Return the rows of the JSON by model."""
+    with suppress(FileFormatError):
+        rows: list[Row] = read_json(RESULTS / "coverage.json", "benchmark", 1)["rows"]
+        return {row["model"]: row for row in rows}
+    return {}
 
 
 def _place(name: str) -> Path:
@@ -138,7 +146,7 @@ def _in_float(row: Row) -> str:
 def _versions() -> dict[str, str]:
     """Return the versions of the packages that models come from, as far as they are installed."""
     packages = {source.install for source in SOURCES.values()} - {""}
-    known = {dist.metadata["Name"]: dist.version for dist in metadata.distributions()}
+    known = {dist.metadata["Name"].replace("_", "-"): dist.version for dist in metadata.distributions()}
     return {name: known[name] for name in sorted(packages & known.keys())}
 
 
@@ -185,7 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name}: {shown}", flush=True)
     if chosen.names:
         return
-    rows = [row for row in map(kept, listed()) if row is not None]
+    others = written() if chosen.kept else {}
+    rows = [row for row in (kept(name) or others.get(name) for name in listed()) if row is not None]
     passed = [row for row in rows if row.get("onnx runs") and row.get("fx_int8 runs")]
     meta = {
         "precision": "W8A8, every layer",

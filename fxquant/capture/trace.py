@@ -20,6 +20,7 @@ from fxquant.capture.free_batch import freed, one_batch_size, with_free_batch
 from fxquant.capture.model_outputs import plain_answer
 from fxquant.capture.unusable_ops import check_ops
 from fxquant.capture.weights import check_finite, check_storage
+from fxquant.capture.written_weights import advice, called_once, check_written
 from fxquant.core.errors import CaptureError
 from fxquant.core.ir import Program, differentiable, recurrent_shapes
 from fxquant.core.run import WRAP
@@ -99,12 +100,14 @@ def _export(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, d
     _ = own.register_forward_hook(lambda *given: plain_answer(given[-1]))
     free = [[0] * (dynamic_batch and t.dim() > 0) + [2, 3] * (dynamic_image and t.dim() == 4) for t in inputs]
     shapes = dynamic_shapes(own, [dict.fromkeys(axes, Dim.AUTO) or None for axes in free])
+    written, answer = called_once(model, inputs)
     try:
         exported = traced(own, inputs, shapes, strict=False)
     except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(_export_advice(model, inputs, error)) from error
+        raise CaptureError(advice(written) if written else _export_advice(model, inputs, error)) from error
+    check_written(exported, inputs, written, answer)
     if dynamic_batch and one_batch_size(exported):
         exported = with_free_batch(own, inputs, shapes)
     return exported
