@@ -114,6 +114,11 @@ def _cifar_order(count: int, seed: int) -> NDArray[np.generic]:
 _DECODED: dict[str, Labelled] = {}
 
 
+def forget_decoded() -> None:
+    """Drop the decoded pictures, which would count in a measurement of memory."""
+    _DECODED.clear()
+
+
 def _decoded(relative: str, limit: int) -> Labelled:
     """Return the first `limit` pictures of a zip as uint8 `(limit, 3, 224, 224)`, decoding each only once."""
     images, labels = _DECODED.get(relative, (torch.empty(0, 3, _NATIVE_SIZE, _NATIVE_SIZE), torch.empty(0)))

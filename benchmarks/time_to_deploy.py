@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import fxquant
+from benchmarks import data
 from benchmarks.report_table import RESULTS, write
 from benchmarks.stage_clock import StageClock
 from benchmarks.task_table import TASKS
@@ -86,6 +87,7 @@ def deployed(name: str, effort: str) -> Row:
     torch.set_num_threads(1)
     case, clock = CASES[name], StageClock()
     model, images = case.model(), case.images(case.count)
+    data.forget_decoded()
     with clock.quantizing(), clock.stage("capture"):
         result = fxquant.quantize(model, images, BUDGET, options={"effort": effort, "threads": 1})
     with tempfile.TemporaryDirectory() as folder:

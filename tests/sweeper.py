@@ -27,8 +27,8 @@ pairs = ESTIMATORS["pairs"]
 
 IDENTITY = {"model": "plain", "data": "six images"}
 IMAGES = 6
-CELLS = IMAGES + 9 * IMAGES
-"""Batches of one image: a cell of single choices each, and one for each row of pairs."""
+CELLS = 1 + 9 * IMAGES
+"""One of single choices, of six images, and of each image alone one for each row of pairs."""
 
 
 class Noted(ScoreStore):

@@ -6,7 +6,7 @@ from math import log
 
 from torch import Tensor
 
-from fxquant.core.facts import BitAllocation, ChannelScales, Settings, Target
+from fxquant.core.facts import EFFORTS, BitAllocation, ChannelScales, Settings, Target
 from fxquant.core.ir import Program, Sites, WeightFormat
 from fxquant.core.run import CalibrationSet, model_outputs
 from fxquant.flow.score import judging, loss_in_use
@@ -27,10 +27,10 @@ from fxquant.passes import (
 
 SHARES = (1.0, 0.5)
 """Powers of the factors that are tried, beside none of them."""
-MODELLED = 96
-"""Calibration images at most that the model of rounding noise is measured on."""
-JUDGED = 48
-"""Calibration images that the powers are judged on."""
+JUDGED, FEWEST = 48, 16
+"""Calibration images that the powers are judged on, and for large networks at least; twice as many tell the noise."""
+PLANS = 2
+"""What is judged may take the work of measuring so many plans."""
 GAIN = 0.1
 """How far the sum of the logarithms of losses must fall: on MobileNetV2 a fall of .07 was none on other images."""
 LEAST = 1e-12
@@ -46,11 +46,14 @@ def equalize(program: Program, images: CalibrationSet) -> Program:
         program: from `prepare`, its observers empty.
         images: calibration images.
     """
-    proposed = EqualizeChannels(images.slice(0, MODELLED))(program)
+    image = sum(site.macs for site in program[Sites].sites)
+    affordable = min(JUDGED, PLANS * EFFORTS[program[Settings].effort].work / max(1, image))
+    count = max(FEWEST, int(affordable))
+    proposed = EqualizeChannels(images.slice(0, 2 * count))(program)
     scales = proposed[ChannelScales]
     if not scales.paths:
         return proposed
-    few = images.slice(0, JUDGED)
+    few = images.slice(0, count)
     tried = {0.0: scaled(program, ChannelScales())} | {share: scaled(program, scales.power(share)) for share in SHARES}
     plans = _plans(program)
     # The observers of `program` must not see these images; factors leave the answers as they are.

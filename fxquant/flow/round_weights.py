@@ -83,9 +83,8 @@ def round_plan(
     """
     names, settings, plan = algorithms(chain, overrides), program[Settings], program[BitAllocation]
     loss = loss_in_use(program, images)
-    # What decides between plans, held-out images included, measures the plan again at the end.
-    judged = judged_on(program, images, held_out)
-    held_out = held_out if held_out is None else judging(program, held_out)
+    # What decides between plans, held-out images included, is made of them at the end, to measure the plan again.
+    plain, held_out = held_out, held_out if held_out is None else judging(program, held_out)
     known = score_identity(program, images, loss) if folder is not None else {}
     if corrections is None:
         corrections = ScoreStore(None if folder is None else folder / "corrections", _fields(known, "model", "data"))
@@ -107,8 +106,10 @@ def round_plan(
         reporter.say(note)
         left = Rounding.of(program, plan.choices)
         return program.with_facts(replace(left, notes=(*left.notes, note)))
-    if held_out is None or judged is None:
+    if held_out is None:
         return rounded
+    judged = judged_on(program, images, plain)
+    assert judged is not None
     return _better(program, rounded, chain, held_out, judged, loss, reporter, _found(program, rounded, names))
 
 

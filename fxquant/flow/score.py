@@ -10,7 +10,6 @@ import numpy as np
 
 from fxquant.core.facts import (
     EFFORTS,
-    FEWEST_JUDGED,
     BitAllocation,
     ChannelScales,
     Ranges,
@@ -31,9 +30,8 @@ from fxquant.passes.sensitivity import ESTIMATORS
 
 SCORED_PLANS = 24
 """Scoring may take the work of measuring so many plans."""
-FEWEST_SCORED = 72
-"""Images that layers are scored on where there are as many: with 32, MobileNetV2's plan for a file of .14 had KL .070
-on test images, with 72 .056."""
+GRADIENT_RUNS = 3
+"""What a forward and a backward pass take, in forward passes; beside them each candidate runs its own layer once."""
 NOT_SCORED = "none"
 """Stands for an estimator where there is nothing to choose."""
 
@@ -74,9 +72,9 @@ def judged_on(
     loss, seed = loss_in_use(program, images), program[Settings].seed
     once, twice = len(images), len(held_out) if can_mix(images, loss) else 0
     # Large networks are judged on fewer of them, so that a plan of theirs is measured in seconds.
-    image = sum(site.macs for site in program[Sites].sites)
-    affordable = min(EFFORTS[program[Settings].effort].work / max(1, image), once + twice)
-    taken = spread(once + twice, max(FEWEST_JUDGED, int(affordable)))
+    image, effort = sum(site.macs for site in program[Sites].sites), EFFORTS[program[Settings].effort]
+    affordable = min(effort.work / max(1, image), once + twice)
+    taken = spread(once + twice, max(effort.least_judged, int(affordable)))
     judged = judging_images(images, loss, seed, moving=False, only=[k for k in taken if k < once])
     again = [k - once for k in taken if k >= once]
     return judged.joined(held_out.take(again)) if again else judged
@@ -157,14 +155,16 @@ def score(
 
 
 def _scored_images(program: Program, estimators: tuple[str, ...]) -> int:
-    """Return how many images to score on at most: of large networks fewer, where every candidate is run on each."""
-    effort, sites = EFFORTS[program[Settings].effort], program[Sites]
-    if not any(ESTIMATORS[name].measured for name in estimators):
-        return effort.scored
-    # A candidate runs what lies behind it, half of the network on average.
-    image = sum(site.macs for site in sites.sites) * len(sites.candidates) / 2
+    """Return how many images to score on at most, of large networks fewer."""
+    effort, sites = EFFORTS[program[Settings].effort], program[Sites].sites
+    macs = sum(site.macs for site in sites)
+    if any(ESTIMATORS[name].measured for name in estimators):
+        # A candidate runs what lies behind it, half of the network on average.
+        image = macs * sum(len(site.choices) for site in sites) / 2
+    else:
+        image = GRADIENT_RUNS * macs + sum(site.macs * len(site.choices) for site in sites)
     affordable = min(SCORED_PLANS * effort.work / max(1.0, image), effort.scored)
-    return min(effort.scored, max(FEWEST_SCORED, int(affordable)))
+    return min(effort.scored, max(effort.least_scored, int(affordable)))
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -10,6 +10,7 @@ from fxquant.passes.formats.problem import (
     RowProblem,
     RowRounder,
     diagonal_of,
+    sampled_rows,
     squared_error,
 )
 from fxquant.passes.formats.registry import FORMATS, find, grid_of, rows_of

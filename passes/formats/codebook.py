@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,11 @@ STEPS = 12
 SAMPLE = 1 << 14
 """Values of a weight that a shared table is found from."""
 
-SHARES = (4, 16)
+SHARES, ALL = (4, 16), 0
 """How many rows may share a table, beside all of them."""
+
+WORTH_ROUNDING_TWICE = 0.02
+"""Share of the error of a large weight that even levels in some of its rows must save."""
 
 EXACT = 1e-9
 """What a power of two may be below itself."""
@@ -44,26 +48,40 @@ def codebook(problem: RowProblem, bits: float) -> RowGrid:
     int8 at the scale that gives the largest all of int8. A table serves one row, 4 or 16 rows, or all. It has to pay
     for its bytes: one bit for each weight divides the error by four (6 dB), so what minimises `stored bits + n / 2
     log2(error)` is taken. Where uniform levels err less under the rounder they stay: k-means clips tails, which an
-    algorithm that moves values beyond them pays for.
+    algorithm that moves values beyond them pays for. Of a large weight, some of the rows decide.
     """
     count, (groups, size, _) = int(2**bits + EXACT), problem.rows.shape
-    plain = problem.to_nearest
-    tried = [(count * LEVEL_BITS * groups * size, _own_tables(plain, count))]
-    for each in (*(n for n in SHARES if n < size and size % n == 0), size):
-        tried.append((count * LEVEL_BITS * groups * size // each, _shared_tables(plain, count, each)))
-    table_bits, found = min(tried, key=lambda known: _stored(plain.error(known[1]), plain.rows, known[0]))
-    found = problem.rescaled(found)
-    if not float(bits).is_integer() or bits < FORMAT_KINDS["uniform"].least:
-        return found
-    even = find(problem, WeightFormat(int(bits)))
-    if table_bits == tried[0][0]:
+    few = problem.some_rows()
+
+    def table_bits(sharing: int) -> float:
+        return count * LEVEL_BITS * groups * few.rows.shape[1] / (sharing or size)
+
+    def stored_in(sharing: int) -> float:
+        return _stored(few.to_nearest.error(_tables(few, count, sharing)), few.rows, table_bits(sharing))
+
+    sharing = min((1, *(n for n in SHARES if n < size and size % n == 0), ALL), key=stored_in)
+    if float(bits).is_integer() and bits >= FORMAT_KINDS["uniform"].least:
+        even = WeightFormat(int(bits))
+        spaced, found = find(few, even), few.rescaled(_tables(few, count, sharing))
         # Rows of a shared table keep it; a row with its own may as well have even levels in it.
-        found = problem.better(even, found)
-    plainly, error = problem.error(even), problem.error(found)
-    return found if _stored(error, problem.rows, table_bits) < _stored(plainly, problem.rows, 0) else even
+        mixed = few.better(spaced, found) if sharing == 1 else found
+        if _stored(few.error(mixed), few.rows, table_bits(sharing)) >= _stored(few.error(spaced), few.rows, 0):
+            return find(problem, even)
+        gain = 1 - float(few.error(mixed).sum()) / max(float(few.error(found).sum()), SMALLEST_SCALE)
+        if gain > (0 if few is problem else WORTH_ROUNDING_TWICE):
+            return problem.better(find(problem, even), problem.rescaled(_tables(problem, count, sharing)))
+    return problem.rescaled(_tables(problem, count, sharing))
 
 
-def _stored(error: Tensor, rows: Tensor, table_bits: int) -> float:
+def _tables(problem: RowProblem, count: int, sharing: int) -> RowGrid:
+    """Return tables for nearest rounding, found once: one for each `sharing` rows, or for `ALL`."""
+    plain = problem.to_nearest
+    own = partial(_own_tables, plain, count)
+    make = own if sharing == 1 else partial(_shared_tables, plain, count, sharing or plain.rows.shape[1])
+    return plain.once(f"{count} levels for {sharing} rows", make)
+
+
+def _stored(error: Tensor, rows: Tensor, table_bits: float) -> float:
     """Return bits of the tables, and of the error of all rows in the bits that would undo it."""
     total = float(error.sum())
     return table_bits + (rows.numel() / 2 * math.log2(total) if total > 0 else -math.inf)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +24,12 @@ CACHED = 1 << 15
 
 KEPT = 4
 """Grids whose integers are remembered, so that the best one is not rounded to again."""
+
+LARGE = 1 << 20
+"""Weights of which a sample of rows tells what suits all of them: rounding all rows takes minutes then."""
+
+SAMPLED, TOGETHER = 256, 16
+"""Rows of a sample, of each group, and how many of them lie side by side, as those that share something do."""
 
 T = TypeVar("T")
 
@@ -85,6 +91,15 @@ def squared_error(difference: Tensor, gram: Tensor | Patches) -> Tensor:
     return ((difference @ gram) * difference).sum(dim=2)
 
 
+def sampled_rows(rows: Tensor) -> Tensor | None:
+    """Return positions of rows of a large weight (groups, rows, K), evenly spread; None where all may be looked at."""
+    size = rows.shape[1]
+    if rows.numel() < LARGE or size < 2 * SAMPLED:
+        return None
+    starts = torch.linspace(0, size - TOGETHER, SAMPLED // TOGETHER, device=rows.device).long()
+    return (starts.unsqueeze(1) + torch.arange(TOGETHER, device=rows.device)).flatten()
+
+
 @dataclass(frozen=True, eq=False)
 class RowProblem:
     """A weight by rows, how it will be rounded, and how errors are weighed.
@@ -121,6 +136,15 @@ class RowProblem:
     def to_nearest(self) -> RowProblem:
         """The same weight rounded to nearest, the error of each value by itself: quick, and nearly as good."""
         return RowProblem(self.rows, diagonal=self.importance)
+
+    def some_rows(self) -> RowProblem:
+        """Return rows of a large weight, evenly spread, as a problem of their own; of any other the weight itself."""
+        kept = sampled_rows(self.rows)
+        if kept is None:
+            return self
+        # A grid by rows goes with its rows; what weighs errors is the same for all.
+        own = partial(RowProblem, self.rows[:, kept], self.gram, self.rounder, self.ratios, diagonal=self.diagonal)
+        return self.once("some rows", own)
 
     def once(self, name: str, make: Callable[[], T]) -> T:
         """Return what is made of the rows alone, made once for all formats."""
@@ -196,7 +220,7 @@ class RowProblem:
         found, errors = [], []
         few = max(1, CACHED // (len(rows) * rows.shape[2]))
         for start in range(0, rows.shape[1], few):
-            piece, part = rows[:, start : start + few], grid.slice(start, start + few)
+            piece, part = rows[:, start : start + few], grid.rows(slice(start, start + few))
             integers = self.rounder(piece, part)
             found.append(integers.to(torch.int16))
             errors.append(((piece - part.value(integers)).square_() * self.importance).sum(dim=2))

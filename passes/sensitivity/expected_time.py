@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 from fxquant.passes.sensitivity.cell_sweep import Work
@@ -32,13 +32,13 @@ class _Timed:
         self.of_a_pass: float | None = None
         self._known: set[str] = set()
 
-    def of(self, name: str, work: Work, scorer: Scorer) -> None:
+    def of(self, name: str, work: Work, images: Sequence[int], scorer: Scorer) -> None:
         new = name not in self._known
         missing = [key for key in work if new and scorer.store.get(f"{scorer.prefix}{key}") is None]
         # Of a single batch nothing is left to foresee.
         self.whole = self.whole and len(missing) != 1
         if len(missing) > 1:
-            first, sizes = missing[0], {f"{name}-{batch.index}": len(batch.images) for batch in scorer.batches}
+            first, sizes = missing[0], dict(zip(work, images, strict=True))
             began = self._clock()
             cell = work[first]()
             spent = self._clock() - began

@@ -7,7 +7,7 @@ the context's own loss: the context has loss 0, and the four-term identity holds
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.fx import Node
 
 from fxquant.core.facts import BitAllocation, FakeQuantNodes
 from fxquant.core.host import ALONE, SILENT, Reporter, Shards
@@ -31,6 +32,9 @@ ENVIRONMENT_LIMIT = 10**8
 kept and the rest recomputed."""
 
 LARGEST_BATCH = 64
+
+BYTES = 4
+"""Of one value."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,8 @@ class Base:
 class Preview(Protocol):
     """Finds out what work will take, instead of doing it."""
 
-    def of(self, name: str, work: Work, scorer: Scorer) -> None:
-        """Measure a cell of the work, whose keys are `name-0`, `name-1`, ..., and raise to end the estimator."""
+    def of(self, name: str, work: Work, images: Sequence[int], scorer: Scorer) -> None:
+        """Measure a cell of the work, which runs so many images for each key, and raise to end the estimator."""
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -128,12 +132,14 @@ class Scorer:
         #: where only what the work will take is wanted
         self.preview: Preview | None = None
         self._kept: tuple[int, Base] | None = None
-        self._footprint = self.replay.footprint(images.slice(0, 1).inputs, self.in_context)
+        #: bytes of the values of one image
+        self.footprint = self.replay.footprint(images.slice(0, 1).inputs, self.in_context)
         # Values that kernels need not make, between a convolution and the clip behind it, are not asked for.
         asked = frozenset(self.replay.nodes).difference(self.replay.clips) if self.replay.clips else None
-        within = self._footprint.within(ENVIRONMENT_LIMIT, self.costs)
-        self._parts_kept, self._recomputes = asked if within is None else within, within is not None
-        self.batch = max(1, min(LARGEST_BATCH, len(images), ENVIRONMENT_LIMIT // max(1, self._footprint.total)))
+        within = self.footprint.within(ENVIRONMENT_LIMIT, self.costs)
+        #: nodes whose values of a batch are kept, None for all
+        self.parts_kept, self._recomputes = asked if within is None else within, within is not None
+        self.batch = max(1, min(LARGEST_BATCH, len(images), ENVIRONMENT_LIMIT // max(1, self.footprint.total)))
 
     def _assigned(self, *chosen: int) -> dict[str, Replacement]:
         """Return the replacement of every quantizer where these columns replace their owners' part of the context."""
@@ -150,7 +156,16 @@ class Scorer:
     @property
     def batches(self) -> list[Batch]:
         """The batches, sized so that their intermediate values stay within the memory limit."""
-        return [Batch(index, images) for index, images in enumerate(self.images.batches(self.batch))]
+        return self._cut(self.batch)
+
+    def _cut(self, images: int) -> list[Batch]:
+        return [Batch(index, part) for index, part in enumerate(self.images.batches(images))]
+
+    @property
+    def answer_bytes(self) -> int:
+        """Bytes of the answer to one image."""
+        (answer, *_) = self.replay.nodes[-1].all_input_nodes
+        return BYTES * prod(shape_of(answer)[1:])
 
     @property
     def owners(self) -> list[str]:
@@ -167,14 +182,17 @@ class Scorer:
         """Return the context's run on a batch with its intermediate values; the last batch is kept."""
         if self._kept is None or self._kept[0] != batch.index:
             self._kept = None
-            with torch.no_grad():
-                answer, environment = self.replay.forward(batch.images.inputs, self.in_context, self._parts_kept)
-                reference = answer
-                if self._context:
-                    reference, _ = self.replay.forward(batch.images.inputs, self.off, frozenset())
-            losses = self.loss(reference, answer, batch.images.labels)
-            self._kept = (batch.index, Base(reference, answer, environment, losses))
+            self._kept = (batch.index, self.base_of(batch.images, self.parts_kept))
         return self._kept[1]
+
+    def base_of(self, images: CalibrationSet, kept: frozenset[Node] | None) -> Base:
+        """Return the context's run on images with the values of these nodes; None for all."""
+        with torch.no_grad():
+            answer, environment = self.replay.forward(images.inputs, self.in_context, kept)
+            reference = answer
+            if self._context:
+                reference, _ = self.replay.forward(images.inputs, self.off, frozenset())
+        return Base(reference, answer, environment, self.loss(reference, answer, images.labels))
 
     def run(
         self, base: Environment, column: int, on_top_of: int | None = None, keep: bool = False
@@ -206,10 +224,10 @@ class Scorer:
     @property
     def memory(self) -> Memory:
         """Memory that scoring takes, known before it starts."""
-        kept = self._parts_kept
-        held = sum(size for node, size in self._footprint.values if kept is None or node in kept)
+        kept = self.parts_kept
+        held = sum(size for node, size in self.footprint.values if kept is None or node in kept)
         size = 8 * len(self.columns) ** 2 * len(self.images)
-        return Memory(self.batch, self.batch * held, self.batch * self._footprint.working, size, self._recomputes)
+        return Memory(self.batch, self.batch * held, self.batch * self.footprint.working, size, self._recomputes)
 
     def measure(self, title: str, work: Work) -> dict[str, Arrays]:
         """Return finished cells by key: those of the store as they are, the others measured and kept.
@@ -233,8 +251,16 @@ class Scorer:
         around = "" if self.context is None else f"-{text_digest(str(sorted(self._labels(self.context).items())))}"
         return f"batch{self.batch}-seed{self.seed}{around}-"
 
-    def by_batch(self, title: str, name: str, cell: Callable[[Scorer, Batch], Cell]) -> Gathered:
+    def by_batch(
+        self, title: str, name: str, cell: Callable[[Scorer, Batch], Cell], images: int | None = None
+    ) -> Gathered:
         """Measure one cell for each batch, called `name-0`, `name-1`, ...; `evaluations` are added where it has none.
+
+        Args:
+            title: shown with the progress.
+            name: of the cells.
+            cell: measures one.
+            images: of a batch; by default as many as keep intermediate values within the memory limit.
 
         Raises:
             WorkerError: another process of a sharded run was lost.
@@ -244,9 +270,10 @@ class Scorer:
             found = cell(self, batch)
             return {"evaluations": self.take_spent(len(batch.images)), **found}
 
-        work = {f"{name}-{batch.index}": partial(counted, batch) for batch in self.batches}
+        batches = self._cut(images or self.batch)
+        work = {f"{name}-{batch.index}": partial(counted, batch) for batch in batches}
         if self.preview is not None:
-            self.preview.of(name, work, self)
+            self.preview.of(name, work, [len(batch.images) for batch in batches], self)
         return Gathered(list(self.measure(title, work).values()))
 
     @staticmethod
@@ -273,7 +300,7 @@ def standard_error(samples: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(samples.std(axis=-1, ddof=1) / np.sqrt(samples.shape[-1]), dtype=np.float64)
 
 
-def _node_cost(node: torch.fx.Node) -> float:
+def _node_cost(node: Node) -> float:
     """Return multiply-accumulates of a node plus one per output element, for the images it was traced with."""
     if node.op not in ("call_function", "call_method"):
         return 0.0

@@ -140,9 +140,8 @@ def test_large_networks_are_judged_on_fewer_images(monkeypatch: pytest.MonkeyPat
     parts = [CalibrationSet(inputs("plain", count)) for count in (48, 16)]
 
     def count(work: float, fewest: int, effort: EffortName = "default") -> int:
-        known = {"default": replace(EFFORTS["default"], work=work), "best": EFFORTS["best"]}
+        known = {"default": replace(EFFORTS["default"], work=work, least_judged=fewest), "best": EFFORTS["best"]}
         monkeypatch.setattr(score, "EFFORTS", known)
-        monkeypatch.setattr(score, "FEWEST_JUDGED", fewest)
         found = judged_on(program.with_facts(replace(program[Settings], effort=effort)), *parts)
         assert found is not None
         return len(found)
@@ -162,18 +161,21 @@ def test_large_networks_are_judged_on_fewer_images(monkeypatch: pytest.MonkeyPat
         (("gram",), 12, 4, 96, 12),
         (("gram", "fisher_out"), 1, 4, 96, 4),
         (("gram",), 1, 50, 96, 40),
-        (("fisher_out",), 1, 4, 96, 40),
+        (("fisher_out",), 1000, 4, 96, 40),
+        (("fisher_out",), 12, 4, 96, 12),
     ],
 )
-def test_large_networks_are_scored_on_fewer_images_where_candidates_are_run(
+def test_large_networks_are_scored_on_fewer_images(
     monkeypatch: pytest.MonkeyPatch, estimators: tuple[str, ...], affordable: int, fewest: int, most: int, seen: int
 ) -> None:
-    """A candidate runs half of the network, and all of them on one image the work of so many plans on one."""
+    """A candidate runs half of the network, or beside a backward pass its own layer once."""
     program, counts = scored("plain"), list[int]()
     sites = program[Sites]
-    plans = len(sites.candidates) / 2 / score.SCORED_PLANS
-    work = (affordable + 0.5) * plans * sum(site.macs for site in sites.sites)
-    effort = replace(EFFORTS["default"], work=work, scored=most)
+    formats = len(sites.sites[0].choices)
+    assert all(len(site.choices) == formats for site in sites.sites)
+    passes = len(sites.candidates) / 2 if "gram" in estimators else score.GRADIENT_RUNS + formats
+    work = (affordable + 0.5) * passes / score.SCORED_PLANS * sum(site.macs for site in sites.sites)
+    effort = replace(EFFORTS["default"], work=work, scored=most, least_scored=fewest)
 
     class Counted(MeasureSensitivity):
         def run(self, program: Program) -> tuple[Program, int]:
@@ -181,7 +183,6 @@ def test_large_networks_are_scored_on_fewer_images_where_candidates_are_run(
             return super().run(program)
 
     monkeypatch.setattr(score, "EFFORTS", {"default": effort})
-    monkeypatch.setattr(score, "FEWEST_SCORED", fewest)
     monkeypatch.setattr(score, "MeasureSensitivity", Counted)
     score.score(program, CalibrationSet(inputs("plain", 40)), estimators, None)
     assert counts == [seen]

@@ -36,7 +36,7 @@ from fxquant.core.facts.ranges import (
 from fxquant.core.facts.rounding import Rounding, UnitRecord
 from fxquant.core.facts.routes import EASY, HARD, RouteFit, Routes
 from fxquant.core.facts.sensitivity_matrix import SensitivityMatrix, Surrogates
-from fxquant.core.facts.settings import EFFORTS, FEWEST_JUDGED, EffortName, ScoringRounding, Settings
+from fxquant.core.facts.settings import EFFORTS, EffortName, ScoringRounding, Settings
 from fxquant.core.facts.target import LatencyRow, Target
 from fxquant.core.facts.target_file import SUFFIX, read_target, target_to_json, write_target
 from fxquant.core.facts.weight_grids import WeightGrids

@@ -27,8 +27,9 @@ class Effort:
         estimators: sensitivity estimators, the preferred one first, which the search starts from.
         images: calibration images used at most.
         scored: images that layers are scored on at most; fewer for large networks, as `work` says.
-        work: multiply-accumulates of measuring one plan, at most; all images measure plans of small networks, and at
-            least `FEWEST_JUDGED` those of any.
+        least_scored: images that layers of any network are scored on where there are as many.
+        work: multiply-accumulates of measuring one plan, at most; all images measure plans of small networks.
+        least_judged: images that plans of any network are measured on where there are as many.
         refine_moves: plans measured at most to improve the best finalist.
         rounds: times the plan is scored again around itself at most.
         rounding: algorithms that round the plan's weights.
@@ -38,21 +39,42 @@ class Effort:
     estimators: tuple[str, ...]
     images: int
     scored: int
+    least_scored: int
     work: float
+    least_judged: int
     refine_moves: int
     rounds: int
     rounding: str
     curve: int
 
 
+LEAST_SCORED = 72
+"""With 32 images, MobileNetV2's plan for a file of .14 had KL .070 on test images, with 72 .056."""
+LEAST_JUDGED = 128
+"""Picked on about so many, plans of MobileNetV1 and MobileNetV2 lost 2.5 % more KL than the best at hand
+(`benchmarks.verdict`)."""
+
 EFFORTS: dict[EffortName, Effort] = {
-    "fast": Effort(("fisher_out",), 96, 64, 5e10, 8, 0, "nearest", 0),
-    "default": Effort(("gram_shrunk", "gram", "diagonal", "fisher_out"), 384, 96, 5e10, 48, 0, "qronos_rescaled", 6),
+    "fast": Effort(("fisher_out",), 96, 64, 24, 5e10, 32, 8, 0, "nearest", 0),
+    "default": Effort(
+        ("gram_shrunk", "gram", "diagonal", "fisher_out"),
+        384,
+        96,
+        LEAST_SCORED,
+        5e10,
+        LEAST_JUDGED,
+        48,
+        0,
+        "qronos_rescaled",
+        6,
+    ),
     "best": Effort(
         ("gram_shrunk", "gram", "diagonal", "monotone", "pairs", "fisher", "fisher_out"),
         1024,
         256,
+        LEAST_SCORED,
         inf,
+        LEAST_JUDGED,
         256,
         2,
         "qronos_rescaled",
@@ -60,9 +82,6 @@ EFFORTS: dict[EffortName, Effort] = {
     ),
 }
 """Preset name -> what it measures."""
-FEWEST_JUDGED = 128
-"""Images that measure plans where there are as many: picked on about so many, plans of MobileNetV1 and MobileNetV2 lost
-2.5 % more KL than the best at hand (`benchmarks.verdict`)."""
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,10 @@ class RowGrid:
         scale = scale.float().clamp(min=SMALLEST_SCALE).double()
         return RowGrid(weight_spec(MAX_BITS), scale, torch.zeros_like(scale), levels)
 
-    def slice(self, start: int, stop: int) -> RowGrid:
+    def rows(self, which: slice | Tensor) -> RowGrid:
         """Return the grid of these rows of each group."""
-        levels = None if self.levels is None else self.levels[:, start:stop]
-        return replace(self, scale=self.scale[:, start:stop], zero_point=self.zero_point[:, start:stop], levels=levels)
+        levels = None if self.levels is None else self.levels[:, which]
+        return replace(self, scale=self.scale[:, which], zero_point=self.zero_point[:, which], levels=levels)
 
     def grid(self, channel_axis: int = 0) -> Grid:
         """Return the same as the grid of the whole weight, scales in float32."""

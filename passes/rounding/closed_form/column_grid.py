@@ -16,19 +16,26 @@ class ColumnGrid:
 
     Args:
         grid: of the rows.
+        like: a tensor of the type to work in.
     """
 
-    def __init__(self, grid: RowGrid) -> None:
-        self._grid, self._scale, self._zero_point = grid, grid.scale.squeeze(2), grid.zero_point.squeeze(2)
-        self._borders = None if grid.levels is None else borders_of(grid.levels)
+    def __init__(self, grid: RowGrid, like: Tensor) -> None:
+        parts = [part if part is None else part.to(like.dtype) for part in (grid.scale, grid.zero_point, grid.levels)]
+        scale, zero_point, levels = parts
+        assert scale is not None
+        assert zero_point is not None
+        #: the same grid in that type
+        self.grid = RowGrid(grid.spec, scale, zero_point, levels)
+        self._scale, self._zero_point = scale.squeeze(2), zero_point.squeeze(2)
+        self._borders = None if levels is None else borders_of(levels)
 
     def nearest(self, values: Tensor) -> Tensor:
         """Return the nearest integers, the lower level on ties where the grid has levels."""
         if self._borders is None:
-            return self._grid.nearest(values.unsqueeze(2)).squeeze(2)
-        assert self._grid.levels is not None
+            return self.grid.nearest(values.unsqueeze(2)).squeeze(2)
+        assert self.grid.levels is not None
         places = torch.searchsorted(self._borders, (values / self._scale).unsqueeze(2))
-        return self._grid.levels.gather(2, places).squeeze(2)
+        return self.grid.levels.gather(2, places).squeeze(2)
 
     def value(self, integers: Tensor) -> Tensor:
         """Return the values of integers."""

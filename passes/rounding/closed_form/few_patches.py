@@ -27,15 +27,18 @@ def sweep_of(patches: Tensor, added: Tensor, block: int) -> Sweep:
     """Return how weights are rounded column by column, later ones corrected.
 
     Args:
-        patches: X, float64 of shape (groups, n, K), columns in the order of rounding.
+        patches: X, float64 of shape (groups, n, K), columns in the order of rounding. Factors are found in float64,
+            errors passed on in float32.
         added: d, shape (groups,), above 0.
         block: columns that are corrected together.
     """
-    directions = _directions(patches, added, block)
+    directions = _directions(patches, added, block).float()
+    patches = patches.float()
     inputs = patches.transpose(1, 2).contiguous()
 
     def sweep(columns: Tensor, grid: RowGrid) -> tuple[Tensor, Tensor]:
-        by_column, chosen = ColumnGrid(grid), torch.empty_like(columns)
+        columns = columns.float()
+        by_column, chosen = ColumnGrid(grid, columns), torch.empty_like(columns)
         # Sum of the errors so far times their directions, shape (groups, n, rows).
         moved = columns.new_zeros(len(columns), patches.shape[1], columns.shape[2])
         for start in range(0, columns.shape[1], block):
@@ -48,7 +51,7 @@ def sweep_of(patches: Tensor, added: Tensor, block: int) -> Sweep:
                 chosen[:, start + j] = q = by_column.nearest(column)
                 errors[:, j] = column - by_column.value(q)
             moved += v.transpose(1, 2) @ errors
-        difference = columns - grid.value(chosen.transpose(1, 2)).transpose(1, 2)
+        difference = columns - by_column.grid.value(chosen.transpose(1, 2)).transpose(1, 2)
         return chosen, (patches @ difference).square().sum(dim=1)
 
     return sweep

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxquant.core.facts import FakeQuantNodes, Rounding, WeightGrids
+from fxquant.core.host import give_back
 from fxquant.core.ir import RowGrid, Site, WeightFormat, resolve, tensor_at
 from fxquant.passes.formats import Patches, RowProblem, RowRounder, rows_of
 from fxquant.passes.rounding.closed_form.input_gram import GramAccumulator, Moments, geometry_of
@@ -64,6 +65,8 @@ def round_layerwise(
     weights: dict[str, Tensor] = {}
     grids, biases = dict(earlier.grids), dict(earlier.biases)
     for site in task.reporter.track(task.sites, title, len(task.sites)):
+        # Values of the last layer's size are freed; those of the next are of another one.
+        give_back()
         seen = min(seen, go_to(site.nodes[0], *walks))
         weight, outputs = tensor_at(task.program.module, site.weight), list[OutputMoments]()
         together = None

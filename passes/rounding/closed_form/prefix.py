@@ -21,7 +21,7 @@ from fxquant.core.run import CalibrationSet, GraphReplay, Runner
 from fxquant.passes.rounding.closed_form.input_gram import channel_axis
 
 BATCH = 32
-LIMIT = 256 * 10**6
+LIMIT = 192 * 10**6
 """Bytes that the values of one walk may take."""
 SHARE = 4
 """A batch takes at most one part in so many of the limit."""

@@ -13,15 +13,15 @@ from tests.scoring import inputs, scorer, simulated
 
 
 def clock_of(each: Scorer, monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
-    """Return a clock that shows how much of the network was run."""
+    """Return a clock that shows how much of the network was run, on each image."""
     total, take = [0.0], each.take_spent
 
     def counted(images: int) -> float:
-        total[0] += each.replay.spent
+        total[0] += each.replay.spent * images
         return take(images)
 
     monkeypatch.setattr(each, "take_spent", counted)
-    return lambda: total[0] + each.replay.spent
+    return lambda: total[0]
 
 
 @pytest.mark.parametrize(
@@ -50,10 +50,10 @@ def test_what_is_finished_takes_nothing() -> None:
 def test_nothing_is_said_of_work_that_depends_on_what_it_finds() -> None:
     each = scorer(simulated("plain"), CalibrationSet(inputs("plain", 14)))
     assert expected_seconds(each, [ESTIMATORS["gram"], ESTIMATORS["hybrid"]]) is None
-    assert not each.store.get(f"{each.prefix}alone-0")
+    assert not each.store.get(f"{each.prefix}alone6-0")
     alone = scorer(simulated("plain"), CalibrationSet(inputs("plain", 4)))
     assert expected_seconds(alone, [ESTIMATORS["gram"]]) is None
-    assert not alone.store.get(f"{alone.prefix}alone-0")
+    assert not alone.store.get(f"{alone.prefix}alone6-0")
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

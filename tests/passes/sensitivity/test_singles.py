@@ -13,6 +13,7 @@ from fxquant.core.run import LOSSES, CalibrationSet, loss_of
 from fxquant.core.storage import ScoreStore
 from fxquant.passes import widest_plan
 from fxquant.passes.sensitivity import ESTIMATORS, Scorer, measure_singles
+from fxquant.passes.sensitivity import stretches as depth
 from tests.scoring import full_forward, full_forward_losses, inputs, scorer, simulated
 
 diagonal, gram, sqnr = (ESTIMATORS[name] for name in ("diagonal", "gram", "sqnr"))
@@ -44,6 +45,28 @@ def test_inner_products_over_all_images_and_batches() -> None:
 def test_one_base_pass_and_at_most_one_pass_per_candidate() -> None:
     found = measure_singles(scorer(simulated("plain"), IMAGES))
     assert 6 < found.evaluations < 6 * 13
+
+
+@pytest.mark.parametrize("room", [0.0, 0.3, 1.0, 30.0])
+def test_the_deeper_a_column_lies_the_more_images_run_at_once(room: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, images = simulated("plain"), IMAGES
+    each = scorer(program, images)
+    each.batch = 6
+    expected = measure_singles(each)
+    monkeypatch.setattr(depth, "ENVIRONMENT_LIMIT", int(room * each.footprint.total))
+    other = scorer(program, images)
+    other.batch = 1
+    divided = depth.stretches(other)
+    sizes = [stretch.images for stretch in divided]
+    assert sorted(column for stretch in divided for column in stretch.columns) == list(range(len(other.columns)))
+    assert sizes == sorted(sizes)
+    assert (sizes[0], sizes[-1]) == {0.0: (1, 1), 0.3: (1, 6), 1.0: (1, 6), 30.0: (6, 6)}[room]
+    found = measure_singles(other)
+    for known in ("losses", "gram", "gram_stderr", "shift_power", "answer_power"):
+        np.testing.assert_allclose(getattr(found, known), getattr(expected, known), rtol=1e-3, atol=1e-7)
+    # What a stretch keeps is enough for its replays: nothing but the run it starts from is run again.
+    if room:
+        assert found.evaluations == pytest.approx(expected.evaluations + 6 * (len(divided) - 1), abs=1e-6)
 
 
 def test_cross_terms_are_the_gauss_newton_products_of_logit_shifts() -> None:
