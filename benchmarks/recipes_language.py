@@ -22,7 +22,7 @@ from benchmarks.task_table import TASKS
 from fxquant.core.storage import read_json, write_json
 
 NAMES = ("ptb_lstm", "ptb_transformer")
-CONTESTANTS = ("default", "uniform", "kl-lm", "hessian-lm")
+CONTESTANTS = ("uniform", "kl-lm", "hessian-lm", "default")
 WORDS = 10_000
 """Words of the validation text that are read."""
 
@@ -45,24 +45,24 @@ def rows_of(task: Task, name: str, folder: Path) -> Iterator[Row]:
             yield row | {"passes": passes, "rejected": rejected(solved)}
 
 
-def measure(task: Task) -> list[Row]:
-    """Return the rows of one task, those of finished contestants from their files."""
+def measure(task: Task) -> None:
+    """Print the table and write the JSON of one task again after each contestant, those finished from their files."""
     folder = FOLDER / task.name
     folder.mkdir(parents=True, exist_ok=True)
+    meta = {"words": WORDS, "widths": BITS, "seed": 0, "threads": torch.get_num_threads()}
     rows: list[Row] = [{"network": task.name, "recipe": "float", **task.evaluate(torch_answers(task.model()), WORDS)}]
     for name in CONTESTANTS:
         path = folder / f"{name}.json"
         if not path.is_file():
             write_json(path, "recipe rows", 1, {"rows": list(rows_of(task, name, folder))})
         rows += read_json(path, "recipe rows", 1)["rows"]
-    return rows
+        _ = write(f"recipes_{task.name}", rows, meta)
 
 
 def main() -> None:
-    """Measure, print the table, write the JSON of each task."""
+    """Measure the tasks that are named."""
     for name in asked(__doc__, "task", NAMES):
-        meta = {"words": WORDS, "widths": BITS, "seed": 0, "threads": torch.get_num_threads()}
-        _ = write(f"recipes_{name}", measure(TASKS[name]), meta)
+        measure(TASKS[name])
 
 
 if __name__ == "__main__":
