@@ -19,7 +19,7 @@ from fxquant.core.facts import (
     Target,
     UnitRecord,
 )
-from fxquant.core.host import SILENT, Reporter, memory_named
+from fxquant.core.host import SILENT, Reporter, give_back, memory_named
 from fxquant.core.ir import Program, gradients
 from fxquant.core.run import JOIN, CalibrationSet, Loss, model_outputs
 from fxquant.core.storage import ScoreStore, text_digest
@@ -108,6 +108,7 @@ def round_plan(
         return program.with_facts(replace(left, notes=(*left.notes, note)))
     if held_out is None:
         return rounded
+    give_back()
     judged = judged_on(program, images, plain)
     assert judged is not None
     return _better(program, rounded, chain, held_out, judged, loss, reporter, _found(program, rounded, names))

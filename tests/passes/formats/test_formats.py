@@ -224,6 +224,21 @@ def test_rows_of_a_large_weight_are_guarded_where_one_of_the_sample_needs_it(mon
     torch.testing.assert_close(squared_error(rows - tight.value(integers), gram), error, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("label", ["2c", "4"])
+def test_scales_are_the_same_however_many_rows_are_rounded_in_one_run(
+    groups: int, label: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = find(problem(groups), WeightFormat.parse(label))
+    whole = problem(groups, RATIOS).rescaled(grid)
+    monkeypatch.setattr(format_problem, "STACKED", 3 * 36 * groups * len(RATIOS))
+    seen = problem(groups, RATIOS)
+    pieces = seen.rescaled(grid)
+    assert torch.equal(pieces.scale, whole.scale)
+    assert not torch.equal(whole.scale, grid.scale)
+    assert torch.equal(seen.rounded(pieces), problem(groups).rounded(whole))
+
+
 def test_a_problem_rounds_on_each_grid_once() -> None:
     plain = problem()
     calls: list[RowGrid] = []
