@@ -110,6 +110,7 @@ def round_plan(
         return rounded
     give_back()
     judged = judged_on(program, images, plain)
+    give_back()
     assert judged is not None
     return _better(program, rounded, chain, held_out, judged, loss, reporter, _found(program, rounded, names))
 

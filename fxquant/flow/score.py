@@ -76,6 +76,8 @@ def judged_on(
     affordable = min(effort.work / max(1, image), once + twice)
     taken = spread(once + twice, max(effort.least_judged, int(affordable)))
     judged = judging_images(images, loss, seed, moving=False, only=[k for k in taken if k < once])
+    # Before the held-out ones come once more.
+    del images
     again = [k - once for k in taken if k >= once]
     return judged.joined(held_out.take(again)) if again else judged
 

@@ -19,6 +19,8 @@ from fxquant.core.run.task_losses import loss_of
 
 REACH = 8
 """An image is moved by up to its side over this."""
+FEW = 16
+"""Images that are copied at a time."""
 LEAST_SHARE = 0.25
 """Of either image in a mixture: with less, one of the two would be answered as if it were alone."""
 
@@ -85,6 +87,9 @@ def mixed(images: Tensor, seed: int, only: Sequence[int] | None = None) -> Tenso
     drawn = torch.rand(len(images), generator=generator) * (1 - 2 * LEAST_SHARE) + LEAST_SHARE
     own = torch.arange(len(images)) if only is None else torch.as_tensor(list(only), dtype=torch.long)
     share = drawn[own].reshape(-1, *[1] * (images.dim() - 1)).to(images)
-    # In place: hundreds of images are as large as a network.
-    found = images[own.to(images.device)].mul_(share)
-    return found.add_(images[partner[own].to(images.device)].mul_(1 - share))
+    # In place, partners a few at a time: hundreds of images are as large as a network.
+    found, others = images[own.to(images.device)].mul_(share), partner[own].to(images.device)
+    for start in range(0, len(found), FEW):
+        few = slice(start, start + FEW)
+        found[few] += images[others[few]].mul_(1 - share[few])
+    return found
