@@ -42,7 +42,9 @@ class Stretch:
 def images_of_a_cell(scorer: Scorer) -> int:
     """Return how many images one cell of single substitutions holds."""
     answers = len(scorer.columns) * scorer.answer_bytes
-    return max(scorer.batch, min(TOGETHER, len(scorer.images), ANSWERS_LIMIT // max(1, answers)))
+    # The run that a stretch starts from goes through the front of the network too.
+    running = ENVIRONMENT_LIMIT // max(1, scorer.footprint.working)
+    return max(scorer.batch, min(TOGETHER, len(scorer.images), running, ANSWERS_LIMIT // max(1, answers)))
 
 
 def stretches(scorer: Scorer) -> list[Stretch]:

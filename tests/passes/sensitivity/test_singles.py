@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def test_the_deeper_a_column_lies_the_more_images_run_at_once(room: float, monke
     expected = measure_singles(each)
     monkeypatch.setattr(depth, "ENVIRONMENT_LIMIT", int(room * each.footprint.total))
     other = scorer(program, images)
-    other.batch = 1
+    other.batch, other.footprint = 1, replace(other.footprint, working=1)
     divided = depth.stretches(other)
     sizes = [stretch.images for stretch in divided]
     assert sorted(column for stretch in divided for column in stretch.columns) == list(range(len(other.columns)))
@@ -67,6 +68,15 @@ def test_the_deeper_a_column_lies_the_more_images_run_at_once(room: float, monke
     # What a stretch keeps is enough for its replays: nothing but the run it starts from is run again.
     if room:
         assert found.evaluations == pytest.approx(expected.evaluations + 6 * (len(divided) - 1), abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_no_more_images_than_a_run_from_the_front_has_room_for(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = scorer(simulated("plain"), IMAGES)
+    each.batch = 1
+    monkeypatch.setattr(depth, "ENVIRONMENT_LIMIT", count * each.footprint.working)
+    assert depth.images_of_a_cell(each) == min(count, 6)
+    assert max(stretch.images for stretch in depth.stretches(each)) <= min(count, 6)
 
 
 def test_cross_terms_are_the_gauss_newton_products_of_logit_shifts() -> None:
