@@ -85,3 +85,10 @@ def test_some_of_the_mixtures_are_those_of_all(only: list[int]) -> None:
     as_they_are = judging_images(everything, "mse", 0, only=only)
     assert torch.equal(as_they_are.inputs[0], IMAGES[only])
     assert torch.equal(IMAGES, torch.randn(9, 3, 16, 24, generator=torch.Generator().manual_seed(0))), "in place"
+
+
+def test_mixtures_are_the_same_however_many_are_made() -> None:
+    images = torch.randn(50, 2, 3, generator=torch.Generator().manual_seed(0))
+    every = mixed(images, 0)
+    for k in range(len(images)):
+        assert torch.equal(mixed(images, 0, only=[k])[0], every[k])
