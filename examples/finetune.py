@@ -33,7 +33,7 @@ def finetune(folder: Path, steps: int = 200, images: int = 128) -> fxquant.Resul
     print(f"before: {accuracy(result, data):.1f} % at {BITS} bits on average")
 
     module = result.trainable()  # a copy: training it changes neither the result nor the model
-    optimizer = torch.optim.Adam(parameter_groups(module, weight_lr=1e-3, step_lr=1e-3))
+    optimizer = torch.optim.Adam(parameter_groups(module, weight_lr=5e-3, step_lr=1e-3))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fxquant.qat import aqd, bsq, distill, dropbits, training_loop
 from fxquant.qat.bit_planes import BitPlanes
 from fxquant.qat.cluster_promoting import ClusterPromoting, nearest_of_level, probability
+from fxquant.qat.distill import aim
 from fxquant.qat.loop import distill_step, parameter_groups, reestimate
 from fxquant.qat.narrowing import Ladders
 from fxquant.qat.trainer import TRAINERS, Trainer, Training, TrainingTask, check_count, training_options

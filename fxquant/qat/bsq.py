@@ -21,6 +21,7 @@ from fxquant.core.run import answer_graph, first_tensor
 from fxquant.passes import simulate
 from fxquant.qat.bit_planes import BitPlanes
 from fxquant.qat.distill import tuned
+from fxquant.qat.loop import root_mean_square
 from fxquant.qat.narrowing import Ladders, Rank
 from fxquant.qat.replaced_quantizers import ReplacedQuantizers
 from fxquant.qat.trainer import TRAINERS, Trainer, Training, TrainingTask
@@ -46,7 +47,7 @@ class BitPlaneTraining(Training):
     """
 
     share: float = field(default=0.5, metadata=rules(above=0, below=1))
-    plane_lr: float = field(default=1e-4, metadata=rules(least=0))
+    plane_lr: float = field(default=1e-3, metadata=rules(least=0))
     penalty: float = field(default=0.1, metadata=rules(least=0))
     requantizations: int = field(default=6, metadata=rules(least=1))
 
@@ -67,7 +68,7 @@ class _Shrinking:
 
     def _planes(self, site: str, weight: Tensor, quantizer: FakeQuantize) -> BitPlanes:
         del site
-        return BitPlanes(weight, quantizer, self.options.plane_lr, self.options.step_lr)
+        return BitPlanes(weight, quantizer, self.options.plane_lr * root_mean_square(weight), self.options.step_lr)
 
     @property
     def forms(self) -> dict[str, BitPlanes]:

@@ -19,6 +19,7 @@ from fxquant.core.ir import Choice, FakeQuantize, Program
 from fxquant.passes import simulate
 from fxquant.qat.cluster_promoting import NARROWEST, ClusterPromoting
 from fxquant.qat.distill import tuned
+from fxquant.qat.loop import root_mean_square
 from fxquant.qat.narrowing import Ladders
 from fxquant.qat.replaced_quantizers import ReplacedQuantizers
 from fxquant.qat.trainer import TRAINERS, Trainer, Training, TrainingTask
@@ -66,7 +67,8 @@ class _Dropping:
     def _form(self, site: str, weight: Tensor, quantizer: FakeQuantize) -> ClusterPromoting:
         options = self.options
         seed = self.task.seed * 1_000_003 + sum(map(ord, site)) * 7919
-        return ClusterPromoting(weight, quantizer, options.weight_lr, options.step_lr, options.gate_lr, seed)
+        rate = options.weight_lr * root_mean_square(weight)
+        return ClusterPromoting(weight, quantizer, rate, options.step_lr, options.gate_lr, seed)
 
     @property
     def forms(self) -> dict[str, ClusterPromoting]:

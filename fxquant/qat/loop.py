@@ -1,7 +1,7 @@
 """Helpers for a training loop: parameter groups, a distillation step, re-estimated batch-norm statistics.
 
     module = result.trainable()
-    optimizer = torch.optim.Adam(parameter_groups(module, weight_lr=1e-4, step_lr=1e-3))
+    optimizer = torch.optim.Adam(parameter_groups(module, weight_lr=3e-3, step_lr=1e-3))
     for images in batches:
         distill_step(module, result.program.module, images, optimizer)
     result = result.with_trained(module)
@@ -40,15 +40,16 @@ STATISTICS = ("running_mean", "running_var")
 
 
 def parameter_groups(module: nn.Module, weight_lr: float, step_lr: float) -> list[dict[str, Any]]:
-    """Return groups for a PyTorch optimizer: weights at one rate, every step size at a rate relative to its value.
+    """Return groups for a PyTorch optimizer, one for each parameter, all at rates relative to their values.
 
-    Steps range over orders of magnitude, from 8-bit weights to 2-bit activations. Each gets `step_lr * mean(scale)`,
-    so that an update of Adam, whose size is about the rate, changes every step by about the same share. Steps have no
-    weight decay.
+    Values range over orders of magnitude: steps from 8-bit weights to 2-bit activations, weights with the batch norms
+    that were folded into them. A step gets `step_lr * mean(scale)`, every other tensor `weight_lr` times its root mean
+    square, so that an update of Adam, whose size is about the rate, changes each by about the same share. A tensor of
+    zeros is taken to be as large as the median one. Steps have no weight decay.
 
     Args:
         module: from `Result.trainable`.
-        weight_lr: rate of everything that is not a step, at least 0.
+        weight_lr: rate of everything that is not a step, relative to its size, at least 0; 3e-3 is a good start.
         step_lr: rate of steps relative to their value, at least 0; 1e-3 is a good start.
 
     Raises:
@@ -62,9 +63,19 @@ def parameter_groups(module: nn.Module, weight_lr: float, step_lr: float) -> lis
     rest = [p for p in module.parameters() if p.requires_grad and p not in steps]
     if not rest and not steps:
         raise OptionError("the module has no parameter that requires a gradient; give the module of Result.trainable()")
-    groups: list[dict[str, Any]] = [{"params": rest, "lr": weight_lr}] if rest else []
+    sizes = [root_mean_square(p) for p in rest]
+    known = sorted(size for size in sizes if size > 0)
+    typical = known[len(known) // 2] if known else 1.0
+    groups: list[dict[str, Any]] = [
+        {"params": [p], "lr": weight_lr * (size or typical)} for p, size in zip(rest, sizes, strict=True)
+    ]
     rates = {step: step_lr * float(step.detach().mean()) for step in steps}
     return groups + [{"params": [step], "lr": rate, "weight_decay": 0.0} for step, rate in rates.items()]
+
+
+def root_mean_square(value: Tensor) -> float:
+    """Return `sqrt(mean(value^2))`, 0 where there is no element."""
+    return float(value.detach().float().square().mean().sqrt()) if value.numel() else 0.0
 
 
 def distill_step(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from fxquant.core.errors import CalibrationError, OptionError
 from fxquant.core.facts import BitAllocation, CostTables, Options, Rounding, rules, usage
@@ -24,9 +24,11 @@ class Training(Options):
     Args:
         steps: steps of the optimizer in all.
         batch: images of a step, drawn at random.
-        weight_lr: Adam's rate for weights, biases and norms, falling to 0 as a cosine.
+        weight_lr: Adam's rate for weights, biases and norms, relative to the size of each, falling to 0 as a cosine.
         step_lr: Adam's rate for the quantizers' steps, relative to each, falling alike.
         moving: whether images are shifted by up to an eighth of their side, and flipped by chance.
+        towards: what is trained for: the "loss", or the "logits" by their squared error; "auto" takes logits where the
+            float network knows its images by heart, so that its probabilities say little more than the class.
 
     Raises:
         OptionError: a value out of range.
@@ -36,9 +38,10 @@ class Training(Options):
 
     steps: int = field(default=300, metadata=rules(least=1))
     batch: int = field(default=32, metadata=rules(least=1))
-    weight_lr: float = field(default=5e-4, metadata=rules(least=0))
+    weight_lr: float = field(default=3e-3, metadata=rules(least=0))
     step_lr: float = field(default=1e-3, metadata=rules(least=0))
     moving: bool = True
+    towards: Literal["auto", "loss", "logits"] = "auto"
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ STREAM = 1_000_003
 """Distance of the seeds of two runs: each step has a seed of its own, so that a resumed run draws alike."""
 
 
+Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(float answers, answers, labels or None) -> what is minimised, shape ()."""
+
+
 def _no_penalty(step: int) -> Tensor | None:
     del step
     return None
@@ -44,6 +48,7 @@ class Phase:
         groups: parameter groups of the optimizer, each with its rate at the start.
         penalty: step -> what is added to the loss, or None.
         after: called after each step, may change parameters.
+        objective: what is minimised; None for the mean of the task's loss.
     """
 
     name: str
@@ -51,12 +56,13 @@ class Phase:
     groups: list[dict[str, Any]]
     penalty: Callable[[int], Tensor | None] = _no_penalty
     after: Callable[[int, Adam], None] = _nothing
+    objective: Objective | None = None
 
 
 def train(task: TrainingTask, module: GraphModule, phase: Phase) -> None:
     """Train a module in place: towards the float network's answers, or labels where the loss compares with such.
 
-    `L = mean loss(float answer, answer) + penalty`, Adam, all rates times `(1 + cos(pi step / steps)) / 2`.
+    `L = objective(float answer, answer) + penalty`, Adam, all rates times `(1 + cos(pi step / steps)) / 2`.
 
     Args:
         task: with images, loss and store.
@@ -79,7 +85,11 @@ def train(task: TrainingTask, module: GraphModule, phase: Phase) -> None:
             batch = drawn(task, phase.name, step)
             with torch.no_grad():
                 reference = first_tensor(teacher(*batch.inputs))
-            value = task.loss(reference, first_tensor(student(*batch.inputs)), batch.labels).mean()
+            answer = first_tensor(student(*batch.inputs))
+            if phase.objective is None:
+                value = task.loss(reference, answer, batch.labels).mean()
+            else:
+                value = phase.objective(reference, answer, batch.labels)
             extra = phase.penalty(step)
             value = value if extra is None else value + extra
             if not math.isfinite(float(value.detach())):

@@ -46,16 +46,16 @@ def test_groups_hold_every_parameter_once_at_its_rate() -> None:
     groups = parameter_groups(module, 1e-3, 1e-2)
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in module.parameters())
-    assert groups[0]["lr"] == 1e-3
-    assert "weight_decay" not in groups[0]
     quantizers = {id(m.scale): m for m in module.modules() if isinstance(m, FakeQuantize)}
-    assert len(groups) == 1 + len(quantizers)
-    for group in groups[1:]:
-        (step,) = group["params"]
-        assert id(step) in quantizers
-        assert group["lr"] == pytest.approx(1e-2 * float(step.detach().mean()))
-        assert group["weight_decay"] == 0
-    assert len(parameter_groups(low_bit().trainable(learn_steps=False), 1e-3, 1e-2)) == 1
+    for group in groups:
+        (held_one,) = group["params"]
+        size = held_one.detach().mean() if id(held_one) in quantizers else held_one.detach().square().mean().sqrt()
+        rate = 1e-2 if id(held_one) in quantizers else 1e-3
+        assert group["lr"] == pytest.approx(rate * float(size))
+        assert ("weight_decay" in group) == (id(held_one) in quantizers)
+    # Levels of codebooks are learned with the steps.
+    learned = sum(id(p) in quantizers or name.endswith(".levels") for name, p in module.named_parameters())
+    assert len(parameter_groups(low_bit().trainable(learn_steps=False), 1e-3, 1e-2)) == len(groups) - learned
     torch.optim.SGD(groups, momentum=0.9, weight_decay=1e-4)
 
 
@@ -64,8 +64,19 @@ def test_frozen_parameters_are_left_out() -> None:
     tensor_at(module, "conv1.weight").requires_grad_(False)
     for quantizer in (m for m in module.modules() if isinstance(m, FakeQuantize)):
         quantizer.scale.requires_grad_(False)
-    (group,) = parameter_groups(module, 1e-3, 1e-2)
-    assert {id(p) for p in group["params"]} == {id(p) for p in module.parameters() if p.requires_grad}
+    left = [id(p) for group in parameter_groups(module, 1e-3, 1e-2) for p in group["params"]]
+    assert sorted(left) == sorted(id(p) for p in module.parameters() if p.requires_grad)
+
+
+def test_a_tensor_of_zeros_learns_like_the_others() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False))
+    sizes = (0.0, 1.0, 2.0, 4.0)
+    with torch.no_grad():
+        for parameter, size in zip((module[0].bias, *(part.weight for part in module)), sizes, strict=True):
+            _ = parameter.fill_(size)
+    rates = {id(group["params"][0]): group["lr"] for group in parameter_groups(module, 0.1, 0.1)}
+    assert rates[id(module[0].bias)] == pytest.approx(0.2)
+    assert rates[id(module[2].weight)] == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize(

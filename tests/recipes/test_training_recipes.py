@@ -25,7 +25,7 @@ IMAGES = images(48)
 
 
 def run(recipe: str, folder: Path | None) -> Result:
-    options: dict[str, Any] = {"training_options": {"steps": 16, "batch": 8, "weight_lr": 5e-3}, "curve": 0}
+    options: dict[str, Any] = {"training_options": {"steps": 16, "batch": 8, "weight_lr": 2e-2}, "curve": 0}
     return fxquant.quantize(
         small(),
         IMAGES,
@@ -92,7 +92,7 @@ def test_a_detector_with_norms_of_each_level_runs_on_integer_kernels(tmp_path: P
         bits=(4,),
         activation_bits=(8,),
         progress=False,
-        options={"training_options": {"steps": 30, "batch": 8, "weight_lr": 2e-3}},
+        options={"training_options": {"steps": 30, "batch": 8, "weight_lr": 1e-2}},
     )
     notes = result.program[Rounding].notes
     assert "aqd: 2 batch norms with statistics of the quantized network" in notes
