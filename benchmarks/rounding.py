@@ -5,6 +5,7 @@
 Accuracy and KL to the float network are of labelled images that nothing was tuned on, of the simulated graph, and of
 the lowered one where that is asked for; `calibration` columns are of the images that were tuned on, so that the
 distance between the two can be seen. A quarter of the calibration images decides what is kept.
+"A > distill" trains what A has rounded, on the same images.
 Plans: "W4A4" is uniform with first and last layer at 8 bits, "W3A8 all" without that exception; "3 bits" is the
 allocator's mixed plan of that many bits on average (W{2,4,8} A8).
 """
@@ -59,6 +60,7 @@ class Case:
         calibration: images, a quarter of which is held out.
         evaluation: labelled images.
         options: settings of the reconstruction engine in the place of the profile's own.
+        training: settings of training in the place of its own.
         bits: candidate weight bits of mixed plans.
         lowered: measure the integer graph too.
         pictures: the network restores pictures: PSNR on Set5 in the place of accuracy.
@@ -73,6 +75,7 @@ class Case:
     calibration: int = 1024
     evaluation: int | None = None
     options: Mapping[str, object] = field(default_factory=dict)
+    training: Mapping[str, object] = field(default_factory=dict)
     bits: tuple[int | str, ...] = (2, 4, 8)
     lowered: bool = True
     pictures: bool = False
@@ -101,9 +104,13 @@ DRAWN = ("adaround", "brecq", "qdrop", "pdquant", "fast", "lowbit", "vit")
 """Algorithms that draw random numbers."""
 
 
+TRAINED = " > "
+"""Between a chain and the training behind it."""
+
+
 def draws(chain: str) -> bool:
     """Whether a chain draws random numbers."""
-    return any(name in DRAWN for name in chain.split("+"))
+    return TRAINED in chain or any(name in DRAWN for name in chain.split("+"))
 
 
 SHORT: Mapping[str, object] = {"iterations": 200, "correction": 0, "prediction_every": 4}
@@ -119,6 +126,32 @@ CASES: dict[str, Case] = {
         ("qronos_rescaled", "qdrop+qronos_rescaled"),
         options={"iterations": 100},
         lowered=False,
+    ),
+    "trained": Case(
+        "resnet20",
+        ("W4A4", "W3A3", "W2A4", "W2A2", "W2cA2"),
+        ("qronos_rescaled", "qronos_rescaled > distill"),
+        (0, 1, 2),
+        training={"steps": 200},
+    ),
+    "trained_v2": Case(
+        "mobilenet_v2",
+        ("W4A8", "W4A4", "W3A8"),
+        ("qronos_rescaled", "qronos_rescaled > distill"),
+        calibration=256,
+        evaluation=500,
+        training={"steps": 200, "batch": 8},
+        lowered=False,
+    ),
+    "trained_deit": Case(
+        "deit_tiny",
+        ("W4A4",),
+        ("qronos_rescaled", "qronos_rescaled > distill"),
+        calibration=128,
+        evaluation=500,
+        training={"steps": 100, "batch": 8},
+        lowered=False,
+        target="simulation",
     ),
     "mixed": Case("resnet20", ("3 bits", "2.5 bits", "W3A8 all"), ("nearest", "gptq", "pdquant"), options=SHORT),
     "mixed_by_gptq": Case(
@@ -261,9 +294,13 @@ def measure(name: str, plan: str, chain: str, seed: int, path: Path) -> None:
     corrections = ScoreStore(FOLDER / f"corrections-{case.network}-{case.calibration}", {})
     started, worked = time.perf_counter(), time.process_time()
     rounded = program
-    if chain != "nearest":
-        options = case.options if draws(chain) else {}
-        rounded = round_plan(program, chain, tuning, held_out, overrides=options, corrections=corrections)
+    algorithms, _, training = chain.partition(TRAINED)
+    if algorithms != "nearest":
+        options = case.options if draws(algorithms) else {}
+        rounded = round_plan(program, algorithms, tuning, held_out, overrides=options, corrections=corrections)
+    if training:
+        asked = replace(rounded[Settings], training=training, training_options=dict(case.training))
+        rounded = flow.trained(rounded.with_facts(asked), tuning, held_out)
     seconds, processor = time.perf_counter() - started, time.process_time() - worked
     simulated = simulate(rounded, program[BitAllocation]).module
     row = restored(program.module, simulated) if case.pictures else classified(case, program.module, simulated, tuning)

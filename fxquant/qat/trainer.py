@@ -25,10 +25,11 @@ class Training(Options):
         steps: steps of the optimizer in all.
         batch: images of a step, drawn at random.
         weight_lr: Adam's rate for weights, biases and norms, relative to the size of each, falling to 0 as a cosine.
+            Where it is not given and the held-out loss does not fall, a third is tried.
         step_lr: Adam's rate for the quantizers' steps, relative to each, falling alike.
         moving: whether images are shifted by up to an eighth of their side, and flipped by chance.
-        towards: what is trained for: the "loss", or the "logits" by their squared error; "auto" takes logits where the
-            float network knows its images by heart, so that its probabilities say little more than the class.
+        towards: what is trained for: the "loss", or "logits", whose squared error joins it; "auto" takes logits where
+            the float network knows its images by heart, so that its probabilities say little more than the class.
 
     Raises:
         OptionError: a value out of range.

@@ -19,7 +19,7 @@ from fxquant.core.host import Reporter
 from fxquant.core.ir import FakeQuantize, Sites, resolve, tensor_at
 from fxquant.core.run import LOSSES, CalibrationSet, first_tensor, model_outputs
 from fxquant.core.storage import ScoreStore
-from fxquant.flow import loss_in_use, trained
+from fxquant.flow import loss_in_use, train_plan, trained
 from fxquant.qat import TRAINERS, Ladders, TrainingTask, aim, distill, training_loop
 from tests.small import images, small
 
@@ -240,6 +240,26 @@ def test_more_images_than_the_effort_takes_are_trained_on() -> None:
     assert result.allocation.images == 96 + 24 + 24
 
 
+@pytest.mark.parametrize("first", [1e3, 1e30])
+def test_a_lower_rate_is_tried_where_the_first_does_harm(first: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_plan, "RATES", (first, 1.0))
+    known = start("average_bits=2.2")
+    assert known.scoring is not None
+
+    def after(**options: object) -> fxquant.core.ir.Program:
+        asked = {"training": "distill", "training_options": {**SHORT, **options}}
+        program = known.program.with_facts(Settings.of(known.program[Settings], **asked))
+        return trained(program, known.scoring, known.held_out)
+
+    found = after()
+    assert found[Rounding].method == "trained"
+    assert not any("rejected" in note for note in found[Rounding].notes)
+    assert torch.equal(answers(found), answers(after(weight_lr=3e-3)))
+    # A rate that is given is the only one.
+    monkeypatch.setattr(train_plan, "RATES", (1.0, 1e-3))
+    assert any("rejected" in note for note in after(weight_lr=3.0)[Rounding].notes)
+
+
 class Levels(nn.Module):
     """A head that two levels share, with its batch norm."""
 
@@ -315,7 +335,7 @@ def test_networks_that_know_their_images_are_trained_towards_logits(monkeypatch:
     with monkeypatch.context() as patched:
         patched.setattr(distill, "CERTAIN", 0.0)
         sure, (note,) = aim(known)
-        assert "towards the float network's logits: it gives its images' likeliest class 0." in note
+        assert "towards the float network's logits too: it gives its images' likeliest class 0." in note
         assert note in TRAINERS["distill"].train(known)[Rounding].notes
         # Labels say more than the float network's answers do.
         assert aim(replace(known, loss=LOSSES["ce"])) == (None, ())
@@ -324,10 +344,10 @@ def test_networks_that_know_their_images_are_trained_towards_logits(monkeypatch:
     assert asked is sure is not None
     assert none == ()
     a, b = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 9.0]])
-    assert float(asked(a, b, None)) == pytest.approx(25 / 25)
-    # A logit that all classes share does not change probabilities, and counts nevertheless.
+    assert float(asked(a, b, None)) == pytest.approx(float(LOSSES["kl"](a, b).mean()) + 5 * 25 / 25)
+    # What all classes share does not change probabilities, and counts nevertheless.
     assert float(LOSSES["kl"](a, a + 1).mean()) == pytest.approx(0.0, abs=1e-12)
-    assert float(asked(a, a + 1, None)) == pytest.approx(2 / 25)
+    assert float(asked(a, a + 1, None)) == pytest.approx(5 * 2 / 25)
 
 
 def test_levels_of_codebooks_are_trained() -> None:
