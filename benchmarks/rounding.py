@@ -153,6 +153,24 @@ CASES: dict[str, Case] = {
         lowered=False,
         target="simulation",
     ),
+    **{
+        f"prediction_{weight}": Case(
+            "mobilenet_v2",
+            ("W4A4",),
+            ("pdquant",),
+            calibration=128,
+            evaluation=500,
+            options={
+                "iterations": 60,
+                "batch": 8,
+                "correction": 0,
+                "prediction": weight,
+                "prediction_every": 2,
+            },
+            lowered=False,
+        )
+        for weight in (0, 0.1, 1)
+    },
     "mixed": Case("resnet20", ("3 bits", "2.5 bits", "W3A8 all"), ("nearest", "gptq", "pdquant"), options=SHORT),
     "mixed_by_gptq": Case(
         "resnet20",

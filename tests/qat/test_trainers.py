@@ -341,10 +341,15 @@ def test_networks_that_know_their_images_are_trained_towards_logits(monkeypatch:
         assert aim(replace(known, loss=LOSSES["ce"])) == (None, ())
         assert aim(task("distill", towards="loss")) == (None, ())
     asked, none = aim(task("distill", towards="logits"))
-    assert asked is sure is not None
+    assert asked is not None
+    assert sure is not None
     assert none == ()
     a, b = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 9.0]])
-    assert float(asked(a, b, None)) == pytest.approx(float(LOSSES["kl"](a, b).mean()) + 5 * 25 / 25)
+    assert (
+        float(sure(a, b, None))
+        == float(asked(a, b, None))
+        == pytest.approx(float(LOSSES["kl"](a, b).mean()) + 5 * 25 / 25)
+    )
     # What all classes share does not change probabilities, and counts nevertheless.
     assert float(LOSSES["kl"](a, a + 1).mean()) == pytest.approx(0.0, abs=1e-12)
     assert float(asked(a, a + 1, None)) == pytest.approx(5 * 2 / 25)
