@@ -16,7 +16,7 @@ from fxquant import Result
 from fxquant.core.errors import CalibrationError, FailureError, InfeasibleBudgetError, OptionError
 from fxquant.core.facts import FakeQuantNodes, Rounding, Settings, WeightGrids
 from fxquant.core.host import Reporter
-from fxquant.core.ir import FakeQuantize, Sites, resolve, tensor_at
+from fxquant.core.ir import FakeQuantize, Program, Sites, resolve, tensor_at
 from fxquant.core.run import LOSSES, CalibrationSet, first_tensor, model_outputs
 from fxquant.core.storage import ScoreStore
 from fxquant.flow import loss_in_use, train_plan, trained
@@ -244,12 +244,13 @@ def test_more_images_than_the_effort_takes_are_trained_on() -> None:
 def test_a_lower_rate_is_tried_where_the_first_does_harm(first: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_plan, "RATES", (first, 1.0))
     known = start("average_bits=2.2")
-    assert known.scoring is not None
+    scoring = known.scoring
+    assert scoring is not None
 
-    def after(**options: object) -> fxquant.core.ir.Program:
-        asked = {"training": "distill", "training_options": {**SHORT, **options}}
+    def after(**options: object) -> Program:
+        asked: dict[str, Any] = {"training": "distill", "training_options": {**SHORT, **options}}
         program = known.program.with_facts(Settings.of(known.program[Settings], **asked))
-        return trained(program, known.scoring, known.held_out)
+        return trained(program, scoring, known.held_out)
 
     found = after()
     assert found[Rounding].method == "trained"
