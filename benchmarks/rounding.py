@@ -132,7 +132,7 @@ CASES: dict[str, Case] = {
         ("W4A4", "W3A3", "W2A4", "W2A2", "W2cA2"),
         ("qronos_rescaled", "qronos_rescaled > distill"),
         (0, 1, 2),
-        training={"steps": 200},
+        training={"steps": 200, "towards": "logits"},
     ),
     "trained_v2": Case(
         "mobilenet_v2",

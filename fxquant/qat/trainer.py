@@ -28,8 +28,8 @@ class Training(Options):
             Where it is not given and the held-out loss does not fall, a third is tried.
         step_lr: Adam's rate for the quantizers' steps, relative to each, falling alike.
         moving: whether images are shifted by up to an eighth of their side, and flipped by chance.
-        towards: what is trained for: the "loss", or "logits", whose squared error joins it; "auto" takes logits where
-            the float network knows its images by heart, so that its probabilities say little more than the class.
+        towards: what is trained for: the "loss", or "logits", whose squared error joins it; worth a try at 2 bits, with
+            few images that the float network was trained on.
 
     Raises:
         OptionError: a value out of range.
@@ -42,7 +42,7 @@ class Training(Options):
     weight_lr: float = field(default=3e-3, metadata=rules(least=0))
     step_lr: float = field(default=1e-3, metadata=rules(least=0))
     moving: bool = True
-    towards: Literal["auto", "loss", "logits"] = "auto"
+    towards: Literal["loss", "logits"] = "loss"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from fxquant.core.ir import FakeQuantize, Program, Sites, resolve, tensor_at
 from fxquant.core.run import LOSSES, CalibrationSet, first_tensor, model_outputs
 from fxquant.core.storage import ScoreStore
 from fxquant.flow import loss_in_use, train_plan, trained
-from fxquant.qat import TRAINERS, Ladders, TrainingTask, aim, distill, training_loop
+from fxquant.qat import TRAINERS, Ladders, TrainingTask, aim, training_loop
 from tests.small import images, small
 
 IMAGES = images(48)
@@ -329,31 +328,17 @@ def test_targets_with_one_step_for_a_weight_keep_it() -> None:
     assert not torch.equal(learned, quantizer.scale)
 
 
-def test_networks_that_know_their_images_are_trained_towards_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = task("distill")
-    unsure, none = aim(known)
-    assert (unsure, none) == (None, ())
-    with monkeypatch.context() as patched:
-        patched.setattr(distill, "CERTAIN", 0.0)
-        sure, (note,) = aim(known)
-        assert "towards the float network's logits too: it gives its images' likeliest class 0." in note
-        assert note in TRAINERS["distill"].train(known)[Rounding].notes
-        # Labels say more than the float network's answers do.
-        assert aim(replace(known, loss=LOSSES["ce"])) == (None, ())
-        assert aim(task("distill", towards="loss")) == (None, ())
-    asked, none = aim(task("distill", towards="logits"))
-    assert asked is not None
-    assert sure is not None
-    assert none == ()
+def test_logits_join_the_loss_where_they_are_asked_for() -> None:
+    assert aim(task("distill")) is None
+    both = aim(task("distill", towards="logits"))
+    assert both is not None
     a, b = torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 9.0]])
-    assert (
-        float(sure(a, b, None))
-        == float(asked(a, b, None))
-        == pytest.approx(float(LOSSES["kl"](a, b).mean()) + 5 * 25 / 25)
-    )
+    assert float(both(a, b, None)) == pytest.approx(float(LOSSES["kl"](a, b).mean()) + 5 * 25 / 25)
     # What all classes share does not change probabilities, and counts nevertheless.
     assert float(LOSSES["kl"](a, a + 1).mean()) == pytest.approx(0.0, abs=1e-12)
-    assert float(asked(a, a + 1, None)) == pytest.approx(5 * 2 / 25)
+    assert float(both(a, a + 1, None)) == pytest.approx(5 * 2 / 25)
+    plain, joined = (TRAINERS["distill"].train(task("distill", towards=each)) for each in ("loss", "logits"))
+    assert not torch.equal(answers(plain), answers(joined))
 
 
 def test_levels_of_codebooks_are_trained() -> None:

@@ -11,7 +11,7 @@ from fxquant.core.run.default_losses import answer_loss
 from fxquant.core.run.discrete_answers import Jump, behind_orders, discrete_answers, leading_names, returned
 from fxquant.core.run.footprint import Footprint, live_bytes, storages
 from fxquant.core.run.judging import can_mix, judging_images, mixed, moved
-from fxquant.core.run.losses import CERTAIN, LOSSES, UNITS, VALUES_ONLY, Loss, LossFunction
+from fxquant.core.run.losses import LOSSES, UNITS, VALUES_ONLY, Loss, LossFunction
 from fxquant.core.run.model_inputs import images_for
 from fxquant.core.run.observers import (
     DENSE_LIMIT,

@@ -20,13 +20,6 @@ Generators = Sequence[torch.Generator]
 """One for each image, so that an image's sample does not depend on its batch."""
 
 
-CERTAIN = 0.9
-"""Mean probability of the likeliest class from which on a network counts as knowing its images by heart.
-
-On their training images ResNet-20 has .994 and ResNet-8 .93; ImageNet networks have .52 to .77 (MobileNets, DeiT-tiny,
-SqueezeNet). What is learned from probabilities that tell little more than the class is learned by heart.
-"""
-
 VALUES_ONLY = (
     "this estimator needs the curvature of the loss, and {loss!r} gives values only; use an estimator that measures, "
     "for example 'gram', 'diagonal' or 'pairs'"

@@ -1,8 +1,4 @@
-"""Whether the prediction difference has anything to say: how sure a network is of the images it is tuned on.
-
-With ResNet-20 on its training images prediction and correction take 2.7 times the time and bring nothing: at W2A2
-73.6 % without, 73.5 % with weight .1, 57.2 % with 1; at W3A3 KL .233, .230 and .299 (1024 images, 200 steps).
-"""
+"""Whether the prediction difference has anything to say: how sure a network is of the images it is tuned on."""
 
 from __future__ import annotations
 
@@ -11,8 +7,16 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from fxquant.core.run import CERTAIN, Loss
+from fxquant.core.run import Loss
 from fxquant.passes.rounding.learned.options import Reconstruction
+
+CERTAIN = 0.9
+"""Mean probability of the likeliest class from which on a network counts as knowing its images by heart.
+
+On their training images ResNet-20 has .994 and ResNet-8 .93; ImageNet networks have .52 to .77 (MobileNets, DeiT-tiny,
+SqueezeNet). With ResNet-20 prediction and correction take 2.7 times the time and bring nothing: at W2A2 73.6 % without,
+73.5 % with weight .1, 57.2 % with 1; at W3A3 KL .233, .230 and .299 (1024 images, 200 steps).
+"""
 
 
 def where_it_pays(
