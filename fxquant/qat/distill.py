@@ -19,7 +19,7 @@ from fxquant.qat.training_graph import gather, trainable
 from fxquant.qat.training_loop import Objective, Phase, train
 
 LOGITS = 5.0
-"""Weight of `|answer - reference|^2 / |reference|^2` of a batch beside the loss: W3A3 had KL .217 with 1, .162 with 5."""
+"""Weight of `|answer - reference|^2 / |reference|^2` of a batch beside the loss; W3A3: KL .217 with 1, .162 with 5."""
 
 
 def distill(task: TrainingTask) -> Program:
