@@ -37,6 +37,7 @@ class BitPlaneTraining(Training):
 
     Args:
         share: share of the steps that train bit planes, the others train at the widths found.
+        weight_lr: as for every training; higher, for the widths found leave weights far from what they should be.
         plane_lr: Adam's rate for weights, in planes, and all else in those steps; lower, for they start at the float
             network, where the loss has no slope but noise.
         penalty: alpha: by how much the lowest plane of a layer of mean size shrinks between two re-quantizations.
@@ -47,7 +48,8 @@ class BitPlaneTraining(Training):
     """
 
     share: float = field(default=0.5, metadata=rules(above=0, below=1))
-    plane_lr: float = field(default=1e-3, metadata=rules(least=0))
+    weight_lr: float = field(default=1e-2, metadata=rules(least=0))
+    plane_lr: float = field(default=2e-3, metadata=rules(least=0))
     penalty: float = field(default=0.1, metadata=rules(least=0))
     requantizations: int = field(default=6, metadata=rules(least=1))
 
