@@ -60,7 +60,7 @@ class Case:
         calibration: images, a quarter of which is held out.
         evaluation: labelled images.
         options: settings of the reconstruction engine in the place of the profile's own.
-        training: settings of training in the place of its own.
+        training: options of the training, in place of the defaults.
         bits: candidate weight bits of mixed plans.
         lowered: measure the integer graph too.
         pictures: the network restores pictures: PSNR on Set5 in the place of accuracy.

@@ -66,9 +66,10 @@ def trained(
         try:
             with gradients(), memory_named(name, LESS_MEMORY):
                 done = TRAINERS[name].train(task)
-        except FailureError:
+        except FailureError as error:
             if share == RATES[-1] or given:
                 raise
+            reporter.say(f"{name}: {error}; a lower rate is tried")
             continue
         if held_out is None:
             return done

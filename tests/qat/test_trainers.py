@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -239,9 +240,17 @@ def test_more_images_than_the_effort_takes_are_trained_on() -> None:
     assert result.allocation.images == 96 + 24 + 24
 
 
-@pytest.mark.parametrize("first", [1e3, 1e30])
-def test_a_lower_rate_is_tried_where_the_first_does_harm(first: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_plan, "RATES", (first, 1.0))
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_lower_rate_is_tried_where_the_first_does_harm(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = TRAINERS["distill"]
+
+    def failing(task: TrainingTask) -> Program:
+        if fails and task.options.weight_lr > 1:
+            raise FailureError("the loss is nan")
+        return plain.train(task)
+
+    monkeypatch.setattr(train_plan, "TRAINERS", {"distill": replace(plain, train=failing)})
+    monkeypatch.setattr(train_plan, "RATES", (1e3, 1.0))
     known = start("average_bits=2.2")
     scoring = known.scoring
     assert scoring is not None
@@ -252,12 +261,15 @@ def test_a_lower_rate_is_tried_where_the_first_does_harm(first: float, monkeypat
         return trained(program, scoring, known.held_out)
 
     found = after()
+    if fails:
+        with pytest.raises(FailureError, match="the loss is nan"):
+            after(weight_lr=3.0)
     assert found[Rounding].method == "trained"
     assert not any("rejected" in note for note in found[Rounding].notes)
     assert torch.equal(answers(found), answers(after(weight_lr=3e-3)))
     # A rate that is given is the only one.
     monkeypatch.setattr(train_plan, "RATES", (1.0, 1e-3))
-    assert any("rejected" in note for note in after(weight_lr=3.0)[Rounding].notes)
+    assert any("rejected" in note for note in after(weight_lr=0.9)[Rounding].notes)
 
 
 class Levels(nn.Module):
