@@ -53,11 +53,8 @@ def quantized(task: Task, contestant: str, folder: Path) -> Result:
         return fxquant.quantize(
             task.model(), task.calibration(), budget, workdir=folder, progress=False, options=options
         )
-    label = f"W{bits}A8" if kind else "W8A8"
-    options["pins"] = {"*": label}
-    return fxquant.quantize(
-        task.model(), task.calibration(), budget, bits=(label[1:-2],), progress=False, options=options
-    )
+    only = (bits if kind else "8",)
+    return fxquant.quantize(task.model(), task.calibration(), budget, bits=only, progress=False, options=options)
 
 
 def wrote(task: Task, contestant: str, path: Path) -> Row:

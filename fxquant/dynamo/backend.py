@@ -19,7 +19,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +279,12 @@ def _planned(plan: BitAllocation | str | Path, exported: ExportedProgram, images
         ),
         target=TARGET,
     )
-    program = flow.calibrate(flow.prepare(capture(exported, ()), settings), images)
+    captured = capture(exported, ())
+    names = [site.name for site in flow.find_sites(captured, settings)[Sites].sites]
+    if known.choices.keys() < set(names):
+        # Layers that were kept in float have no place in a plan.
+        settings = replace(settings, keep_float=tuple(name for name in names if name not in known.choices))
+    program = flow.calibrate(flow.prepare(captured, settings), images)
     program = flow.impose(program, renamed(known, [site.name for site in program[Sites].sites]))
     return lower(TARGET, simulate(program, program[BitAllocation]).module)
 

@@ -9,7 +9,7 @@ from fxquant.backends import BACKENDS, backend
 from fxquant.core.errors import OptionError, PipelineError
 from fxquant.core.facts import EFFORTS, Settings, Target, found, matching, site_types
 from fxquant.core.host import SILENT, Reporter
-from fxquant.core.ir import PlanEdges, Program, Sites
+from fxquant.core.ir import PlanEdges, Program, Sites, end_sites
 from fxquant.core.registry import Registry, unknown
 from fxquant.core.run import JOIN, LOSSES, OBSERVERS, CalibrationSet, find_answers
 from fxquant.flow.judged_factors import equalize
@@ -37,6 +37,7 @@ from fxquant.qat import TRAINERS, training_options
 from fxquant.recipes import RECIPES
 
 KEPT = "kept in float as asked"
+END = "a first or last layer, kept in float where that loses less by measurement, or as asked"
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,10 @@ def find_sites(program: Program, settings: Settings) -> Program:
     kept = [name for pattern in settings.keep_float for name in matching(pattern, names, types)]
     # With float as its only choice there is nothing to measure at a site.
     kept += [site.name for site in program[Sites].sites if all(choice.is_float for choice in site.choices)]
-    reasons = dict.fromkeys(kept, KEPT)
-    if kept:
-        left = [name for name in names if name not in kept]
+    ends = end_sites(program.module.graph, program[Sites].sites) if settings.float_ends == "always" else ()
+    reasons = dict.fromkeys(ends, END) | dict.fromkeys(kept, KEPT)
+    if reasons:
+        left = [name for name in names if name not in reasons]
         pins = {pattern: choice for pattern, choice in settings.pins.items() if found(pattern, left, types)}
         forbid = {pattern: choices for pattern, choices in settings.forbid.items() if found(pattern, left, types)}
         narrowed = replace(settings, pins=pins, forbid=forbid)

@@ -13,6 +13,7 @@ from fxquant.core.run import CalibrationSet
 from fxquant.flow import pipeline
 from fxquant.flow.allocate import check_budget
 from fxquant.flow.file_size import measure_file
+from fxquant.flow.float_ends import with_float_ends
 from fxquant.flow.stages import CALIBRATE
 
 JOINED = "no plan of the default formats keeps {budget}, so {formats} are candidates too"
@@ -35,6 +36,8 @@ def calibrate_within(
     Raises:
         InfeasibleBudgetError: a limit is out of reach of every format that the target executes.
     """
+    reporter.stage(CALIBRATE)
+    settings = with_float_ends(captured, settings, images, reporter)
     try:
         return _calibrated(captured, settings, images, budget, reporter), ()
     except InfeasibleBudgetError:
@@ -44,6 +47,7 @@ def calibrate_within(
             raise
     note = JOINED.format(budget=budget, formats=f"{', '.join(narrower[:-1])} and {narrower[-1]}")
     reporter.say(note)
+    reporter.stage(CALIBRATE)
     wider = replace(settings, bits=(*narrower, *target.default_bits))
     return _calibrated(captured, wider, images, budget, reporter), (note,)
 
@@ -51,7 +55,6 @@ def calibrate_within(
 def _calibrated(
     captured: Program, settings: Settings, images: CalibrationSet, budget: Budget | None, reporter: Reporter
 ) -> Program:
-    reporter.stage(CALIBRATE)
     program = pipeline.calibrate(pipeline.prepare(captured, settings), images, reporter)
     if budget is not None:
         program = measure_file(program, reporter) if budget.needs_file else program

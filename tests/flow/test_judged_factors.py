@@ -63,7 +63,7 @@ def test_the_power_that_loses_least_is_taken(monkeypatch: pytest.MonkeyPatch, le
         # No factors come first, then their full power.
         return abs(spans[-1] - least * spans[1]) if len(spans) > 1 else 1e-9 if least == 0 else 9.0
 
-    monkeypatch.setattr("fxquant.flow.judged_factors._logarithm", lost)
+    monkeypatch.setattr("fxquant.flow.judged_factors.log_loss", lost)
     found = _calibrated(_uneven())[ChannelScales].multiplied.get("one.weight", torch.ones(1)).log().abs().max()
     assert spans == pytest.approx([0, spans[1], spans[1] / 2])
     assert float(found) == pytest.approx(least * spans[1])

@@ -17,6 +17,7 @@ EffortName = Literal["fast", "default", "best"]
 Context = Literal["float", "widest"]
 ScoringRounding = Literal["gptq", "nearest"]
 Contest = Literal["measured", "solved", "uniform"]
+FloatEnds = Literal["measured", "always", "never"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ class Settings(Options):
         pins: pattern of layers -> the only precision allowed there.
         pin_ends: pin the first and the last layer to 8 bits.
         keep_float: pattern of layers that stay in float.
+        float_ends: whether the first and the last layers stay in float. "measured" leaves them there if the model
+            returns an image, they have little work and no pin, and the loss falls clearly; recipes do not.
         forbid: pattern of layers -> precisions that may not be used there.
         observer: how the range of an activation is chosen.
         loss: what plans are judged by. By default the sum over the model's float outputs: KL of each class score along
@@ -157,6 +160,7 @@ class Settings(Options):
     pins: Mapping[str, Choice] = field(default_factory=dict, metadata=rules(flag="pin"))
     pin_ends: bool = False
     keep_float: tuple[str, ...] = ()
+    float_ends: FloatEnds = "measured"
     forbid: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
     observer: str = "mse"
     loss: str | Callable[..., Any] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fxquant.core.ir.autograd import differentiable, gradients
 from fxquant.core.ir.edges import EdgeGroups, PlanEdges, QuantizedEdges
+from fxquant.core.ir.end_sites import end_sites
 from fxquant.core.ir.fake_quant import FINEST_SHARE, FakeQuantize, round_learned, round_to_levels, whole_levels
 from fxquant.core.ir.graphs import (
     constant,
