@@ -12,6 +12,7 @@ from fxquant.passes.equalization import EqualizeChannels, scaled
 from fxquant.passes.estimate_cost import EstimateCost
 from fxquant.passes.find_edges import FindEdges
 from fxquant.passes.find_sites import FindSites
+from fxquant.passes.fold_affine import FoldAffine
 from fxquant.passes.fold_batchnorm import FoldBatchnorm
 from fxquant.passes.fold_constants import FoldConstants
 from fxquant.passes.insert_fake_quant import InsertFakeQuant, group_bits

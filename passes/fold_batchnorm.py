@@ -88,13 +88,13 @@ def _fold(module: GraphModule, norm: Node) -> dict[str, Statistics]:
     trainable = tensor_at(module, path).requires_grad
     # What could be trained before the folding can be trained after it: the simulated graph is the training graph.
     set_parameter(module, producer, rule.weight, path, scaled.to(w.dtype), trainable)
-    set_parameter(module, producer, rule.bias, _bias_path(module, producer, path), shift.to(w.dtype), trainable)
+    set_parameter(module, producer, rule.bias, bias_path(module, producer, path), shift.to(w.dtype), trainable)
     outputs[0].replace_all_uses_with(producer)
     beta_or_zero = torch.zeros_like(mean) if beta is None else beta
     return {producer.name: Statistics(factor.float(), beta_or_zero.float(), mean.float(), variance.float())}
 
 
-def _bias_path(module: GraphModule, producer: Node, weight: str) -> str:
+def bias_path(module: GraphModule, producer: Node, weight: str) -> str:
     """Return the path beside the weight, or another one where that holds a value that other nodes read."""
     path = weight.removesuffix("weight") + "bias"
     holders = [node for node in module.graph.nodes if node.op == "get_attr" and node.target == path]

@@ -140,11 +140,14 @@ def _clip_integers(module: GraphModule, node: Node) -> None:
         return
     if len(clip.users) != 1 or (rule.refuse is not None and rule.refuse(clip) is not None):
         return
-    high = clip_bounds(clip)[1]
     assert isinstance(qmin, int)
     assert isinstance(qmax, int)
-    top = qmax if isinf(high) else int(quantize(torch.tensor(high), scale, zero_point, qmin, qmax))
-    node.args = (clip.args[0], scale_node, zero_node, max(qmin, int(zero_point)), top)
+    ends = zip(clip_bounds(clip), (qmin, qmax), strict=True)
+    clipped = [
+        open_end if isinf(end) else int(quantize(torch.tensor(end), scale, zero_point, qmin, qmax))
+        for end, open_end in ends
+    ]
+    node.args = (clip.args[0], scale_node, zero_node, *clipped)
 
 
 def _flatten_linear(node: Node) -> None:

@@ -18,6 +18,7 @@ from fxquant.passes import (
     Canonicalize,
     CollectRanges,
     EstimateCost,
+    FoldAffine,
     FoldBatchnorm,
     FoldConstants,
     InsertObservers,
@@ -132,7 +133,8 @@ def find_sites(program: Program, settings: Settings) -> Program:
     """
     settings = settled(settings)
     target = backend(settings.target).target
-    program = run(program, Canonicalize(), FoldConstants(), RewriteTransposed(), RewriteVolumes(), FoldBatchnorm())
+    rewrites = (RewriteTransposed(), RewriteVolumes(), FoldBatchnorm(), FoldAffine())
+    program = run(program, Canonicalize(), FoldConstants(), *rewrites)
     # A saved result may name a training that is not registered where it is opened.
     if settings.training is not None and settings.training in TRAINERS and TRAINERS[settings.training].separates:
         program = run(program, SeparateNorms())

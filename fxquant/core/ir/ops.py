@@ -131,10 +131,8 @@ def _needs_zero_fill(node: Node) -> str | None:
     return None
 
 
-def _needs_clip_at_zero(node: Node) -> str | None:
-    if len(node.all_input_nodes) > 1:
-        return "its bounds are computed by the graph"
-    return None if clip_bounds(node)[0] == 0 else "only a clip that starts at zero disappears into a quantizer"
+def _needs_given_bounds(node: Node) -> str | None:
+    return "its bounds are computed by the graph" if len(node.all_input_nodes) > 1 else None
 
 
 _CONV = OpRule("conv", ScaleRule.OWN, (0,), weight=1, bias=2, macs=_conv_macs)
@@ -149,7 +147,7 @@ _TRANSPOSE = OpRule("transpose", ScaleRule.KEEP, is_view=True)
 _CLIP = OpRule(
     "relu6",
     ScaleRule.ABSORB,
-    refuse=_needs_clip_at_zero,
+    refuse=_needs_given_bounds,
     clips=("min", "max"),
     unscalable="clips at a fixed value, which scaling would move",
 )
@@ -207,7 +205,7 @@ OPS: dict[object, OpRule] = {
     aten.contiguous.default: replace(_RESHAPE, is_view=False),
     aten.relu.default: OpRule("relu", ScaleRule.ABSORB, clips=(0.0, inf), homogeneous=True),
     aten.relu6.default: replace(_CLIP, refuse=None, clips=(0.0, 6.0)),
-    aten.hardtanh.default: replace(_CLIP, clips=("min_val", "max_val")),
+    aten.hardtanh.default: replace(_CLIP, refuse=None, clips=("min_val", "max_val")),
     aten.clamp.default: _CLIP,
     aten.hardswish.default: _POINTWISE,
     aten.silu.default: _POINTWISE,

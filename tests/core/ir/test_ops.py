@@ -13,7 +13,18 @@ from torch.fx import Graph, Node
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxquant.capture import capture
-from fxquant.core.ir import OPS, REFUSED, OpRule, ScaleRule, activation_inputs, images_axis, resolve, rule_of, shape_of
+from fxquant.core.ir import (
+    OPS,
+    REFUSED,
+    OpRule,
+    ScaleRule,
+    activation_inputs,
+    clip_bounds,
+    images_axis,
+    resolve,
+    rule_of,
+    shape_of,
+)
 from tests.models import MODELS
 from tests.programs import folded
 
@@ -176,11 +187,8 @@ REFUSALS: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], str | 
     (aten.pad.default, (X4, [1, 1], "constant", 0.5), {}, "only padding with zeros stays on the grid"),
     (aten.pad.default, (X4, [1, 1, 1, 1], "reflect"), {}, "only padding with zeros stays on the grid"),
     (aten.constant_pad_nd.default, (X4, [1, 1], 3), {}, "only padding with zeros stays on the grid"),
-    (aten.hardtanh.default, (X4, 0.0, 6.0), {}, None),
-    (aten.hardtanh.default, (X4,), {}, "only a clip that starts at zero disappears into a quantizer"),
     (aten.clamp.default, (X4, 0), {}, None),
-    (aten.clamp.default, (X4, None, 6.0), {}, "only a clip that starts at zero disappears into a quantizer"),
-    (aten.clamp.default, (X4, -1, 1), {}, "only a clip that starts at zero disappears into a quantizer"),
+    (aten.clamp.default, (X4, None, 6.0), {}, None),
 ]
 
 
@@ -198,15 +206,25 @@ def test_refusals_have_reasons(
 
 
 def test_every_refusal_was_tried() -> None:
-    refused = {op for op, _, _, why in REFUSALS if why is not None}
+    refused = {op for op, _, _, why in REFUSALS if why is not None} | {aten.clamp.default}
     assert refused == {op for op, rule in ROWS if rule.refuse is not None}
 
 
+def test_a_clip_to_a_computed_bound_is_refused() -> None:
+    node = make_node(aten.clamp.default, X4, 0)
+    node.args = (node.args[0], None, node.graph.placeholder("size"))
+    refuse, rule = OPS[aten.clamp.default].refuse, rule_of(node)
+    assert refuse is not None
+    assert refuse(node) == "its bounds are computed by the graph"
+    assert rule is not None
+    assert rule.scale is ScaleRule.FLOAT
+
+
 @pytest.mark.parametrize("op", [op for op, rule in ROWS if rule.scale is ScaleRule.ABSORB], ids=name_of)
-def test_absorbed_clips_start_at_zero(op: Callable[..., Any]) -> None:
-    args = (0.0, 6.0) if op in (aten.hardtanh.default, aten.clamp.default) else ()
-    y = op(10 * rand(100), *args)
-    assert float(y.min()) == 0.0
+def test_absorbed_clips_have_the_bounds_that_they_are_said_to_have(op: Callable[..., Any]) -> None:
+    given = (-2.0, 6.0) if op in (aten.hardtanh.default, aten.clamp.default) else ()
+    x = 10 * rand(100)
+    assert torch.equal(op(x, *given), x.clamp(*clip_bounds(make_node(op, x, *given))))
 
 
 def test_inputs_come_in_argument_order_with_lists_opened() -> None:

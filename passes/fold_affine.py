@@ -1,0 +1,193 @@
+"""Fold what multiplies and shifts a layer's output by constants into the layer, across the clip in between.
+
+With y = a clip(W x + b, l, h) + c, a and c numbers or one value for each channel:
+    W' = a W,    b' = a b + c,    and for numbers the clip to a l + c and a h + c, exchanged where a < 0.
+With a value for each channel only ReLU stays a clip of one kind, for a > 0 and c = 0.
+
+The scale of a residual branch (EDSR, ESRGAN), LayerScale (CaiT, DINOv2), the affine of HGNetV2 behind its ReLU: as ops
+of their own they would cost a conversion to float and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf, isfinite, isinf
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxquant.core.facts import NormStatistics
+from fxquant.core.ir import (
+    OPS,
+    Program,
+    ScaleRule,
+    clip_bounds,
+    constant,
+    erase_dead,
+    rule_of,
+    set_parameter,
+    shape_of,
+    tensor_at,
+)
+from fxquant.passes.base import Pass
+from fxquant.passes.fold_batchnorm import bias_path
+
+aten = torch.ops.aten
+
+Values = tuple[float | Tensor, float | Tensor]
+"""Factor and shift: numbers, or float64 tensors with a value for each channel."""
+
+AFFINE: dict[object, Callable[[float | Tensor, float], Values]] = {
+    aten.mul.Tensor: lambda value, _: (value, 0.0),
+    aten.div.Tensor: lambda value, _: (1.0 / value, 0.0),
+    aten.add.Tensor: lambda value, alpha: (1.0, alpha * value),
+    aten.sub.Tensor: lambda value, alpha: (1.0, -alpha * value),
+}
+"""Op of a value and a constant -> factor and shift for the constant and the op's `alpha`."""
+SWAPPED = (aten.mul.Tensor, aten.add.Tensor)
+"""Ops that may have the constant first."""
+
+
+@dataclass(frozen=True)
+class FoldAffine(Pass):
+    """Fold constants that multiply or shift the output of a layer whose weight nothing else reads."""
+
+    reads = (NormStatistics,)
+    writes = (NormStatistics,)
+
+    def run(self, program: Program) -> tuple[Program, int]:
+        """Return the program with foldable factors and shifts gone."""
+        module, known = program.module, dict(program[NormStatistics].folded)
+        count = 0
+        for node in list(module.graph.nodes):
+            layer = _fold(module, node)
+            if layer is not None:
+                # What the norm knew was of the output as it was.
+                known.pop(layer.name, None)
+                count += 1
+        erase_dead(module)
+        return program.with_facts(NormStatistics(known)), count
+
+
+def _fold(module: GraphModule, node: Node) -> Node | None:
+    """Fold a node into its layer and return that, None where it cannot be folded."""
+    found = _operands(module, node)
+    if found is None:
+        return None
+    source, value = found
+    clip = source if _is_clip(source) else None
+    layer = source if clip is None else clip.args[0]
+    if not isinstance(layer, Node) or len(source.users) != 1 or len(layer.users) != 1 or not _is_free(module, layer):
+        return None
+    axis = _channel_axis(module, layer)
+    if isinstance(value, Tensor):
+        shaped = _by_channel(value, shape_of(layer), axis)
+        if shaped is None:
+            return None
+        value = shaped
+    factor, shift = AFFINE[node.target](value, float(node.kwargs.get("alpha", 1)))  # type: ignore[arg-type]
+    if not _is_usable(factor, shift) or (clip is not None and not _move_clip(clip, factor, shift)):
+        return None
+    _scale(module, layer, factor, shift)
+    node.replace_all_uses_with(source)
+    module.graph.erase_node(node)
+    return layer
+
+
+def _operands(module: GraphModule, node: Node) -> tuple[Node, float | Tensor] | None:
+    """Return the value and the constant of an op of `AFFINE` that keeps the value's shape and type, else None."""
+    if node.target not in AFFINE or len(node.args) != 2:
+        return None
+    for value, other in (node.args, node.args[::-1]) if node.target in SWAPPED else (node.args,):
+        if not isinstance(value, Node) or constant(module, value) is not None:
+            continue
+        held = float(other) if isinstance(other, int | float) else constant(module, other)
+        before, after = value.meta.get("val"), node.meta.get("val")
+        same = isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype is after.dtype
+        if held is not None and same and shape_of(value) == shape_of(node):
+            return value, float(held) if isinstance(held, Tensor) and held.numel() == 1 else _double(held)
+    return None
+
+
+def _double(value: float | Tensor) -> float | Tensor:
+    return value.double() if isinstance(value, Tensor) else value
+
+
+def _is_clip(node: Node) -> bool:
+    rule = rule_of(node)
+    refused = rule is not None and rule.refuse is not None and rule.refuse(node) is not None
+    return rule is not None and rule.scale is ScaleRule.ABSORB and not refused
+
+
+def _is_free(module: GraphModule, layer: Node) -> bool:
+    """Whether a node is a layer with constant parameters, its weight read by nothing else."""
+    rule = rule_of(layer)
+    if rule is None or rule.weight is None or rule.bias is None or layer.kwargs:
+        return False
+    weight, bias = (layer.args[p] if len(layer.args) > p else None for p in (rule.weight, rule.bias))
+    if constant(module, weight) is None or (bias is not None and constant(module, bias) is None):
+        return False
+    assert isinstance(weight, Node)
+    return sum(len(n.users) for n in module.graph.nodes if n.op == "get_attr" and n.target == weight.target) == 1
+
+
+def _channel_axis(module: GraphModule, layer: Node) -> int:
+    """Return the axis of a layer's output that counts its channels: the last one for a linear layer over tokens."""
+    rule, axes = OPS[layer.target], len(shape_of(layer))
+    assert rule.weight is not None
+    weight = constant(module, layer.args[rule.weight])
+    assert weight is not None
+    return 1 if weight.dim() == axes else axes - 1
+
+
+def _by_channel(value: Tensor, shape: tuple[int, ...], axis: int) -> Tensor | None:
+    """Return a constant as one value for each channel, None where it varies along another axis."""
+    sizes = [1] * (len(shape) - value.dim()) + list(value.shape)
+    fits = all(size == (shape[k] if k == axis else 1) for k, size in enumerate(sizes))
+    return value.reshape(-1) if fits else None
+
+
+def _is_usable(factor: float | Tensor, shift: float | Tensor) -> bool:
+    """Whether factors and shifts are finite and no factor is 0, which would leave a channel without a scale."""
+    if isinstance(factor, Tensor):
+        return bool((torch.isfinite(factor) & (factor != 0)).all()) and _is_usable(1.0, shift)
+    whole = bool(torch.isfinite(shift).all()) if isinstance(shift, Tensor) else isfinite(shift)
+    return whole and isfinite(factor) and factor != 0
+
+
+def _move_clip(clip: Node, factor: float | Tensor, shift: float | Tensor) -> bool:
+    """Move a clip behind a factor and a shift; return whether there is such a clip."""
+    low, high = clip_bounds(clip)
+    if isinstance(factor, Tensor) or isinstance(shift, Tensor):
+        plain = isinf(high) and low == 0 and not isinstance(shift, Tensor) and shift == 0
+        return plain and isinstance(factor, Tensor) and bool((factor > 0).all())
+    ends = sorted((factor * low + shift, factor * high + shift))
+    if ends == [0.0, inf]:
+        clip.target, clip.args = aten.relu.default, (clip.args[0],)
+    else:
+        bounds: list[Any] = [None if isinf(end) else end for end in ends]
+        clip.target, clip.args = aten.clamp.default, (clip.args[0], *bounds)
+    clip.kwargs = {}
+    return True
+
+
+def _scale(module: GraphModule, layer: Node, factor: float | Tensor, shift: float | Tensor) -> None:
+    rule = OPS[layer.target]
+    assert rule.weight is not None
+    assert rule.bias is not None
+    holder, given = layer.args[rule.weight], layer.args[rule.bias] if len(layer.args) > rule.bias else None
+    weight, bias = constant(module, holder), constant(module, given)
+    assert isinstance(holder, Node)
+    assert weight is not None
+    path = str(holder.target)
+    trainable = tensor_at(module, path).requires_grad
+    rows = factor.reshape([-1] + [1] * (weight.dim() - 1)) if isinstance(factor, Tensor) else factor
+    set_parameter(module, layer, rule.weight, path, (weight.double() * rows).to(weight.dtype), trainable)
+    if bias is None and not isinstance(shift, Tensor) and shift == 0:
+        return
+    before = torch.zeros(weight.shape[rule.channel_axis]) if bias is None else bias
+    after = (before.double() * factor + shift).to(weight.dtype)
+    set_parameter(module, layer, rule.bias, bias_path(module, layer, path), after, trainable)

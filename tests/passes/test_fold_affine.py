@@ -1,0 +1,193 @@
+"""Constants that multiply or shift a layer's output become part of the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxquant
+from fxquant.backends.onnx import kernel_report, open_session, session_options
+from fxquant.core.facts import NormStatistics
+from fxquant.core.ir import Program, clip_bounds, show
+from fxquant.passes import Canonicalize, FoldAffine, FoldBatchnorm, FoldConstants
+from tests.programs import check_pass
+
+Made = Callable[[nn.Module, Tensor], Tensor]
+
+
+class Net(nn.Module):
+    """A convolution, what a test makes of its output, and a second convolution."""
+
+    def __init__(self, made: Made, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1, bias=bias), nn.Conv2d(4, 4, 3, padding=1)
+        self.scale, self.shift = nn.Parameter(torch.tensor([1.7])), nn.Parameter(torch.tensor([-0.3]))
+        self.gamma = nn.Parameter(torch.tensor([0.5, 2.0, 1.5, 3.0]).reshape(4, 1, 1))
+        self.norm, self.made = nn.BatchNorm2d(4), made
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.made(self, self.a(x)))
+        return y
+
+
+class Tokens(nn.Module):
+    """LayerScale behind a linear layer over tokens, as CaiT and DINOv2 have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.gamma = nn.Linear(6, 6), nn.Parameter(torch.linspace(0.1, 0.6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.gamma * self.fc(x)
+        return y
+
+
+def _images(count: int = 16) -> Tensor:
+    return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.3
+
+
+def _folded(model: nn.Module, images: Tensor) -> tuple[Program, Program]:
+    before = Canonicalize()(fxquant.capture(model.eval(), images))
+    for step in (FoldConstants(), FoldBatchnorm()):
+        before = step(before)
+    return before, check_pass(FoldAffine(), before)
+
+
+def _ops(program: Program) -> list[str]:
+    lines = [line.partition(" = ")[2] for line in show(program.module).splitlines()]
+    return [line.split("(")[0].removesuffix(".default") for line in lines if "(" in line and line != "x()"]
+
+
+def _same(before: Program, after: Program, images: Tensor) -> None:
+    torch.testing.assert_close(after.module(images), before.module(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("made", "left", "bounds"),
+    [
+        (lambda m, y: m.scale * y, [], []),
+        (lambda m, y: y / 5 + m.shift, [], []),
+        (lambda m, y: torch.sub(y, m.shift, alpha=2), [], []),
+        (lambda m, y: m.gamma * y - m.gamma, [], []),
+        (lambda _, y: F.relu(y) * 0.2, ["relu"], []),
+        (lambda m, y: m.scale * F.relu(y) + m.shift, ["clamp"], [(-0.3, inf)]),
+        (lambda _, y: F.relu(y) * -2, ["clamp"], [(-inf, 0.0)]),
+        (lambda _, y: F.relu6(y) * -2 + 1, ["clamp"], [(-11.0, 1.0)]),
+        (lambda _, y: F.hardtanh(y) * 3 + 3, ["clamp"], [(0.0, 6.0)]),
+        (lambda m, y: m.gamma * F.relu(y), ["relu"], []),
+        (lambda m, y: m.norm(y) * 0.1, [], []),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_folds(made: Made, left: list[str], bounds: list[tuple[float, float]], bias: bool) -> None:
+    before, after = _folded(Net(made, bias), _images())
+    assert _ops(after) == ["conv2d", *left, "conv2d"]
+    clips = [clip_bounds(node) for node in after.module.graph.nodes if node.target is torch.ops.aten.clamp.default]
+    assert clips == [pytest.approx(each) for each in bounds]
+    _same(before, after, _images())
+    assert FoldAffine()(after).log[-1].rewrites == 0
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda _, y: y * 0.0,
+        lambda _, y: y * y.mean(),
+        lambda _, y: y + y * 2,
+        lambda _, y: torch.sigmoid(y) * 2,
+        lambda m, y: m.gamma * F.relu6(y),
+        lambda m, y: -m.gamma * F.relu(y),
+        lambda m, y: F.relu(y) + m.gamma,
+        lambda _, y: y * torch.linspace(1, 2, 8),
+        lambda _, y: 2 - y,
+        lambda m, y: m.a(F.pad(y[:, :3], (0, 0))) * 2,
+    ],
+    ids=[
+        "zero",
+        "computed",
+        "read twice",
+        "sigmoid",
+        "relu6 by channel",
+        "negative by channel",
+        "shift by channel",
+        "along another axis",
+        "constant first",
+        "shared",
+    ],
+)
+def test_what_does_not(made: Made) -> None:
+    before, after = _folded(Net(made), _images())
+    assert show(after.module) == show(before.module)
+
+
+def test_layer_scale_is_part_of_the_layer_over_tokens() -> None:
+    tokens = torch.rand(4, 5, 6)
+    before, after = _folded(Tokens(), tokens)
+    assert _ops(after) == ["linear", "add.Tensor"]
+    _same(before, after, tokens)
+
+
+def _normed(model: nn.Module, y: Tensor) -> Tensor:
+    assert isinstance(model, Net)
+    normed: Tensor = model.norm(y)
+    return normed * 0.1
+
+
+def test_what_a_norm_knew_of_its_input_holds_no_more() -> None:
+    before, after = _folded(Net(_normed), _images())
+    assert len(before[NormStatistics].folded) == 1
+    assert not after[NormStatistics].folded
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.floats(-3, 3).filter(lambda a: abs(a) > 0.1), st.floats(-2, 2), st.sampled_from([F.relu, F.relu6, F.hardtanh])
+)
+def test_any_factor_and_shift(factor: float, shift: float, clip: Callable[[Tensor], Tensor]) -> None:
+    before, after = _folded(Net(lambda _, y: clip(y) * factor + shift), _images(4))
+    assert len(_ops(after)) == 3
+    _same(before, after, _images(4))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "fx_int8"])
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda m, y: m.scale * F.relu(y) + 0.4,
+        lambda m, y: m.scale * F.relu(y) - 0.4,
+        lambda _, y: F.relu6(y) * -2 + 1,
+        lambda _, y: F.hardtanh(y),
+        lambda _, y: y.clamp(max=0.5),
+        lambda _, y: y.clamp(0.1, 0.5),
+    ],
+    ids=["raised", "lowered", "turned", "hardtanh", "open below", "above zero"],
+)
+def test_any_clip_is_part_of_the_kernel(made: Made, target: str, tmp_path: Path) -> None:
+    model = Net(made).eval()
+    result = fxquant.quantize(
+        model, _images(), {"average_bits": 8}, bits=(8,), target=target, effort="fast", progress=False
+    )
+    unseen = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 1.5 - 0.5
+    with torch.inference_mode():
+        simulated = result.simulated(unseen)
+        if target == "fx_int8":
+            found = result.lowered(unseen)
+        else:
+            path = result.to_onnx(tmp_path / "net.onnx").path
+            if target == "onnxruntime":
+                assert kernel_report(path).float_layers == ()
+            session = open_session(path, session_options())
+            found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: unseen.numpy()})[0])
+    # Both layers round where the simulation does: a step of the hidden grid in few places at most.
+    wrong = (found - simulated).abs() > 1e-3 * simulated.abs().max()
+    assert float(wrong.float().mean()) < 0.02
