@@ -151,6 +151,10 @@ RIGHT: dict[str, Case] = {
     "weight norm": (lambda: parametrized(parametrizations.weight_norm), images),
     "spectral norm": (lambda: parametrized(parametrizations.spectral_norm), images),
     "integer images": (lambda: Around(lambda x: x.float() / 255.0), lambda: (images() * 50 + 100).to(torch.uint8)),
+    "bytes with channels last": (
+        lambda: Around(lambda x: x.permute(0, 3, 1, 2).float() / 255.0),
+        lambda: (images() * 50 + 100).to(torch.uint8).permute(0, 2, 3, 1).contiguous(),
+    ),
     "half images": (lambda: Around(Tensor.float), lambda: images().half()),
     "images with gradients": (network, lambda: images().requires_grad_()),
     "double answer": (lambda: Around(torch.clone, Tensor.double), images),
@@ -164,7 +168,7 @@ def five(layout: torch.memory_format) -> Tensor:
 SHORT = (
     *("denormal weights", "tiny weights", "huge images", "channels of 1e-8 to 1e7", "constant channel"),
     *("everything is zero", "bias beyond int32", "variance without end", "one pixel", "transposed weight"),
-    *("ragged batches, one of them empty", "weights that overlap", "weight norm"),
+    *("ragged batches, one of them empty", "weights that overlap", "weight norm", "bytes with channels last"),
 )
 """Cases of every run; `FXQUANT_FUZZ` set to anything runs all."""
 

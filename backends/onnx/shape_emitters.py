@@ -122,6 +122,28 @@ def _windows(lowering: Lowering, node: Node, reduce: str, axes: int) -> str | No
     return x
 
 
+@emits(aten.upsample_bicubic2d.vec)
+def _bicubic(lowering: Lowering, node: Node) -> str | None:
+    """Write a bicubic interpolation to fewer pixels image by image and channel by channel.
+
+    ONNX Runtime moves channels to the end around its integer layers, and refuses to shrink images of that layout. It
+    does not move them through a reshape. All other interpolations are the exporter's.
+    """
+    given, before, after = arguments(node), static_shape(node.args[0])[1:], static_shape(node)[2:]
+    if -1 in before or len(before) != 3 or all(a >= b for a, b in zip(after, before[1:], strict=True)):
+        return None
+    factors = given["scale_factors"] or [a / b for a, b in zip(after, before[1:], strict=True)]
+    sizes = [int(np.floor(np.float32(b) * np.float32(f))) for b, f in zip(before[1:], factors, strict=True)]
+    if sizes != list(after):
+        return None
+    apart = lowering.write(node, "Reshape", [lowering.value(node.args[0]), lowering.integers([-1, 1, *before[1:]])])
+    scales = lowering.constant(np.array([1, 1, *factors], np.float32), f"{node.name}_scales")
+    mode = "align_corners" if given["align_corners"] else "half_pixel"
+    form: dict[str, Any] = {"mode": "cubic", "coordinate_transformation_mode": mode, "cubic_coeff_a": -0.75}
+    made = lowering.write(node, "Resize", [apart, "", scales], **form)
+    return lowering.write(node, "Reshape", [made, lowering.integers([-1, before[0], *after])])
+
+
 def _ends(lowering: Lowering, node: Node, source: Any, axis: int, count: int) -> tuple[list[str], list[str]]:
     """Return where the windows of an axis begin and end, each an int64 vector of length 1."""
     size = static_shape(source)[axis]

@@ -26,8 +26,19 @@ def traced(model: nn.Module, inputs: tuple[Tensor, ...], shapes: tuple[Any, ...]
         shapes: free axes in the form of the forward's parameters.
         strict: read the bytecode instead of running the model.
     """
-    with torch.no_grad(), recurrent_shapes(), quiet():
+    with torch.no_grad(), recurrent_shapes(), layer_by_layer(), quiet():
         return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=strict)
+
+
+@contextmanager
+def layer_by_layer() -> Iterator[None]:
+    """Keep attention and transformer layers from running as one op, whose weights could not be quantized."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Ops whose answers cannot be compared: random ones, and those whose length depends on the values of the input."""
+"""Ops that cannot be used: random ones, those whose length depends on the data, whole layers of attention as one op."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ from fxquant.core.ir import arguments, trace_line
 SWITCHES: dict[str, Any] = {"train": False, "training": False, "p": 0.0, "dropout_p": 0.0, "dropout": 0.0}
 """Argument of a random op -> value with which it is not random."""
 
+WHOLE_LAYERS = (
+    torch.ops.aten._transformer_encoder_layer_fwd.default,
+    torch.ops.aten._native_multi_head_attention.default,
+)
+"""Ops with all weights of a layer, which torch's fast path makes; they have no derivative."""
+
 
 def check_ops(graph: Graph) -> None:
-    """Do nothing where every answer follows from the input, and its shape from the input's shape.
+    """Do nothing where every answer follows from the input, its shape from the input's shape, layer by layer.
 
     Raises:
         CaptureError: one does not; the message names the op and its line in the model.
@@ -27,6 +33,12 @@ def check_ops(graph: Graph) -> None:
             raise CaptureError(
                 f"{node.target} draws random numbers in eval mode, at: {trace_line(node)}; no two answers can be "
                 "compared; for dropout pass training=self.training, else give the numbers as an input"
+            )
+        if node.target in WHOLE_LAYERS:
+            raise CaptureError(
+                f"{node.target} computes a whole layer as one op, whose weights cannot be quantized, at: "
+                f"{trace_line(node)}; give the module itself, or export it after "
+                "torch.backends.mha.set_fastpath_enabled(False)"
             )
     for node in graph.output_node().all_input_nodes:
         value = node.meta.get("val")

@@ -110,7 +110,9 @@ class _FactorFlow(Interpreter):
             (node.target in ELEMENTWISE or (rule is not None and rule.homogeneous), self._pass),
             (moves(node, rule), self._move),
         )
-        handler = next((handler for applies, handler in handlers if applies), None)
+        # Images of bytes, indices and masks have no factors, whatever moves them.
+        floating = all(each.is_floating_point() for each in _leaves(value))
+        handler = next((handler for applies, handler in handlers if applies and floating), None)
         numbers = None if handler is None else handler(node, value)
         if numbers is None:
             self._fix(node)

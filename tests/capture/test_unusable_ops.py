@@ -84,3 +84,41 @@ def test_an_answer_of_some_length_is_refused_with_a_way_out(name: str) -> None:
 def test_what_is_picked_inside_and_summed_up_has_a_shape() -> None:
     program = capture(Net(lambda n, y: likely(n, y)[likely(n, y).amax(1) > 0.2].sum() + likely(n, y)), (IMAGES,))
     assert program.module(IMAGES).shape == (4, 5)
+
+
+class Tokens(nn.Module):
+    """Patches and a class token through transformer layers; the length of a batch makes torch read the bytecode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.patches, self.layers = nn.Conv2d(3, 8, 4, 4), nn.TransformerEncoder(layer, 2)
+        self.first = nn.Parameter(torch.rand(1, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.first.expand(len(tokens), -1, -1), tokens], 1)
+        answer: Tensor = self.layers(tokens)[:, 0]
+        return answer
+
+
+def _ops(module: nn.Module) -> set[str]:
+    return {str(node.target) for node in module.graph.nodes}  # type: ignore[union-attr]
+
+
+def test_transformers_are_captured_layer_by_layer() -> None:
+    before = torch.backends.mha.get_fastpath_enabled()
+    made = capture(Tokens().eval(), (IMAGES,)).module
+    assert "aten._transformer_encoder_layer_fwd.default" not in _ops(made)
+    assert sum(node.target is torch.ops.aten.linear.default for node in made.graph.nodes) == 2 * 4
+    assert torch.backends.mha.get_fastpath_enabled() is before
+
+
+def test_a_program_with_whole_layers_is_refused_with_a_way_out() -> None:
+    batch = torch.export.Dim("batch", min=2)
+    with torch.no_grad():
+        exported = torch.export.export(Tokens().eval(), (IMAGES,), dynamic_shapes=({0: batch},), strict=True)
+    with pytest.raises(
+        CaptureError, match=r"_transformer_encoder_layer_fwd.* whole layer .*set_fastpath_enabled\(False\)"
+    ):
+        capture(exported, ())

@@ -58,3 +58,27 @@ def test_layers_around_it_run_on_integers(between: nn.Module, operators: set[str
     assert not [why for why in kernel_report(integers).values() if why.startswith("float")]
     reasons = result.program[QuantizedEdges].float_reasons
     assert ("has no row" in " ".join(reasons.values())) is False
+
+
+@pytest.mark.parametrize("size", [(12, 10), (8, 20), (20, 24)])
+@pytest.mark.parametrize("given", [{}, {"align_corners": True}, {"antialias": True}], ids=str)
+def test_bicubic_interpolation_to_any_size_runs(size: tuple[int, int], given: dict[str, bool], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+
+    class Resized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = nn.functional.interpolate(self.one(x).relu(), size=size, mode="bicubic", **given)
+            made: torch.Tensor = self.two(y)
+            return made
+
+    images = torch.randn(8, 3, 16, 16)
+    result = fxquant.quantize(Resized().eval(), images, {"average_bits": 8}, bits=(8,), effort="fast", progress=False)
+    path = result.to_onnx(tmp_path / "net.onnx").path
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (made,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    # Where a value lies on the border of two steps the runtimes may differ.
+    torch.testing.assert_close(torch.from_numpy(made), result.simulated(images), rtol=0, atol=0.02)
