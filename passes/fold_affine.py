@@ -88,7 +88,9 @@ def _fold(module: GraphModule, node: Node) -> Node | None:
         if shaped is None:
             return None
         value = shaped
-    factor, shift = AFFINE[node.target](value, float(node.kwargs.get("alpha", 1)))  # type: ignore[arg-type]
+    alpha = node.kwargs.get("alpha", 1)
+    assert isinstance(alpha, int | float)
+    factor, shift = AFFINE[node.target](value, float(alpha))
     if not _is_usable(factor, shift) or (clip is not None and not _move_clip(clip, factor, shift)):
         return None
     _scale(module, layer, factor, shift)
@@ -104,16 +106,21 @@ def _operands(module: GraphModule, node: Node) -> tuple[Node, float | Tensor] | 
     for value, other in (node.args, node.args[::-1]) if node.target in SWAPPED else (node.args,):
         if not isinstance(value, Node) or constant(module, value) is not None:
             continue
-        held = float(other) if isinstance(other, int | float) else constant(module, other)
+        held = _real(other if isinstance(other, int | float) else constant(module, other))
         before, after = value.meta.get("val"), node.meta.get("val")
         same = isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype is after.dtype
         if held is not None and same and shape_of(value) == shape_of(node):
-            return value, float(held) if isinstance(held, Tensor) and held.numel() == 1 else _double(held)
+            return value, held
     return None
 
 
-def _double(value: float | Tensor) -> float | Tensor:
-    return value.double() if isinstance(value, Tensor) else value
+def _real(value: float | Tensor | None) -> float | Tensor | None:
+    """Return a constant in float64, as a number where it holds but one; None for complex numbers."""
+    if not isinstance(value, Tensor):
+        return value if value is None else float(value)
+    if value.is_complex():
+        return None
+    return float(value) if value.numel() == 1 else value.double()
 
 
 def _is_clip(node: Node) -> bool:

@@ -29,12 +29,16 @@ class PlainNet(nn.Module):
         self.conv2 = nn.Conv2d(6, 5, 3)
         self.conv3 = nn.Conv2d(6, 5, 3, bias=False)
         self.fc = nn.Linear(5, 4)
+        with torch.no_grad():
+            # Answers that differ from image to image.
+            for parameter in self.fc.parameters():
+                parameter.mul_(6)
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.relu(self.conv1(x))
         h = self.conv2(h) + self.conv3(h).sigmoid()
         y: Tensor = self.fc(h.mean(dim=(2, 3)))
-        return 6 * y
+        return y
 
 
 class SplitNet(nn.Module):

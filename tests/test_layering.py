@@ -42,7 +42,8 @@ ATEN = {
     *("passes/equalization/channel_factors.py", "passes/equalization/factor_ops.py"),
     *("passes/canonicalize.py", "passes/core_aten.py", "passes/linear_layers.py"),
     "passes/reshaping/new_shape.py",
-    *("passes/fold_batchnorm.py", "passes/rewrite_transposed.py", "passes/recurrent_cells.py"),
+    *("passes/fold_affine.py", "passes/fold_batchnorm.py"),
+    *("passes/rewrite_transposed.py", "passes/recurrent_cells.py"),
     "passes/rewrite_activations.py",
     *("passes/rewrite_volumes.py", "passes/volume_moves.py", "passes/new_form.py"),
 }

@@ -11,14 +11,12 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from fxquant.core.errors import CaptureError
 from fxquant.core.ir import arguments, trace_line
+from fxquant.core.run import op_name
 
 SWITCHES: dict[str, Any] = {"train": False, "training": False, "p": 0.0, "dropout_p": 0.0, "dropout": 0.0}
 """Argument of a random op -> value with which it is not random."""
 
-WHOLE_LAYERS = (
-    torch.ops.aten._transformer_encoder_layer_fwd.default,
-    torch.ops.aten._native_multi_head_attention.default,
-)
+WHOLE_LAYERS = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention")
 """Ops with all weights of a layer, which torch's fast path makes; they have no derivative."""
 
 
@@ -34,7 +32,7 @@ def check_ops(graph: Graph) -> None:
                 f"{node.target} draws random numbers in eval mode, at: {trace_line(node)}; no two answers can be "
                 "compared; for dropout pass training=self.training, else give the numbers as an input"
             )
-        if node.target in WHOLE_LAYERS:
+        if op_name(node) in WHOLE_LAYERS:
             raise CaptureError(
                 f"{node.target} computes a whole layer as one op, whose weights cannot be quantized, at: "
                 f"{trace_line(node)}; give the module itself, or export it after "

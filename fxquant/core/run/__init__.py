@@ -8,7 +8,7 @@ from fxquant.core.run.confidence_bounds import drop_bound, images_needed, mean_b
 from fxquant.core.run.convolutions import channels_last, clips_behind
 from fxquant.core.run.data import LARGEST, WRAP, CalibrationSet, collect
 from fxquant.core.run.default_losses import answer_loss
-from fxquant.core.run.discrete_answers import Jump, behind_orders, discrete_answers, leading_names, returned
+from fxquant.core.run.discrete_answers import Jump, behind_orders, discrete_answers, leading_names, op_name, returned
 from fxquant.core.run.footprint import Footprint, live_bytes, storages
 from fxquant.core.run.judging import can_mix, judging_images, mixed, moved
 from fxquant.core.run.losses import LOSSES, UNITS, VALUES_ONLY, Loss, LossFunction
