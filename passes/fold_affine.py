@@ -1,11 +1,11 @@
-"""Fold what multiplies and shifts a layer's output by constants into the layer, across the clip in between.
+"""Fold what multiplies and shifts a layer's output by constants into the layer, across views and a clip in between.
 
 With y = a clip(W x + b, l, h) + c, a and c numbers or one value for each channel:
     W' = a W,    b' = a b + c,    and for numbers the clip to a l + c and a h + c, exchanged where a < 0.
 With a value for each channel only ReLU stays a clip of one kind, for a > 0 and c = 0.
 
-The scale of a residual branch (EDSR, ESRGAN), LayerScale (CaiT, DINOv2), the affine of HGNetV2 behind its ReLU: as ops
-of their own they would cost a conversion to float and back.
+The scale of a residual branch (EDSR, ESRGAN), LayerScale (CaiT, DINOv2, ConvNeXt behind a transpose), that of queries
+in attention, the affine of HGNetV2 behind its ReLU: as ops of their own they would cost a conversion to float and back.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from fxquant.core.ir import (
     OPS,
     Program,
     ScaleRule,
+    activation_inputs,
+    arguments,
     clip_bounds,
     constant,
     erase_dead,
@@ -78,25 +80,53 @@ def _fold(module: GraphModule, node: Node) -> Node | None:
     if found is None:
         return None
     source, value = found
-    clip = source if _is_clip(source) else None
-    layer = source if clip is None else clip.args[0]
-    if not isinstance(layer, Node) or len(source.users) != 1 or len(layer.users) != 1 or not _is_free(module, layer):
+    *behind, layer = _way_back(source)
+    if len(layer.users) != 1 or not _is_free(module, layer):
         return None
-    axis = _channel_axis(module, layer)
     if isinstance(value, Tensor):
-        shaped = _by_channel(value, shape_of(layer), axis)
+        axis = _axis_behind(behind[::-1], _channel_axis(module, layer))
+        shaped = None if axis is None else _by_channel(value, shape_of(source), axis)
         if shaped is None:
             return None
         value = shaped
     alpha = node.kwargs.get("alpha", 1)
     assert isinstance(alpha, int | float)
     factor, shift = AFFINE[node.target](value, float(alpha))
+    clip = next(filter(_is_clip, behind), None)
     if not _is_usable(factor, shift) or (clip is not None and not _move_clip(clip, factor, shift)):
         return None
     _scale(module, layer, factor, shift)
     node.replace_all_uses_with(source)
     module.graph.erase_node(node)
     return layer
+
+
+def _way_back(source: Node) -> list[Node]:
+    """Return a value and what it is made of, as far as views and one clip read nothing else and alone read that."""
+    way, clips = [source], 0
+    while len(way[-1].users) == 1:
+        rule, before = rule_of(way[-1]), way[-1].args[0] if way[-1].args else None
+        clips += _is_clip(way[-1])
+        moves = rule is not None and (rule.is_view or _is_clip(way[-1])) and activation_inputs(way[-1]) == (before,)
+        if not moves or not isinstance(before, Node) or clips > 1:
+            break
+        way.append(before)
+    return way
+
+
+def _axis_behind(way: list[Node], axis: int) -> int | None:
+    """Return which axis counts channels behind views and clips, None where they may no longer have one."""
+    for node in way:
+        axes = len(shape_of(node))
+        if node.target is aten.permute.default:
+            dims = [int(str(dim)) % axes for dim in arguments(node)["dims"]]
+            axis = dims.index(axis)
+        elif node.target is aten.transpose.int:
+            pair = [int(str(dim)) % axes for dim in node.args[1:3]]
+            axis = pair[1 - pair.index(axis)] if axis in pair else axis
+        elif not _is_clip(node):
+            return None
+    return axis
 
 
 def _operands(module: GraphModule, node: Node) -> tuple[Node, float | Tensor] | None:
@@ -106,12 +136,25 @@ def _operands(module: GraphModule, node: Node) -> tuple[Node, float | Tensor] | 
     for value, other in (node.args, node.args[::-1]) if node.target in SWAPPED else (node.args,):
         if not isinstance(value, Node) or constant(module, value) is not None:
             continue
-        held = _real(other if isinstance(other, int | float) else constant(module, other))
+        held = _real(other if isinstance(other, int | float) else _viewed(module, other))
         before, after = value.meta.get("val"), node.meta.get("val")
         same = isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype is after.dtype
         if held is not None and same and shape_of(value) == shape_of(node):
             return value, held
     return None
+
+
+def _viewed(module: GraphModule, node: object) -> Tensor | None:
+    """Return a parameter, or views of one, None for what is neither."""
+    if not isinstance(node, Node) or node.op == "get_attr":
+        return constant(module, node)
+    rule = rule_of(node)
+    if rule is None or not rule.is_view or node.all_input_nodes != [node.args[0]]:
+        return None
+    held = _viewed(module, node.args[0])
+    assert callable(node.target)
+    made: Tensor | None = None if held is None else node.target(held, *node.args[1:], **node.kwargs)
+    return made
 
 
 def _real(value: float | Tensor | None) -> float | Tensor | None:

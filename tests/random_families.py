@@ -100,6 +100,10 @@ IMAGE: dict[str, Callable[[], nn.Module]] = {
     "nearest": lambda: nn.Upsample(scale_factor=2),
     "bilinear": lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
     "max pool": lambda: nn.MaxPool2d(3, 2, 1),
+    "affine": lambda: nn.Sequential(nn.Conv2d(W, W, 3, padding=1), nn.ReLU(), Call(lambda x: x * 1.3 - 0.2)),
+    "turned clip": lambda: nn.Sequential(nn.Conv2d(W, W, 1), nn.ReLU6(), Call(lambda x: 0.5 - x), nn.Conv2d(W, W, 1)),
+    "small residual": lambda: Residual(nn.Sequential(nn.Conv2d(W, W, 3, padding=1), Call(lambda x: x * 0.1))),
+    "clip": lambda: nn.Sequential(nn.Conv2d(W, W, 1), nn.Hardtanh(-0.5, 0.7)),
     "padded": lambda: Call(_padded),
     "branch of means": lambda: Call(
         lambda x: x + F.interpolate(F.adaptive_avg_pool2d(x, 2), size=x.shape[-2:], mode="nearest")

@@ -130,10 +130,62 @@ def test_what_does_not(made: Made) -> None:
     assert show(after.module) == show(before.module)
 
 
+class Moved(nn.Module):
+    """LayerScale behind a transpose, as ConvNeXt has it, queries that are scaled as heads, and what stays."""
+
+    def __init__(self, made: Made) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.gamma, self.made = nn.Linear(6, 6), nn.Parameter(torch.linspace(0.1, 0.6, 6)), made
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.made(self, self.fc(x))
+
+
 def test_layer_scale_is_part_of_the_layer_over_tokens() -> None:
     tokens = torch.rand(4, 5, 6)
     before, after = _folded(Tokens(), tokens)
     assert _ops(after) == ["linear", "add.Tensor"]
+    _same(before, after, tokens)
+
+
+@pytest.mark.parametrize(
+    ("made", "left"),
+    [
+        (lambda m, y: y.permute(2, 0, 1) * m.gamma.reshape(6, 1, 1), ["permute"]),
+        (
+            lambda m, y: y.transpose(0, 2).transpose(1, -1) * m.gamma.reshape(6, 1, 1),
+            ["transpose.int", "transpose.int"],
+        ),
+        (lambda m, y: F.relu(y.permute(0, 2, 1)) * m.gamma[:, None], ["permute", "relu"]),
+        (lambda m, y: F.relu(y).permute(0, 2, 1) * m.gamma[:, None], ["relu", "permute"]),
+        (lambda _, y: y.reshape(len(y), 5, 2, 3).transpose(1, 2) * 3**-0.5, ["reshape", "transpose.int"]),
+        (lambda _, y: F.relu(y.permute(0, 2, 1)[:, :4]) / 7 - 0.1, ["permute", "slice.Tensor", "clamp"]),
+    ],
+)
+def test_what_folds_behind_views(made: Made, left: list[str]) -> None:
+    tokens = torch.rand(4, 5, 6)
+    before, after = _folded(Moved(made), tokens)
+    assert [op for op in _ops(after) if not op.startswith("sym_size")] == ["linear", *left]
+    _same(before, after, tokens)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda m, y: y.reshape(-1, 5, 2, 3) * m.gamma.reshape(2, 3),
+        lambda m, y: y.permute(0, 2, 1)[:, 1:] * m.gamma[1:, None],
+        lambda _, y: F.relu(F.relu6(y) - 1) * 2,
+        lambda _, y: y.permute(0, 2, 1) * torch.ones(5),
+        lambda _, y: torch.cat([y.transpose(1, 2), y.transpose(1, 2) * 2], 1),
+    ],
+    ids=["apart", "some of the channels", "two clips", "along tokens", "read twice"],
+)
+def test_what_stays_behind_views(made: Made) -> None:
+    tokens = torch.rand(4, 5, 6)
+    before, after = _folded(Moved(made), tokens)
+    assert len(_ops(after)) >= len(_ops(before)) - 1
+    assert any(op.startswith("mul") for op in _ops(after))
     _same(before, after, tokens)
 
 
