@@ -102,7 +102,8 @@ class Settings(Options):
         pin_ends: pin the first and the last layer to 8 bits.
         keep_float: pattern of layers that stay in float.
         float_ends: whether the first and the last layers stay in float. "measured" leaves them there if the model
-            returns an image, they have little work and no pin, and the loss falls clearly; recipes do not.
+            returns an image, they have little work and no pin, and the loss falls clearly; recipes do not, nor does
+            `fxquant.prepare`, which has no images to measure with.
         forbid: pattern of layers -> precisions that may not be used there.
         observer: how the range of an activation is chosen.
         loss: what plans are judged by. By default the sum over the model's float outputs: KL of each class score along
