@@ -8,11 +8,10 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
-from unittest.mock import patch
 
 import onnx
 import torch
@@ -128,11 +127,10 @@ def _one_table() -> Iterator[None]:
 
     The table is private to torch; where it is elsewhere, the exporter works as it does.
     """
-    try:
+    registry: Any = None
+    with suppress(ImportError):
         registry = getattr(import_module(_REGISTRATION), "ONNXRegistry", None)
-    except ImportError:
-        registry = None
-    made_by = vars(registry).get("from_torchlib") if isinstance(registry, type) else None
+    made_by = getattr(registry, "__dict__", {}).get("from_torchlib")
     if not isinstance(made_by, classmethod):
         yield
         return
@@ -143,8 +141,11 @@ def _one_table() -> Iterator[None]:
             _TABLES[key] = made_by.__func__(kind, *args, **kwargs)
         return _TABLES[key]
 
-    with patch.object(registry, "from_torchlib", classmethod(kept)):
+    registry.from_torchlib = classmethod(kept)
+    try:
         yield
+    finally:
+        registry.from_torchlib = made_by
 
 
 def _exported(module: GraphModule, nodes: Sequence[Node], opset: int) -> dict[Node, Piece]:
