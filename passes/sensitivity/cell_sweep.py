@@ -92,7 +92,10 @@ def sweep(
     # The keys may depend on earlier measurements, which unlike machines could round to unlike lists.
     shards.agree(text_digest("\n".join(keys)), device)
     have = [store.get(key) is not None for key in keys]
-    reporter.say(f"{title}: {len(keys)} cells, {sum(have)} already finished")
+    found = sum(held and key not in store.added for key, held in zip(keys, have, strict=True))
+    # What another estimator of this run measured, or the estimate of its time, was shown then.
+    if found or not all(have):
+        reporter.say(f"{title}: {len(keys)} cells, {found} already finished")
     owners, wanted = shards.owners(have, device)
     new = [key for key, held, lacking in zip(keys, have, wanted, strict=True) if lacking or not held]
     providers = dict(zip(keys, owners, strict=True))

@@ -50,6 +50,8 @@ class ScoreStore:
         #: digest of the identity, carried by every cell
         self.digest = text_digest(json.dumps([FORMAT_VERSION, dict(identity)], sort_keys=True))
         self._cells: dict[str, Arrays] = {}
+        #: keys of cells that were put here, not found in the folder
+        self.added: set[str] = set()
         if folder is None:
             return
         header = folder / HEADER
@@ -95,6 +97,7 @@ class ScoreStore:
         """
         arrays = {name: np.asarray(value) for name, value in cell.items()}
         self._cells[key] = arrays
+        self.added.add(key)
         if self.folder is not None:
             # A cell is one of thousands, and one that a power cut damaged is found and measured again.
             write_arrays(self.folder / f"{key}.npz", {**arrays, STAMP: np.array(self.digest)}, durable=False)

@@ -71,6 +71,19 @@ def test_alone_only_what_is_missing_is_measured(tmp_path: Path, caplog: pytest.L
     assert [float(cell["x"]) for cell in found.values()] == [0, 1, 7, 3, 4]
 
 
+def test_what_this_run_measured_is_not_told_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, done = ScoreStore(tmp_path, {"m": "1"}), list[str]()
+    store.put("a", {"x": 0.0})
+    with caplog.at_level(logging.INFO):
+        sweep("first", work(done), store, ALONE, SILENT, CPU)
+        sweep("second", work(done), store, ALONE, SILENT, CPU)
+        sweep("next run", work(done), ScoreStore(tmp_path, {"m": "1"}), ALONE, SILENT, CPU)
+    assert [text for text in caplog.messages if "cells" in text] == [
+        "first: 5 cells, 0 already finished",
+        "next run: 5 cells, 5 already finished",
+    ]
+
+
 def test_of_two_each_measures_its_share_and_gets_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     store = ScoreStore(tmp_path, {"m": "1"})
