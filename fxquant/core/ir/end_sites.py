@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch.fx import Graph, Node
 
 from fxquant.core.ir.spec import Site
@@ -29,7 +30,8 @@ def _nearest(starts: list[Node], owners: dict[str, str], beyond: Callable[[Node]
     waiting, seen, found = list(starts), set[Node](), set[str]()
     while waiting:
         node = waiting.pop()
-        if node in seen:
+        if node in seen or isinstance(node.meta.get("val"), int | torch.SymInt):
+            # Sizes of an image reach every reshape.
             continue
         seen.add(node)
         if node.name in owners:

@@ -36,6 +36,15 @@ class _TwoOutputs(_Net):
         return self.c(y).mean((2, 3)), self.d(y)
 
 
+class _Sizes(_Net):
+    """The number of images is read in the middle of the network, and its pixels at the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c(self.b(self.a(x)).reshape(len(x), 2, 2, 16).reshape(len(x), 4, 4, 4))
+        z: Tensor = self.d(y).reshape(len(x), 4, -1)
+        return z * len(x)
+
+
 class _Alone(_Net):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.a(x)
@@ -44,8 +53,8 @@ class _Alone(_Net):
 
 @pytest.mark.parametrize(
     ("model", "names"),
-    [(_Chain(), "ad"), (_TwoInputs(), "abd"), (_TwoOutputs(), "acd"), (_Alone(), "a")],
-    ids=["chain", "two inputs", "two outputs", "alone"],
+    [(_Chain(), "ad"), (_TwoInputs(), "abd"), (_TwoOutputs(), "acd"), (_Sizes(), "ad"), (_Alone(), "a")],
+    ids=["chain", "two inputs", "two outputs", "sizes", "alone"],
 )
 def test_ends(model: nn.Module, names: str) -> None:
     images = torch.rand(2, 4, 4, 4)
