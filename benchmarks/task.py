@@ -33,6 +33,7 @@ class Task:
         options: of `fxquant.quantize`, such as the loss.
         average_bits: bits per weight of the mixed and the uniform plans.
         lower_is_better: of the metric, as for perplexity.
+        seeds: how often each contestant is made, where few samples cannot tell plans apart; the metrics are means.
 
     Raises:
         OptionError: a limit of a contestant that is never run.
@@ -47,6 +48,7 @@ class Task:
     options: Mapping[str, object] = field(default_factory=dict)
     average_bits: tuple[int, ...] = (5, 4)
     lower_is_better: bool = False
+    seeds: int = 1
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.limits) - set(self.contestants))

@@ -3,7 +3,7 @@
 `python -m benchmarks.tasks [task ...] [--samples N]`: the float network in PyTorch and as a file, all layers at W8A8,
 mixed plans of default effort and uniform plans of the same average bits. Every quantized figure is that of the written
 ONNX file in ONNX Runtime, on one thread. What is finished is kept in `build/tasks`, so that a killed run goes on;
-remove the folder of a task after a change that matters to it. Rows of other tasks stay in the JSON. `--samples`
+remove the folder of a task after a change that matters to it. Of tasks with several seeds the rows are means. Rows of other tasks stay in the JSON. `--samples`
 evaluates on fewer samples, for a quick look that writes no JSON.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -44,10 +45,10 @@ def kept(path: Path, make: Callable[[], Row]) -> Row:
     return row
 
 
-def quantized(task: Task, contestant: str, folder: Path) -> Result:
-    """Return a task's result for a contestant; `folder` keeps scores, which all mixed plans share."""
+def quantized(task: Task, contestant: str, folder: Path, seed: int = 0) -> Result:
+    """Return a task's result for a contestant; `folder` keeps scores, which all mixed plans of a seed share."""
     kind, _, bits = contestant.rpartition(" ")
-    options: dict[str, Any] = dict(task.options)
+    options: dict[str, Any] = task.options | {"seed": seed}
     budget = Budget(average_bits=float(bits) if kind else 8)
     if kind == "mixed":
         return fxquant.quantize(
@@ -57,10 +58,10 @@ def quantized(task: Task, contestant: str, folder: Path) -> Result:
     return fxquant.quantize(task.model(), task.calibration(), budget, bits=only, progress=False, options=options)
 
 
-def wrote(task: Task, contestant: str, path: Path) -> Row:
+def wrote(task: Task, contestant: str, path: Path, seed: int) -> Row:
     """Write a contestant's file; return what it weighs, what runs on integers, and why the rest does not."""
     started = time.perf_counter()
-    result = quantized(task, contestant, path.parent / "work")
+    result = quantized(task, contestant, path.parent / f"work {seed}", seed)
     seconds = time.perf_counter() - started
     size = result.to_onnx(path).bytes
     kernels, covered = kernel_report(path), result.report_data()["coverage"]
@@ -98,9 +99,13 @@ def measure(task: Task, samples: int | None) -> list[Row]:
     reference = figures("float", lambda: file_answers(path))
     rows.append(network | {"contestant": "float"} | reference | floating)
     for contestant in task.contestants:
-        file = folder / f"{contestant}.onnx"
-        made = kept(file.with_suffix(".json"), partial(wrote, task, contestant, file))
-        found = figures(contestant, partial(file_answers, file))
+        names = [f"{contestant}, seed {seed}" for seed in range(task.seeds)]
+        files = [folder / f"{name}.onnx" for name in names]
+        made, *_ = [
+            kept(file.with_suffix(".json"), partial(wrote, task, contestant, file, seed))
+            for seed, file in enumerate(files)
+        ]
+        found = means([figures(name, partial(file_answers, file)) for name, file in zip(names, files, strict=True)])
         lost = task.lost(found[task.metric], reference[task.metric])
         row = network | {"contestant": contestant} | found | {"lost": lost}
         if contestant in task.limits:
@@ -108,6 +113,15 @@ def measure(task: Task, samples: int | None) -> list[Row]:
         rows.append(row | made | {"file ratio": made["bytes"] / floating["bytes"]})
         print(table([brief(row) for row in rows]), flush=True)
     return rows
+
+
+def means(found: Sequence[Row]) -> Row:
+    """Return the mean of each figure, and of several its standard error."""
+    if len(found) == 1:
+        return found[0]
+    values = {name: [row[name] for row in found] for name in found[0]}
+    errors = {f"{name}, s.e.": stdev(each) / len(each) ** 0.5 for name, each in values.items()}
+    return {name: fmean(each) for name, each in values.items()} | errors | {"seeds": len(found)}
 
 
 def brief(row: Mapping[str, object]) -> Row:

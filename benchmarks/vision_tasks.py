@@ -34,7 +34,8 @@ def _detection(
 ) -> Task:
     ap = partial(detection.detection_ap, prepare=prepare, decode=decode, least=least, overlap=overlap)
     limits = {"W8A8": 0.5, "mixed 5": 1.5}
-    return Task(factory.__name__, factory, partial(_calibration, prepare), ap, "AP %", limits)
+    # On 109 images, AP differs by 1 and more between files whose errors are alike.
+    return Task(factory.__name__, factory, partial(_calibration, prepare), ap, "AP %", limits, seeds=5)
 
 
 def _segmentation() -> Task:
