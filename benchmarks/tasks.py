@@ -3,8 +3,8 @@
 `python -m benchmarks.tasks [task ...] [--samples N]`: the float network in PyTorch and as a file, all layers at W8A8,
 mixed plans of default effort and uniform plans of the same average bits. Every quantized figure is that of the written
 ONNX file in ONNX Runtime, on one thread. What is finished is kept in `build/tasks`, so that a killed run goes on;
-remove the folder of a task after a change that matters to it. Of tasks with several seeds the rows are means. Rows of other tasks stay in the JSON. `--samples`
-evaluates on fewer samples, for a quick look that writes no JSON.
+remove the folder of a task after a change that matters to it. Of tasks with several seeds the rows are means. Rows of
+other tasks stay in the JSON. `--samples` evaluates on fewer samples, for a quick look that writes no JSON.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def kept(path: Path, make: Callable[[], Row]) -> Row:
 def quantized(task: Task, contestant: str, folder: Path, seed: int = 0) -> Result:
     """Return a task's result for a contestant; `folder` keeps scores, which all mixed plans of a seed share."""
     kind, _, bits = contestant.rpartition(" ")
-    options: dict[str, Any] = task.options | {"seed": seed}
+    options: dict[str, Any] = {**task.options, "seed": seed}
     budget = Budget(average_bits=float(bits) if kind else 8)
     if kind == "mixed":
         return fxquant.quantize(
