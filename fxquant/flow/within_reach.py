@@ -1,4 +1,5 @@
-"""Calibrate with candidates that can keep the budget: where the default ones cannot, narrower ones join them."""
+"""Calibrate with candidates that can keep the budget: where the default ones cannot, first and last layers that were to
+stay in float are quantized, and then narrower formats join."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from fxquant.flow.file_size import measure_file
 from fxquant.flow.float_ends import with_float_ends
 from fxquant.flow.stages import CALIBRATE
 
+ENDS = "with the first and last layers in float no plan keeps {budget}, so they are quantized"
 JOINED = "no plan of the default formats keeps {budget}, so {formats} are candidates too"
 
 
@@ -24,7 +26,7 @@ def calibrate_within(
 ) -> tuple[Program, tuple[str, ...]]:
     """Return the calibrated program, whose candidates reach the budget's limits on costs, and notes on that.
 
-    Formats that the user or a recipe named are the only ones.
+    Formats that the user or a recipe named are the only ones, and layers asked for in float stay there.
 
     Args:
         captured: the graph.
@@ -37,19 +39,26 @@ def calibrate_within(
         InfeasibleBudgetError: a limit is out of reach of every format that the target executes.
     """
     reporter.stage(CALIBRATE)
-    settings = with_float_ends(captured, settings, images, reporter)
-    try:
-        return _calibrated(captured, settings, images, budget, reporter), ()
-    except InfeasibleBudgetError:
-        target = backend(settings.target).target
-        narrower = target.narrower_bits
-        if settings.bits is not None or not narrower:
-            raise
-    note = JOINED.format(budget=budget, formats=f"{', '.join(narrower[:-1])} and {narrower[-1]}")
-    reporter.say(note)
-    reporter.stage(CALIBRATE)
-    wider = replace(settings, bits=(*narrower, *target.default_bits))
-    return _calibrated(captured, wider, images, budget, reporter), (note,)
+    tried, notes = [(with_float_ends(captured, settings, images, reporter), "")], list[str]()
+    if tried[0][0].float_ends == "always" and settings.float_ends != "always":
+        tried.append((replace(settings, float_ends="never"), ENDS.format(budget=budget)))
+    target = backend(settings.target).target
+    narrower = target.narrower_bits if settings.bits is None else ()
+    if narrower:
+        formats = f"{', '.join(narrower[:-1])} and {narrower[-1]}"
+        wider = replace(tried[-1][0], bits=(*narrower, *target.default_bits))
+        tried.append((wider, JOINED.format(budget=budget, formats=formats)))
+    while True:
+        each, note = tried.pop(0)
+        if note:
+            notes.append(note)
+            reporter.say(note)
+            reporter.stage(CALIBRATE)
+        try:
+            return _calibrated(captured, each, images, budget, reporter), tuple(notes)
+        except InfeasibleBudgetError:
+            if not tried:
+                raise
 
 
 def _calibrated(

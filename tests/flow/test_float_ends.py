@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fxquant
 from fxquant import Result
 from fxquant.backends.onnx import kernel_report
+from fxquant.core.errors import InfeasibleBudgetError
 from fxquant.core.ir import Sites
 
 ENDS = ["first", "last"]
@@ -114,6 +115,22 @@ def test_ends_are_quantized_where_it_does_not_pay_or_is_not_wanted(model: nn.Mod
 def test_ends_are_quantized_where_the_loss_hardly_falls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxquant.flow.float_ends.GAIN", 50.0)
     assert _in_float(_result(Restoration())) == []
+
+
+def test_ends_are_quantized_where_the_budget_asks_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    # In float both take 0.045 of the file, in 8 bits 0.011; all others have to be of 2 bits either way.
+    model = Restoration()
+    budget = {"size_ratio": 0.09}
+    result = fxquant.quantize(model, _images(), budget, bits=(2, 8), effort="fast")
+    assert _in_float(result) == []
+    assert "with the first and last layers in float no plan keeps size_ratio=0.09, so they are quantized" in (
+        capsys.readouterr().err
+    )
+    assert "so they are quantized" in result.summary()
+    with pytest.raises(InfeasibleBudgetError):
+        fxquant.quantize(
+            model, _images(), budget, bits=(2, 8), effort="fast", progress=False, options={"float_ends": "always"}
+        )
 
 
 def test_ends_stay_in_float_as_asked() -> None:
