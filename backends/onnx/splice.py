@@ -123,7 +123,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _one_table() -> Iterator[None]:
-    """Let the exporter use one table of its ops, which it would make anew at every call: half of its time.
+    """Let the exporter use one table of its ops, which it builds at every call, in half of its time.
 
     The table is private to torch; where it is elsewhere, the exporter works as it does.
     """

@@ -34,7 +34,7 @@ def with_float_ends(captured: Program, settings: Settings, images: CalibrationSe
         captured: the graph.
         settings: of the run; `float_ends` decides unless it is "measured".
         images: calibration images.
-        reporter: told what is found.
+        reporter: says what is found.
     """
     if settings.float_ends != "measured" or settings.recipe is not None:
         return settings
