@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf, isfinite, isinf
+from math import inf, isinf
 from typing import Any
 
 import torch
@@ -42,15 +42,23 @@ aten = torch.ops.aten
 Values = tuple[float | Tensor, float | Tensor]
 """Factor and shift: numbers, or float64 tensors with a value for each channel."""
 
-AFFINE: dict[object, Callable[[float | Tensor, float], Values]] = {
+Form = Callable[[float | Tensor, float], Values]
+"""Makes factor and shift of the constant and the op's `alpha`, which scales the second operand of a sum."""
+
+BEHIND: dict[object, Form] = {
     aten.mul.Tensor: lambda value, _: (value, 0.0),
-    aten.div.Tensor: lambda value, _: (1.0 / value, 0.0),
+    aten.div.Tensor: lambda value, _: (1.0 / torch.as_tensor(value, dtype=torch.float64), 0.0),
     aten.add.Tensor: lambda value, alpha: (1.0, alpha * value),
     aten.sub.Tensor: lambda value, alpha: (1.0, -alpha * value),
+    aten.rsub.Scalar: lambda value, alpha: (-alpha, value),
 }
-"""Op of a value and a constant -> factor and shift for the constant and the op's `alpha`."""
-SWAPPED = (aten.mul.Tensor, aten.add.Tensor)
-"""Ops that may have the constant first."""
+"""Op of a value and a constant -> its form."""
+IN_FRONT: dict[object, Form] = {
+    aten.mul.Tensor: lambda value, _: (value, 0.0),
+    aten.add.Tensor: lambda value, alpha: (alpha, value),
+    aten.sub.Tensor: lambda value, alpha: (-alpha, value),
+}
+"""Op of a constant and a value -> its form."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def _fold(module: GraphModule, node: Node) -> Node | None:
     found = _operands(module, node)
     if found is None:
         return None
-    source, value = found
+    source, value, form = found
     *behind, layer = _way_back(source)
     if len(layer.users) != 1 or not _is_free(module, layer):
         return None
@@ -91,14 +99,19 @@ def _fold(module: GraphModule, node: Node) -> Node | None:
         value = shaped
     alpha = node.kwargs.get("alpha", 1)
     assert isinstance(alpha, int | float)
-    factor, shift = AFFINE[node.target](value, float(alpha))
+    factor, shift = (_number(each) for each in form(value, float(alpha)))
+    made = _parameters(module, layer, factor, shift)
     clip = next(filter(_is_clip, behind), None)
-    if not _is_usable(factor, shift) or (clip is not None and not _move_clip(clip, factor, shift)):
+    if made is None or (clip is not None and not _move_clip(clip, factor, shift)):
         return None
-    _scale(module, layer, factor, shift)
+    _put(module, layer, *made)
     node.replace_all_uses_with(source)
     module.graph.erase_node(node)
     return layer
+
+
+def _number(value: float | Tensor) -> float | Tensor:
+    return float(value) if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 def _way_back(source: Node) -> list[Node]:
@@ -129,18 +142,18 @@ def _axis_behind(way: list[Node], axis: int) -> int | None:
     return axis
 
 
-def _operands(module: GraphModule, node: Node) -> tuple[Node, float | Tensor] | None:
-    """Return the value and the constant of an op of `AFFINE` that keeps the value's shape and type, else None."""
-    if node.target not in AFFINE or len(node.args) != 2:
+def _operands(module: GraphModule, node: Node) -> tuple[Node, float | Tensor, Form] | None:
+    """Return value, constant and form of an affine op that keeps the value's shape and type, None for other nodes."""
+    if len(node.args) != 2:
         return None
-    for value, other in (node.args, node.args[::-1]) if node.target in SWAPPED else (node.args,):
-        if not isinstance(value, Node) or constant(module, value) is not None:
+    for forms, (value, other) in ((BEHIND, node.args), (IN_FRONT, node.args[::-1])):
+        if node.target not in forms or not isinstance(value, Node) or constant(module, value) is not None:
             continue
         held = _real(other if isinstance(other, int | float) else _viewed(module, other))
         before, after = value.meta.get("val"), node.meta.get("val")
         same = isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype is after.dtype
         if held is not None and same and shape_of(value) == shape_of(node):
-            return value, held
+            return value, held, forms[node.target]
     return None
 
 
@@ -200,14 +213,6 @@ def _by_channel(value: Tensor, shape: tuple[int, ...], axis: int) -> Tensor | No
     return value.reshape(-1) if fits else None
 
 
-def _is_usable(factor: float | Tensor, shift: float | Tensor) -> bool:
-    """Whether factors and shifts are finite and no factor is 0, which would leave a channel without a scale."""
-    if isinstance(factor, Tensor):
-        return bool((torch.isfinite(factor) & (factor != 0)).all()) and _is_usable(1.0, shift)
-    whole = bool(torch.isfinite(shift).all()) if isinstance(shift, Tensor) else isfinite(shift)
-    return whole and isfinite(factor) and factor != 0
-
-
 def _move_clip(clip: Node, factor: float | Tensor, shift: float | Tensor) -> bool:
     """Move a clip behind a factor and a shift; return whether there is such a clip."""
     low, high = clip_bounds(clip)
@@ -224,20 +229,36 @@ def _move_clip(clip: Node, factor: float | Tensor, shift: float | Tensor) -> boo
     return True
 
 
-def _scale(module: GraphModule, layer: Node, factor: float | Tensor, shift: float | Tensor) -> None:
+def _parameters(
+    module: GraphModule, layer: Node, factor: float | Tensor, shift: float | Tensor
+) -> tuple[Tensor, Tensor | None] | None:
+    """Return the layer's new weight and bias; None where one is not finite, or a channel would have no weight left."""
     rule = OPS[layer.target]
     assert rule.weight is not None
     assert rule.bias is not None
-    holder, given = layer.args[rule.weight], layer.args[rule.bias] if len(layer.args) > rule.bias else None
-    weight, bias = constant(module, holder), constant(module, given)
-    assert isinstance(holder, Node)
+    weight, bias = (
+        constant(module, layer.args[position] if len(layer.args) > position else None)
+        for position in (rule.weight, rule.bias)
+    )
     assert weight is not None
+    factors = torch.as_tensor(factor, dtype=torch.float64).expand(weight.shape[rule.channel_axis])
+    scaled = (weight.double() * factors.reshape([-1] + [1] * (weight.dim() - 1))).to(weight.dtype)
+    before = torch.zeros(len(factors)) if bias is None else bias
+    moved = (before.double() * factors + shift).to(weight.dtype)
+    # A factor that float32 rounds to 0 would leave a channel without a scale.
+    if not (torch.isfinite(scaled).all() and torch.isfinite(moved).all() and factors.to(weight.dtype).all()):
+        return None
+    return scaled, None if bias is None and not moved.any() else moved
+
+
+def _put(module: GraphModule, layer: Node, weight: Tensor, bias: Tensor | None) -> None:
+    rule = OPS[layer.target]
+    assert rule.weight is not None
+    assert rule.bias is not None
+    holder = layer.args[rule.weight]
+    assert isinstance(holder, Node)
     path = str(holder.target)
     trainable = tensor_at(module, path).requires_grad
-    rows = factor.reshape([-1] + [1] * (weight.dim() - 1)) if isinstance(factor, Tensor) else factor
-    set_parameter(module, layer, rule.weight, path, (weight.double() * rows).to(weight.dtype), trainable)
-    if bias is None and not isinstance(shift, Tensor) and shift == 0:
-        return
-    before = torch.zeros(weight.shape[rule.channel_axis]) if bias is None else bias
-    after = (before.double() * factor + shift).to(weight.dtype)
-    set_parameter(module, layer, rule.bias, bias_path(module, layer, path), after, trainable)
+    set_parameter(module, layer, rule.weight, path, weight, trainable)
+    if bias is not None:
+        set_parameter(module, layer, rule.bias, bias_path(module, layer, path), bias, trainable)

@@ -86,6 +86,11 @@ def _same(before: Program, after: Program, images: Tensor) -> None:
         (lambda _, y: F.hardtanh(y) * 3 + 3, ["clamp"], [(0.0, 6.0)]),
         (lambda m, y: m.gamma * F.relu(y), ["relu"], []),
         (lambda m, y: m.norm(y) * 0.1, [], []),
+        (lambda m, y: torch.add(m.shift, y, alpha=2), [], []),
+        (lambda m, y: torch.add(m.gamma, y, alpha=-2), [], []),
+        (lambda m, y: torch.sub(m.gamma, y, alpha=3), [], []),
+        (lambda _, y: 2 - y, [], []),
+        (lambda _, y: 1 - F.relu(y), ["clamp"], [(-inf, 1.0)]),
     ],
 )
 @pytest.mark.parametrize("bias", [True, False])
@@ -102,6 +107,11 @@ def test_what_folds(made: Made, left: list[str], bounds: list[tuple[float, float
     "made",
     [
         lambda _, y: y * 0.0,
+        lambda _, y: y / 0,
+        lambda m, y: y / (m.gamma * 0),
+        lambda _, y: y * 1e41,
+        lambda _, y: y / 1e60,
+        lambda _, y: y.clamp(0.5, 0.1) * 2,
         lambda _, y: y * y.mean(),
         lambda _, y: y + y * 2,
         lambda _, y: torch.sigmoid(y) * 2,
@@ -109,11 +119,15 @@ def test_what_folds(made: Made, left: list[str], bounds: list[tuple[float, float
         lambda m, y: -m.gamma * F.relu(y),
         lambda m, y: F.relu(y) + m.gamma,
         lambda _, y: y * torch.linspace(1, 2, 8),
-        lambda _, y: 2 - y,
         lambda m, y: m.a(F.pad(y[:, :3], (0, 0))) * 2,
     ],
     ids=[
         "zero",
+        "by zero",
+        "by zeros",
+        "too much",
+        "too little",
+        "crossed bounds",
         "computed",
         "read twice",
         "sigmoid",
@@ -121,7 +135,6 @@ def test_what_folds(made: Made, left: list[str], bounds: list[tuple[float, float
         "negative by channel",
         "shift by channel",
         "along another axis",
-        "constant first",
         "shared",
     ],
 )
@@ -201,14 +214,37 @@ def test_what_a_norm_knew_of_its_input_holds_no_more() -> None:
     assert not after[NormStatistics].folded
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    st.floats(-3, 3).filter(lambda a: abs(a) > 0.1), st.floats(-2, 2), st.sampled_from([F.relu, F.relu6, F.hardtanh])
-)
-def test_any_factor_and_shift(factor: float, shift: float, clip: Callable[[Tensor], Tensor]) -> None:
-    before, after = _folded(Net(lambda _, y: clip(y) * factor + shift), _images(4))
-    assert len(_ops(after)) == 3
+WAYS: dict[str, Callable[[Tensor, Tensor | float, float], Tensor]] = {
+    "y c": lambda y, c, _: y * c,
+    "c y": lambda y, c, _: c * y,
+    "y / c": lambda y, c, _: y / c,
+    "y + a c": lambda y, c, a: torch.add(y, c, alpha=a),
+    "c + a y": lambda y, c, a: torch.add(torch.as_tensor(c), y, alpha=a),
+    "y - a c": lambda y, c, a: torch.sub(y, c, alpha=a),
+    "c - a y": lambda y, c, a: torch.sub(torch.as_tensor(c), y, alpha=a),
+}
+"""Every order of value, constant c and alpha a."""
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_any_ways_one_behind_the_other(data: st.DataObject) -> None:
+    number = st.floats(-3, 3).filter(lambda a: abs(a) > 0.1)
+    chosen = data.draw(st.lists(st.tuples(st.sampled_from([*WAYS]), number, number, st.booleans()), max_size=3))
+    clips: list[Callable[[Tensor], Tensor]] = [F.relu, F.relu6, F.hardtanh, torch.clone]
+    clip = data.draw(st.sampled_from(clips))
+
+    def made(model: nn.Module, y: Tensor) -> Tensor:
+        assert isinstance(model, Net)
+        y = clip(y)
+        for way, constant, alpha, by_channel in chosen:
+            y = WAYS[way](y, constant * model.gamma if by_channel else constant, alpha)
+        return y
+
+    before, after = _folded(Net(made), _images(4))
     _same(before, after, _images(4))
+    if not any(by_channel for *_, by_channel in chosen):
+        assert set(_ops(after)) <= {"conv2d", "relu", "clamp", "relu6", "hardtanh"}
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "fx_int8"])

@@ -132,7 +132,10 @@ def _needs_zero_fill(node: Node) -> str | None:
 
 
 def _needs_given_bounds(node: Node) -> str | None:
-    return "its bounds are computed by the graph" if len(node.all_input_nodes) > 1 else None
+    if len(node.all_input_nodes) > 1:
+        return "its bounds are computed by the graph"
+    low, high = clip_bounds(node)
+    return "its lower bound lies above the upper one" if low > high else None
 
 
 _CONV = OpRule("conv", ScaleRule.OWN, (0,), weight=1, bias=2, macs=_conv_macs)
