@@ -260,7 +260,7 @@ def rows_of(bench: Bench, item: Work, judge: Judge) -> Iterator[Row]:
 
 
 def rejected(result: Result) -> str:
-    """Return the note of a rounding that was rejected because the held-out loss did not fall."""
+    """Return the note of a rounding that was rejected because the loss did not fall."""
     notes = result.report_data()["rounding"]["notes"]
     return "; ".join(note for note in notes if "rejected" in note)
 

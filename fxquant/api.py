@@ -62,7 +62,7 @@ def quantize(
         keep_float: patterns of layers (glob, "re:..." or "type:Conv2d") that stay in float.
         dynamic_image: True leaves height and width of images free, where the model takes images of any size.
         rounding: how the plan's weights are rounded: "nearest", "qronos", "pdquant" or another algorithm, or several
-            joined by "+"; by default the effort's. Kept only where the held-out loss falls.
+            joined by "+"; by default the effort's. Kept only where the loss falls.
         recipe: a published method by its name in `fxquant.recipes.RECIPES`, for example "hawq-v3"; its values apply
             wherever none is given here or in `options`.
         workdir: folder that keeps finished scores; the same call goes on where a killed one stopped.

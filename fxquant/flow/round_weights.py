@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+from torch.fx import GraphModule
 
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import (
@@ -21,13 +24,14 @@ from fxquant.core.facts import (
 )
 from fxquant.core.host import SILENT, Reporter, give_back, memory_named
 from fxquant.core.ir import Program, gradients
-from fxquant.core.run import JOIN, CalibrationSet, Loss, model_outputs
+from fxquant.core.run import JOIN, CalibrationSet
 from fxquant.core.storage import ScoreStore, text_digest
 from fxquant.flow import allocate as search
 from fxquant.flow.score import judged_on, judging, loss_in_use, score_identity
 from fxquant.flow.stages import ROUND
-from fxquant.passes import measured_loss, simulate
-from fxquant.passes.rounding import ROUNDERS, RoundingTask, accepted, rejection
+from fxquant.passes import simulate
+from fxquant.passes.rounding import ROUNDERS, RoundingTask, accepted, decisive, rejection
+from fxquant.passes.rounding.closed_form import verdict_losses
 from fxquant.passes.rounding.learned import Reconstruction
 
 CLOSE = 1.5
@@ -64,14 +68,14 @@ def round_plan(
     overrides: Mapping[str, object] | None = None,
     corrections: ScoreStore | None = None,
 ) -> Program:
-    """Return the program with weights, biases and scales rounded, or as it was if the held-out loss does not fall.
+    """Return the program with weights, biases and scales rounded, or as it was if the loss does not fall.
 
     Args:
         program: calibrated, with the plan.
         chain: names of algorithms joined by "+", each starting at the result of the one before it.
         images: to tune on.
-        held_out: images that decide, mixed in pairs, whether each unit, and the chain, is accepted; None accepts
-            everything.
+        held_out: images that decide, mixed in pairs, whether each unit is accepted, and with those that plans are
+            measured on, whether each algorithm and the chain are; None accepts everything.
         folder: keeps finished units, from which a killed run resumes; None keeps none.
         reporter: shows progress.
         overrides: settings of the reconstruction engine -> value, which replaces the algorithm's own.
@@ -83,7 +87,7 @@ def round_plan(
     """
     names, settings, plan = algorithms(chain, overrides), program[Settings], program[BitAllocation]
     loss = loss_in_use(program, images)
-    # What decides between plans, held-out images included, is made of them at the end, to measure the plan again.
+    # What plans are measured on, held-out images included, is made of them where it is needed.
     plain, held_out = held_out, held_out if held_out is None else judging(program, held_out)
     known = score_identity(program, images, loss) if folder is not None else {}
     if corrections is None:
@@ -91,13 +95,21 @@ def round_plan(
     # Units depend on the seed and the settings: each combination has its own folder. Plans share it: a unit is kept
     # under a name that says what of the plan it depends on.
     asked = text_digest(f"{sorted((overrides or {}).items())} {settings.seed} {chain}")
-    rounded = program
+    rounded = program.with_facts(replace(plan, compared_loss=None))
+
+    def measured_on() -> CalibrationSet:
+        give_back()
+        judged = judged_on(program, images, plain)
+        assert judged is not None
+        return judged
+
     for position, name in enumerate(names):
         place = None if folder is None else folder / f"{asked}-{position}-{name}"
         store = ScoreStore(place, {**_fields(known, "model", "data", "calibration", "settings"), "asked": asked})
         task = RoundingTask(
             rounded, images, held_out, loss, settings.seed, store, corrections, dict(overrides or {}), reporter
         )
+        task = task if held_out is None else replace(task, judging=measured_on)
         with gradients(), memory_named(name, LESS_MEMORY):
             rounded = ROUNDERS[name](task)
     own = _scales_by_channel(rounded)
@@ -108,20 +120,43 @@ def round_plan(
         return program.with_facts(replace(left, notes=(*left.notes, note)))
     if held_out is None:
         return rounded
-    give_back()
-    judged = judged_on(program, images, plain)
-    give_back()
-    assert judged is not None
-    return _better(program, rounded, chain, held_out, judged, loss, reporter, _found(program, rounded, names))
+    new = _new_records(program, rounded)
+    if len(new) == len(names) and all(not unit.sites and not math.isnan(unit.before) for unit in new):
+        # Every algorithm was judged as a whole.
+        reason = "" if any(unit.kept for unit in new) else new[-1].reason
+        return _ended(program, rounded, chain, reason, (new[0].before, new[-1].after), reporter)
+    sets = (held_out, measured_on())
+    networks = [partial(_network, each, plan) for each in (program, rounded)]
+    losses = verdict_losses(program.module, networks, sets, loss)
+    before, after = (decisive(each) for each in losses)
+    judged = replace(plan, measured_loss=losses[0][1], images=len(sets[1]), compared_loss=None)
+    reason = rejection(before, after, loss)
+    rounded = rounded.with_facts(judged if reason else judged.remeasured(losses[1][1], len(sets[1])))
+    return _ended(program, rounded, chain, reason, (before, after), reporter)
 
 
-def _found(program: Program, rounded: Program, names: tuple[str, ...]) -> tuple[float, float] | None:
-    """Return the held-out losses without and with a chain that one algorithm measured as a whole, else None."""
+def _new_records(program: Program, rounded: Program) -> tuple[UnitRecord, ...]:
     records = rounded[Rounding].units if Rounding in rounded else ()
-    new = records[len(Rounding.of(program, program[BitAllocation].choices).units) :]
-    if len(names) > 1 or len(new) != 1 or new[0].sites or not math.isfinite(new[0].before):
-        return None
-    return new[0].before, new[0].after
+    return records[len(Rounding.of(program, program[BitAllocation].choices).units) :]
+
+
+def _network(program: Program, plan: BitAllocation) -> GraphModule:
+    return simulate(program, plan).module
+
+
+def _ended(
+    program: Program, rounded: Program, chain: str, reason: str, losses: tuple[float, float], reporter: Reporter
+) -> Program:
+    """Return the rounded program, or where there is a reason against it the program, with a note and its loss."""
+    reporter.say(f"{chain}: loss {losses[0]:.4g} -> {losses[1]:.4g}{', rejected' if reason else ''}")
+    if not reason:
+        return rounded
+    plan, note = rounded[BitAllocation], f"{chain} was rejected: {reason}"
+    known = Rounding.of(program, plan.choices)
+    kept = replace(known, units=rounded[Rounding].units, notes=(*known.notes, *rounded[Rounding].notes, note))
+    return program.with_facts(
+        kept, replace(program[BitAllocation], measured_loss=plan.measured_loss, images=plan.images)
+    )
 
 
 def finisher(
@@ -247,39 +282,6 @@ def _loss(program: Program) -> float:
 
 def _fields(identity: Mapping[str, str], *names: str) -> dict[str, str]:
     return {name: identity[name] for name in names if name in identity}
-
-
-def _better(
-    program: Program,
-    rounded: Program,
-    chain: str,
-    held_out: CalibrationSet,
-    judged: CalibrationSet,
-    loss: Loss,
-    reporter: Reporter,
-    found: tuple[float, float] | None,
-) -> Program:
-    """Return the rounded program if it is accepted, else the program; with its losses as plans are judged.
-
-    `found` are the losses on the held-out images, where they are known.
-    """
-    plan = program[BitAllocation]
-
-    def losses_of(images: CalibrationSet, *candidates: Program) -> list[float]:
-        reference = model_outputs(program.module, images.inputs)
-        return [measured_loss(simulate(each, plan).module, images, reference, loss) for each in candidates]
-
-    before, after = losses_of(held_out, program, rounded) if found is None else found
-    reason = rejection(before, after, loss)
-    reporter.say(f"{chain}: held-out loss {before:.4g} -> {after:.4g}{', rejected' if reason else ''}")
-    if not reason:
-        before, after = losses_of(judged, program, rounded)
-        compared = replace(plan, measured_loss=before, compared_loss=None)
-        return rounded.with_facts(compared.remeasured(after, len(judged)))
-    note = f"{chain} was rejected: {reason}"
-    known = Rounding.of(program, plan.choices)
-    kept = replace(known, units=rounded[Rounding].units, notes=(*known.notes, *rounded[Rounding].notes, note))
-    return program.with_facts(kept, replace(plan, measured_loss=losses_of(judged, program)[0], images=len(judged)))
 
 
 def realised(program: Program, lowest: float = 0.1, highest: float = 10.0) -> Program:

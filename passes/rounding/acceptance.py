@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from fxquant.core.facts import UnitRecord
 from fxquant.core.run import Loss
 
 
 def accepted(before: float | None, after: float | None, keeps_before: bool = True, keeps_after: bool = True) -> bool:
-    """Return whether a rounding stays: it must lower the mean loss on held-out images.
+    """Return whether a rounding stays: it must lower the loss on images that it was not tuned on.
 
     A tie is a rejection: without a gain the plan stays as it was, which is simpler and already verified. A loss that is
     not a number counts as infinite. Limits on answers come before the loss: one that breaks limits which are kept
     without it is rejected whatever it gains.
 
     Args:
-        before: mean held-out loss without the rounding, None where none was measured, which is no reason to reject.
+        before: loss without the rounding, None where none was measured, which is no reason to reject.
         after: the same with it.
         keeps_before: whether limits on answers are kept without it.
         keeps_after: whether they are kept with it.
@@ -24,6 +25,22 @@ def accepted(before: float | None, after: float | None, keeps_before: bool = Tru
     if keeps_before != keeps_after:
         return keeps_after
     return before is None or after is None or _comparable(after) < _comparable(before)
+
+
+def decisive(losses: Sequence[float]) -> float:
+    """Return what decides between roundings whose mean losses on several sets of images are known: the geometric mean.
+
+    A set counts by how much a rounding divides its loss, whatever the size of the loss there.
+
+    Args:
+        losses: mean loss on each set, at least 0; at least one.
+    """
+    return math.prod(losses) ** (1 / len(losses))
+
+
+def least(losses: Sequence[float]) -> int:
+    """Return the position of the rounding to take, the first of those with the least loss."""
+    return min(range(len(losses)), key=lambda position: _comparable(losses[position]))
 
 
 def rejection(before: float | None, after: float | None, loss: str | Loss) -> str:
@@ -34,7 +51,7 @@ def rejection(before: float | None, after: float | None, loss: str | Loss) -> st
         after: as for `accepted`.
         loss: the loss, or its name.
     """
-    return "" if accepted(before, after) else f"held-out {loss} does not fall: {before:.4g} before, {after:.4g} after"
+    return "" if accepted(before, after) else f"{loss} does not fall: {before:.4g} before, {after:.4g} after"
 
 
 def record_of(

@@ -28,6 +28,8 @@ class RoundingTask:
         corrections: corrected inputs; they depend on the float network and the images alone, and serve all plans.
         overrides: settings of the reconstruction engine -> value, which replaces the algorithm's own.
         reporter: shows progress.
+        judging: makes the images that plans are measured on: with the held-out ones they decide whether a rounding of
+            the whole network is accepted; None leaves that to the held-out ones.
     """
 
     program: Program
@@ -39,6 +41,7 @@ class RoundingTask:
     corrections: ScoreStore = field(default_factory=lambda: ScoreStore(None, {}), repr=False)
     overrides: Mapping[str, object] = field(default_factory=dict)
     reporter: Reporter = field(default=SILENT, repr=False)
+    judging: Callable[[], CalibrationSet] | None = field(default=None, repr=False)
 
     @property
     def choices(self) -> dict[str, Choice]:

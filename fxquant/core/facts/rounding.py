@@ -27,7 +27,8 @@ class UnitRecord:
         name: the unit's first site.
         method: the algorithm.
         before: held-out loss of the network, quantized up to this unit, with the unit as it was; NaN if not measured.
-        after: held-out loss with the unit's result.
+            Of the whole network, the geometric mean of that and of the loss that plans are measured by.
+        after: the same with the unit's result.
         kept: whether the result was accepted.
         reason: why it was not, "" if it was.
         seconds: wall time.

@@ -131,7 +131,8 @@ class Settings(Options):
         curve: plans at other budgets that are solved and measured, to show what more or less room would bring; by
             default that of the effort.
         rounding: algorithms that round the plan's weights, joined by "+"; by default that of the effort. A rounding is
-            kept only where it lowers the held-out loss.
+            kept only where it lowers the loss: the geometric mean of that on the held-out images and that which plans
+            are measured by.
         rounding_options: option of the reconstruction engine -> value, for example iterations=300.
         expand: shares of each layer's input channels that may be split in two, exactly in float, so that they have
             twice the range; formats and shares are chosen by one program, within limits on bits, bytes or bit

@@ -24,4 +24,4 @@ from fxquant.passes.rounding.closed_form.output_moments import OutputMoments, ou
 from fxquant.passes.rounding.closed_form.prefix import FEWEST, Prefix, go_to
 from fxquant.passes.rounding.closed_form.qronos import DAMPINGS, aimed, refitted
 from fxquant.passes.rounding.closed_form.spfq import spfq_rows, stochastic
-from fxquant.passes.rounding.closed_form.verdict import first_site, judged
+from fxquant.passes.rounding.closed_form.verdict import first_site, judged, verdict_losses

@@ -41,6 +41,8 @@ def round_layerwise(
     crossed: bool = False,
     fit: Fit = on_own_grid,
     aim: Aim | None = None,
+    front: Rounding | None = None,
+    count: int | None = None,
 ) -> Rounding:
     """Return the task's rounding with every weight rounded on the network quantized up to it.
 
@@ -54,17 +56,19 @@ def round_layerwise(
         fit: chooses the grid of each weight, and rounds it; by default on its own grid.
         aim: which values are rounded so that the float network's outputs are followed, where it is not the weight;
             biases are then chosen too.
+        front: a rounding of the first weights, which stay as they are in it.
+        count: how many weights are rounded, those of `front` included; None for all.
     """
-    earlier = replace(task.rounding, weights={})
+    earlier = replace(task.rounding, weights={}) if front is None else front
     simulated = task.simulated(earlier)
     quantized = Prefix(simulated.module, task.images)
     also = crossed or aim is not None
     floating = Prefix(task.program.module, task.images, quantized.batch) if also else None
     walks = (quantized,) if floating is None else (quantized, floating)
     seen = len(task.images)
-    weights: dict[str, Tensor] = {}
-    grids, biases = dict(earlier.grids), dict(earlier.biases)
-    for site in task.reporter.track(task.sites, title, len(task.sites)):
+    weights, grids, biases = dict(earlier.weights), dict(earlier.grids), dict(earlier.biases)
+    sites = [site for site in task.sites[:count] if site.name not in weights]
+    for site in task.reporter.track(sites, title, len(sites)):
         # Values of the last layer's size are freed; those of the next are of another one.
         give_back()
         seen = min(seen, go_to(site.nodes[0], *walks))

@@ -15,7 +15,7 @@ import fxquant
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation, Rounding
 from fxquant.core.ir import FLOAT, Sites, tensor_at
-from fxquant.passes.rounding import ROUNDERS, RoundingTask, acceptance, accepted, rejection
+from fxquant.passes.rounding import ROUNDERS, RoundingTask, acceptance, accepted, decisive, least, rejection
 from fxquant.passes.rounding.closed_form import first_site, judged
 from tests.passes.rounding.tasks import images, task_of
 
@@ -44,7 +44,7 @@ def test_a_rounding_stays_if_the_loss_falls_or_was_not_measured(
     before: float | None, after: float | None, stays: bool
 ) -> None:
     assert accepted(before, after) is stays
-    assert rejection(before, after, "kl").startswith("" if stays else "held-out kl does not fall")
+    assert rejection(before, after, "kl").startswith("" if stays else "kl does not fall")
     assert bool(rejection(before, after, "kl")) is not stays
 
 
@@ -78,9 +78,54 @@ def test_a_rounding_of_higher_loss_is_rejected_and_recorded() -> None:
     (record,) = found.units
     assert (record.name, record.method, record.kept, record.seconds) == ("conv1", "zeros", False, 1.5)
     assert record.after > record.before > 0
-    assert "held-out mse does not fall" in record.reason
+    assert "mse does not fall" in record.reason
     assert not found.weights
     assert found.method == "nearest"
+
+
+def test_the_best_of_several_roundings_is_kept_and_the_first_without_images() -> None:
+    task = task_of("plain", 4, held_out=images("plain", 5))
+    # Biases of an op other than the first are not lost to the zeros behind it.
+    halves = replace(spoilt(task), biases={task.sites[-1].nodes[0]: torch.full((4,), 100.0)})
+    good = replace(task.rounding, notes=("good",))
+    losses = [judged(task, found, "tried", 0.0)[Rounding].units[0].after for found in (spoilt(task), halves, good)]
+    assert losses[2] < losses[0] < losses[1]
+    three = judged(task, (halves, good, spoilt(task)), "tried", 0.0)[Rounding]
+    assert three.units[0].after == losses[2]
+    assert judged(task, (halves, spoilt(task)), "tried", 0.0)[Rounding].units[0].after == losses[0]
+    blind = judged(replace(task, held_out=None), (good, spoilt(task)), "tried", 0.0)[Rounding]
+    assert blind.notes == ("good",)
+
+
+def test_images_that_plans_are_measured_on_decide_too_and_the_plan_holds_their_loss() -> None:
+    task, others = task_of("plain", 4, held_out=images("plain", 5)), images("plain", 9)
+    gptq = ROUNDERS["gptq"](replace(task, held_out=None))[Rounding]
+    alone, there = (judged(replace(task, held_out=each), gptq, "x", 0.0) for each in (task.held_out, others))
+    both = judged(replace(task, judging=lambda: others), gptq, "x", 0.0)
+    (one,), (two,), (record,) = (each[Rounding].units for each in (alone, there, both))
+    assert record.before == pytest.approx(math.sqrt(one.before * two.before))
+    assert record.after == pytest.approx(math.sqrt(one.after * two.after))
+    plan = both[BitAllocation]
+    assert record.kept
+    assert (plan.measured_loss, plan.compared_loss, plan.images) == (two.after, two.before, 9)
+    worse = judged(replace(task, judging=lambda: others), spoilt(task), "x", 0.0)
+    assert not worse[Rounding].units[0].kept
+    assert worse[BitAllocation].measured_loss == two.before
+
+
+@pytest.mark.parametrize(
+    ("losses", "position"), [([3.0, 1.0, 2.0], 1), ([NAN, 5.0], 1), ([1.0, 1.0], 0), ([INF, NAN], 0)]
+)
+def test_the_least_loss_is_taken(losses: list[float], position: int) -> None:
+    assert least(losses) == position
+
+
+def test_a_set_of_images_counts_by_how_much_its_loss_is_divided() -> None:
+    assert decisive([4.0]) == 4.0
+    assert decisive([0.5, 8.0]) == pytest.approx(2.0)
+    assert accepted(decisive([1.0, 100.0]), decisive([0.4, 200.0]))
+    assert not accepted(decisive([1.0, 100.0]), decisive([0.6, 200.0]))
+    assert math.isnan(decisive([NAN, 1.0]))
 
 
 def test_without_held_out_images_everything_is_accepted() -> None:

@@ -17,6 +17,7 @@ from fxquant.passes.rounding.closed_form import (
     GramAccumulator,
     Moments,
     geometry_of,
+    gptq_rows,
     round_layerwise,
 )
 from tests.passes.rounding.tasks import on_grid, task_of
@@ -94,6 +95,23 @@ def test_ops_that_share_a_weight_are_counted_together(name: str) -> None:
             wanted.add(values[source(node)], geometry_of(node))
         # The second op read the unrounded rest of the network: here nearest rounding, the same as what was chosen.
         assert torch.allclose(seen[k].gram, wanted.moments().gram, rtol=1e-4, atol=1e-4)
+
+
+def test_a_front_that_is_rounded_stays_and_the_rest_is_rounded_behind_it() -> None:
+    task = task_of("plain", 2)
+    whole = round_layerwise(task, gptq_rows, "whole")
+    front = round_layerwise(task, gptq_rows, "front", count=2)
+    assert list(front.weights) == [site.name for site in task.sites[:2]]
+    done = round_layerwise(task, gptq_rows, "rest", front=front)
+    assert list(done.weights) == [site.name for site in task.sites]
+    for name, weight in whole.weights.items():
+        assert torch.equal(done.weights[name], weight), name
+    # With another front, what is behind it sees other inputs.
+    zeros = replace(front, weights={name: torch.zeros_like(weight) for name, weight in front.weights.items()})
+    other = round_layerwise(task, gptq_rows, "rest", front=zeros)
+    last = task.sites[-1].name
+    assert all(not other.weights[name].any() for name in front.weights)
+    assert not torch.equal(other.weights[last], whole.weights[last])
 
 
 def test_mixed_widths_and_grids_of_earlier_algorithms_are_kept() -> None:

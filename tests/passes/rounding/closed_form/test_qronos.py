@@ -26,8 +26,9 @@ from fxquant.passes.rounding.closed_form import (
     patches,
     refitted,
     round_layerwise,
+    verdict,
 )
-from tests.passes.rounding.tasks import correlated, mean_errors, op_node, task_of
+from tests.passes.rounding.tasks import correlated, images, mean_errors, op_node, task_of
 
 conv2d = torch.ops.aten.conv2d.default
 
@@ -231,6 +232,23 @@ def test_every_channels_mean_is_the_float_networks(name: str) -> None:
     before, behind = mean_errors(task, task.rounding), mean_errors(task, found)
     assert max(behind.values()) < 0.005
     assert max(behind.values()) < 0.2 * max(before.values())
+
+
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_the_last_layers_aim_at_the_outputs_only_if_the_verdict_says_so(
+    chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of("plain", 2, held_out=images("plain", 5))
+    monkeypatch.setattr(verdict, "least", lambda _: chosen)
+    monkeypatch.setattr(verdict, "rejection", lambda *_: "")
+    found = ROUNDERS["qronos_rescaled"](task)[Rounding]
+    assert list(found.weights) == [site.name for site in task.sites]
+    aiming = task.sites if chosen else task.sites[:3]
+    assert list(found.biases) == [name for site in aiming for name in site.nodes]
+    last = task.sites[-1].name
+    # Without images that decide, GPTQ has the last layers.
+    blind = ROUNDERS["qronos_rescaled"](replace(task, held_out=None))[Rounding]
+    assert torch.equal(blind.weights[last], found.weights[last]) is (chosen == 0)
 
 
 def test_moments_are_of_the_network_rounded_and_corrected_in_front_of_the_layer() -> None:
