@@ -123,8 +123,8 @@ def round_plan(
     new = _new_records(program, rounded)
     if len(new) == len(names) and all(not unit.sites and not math.isnan(unit.before) for unit in new):
         # Every algorithm was judged as a whole.
-        reason = "" if any(unit.kept for unit in new) else new[-1].reason
-        return _ended(program, rounded, chain, reason, (new[0].before, new[-1].after), reporter)
+        last = next((unit for unit in reversed(new) if unit.kept), new[-1])
+        return _ended(program, rounded, chain, last.reason, (new[0].before, last.after), reporter)
     sets = (held_out, measured_on())
     networks = [partial(_network, each, plan) for each in (program, rounded)]
     losses = verdict_losses(program.module, networks, sets, loss)

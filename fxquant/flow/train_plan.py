@@ -132,7 +132,7 @@ def _better(
     """Return the trained program if its held-out loss is lower, else the solved one with a note; and whether it is."""
     mixed = judging(solved, held_out)
     before, after = (answers_of(each, mixed, loss) for each in (solved, done))
-    reason = rejection(before, after, loss)
+    reason = rejection(before, after, f"held-out {loss}")
     reporter.say(f"{name}: held-out loss {before:.4g} -> {after:.4g}{', rejected' if reason else ''}")
     judged = judged_on(solved, images, held_out)
     assert judged is not None

@@ -15,12 +15,14 @@ import torch
 import fxquant
 from fxquant.core.errors import OptionError
 from fxquant.core.facts import BitAllocation, Budget, Rounding, SensitivityMatrix, Surrogates, UnitRecord
+from fxquant.core.host import Reporter
 from fxquant.core.ir import Choice, Program, Sites
 from fxquant.core.run import CalibrationSet
 from fxquant.flow import algorithms, realised, round_plan
 from fxquant.flow import allocate as search
 from fxquant.flow import round_weights as front
 from fxquant.passes.rounding import ROUNDERS, RoundingTask
+from fxquant.passes.rounding.closed_form import judged
 from fxquant.result import Result
 from tests.small import images, small, small_result
 
@@ -132,6 +134,30 @@ def test_a_rounding_that_does_not_help_is_rejected_with_a_note(monkeypatch: pyte
     assert after[BitAllocation].compared_loss is None
     # Without images to tell, it stays.
     assert round_plan(before, "worse", scoring)[Rounding].weights
+
+
+def test_a_chain_is_kept_as_far_as_it_helps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def zeros(task: RoundingTask) -> Program:
+        weights = {site.name: torch.zeros_like(task.program.module.get_parameter(site.weight)) for site in task.sites}
+        return judged(task, replace(task.rounding, weights=weights), "zeros", 0.0)
+
+    monkeypatch.setitem(ROUNDERS._entries, "zeros", zeros)
+    before, (scoring, held_out) = planned().program, split()
+    alone = round_plan(before, "gptq_rescaled", scoring, held_out)
+    capsys.readouterr()
+    both = round_plan(before, "gptq_rescaled+zeros", scoring, held_out, reporter=Reporter())
+    kept, rejected = both[Rounding].units
+    assert (kept.kept, rejected.kept) == (True, False)
+    assert f"loss {kept.before:.4g} -> {kept.after:.4g}\n" in capsys.readouterr().err
+    assert both[Rounding].method == "gptq_rescaled"
+    assert both[BitAllocation].measured_loss == pytest.approx(alone[BitAllocation].measured_loss, rel=1e-5)
+    assert both[BitAllocation].compared_loss == pytest.approx(before[BitAllocation].measured_loss, rel=1e-5)
+    none = round_plan(before, "zeros", scoring, held_out)
+    assert none[Rounding].method == "nearest"
+    assert any("zeros was rejected: " in note for note in none[Rounding].notes)
+    assert none[BitAllocation].compared_loss is None
 
 
 def test_each_algorithm_of_a_chain_goes_on_from_the_one_before() -> None:
