@@ -17,8 +17,10 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Container
+from collections.abc import Container, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,11 +28,13 @@ from torch import Tensor
 
 from benchmarks.equal_bytes_contestants import CONTESTANTS
 from benchmarks.peer_quantizers import PEERS
-from benchmarks.report_table import table, write
+from benchmarks.report_table import RESULTS, write
 from benchmarks.zoo import NETWORKS
 from fxquant.api import capture
 from fxquant.backends.onnx import executable, export_onnx
+from fxquant.core.errors import FileFormatError
 from fxquant.core.run import LOSSES, model_outputs
+from fxquant.core.storage import read_json
 
 FOLDER = Path("build/equal_bytes")
 CASES = {"resnet20": 256, "mobilenet_v1": 128, "mobilenet_v2": 128, "efficientnet_lite0": 128, "deit_tiny": 64}
@@ -143,12 +147,45 @@ def measure(name: str, contestants: Container[str]) -> tuple[list[Row], list[str
     return rows, left_out
 
 
+def known(name: str) -> tuple[list[Row], Mapping[str, Any]]:
+    """Return the rows and what else the JSON of a network holds, nothing where there is none."""
+    with suppress(FileFormatError):
+        document = read_json(RESULTS / f"equal_bytes_{name}.json", "benchmark", 1)
+        return document["rows"], document["meta"]
+    return [], {}
+
+
+def joined(
+    rows: list[Row], meta: dict[str, object], before: tuple[list[Row], Mapping[str, Any]], only: Container[str]
+) -> tuple[list[Row], dict[str, object]]:
+    """Return rows and meta with the earlier rows of contestants that were not asked for.
+
+    Rows of other images are left out: they are not to be compared with.
+
+    Args:
+        rows: of this run, the first of them of the float network.
+        meta: of this run.
+        before: rows and meta of the JSON.
+        only: contestants of this run.
+    """
+    old, then = before
+    if any(then.get(images) != meta[images] for images in ("calibration images", "evaluation images")):
+        return rows, meta
+    kept = [row for row in old if row["contestant"] != "float" and row["contestant"] not in only]
+    order = ["float", *CONTESTANTS, *PEERS]
+    reasons = [reason for reason in then["left out"] if reason.split(":")[0] not in only]
+    found = sorted([*rows, *kept], key=lambda row: order.index(str(row["contestant"])))
+    return found, meta | {"left out": [*cast(list[str], meta["left out"]), *reasons]}
+
+
 def main() -> None:
     """Measure, print the table, write the JSON of each network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="network", help=f"default: {' '.join(CASES)}")
     parser.add_argument(
-        "--only", default="", help='contestants, comma-separated, "peers" for all peers; writes no JSON'
+        "--only",
+        default="",
+        help='contestants, comma-separated, "peers" for all peers; rows of others stay in the JSON',
     )
     given = parser.parse_args()
     only = given.only.replace("peers", ",".join(PEERS)).split(",") if given.only else [*CONTESTANTS, *PEERS]
@@ -156,10 +193,8 @@ def main() -> None:
         rows, left_out = measure(name, only)
         meta: dict[str, object] = {"calibration images": CASES[name], "left out": left_out}
         meta |= {"evaluation images": EVALUATION.get(name, 500), "seeds": SEEDS.get(name, (0,))}
-        if given.only:
-            print(table(rows), *left_out, sep="\n")
-        else:
-            write(f"equal_bytes_{name}", rows, meta | {"threads": torch.get_num_threads()})
+        meta |= {"threads": torch.get_num_threads()}
+        write(f"equal_bytes_{name}", *joined(rows, meta, known(name), only))
 
 
 if __name__ == "__main__":
