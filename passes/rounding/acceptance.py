@@ -10,7 +10,7 @@ from fxquant.core.run import Loss
 
 
 def accepted(before: float | None, after: float | None, keeps_before: bool = True, keeps_after: bool = True) -> bool:
-    """Return whether a rounding stays: it must lower the loss on images that it was not tuned on.
+    """Return whether a rounding stays: it must lower the loss that decides.
 
     A tie is a rejection: without a gain the plan stays as it was, which is simpler and already verified. A loss that is
     not a number counts as infinite. Limits on answers come before the loss: one that breaks limits which are kept
@@ -30,11 +30,14 @@ def accepted(before: float | None, after: float | None, keeps_before: bool = Tru
 def decisive(losses: Sequence[float]) -> float:
     """Return what decides between roundings whose mean losses on several sets of images are known: the geometric mean.
 
-    A set counts by how much a rounding divides its loss, whatever the size of the loss there.
+    A set counts by how much a rounding divides its loss, whatever the size of the loss there. A loss of the user's that
+    falls below 0 has no such ratio: it is the plain mean.
 
     Args:
-        losses: mean loss on each set, at least 0; at least one.
+        losses: mean loss on each set; at least one.
     """
+    if any(loss < 0 for loss in losses):
+        return sum(losses) / len(losses)
     return math.prod(losses) ** (1 / len(losses))
 
 

@@ -126,6 +126,9 @@ def test_a_set_of_images_counts_by_how_much_its_loss_is_divided() -> None:
     assert accepted(decisive([1.0, 100.0]), decisive([0.4, 200.0]))
     assert not accepted(decisive([1.0, 100.0]), decisive([0.6, 200.0]))
     assert math.isnan(decisive([NAN, 1.0]))
+    # A function of the user's may give any number.
+    assert decisive([-1.0, 3.0]) == 1.0
+    assert accepted(decisive([-1.0, -2.0]), decisive([-1.5, -2.0]))
 
 
 def test_without_held_out_images_everything_is_accepted() -> None:
